@@ -1,0 +1,22 @@
+//! What master and agent say to each other, and the rules both must agree on.
+//!
+//! Everything here is a value or a pure function of values: no sockets, no files, no clock, no
+//! randomness. Time is an argument (`clippy.toml` holds that), bytes come in as slices or as
+//! `Read`.
+
+pub mod digest;
+pub mod dsse;
+pub mod fresh;
+pub mod identity;
+pub mod keys;
+pub mod manifest;
+pub mod names;
+pub mod position;
+pub mod receipt;
+pub mod revocation;
+pub mod trust;
+pub mod wire;
+
+pub use digest::Digest;
+pub use names::{AgentName, DatabaseName, FleetName, GroupName};
+pub use position::{Epoch, Generation, Position};

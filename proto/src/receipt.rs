@@ -1,0 +1,148 @@
+//! Receipts: an agent's signed statement of what came of a generation.
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use crate::dsse::Statement;
+use crate::{AgentName, DatabaseName, Digest, Epoch, FleetName, Generation, Position};
+
+/// Longest error text in a receipt, in bytes: clamd's own reason and the chain around it.
+pub const ERROR_BYTES_MAX: usize = 4 << 10;
+
+/// Files of others that a receipt lists. More are only counted.
+pub const FOREIGN_MAX: usize = 100;
+
+/// What came of a generation on a host. Signed with the key of the agent's certificate.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub struct Receipt {
+    /// The fleet.
+    pub fleet: FleetName,
+    /// Who says so.
+    pub agent: AgentName,
+    /// Rises by one with every receipt of this agent; acknowledged by it.
+    pub seq: u64,
+    /// Epoch of the generation.
+    pub epoch: Epoch,
+    /// The generation.
+    pub generation: Generation,
+    /// SHA-256 of its manifest's payload.
+    pub manifest_sha256: Digest,
+    /// Number of the install that the proof was about.
+    pub install: u64,
+    /// What came of it.
+    pub outcome: Outcome,
+    /// What is on disk now under a database name of the generation.
+    pub files: Vec<FileState>,
+    /// Databases in the directory that are not clamcast's, at most [`FOREIGN_MAX`].
+    pub foreign: Vec<String>,
+    /// The clamd that it was proven with.
+    pub clamd: ClamdReport,
+    /// Why it is not live, in words.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+    /// Seconds from the offer to this outcome.
+    pub took: f64,
+    /// When.
+    pub time: Timestamp,
+}
+
+impl Statement for Receipt {
+    const TYPE: &'static str = "application/vnd.clamcast.receipt+json";
+    const BYTES_MAX: usize = 512 << 10; // lists as many files as a manifest can, without their facts
+}
+
+impl Receipt {
+    /// The generation it is about.
+    pub fn position(&self) -> Position {
+        Position {
+            epoch: self.epoch,
+            generation: self.generation,
+        }
+    }
+}
+
+/// How a generation ended on a host.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, Hash, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    /// clamd has been seen scanning with it.
+    Live,
+    /// On disk; clamd is absent or silent. Probing goes on.
+    Installed,
+    /// There is evidence that clamd cannot use it. The previous set is back.
+    Refused,
+    /// The host could not take it: disk, rights, space.
+    HostFault,
+}
+
+impl Outcome {
+    /// As it stands in JSON and in tables.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Live => "live",
+            Self::Installed => "installed",
+            Self::Refused => "refused",
+            Self::HostFault => "host_fault",
+        }
+    }
+}
+
+impl std::fmt::Display for Outcome {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(self.as_str())
+    }
+}
+
+/// A file as it is on the host's disk.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct FileState {
+    /// Its name.
+    pub name: DatabaseName,
+    /// Its length in bytes.
+    pub size: u64,
+    /// SHA-256 of what is there.
+    pub sha256: Digest,
+}
+
+/// What an agent knows of its clamd.
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+pub struct ClamdReport {
+    /// Whether it answers.
+    pub state: ClamdState,
+    /// Its answer to VERSION, if there was one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub version: Option<String>,
+    /// How the last proof was made.
+    pub proof: Proof,
+    /// What the proof was weakened by, or what is odd, in words.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub note: Option<String>,
+}
+
+/// Whether clamd is there.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ClamdState {
+    /// It answers.
+    Up,
+    /// Nobody at the socket.
+    #[default]
+    Down,
+    /// Somebody at the socket, without a sensible answer.
+    Silent,
+    /// This host has none, by configuration.
+    None,
+}
+
+/// How it is known that clamd scans with a generation.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Proof {
+    /// A sample that only this install names was found.
+    Canary,
+    /// VERSION and the log say so: weaker.
+    Version,
+    /// Not proven.
+    #[default]
+    None,
+}

@@ -1,0 +1,413 @@
+//! The messages between master and agent, and their frames.
+//!
+//! A frame is a `u32` in network byte order, the number of bytes that follow, then that many bytes
+//! of JSON. Control messages travel on one bidirectional stream that the master opens, `Welcome`
+//! first. Bulk data has a unidirectional stream a file: a `Part` frame, then raw bytes to its end.
+//! Unknown fields are ignored and unknown messages are answered with `Error` and survived, because
+//! the hosts of a fleet are never all upgraded at once.
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use crate::dsse::Envelope;
+use crate::receipt::{ClamdReport, FileState, Outcome};
+use crate::{DatabaseName, Digest, FleetName};
+
+/// The application protocol (TLS ALPN).
+pub const ALPN: &[u8] = b"clamcast/1";
+
+/// The port that the master listens on unless told otherwise, UDP.
+pub const PORT: u16 = 7310;
+
+/// Longest frame in bytes, the length itself aside: a manifest of the largest size in base64, with
+/// a key set and a freshness statement beside it.
+pub const FRAME_BYTES_MAX: usize = 1 << 20;
+
+/// Longest `Part` frame in bytes: names and digests of one file.
+pub const PART_BYTES_MAX: usize = 4 << 10;
+
+/// Missing byte ranges that one `Need` may list for a file.
+pub const RANGES_MAX: usize = 16 << 10;
+
+/// What the master says.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(tag = "type")]
+pub enum ToAgent {
+    /// The certificate and the revocation list were checked: only now is the agent connected.
+    Welcome(Welcome),
+    /// This host is wanted at this generation.
+    Offer(Box<Offer>),
+    /// A receipt is in the master's audit log; the agent may forget it.
+    ReceiptAck {
+        /// The receipt's number.
+        seq: u64,
+    },
+    /// The current generation is still current.
+    Fresh {
+        /// A signed [`crate::fresh::Freshness`].
+        fresh: Envelope,
+    },
+    /// The head of the master's audit log, for agents to remember.
+    Checkpoint {
+        /// A C2SP checkpoint.
+        checkpoint: String,
+    },
+    /// The last message was not understood, or asked for what cannot be.
+    Error {
+        /// Why.
+        message: String,
+    },
+}
+
+/// What an agent says.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(tag = "type")]
+pub enum ToMaster {
+    /// The answer to Welcome.
+    Hello(Box<Hello>),
+    /// What is missing for an offer.
+    Need {
+        /// Which offer.
+        offer: OfferId,
+        /// The files that must be transferred. None: nothing is missing.
+        files: Vec<NeedFile>,
+    },
+    /// How far an install is; deadlines run from the last one.
+    Progress {
+        /// Which offer.
+        offer: OfferId,
+        /// What is going on.
+        phase: Phase,
+        /// Until when the agent means to be silent.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        until: Option<Timestamp>,
+    },
+    /// What came of a generation: a signed [`crate::receipt::Receipt`].
+    Receipt {
+        /// The signed statement.
+        receipt: Envelope,
+    },
+    /// The last message was not understood, or the offer is not taken.
+    Error {
+        /// The offer it is about, if any.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        offer: Option<OfferId>,
+        /// Why.
+        message: String,
+    },
+}
+
+/// Names an offer on one connection.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize)]
+#[serde(transparent)]
+pub struct OfferId(pub u64);
+
+/// First words of the master.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct Welcome {
+    /// The fleet.
+    pub fleet: FleetName,
+    /// The master's program version.
+    pub master_version: String,
+    /// The master's clock.
+    pub time: Timestamp,
+    /// Seconds between the agent's keep-alives.
+    pub keep_alive: u64,
+    /// The newest signed key set, [`crate::keys::KeySet`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub keys: Option<Envelope>,
+}
+
+/// First words of an agent.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct Hello {
+    /// The agent's program version.
+    pub agent_version: String,
+    /// Its clamd.
+    pub clamd: ClamdReport,
+    /// The signed manifest of what is installed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub installed: Option<Envelope>,
+    /// What came of the last generation.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub outcome: Option<Outcome>,
+    /// What is on disk under the installed generation's names.
+    #[serde(default)]
+    pub files: Vec<FileState>,
+    /// Databases of others in the directory.
+    #[serde(default)]
+    pub foreign: Vec<String>,
+    /// Anything the host wants to be known by, for people to read.
+    #[serde(default)]
+    pub labels: std::collections::BTreeMap<String, String>,
+}
+
+/// An offered generation.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct Offer {
+    /// Names this offer in what follows.
+    pub offer: OfferId,
+    /// The signed manifest.
+    pub manifest: Envelope,
+    /// The signed freshness statement for it.
+    pub fresh: Envelope,
+    /// The newest signed key set.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub keys: Option<Envelope>,
+    /// Hash what is really on disk before anything is taken as there (`force-sync`).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub rehash: bool,
+    /// Use no delta (`force-sync --full`).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub full: bool,
+}
+
+/// A file that must be transferred.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct NeedFile {
+    /// Its name in the manifest.
+    pub name: DatabaseName,
+    /// What the agent has to build it from.
+    pub have: Have,
+    /// Offset in the encoded part to go on from.
+    #[serde(default)]
+    pub resume_at: u64,
+    /// The part that `resume_at` is an offset in. Another part starts at 0.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resume: Option<PartEncoding>,
+}
+
+/// What an agent can build a file from.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Have {
+    /// An older file with this digest.
+    Sha256(Digest),
+    /// A file of unknown content; it wants the new file's signature to search it.
+    Search,
+    /// Everything but these ranges (offset, length) of the new file.
+    Ranges(Vec<(u64, u64)>),
+    /// Nothing.
+    Nothing,
+}
+
+/// Header of a bulk stream.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Part {
+    /// The offer it is for.
+    pub offer: OfferId,
+    /// The file's name in the manifest.
+    pub name: DatabaseName,
+    /// The encoded part.
+    #[serde(flatten)]
+    pub encoding: PartEncoding,
+    /// Offset in the encoded part at which the bytes start.
+    pub offset: u64,
+}
+
+/// Names an encoded part: the same encoding has the same bytes whenever it is sent.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct PartEncoding {
+    /// How the file is encoded.
+    pub kind: PartKind,
+    /// Whether a full file travels as one zstd frame.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub zstd: bool,
+    /// Digest of the file that the delta is from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<Digest>,
+    /// Digest of the file that comes out.
+    pub to: Digest,
+    /// Length of the whole encoded part in bytes.
+    pub length: u64,
+}
+
+/// How a file travels.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, Hash, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PartKind {
+    /// A delta of [`crate::delta`].
+    Delta,
+    /// The file as it is.
+    Full,
+    /// The signature of the new file.
+    Signature,
+    /// Ranges of the new file.
+    Ranges,
+}
+
+/// What an install is doing.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, Hash, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// Nothing.
+    Idle,
+    /// Receiving what is missing.
+    Fetching,
+    /// Everything is on disk, hidden.
+    Staged,
+    /// Renaming.
+    Swapping,
+    /// clamd was told.
+    Reloading,
+    /// Asking clamd what it scans with.
+    Proving,
+}
+
+impl std::fmt::Display for Phase {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(match self {
+            Self::Idle => "idle",
+            Self::Fetching => "fetching",
+            Self::Staged => "staged",
+            Self::Swapping => "swapping",
+            Self::Reloading => "reloading",
+            Self::Proving => "proving",
+        })
+    }
+}
+
+/// A message in its frame.
+pub fn frame(message: &impl Serialize) -> Result<Vec<u8>, FrameError> {
+    let mut bytes = vec![0; 4];
+    serde_json::to_writer(&mut bytes, message).expect("our own messages serialise");
+    let length = bytes.len() - 4;
+    if length > FRAME_BYTES_MAX {
+        return Err(FrameError::TooLong {
+            length,
+            limit: FRAME_BYTES_MAX,
+        });
+    }
+    let length = u32::try_from(length).expect("FRAME_BYTES_MAX fits in 32 bits");
+    bytes[..4].copy_from_slice(&length.to_be_bytes());
+    Ok(bytes)
+}
+
+/// The number of bytes that follow a frame's first four, before anything is allocated for them.
+pub fn frame_length(prefix: [u8; 4], limit: usize) -> Result<usize, FrameError> {
+    let length = u32::from_be_bytes(prefix) as usize;
+    if length > limit {
+        return Err(FrameError::TooLong { length, limit });
+    }
+    Ok(length)
+}
+
+/// Reads the JSON of a frame.
+pub fn parse<T: for<'de> Deserialize<'de>>(json: &[u8]) -> Result<T, FrameError> {
+    serde_json::from_slice(json).map_err(|source| {
+        #[derive(Deserialize)]
+        struct Kind {
+            #[serde(rename = "type")]
+            kind: String,
+        }
+        match serde_json::from_slice::<Kind>(json) {
+            Ok(Kind { kind }) => FrameError::Message {
+                kind: kind.chars().take(40).collect(),
+                source,
+            },
+            Err(_) => FrameError::Json { source },
+        }
+    })
+}
+
+/// A frame is not a message.
+#[derive(Debug, thiserror::Error)]
+pub enum FrameError {
+    /// Longer than any honest frame.
+    #[error("a frame of {length} bytes, at most {limit} are allowed")]
+    TooLong {
+        /// What it says.
+        length: usize,
+        /// The bound.
+        limit: usize,
+    },
+    /// A message that this version does not know, or whose fields it does not understand: to be
+    /// answered and survived.
+    #[error("cannot read the message `{kind}`")]
+    Message {
+        /// Its type.
+        kind: String,
+        /// The parser's reason.
+        source: serde_json::Error,
+    },
+    /// Not JSON, or without a type: the stream cannot be trusted any more.
+    #[error("a frame is not a JSON object with a type")]
+    Json {
+        /// The parser's reason.
+        source: serde_json::Error,
+    },
+}
+
+/// Codes with which connections are closed (QUIC application errors).
+pub mod close {
+    /// A normal end: the daemon stops.
+    pub const STOPPING: u32 = 0;
+    /// The certificate is revoked.
+    pub const REVOKED: u32 = 1;
+    /// The certificate is not an agent's of this fleet.
+    pub const NOT_AN_AGENT: u32 = 2;
+    /// A newer connection of the same name took over.
+    pub const REPLACED: u32 = 3;
+    /// The peer broke the protocol.
+    pub const PROTOCOL: u32 = 4;
+    /// The peer did not do in time what it should.
+    pub const TIMEOUT: u32 = 5;
+    /// The master has as many connections as it can serve.
+    pub const BUSY: u32 = 6;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_survives_its_frame() {
+        let bytes = frame(&ToAgent::ReceiptAck { seq: 7 }).unwrap();
+        let length = frame_length(bytes[..4].try_into().unwrap(), FRAME_BYTES_MAX).unwrap();
+        assert_eq!(length, bytes.len() - 4);
+        let message: ToAgent = parse(&bytes[4..]).unwrap();
+        assert!(matches!(message, ToAgent::ReceiptAck { seq: 7 }));
+    }
+
+    #[test]
+    fn a_length_is_refused_before_anything_is_allocated() {
+        assert!(frame_length([0xff; 4], FRAME_BYTES_MAX).is_err());
+        assert!(
+            frame(&ToAgent::Checkpoint {
+                checkpoint: "x".repeat(FRAME_BYTES_MAX)
+            })
+            .is_err()
+        );
+    }
+
+    #[test]
+    fn unknown_fields_are_ignored_and_unknown_messages_have_a_name() {
+        assert!(parse::<ToAgent>(br#"{"type":"ReceiptAck","seq":1,"new":true}"#).is_ok());
+        let unknown = parse::<ToAgent>(br#"{"type":"Levitate","height":3}"#).unwrap_err();
+        assert!(matches!(unknown, FrameError::Message { kind, .. } if kind == "Levitate"));
+        assert!(matches!(
+            parse::<ToAgent>(b"[1]"),
+            Err(FrameError::Json { .. })
+        ));
+    }
+
+    #[test]
+    fn need_reads_as_documented() {
+        let need = ToMaster::Need {
+            offer: OfferId(3),
+            files: vec![NeedFile {
+                name: "daily.cld".parse().unwrap(),
+                have: Have::Nothing,
+                resume_at: 0,
+                resume: None,
+            }],
+        };
+        assert_eq!(
+            serde_json::to_string(&need).unwrap(),
+            r#"{"type":"Need","offer":3,"files":[{"name":"daily.cld","have":"nothing","resume_at":0}]}"#
+        );
+        let json = r#"{"name":"a.cld","have":{"ranges":[[0,5],[9,1]]}}"#;
+        let file: NeedFile = serde_json::from_str(json).unwrap();
+        assert_eq!(file.have, Have::Ranges(vec![(0, 5), (9, 1)]));
+    }
+}
