@@ -1,0 +1,38 @@
+//! The laboratory: real programs on real directories and sockets, cleaned up after themselves.
+//!
+//! A test first says what it cannot do without, then uses it:
+//!
+//! ```no_run
+//! use clamcast_tests::{lab, require};
+//!
+//! fn the_mirror_reaches_clamd() {
+//!     require!(Clamd, Freshclam, TestFiles);
+//!     let mirror = lab::Mirror::new();
+//!     mirror.freshclam_to(2);
+//!     let mut clamd = lab::Clamd::new(mirror.directory());
+//!     clamd.start();
+//!     clamd.wait_ready();
+//!     assert!(clamd.scan(b"nothing bad").unwrap().ends_with("OK"));
+//! }
+//! ```
+//!
+//! Ports are chosen by the system, sockets and files live in a [`Scratch`] directory, and no more
+//! than [`CLAMDS_MAX`] clamds run at a time, whatever runs the tests.
+
+mod clamd;
+mod container;
+mod mirror;
+mod needs;
+mod proxy;
+mod scratch;
+mod slots;
+mod until;
+
+pub use clamd::Clamd;
+pub use container::{Container, hash_signature, signatures};
+pub use mirror::Mirror;
+pub use needs::{Part, make_corpus, named, needs, search_path, target, wants_long};
+pub use proxy::{Counts, Link, UdpProxy};
+pub use scratch::Scratch;
+pub use slots::CLAMDS_MAX;
+pub use until::{Answer, PATIENCE, until, until_async};

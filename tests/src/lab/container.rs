@@ -1,0 +1,131 @@
+//! Unsigned database containers, which a real clamd loads under the extension `.cud`.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use jiff::Timestamp;
+use sha2::{Digest, Sha256};
+
+/// A container with the members that a test wants. Its bytes depend on nothing else.
+///
+/// The format is that of ClamAV's `buildcld` and `tar_addfile` (libfreshclam_internal.c,
+/// common/tar.c): a header of 512 bytes, which is the first line of NAME.info, then a plain tar
+/// without the blocks that end one.
+#[derive(Clone, Debug)]
+pub struct Container {
+    name: String,
+    version: u64,
+    built: Timestamp,
+    members: Vec<(String, Vec<u8>)>,
+}
+
+impl Container {
+    /// A container `name`.cud without members.
+    pub fn new(name: &str, version: u64) -> Self {
+        // Later versions are built later, as in life.
+        let built = Timestamp::from_second(1_700_000_000 + 3600 * version as i64);
+        let built = built.expect("version numbers are small");
+        Self {
+            name: name.into(),
+            version,
+            built,
+            members: Vec::new(),
+        }
+    }
+
+    /// Adds the member `name`.`extension`.
+    #[must_use]
+    pub fn member(mut self, extension: &str, content: impl Into<Vec<u8>>) -> Self {
+        self.members
+            .push((format!("{}.{extension}", self.name), content.into()));
+        self
+    }
+
+    /// A container that is whole and true to its `.info`, and that no clamd loads: one of its
+    /// signatures is nonsense.
+    pub fn refused_by_clamd(name: &str, version: u64) -> Self {
+        Self::new(name, version)
+            .member("hsb", signatures(0..10))
+            .member("ndb", "Lab.Nonsense:0:*:these are no hexadecimal digits\n")
+    }
+
+    /// The container's bytes.
+    pub fn bytes(&self) -> Vec<u8> {
+        let info = self.info();
+        let head = info.lines().next().unwrap_or_default();
+        let mut bytes = format!("{head:512}").into_bytes();
+        let notice = ("COPYING", &b"made for a test\n"[..]);
+        let info_name = format!("{}.info", self.name);
+        let members = self
+            .members
+            .iter()
+            .map(|(name, content)| (name.as_str(), &content[..]));
+        for (name, content) in [notice, (&info_name, info.as_bytes())]
+            .into_iter()
+            .chain(members)
+        {
+            bytes.extend(tar_header(name, content.len()));
+            bytes.extend(content);
+            bytes.resize(bytes.len().next_multiple_of(512), 0);
+        }
+        bytes
+    }
+
+    /// Writes it into `directory` and returns its path. It is renamed into place, since whoever
+    /// watches must never see a part.
+    pub fn write(&self, directory: &Path) -> PathBuf {
+        let path = directory.join(format!("{}.cud", self.name));
+        let part = directory.join(format!(".{}.part", self.name));
+        fs::write(&part, self.bytes())
+            .and_then(|()| fs::rename(&part, &path))
+            .unwrap_or_else(|error| panic!("cannot write {}: {error}", path.display()));
+        path
+    }
+
+    /// The header line, then name, size and SHA-256 of every member.
+    fn info(&self) -> String {
+        let lines = |content: &[u8]| content.iter().filter(|byte| **byte == b'\n').count();
+        let count: usize = self.members.iter().map(|(_, content)| lines(content)).sum();
+        let Self { version, built, .. } = self;
+        let date = built.strftime("%d %b %Y %H-%M +0000");
+        let stamp = built.as_second();
+        let mut info = format!("ClamAV-VDB:{date}:{version}:{count}:90:X:X:lab:{stamp}\n");
+        for (name, content) in &self.members {
+            let digest = hex::encode(Sha256::digest(content));
+            info += &format!("{name}:{}:{digest}\n", content.len());
+        }
+        info
+    }
+}
+
+/// A line of a `.hsb` file by which clamd finds exactly `sample`, which must have six bytes or
+/// more, as `name`.
+pub fn hash_signature(sample: &[u8], name: &str) -> String {
+    let digest = hex::encode(Sha256::digest(sample));
+    format!("{digest}:{}:{name}:73\n", sample.len())
+}
+
+/// Lines of a `.hsb` file that match nothing: one for each number.
+pub fn signatures(numbers: impl IntoIterator<Item = u64>) -> String {
+    let line = |number| {
+        let digest = hex::encode(Sha256::digest(u64::to_be_bytes(number)));
+        format!(
+            "{digest}:{}:Lab.Nothing-{number}:73\n",
+            1000 + number % 1000
+        )
+    };
+    numbers.into_iter().map(line).collect()
+}
+
+/// Name, size and checksum, all else zero.
+fn tar_header(name: &str, size: usize) -> [u8; 512] {
+    let mut header = [0; 512];
+    header[..name.len()].copy_from_slice(name.as_bytes());
+    let size = format!("{size:o}");
+    header[124..124 + size.len()].copy_from_slice(size.as_bytes());
+    // The checksum counts its own field as spaces.
+    header[148..156].fill(b' ');
+    let sum: u32 = header.iter().map(|byte| u32::from(*byte)).sum();
+    header[148..156].copy_from_slice(format!("{sum:06o}\0\0").as_bytes());
+    header
+}

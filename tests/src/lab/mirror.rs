@@ -1,0 +1,217 @@
+//! A mirror that a real freshclam updates from a server on loopback.
+
+use std::fs::{self, File};
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::{self, JoinHandle};
+
+use nix::unistd::{Uid, User};
+
+use super::needs::Part;
+use super::scratch::Scratch;
+
+/// A mirror directory, at first with version 1 of the signed database `test.cvd`, and what
+/// freshclam needs to bring it to versions 2 to 6.
+#[derive(Debug)]
+pub struct Mirror {
+    scratch: Scratch,
+    server: Server,
+}
+
+impl Mirror {
+    /// A new mirror at version 1.
+    #[expect(clippy::new_without_default, reason = "it starts a server")]
+    pub fn new() -> Self {
+        let scratch = Scratch::new();
+        let server = Server::start(scratch.directory("www"));
+        let directory = scratch.directory("mirror");
+        let first = Part::TestFiles.path().join("test-1.cvd");
+        fs::copy(first, directory.join("test.cvd")).expect("test files can be read");
+
+        let owner = User::from_uid(Uid::effective()).ok().flatten();
+        let owner = owner.expect("whoever runs the tests has a name").name;
+        let config = format!(
+            "DatabaseDirectory {}\nDatabaseMirror http://{}\nDNSDatabaseInfo no\nDatabaseOwner {owner}\n",
+            directory.display(),
+            server.address,
+        );
+        fs::write(scratch.join("freshclam.conf"), config).expect("a scratch file can be written");
+        Self { scratch, server }
+    }
+
+    /// The directory that freshclam maintains.
+    pub fn directory(&self) -> PathBuf {
+        self.scratch.join("mirror")
+    }
+
+    /// Offers `version` (2 to 6) on the server, and is the freshclam that fetches it: patch by
+    /// patch, as long as the mirror is behind.
+    pub fn freshclam(&self, version: u32) -> Command {
+        let files = Part::TestFiles.path();
+        let serve = |from: String, to: String| {
+            fs::copy(files.join(from), self.server.directory.join(to))
+                .expect("test files are there");
+        };
+        for step in 2..=version {
+            serve(format!("test-{step}.cdiff"), format!("test-{step}.cdiff"));
+        }
+        serve(format!("test-{version}.cvd"), "test.cvd".into());
+
+        let mut config = std::ffi::OsString::from("--config-file=");
+        config.push(self.scratch.join("freshclam.conf"));
+        let mut freshclam = Command::new(Part::Freshclam.path());
+        freshclam
+            .arg(config)
+            .args(["--no-dns", "--update-db=test", "--stdout"]);
+        freshclam
+    }
+
+    /// Runs the real freshclam until `test.cld` is at `version`, and returns its path.
+    ///
+    /// # Panics
+    ///
+    /// If freshclam fails or ends elsewhere.
+    pub fn freshclam_to(&self, version: u32) -> PathBuf {
+        let ran = self
+            .freshclam(version)
+            .output()
+            .expect("freshclam was found");
+        let said = String::from_utf8_lossy(&ran.stdout);
+        assert!(
+            ran.status.success(),
+            "freshclam ended with {}: {said}",
+            ran.status
+        );
+        let database = self.directory().join("test.cld");
+        let head = File::open(&database).and_then(|file| {
+            let mut head = [0; 512];
+            file.read_exact_at(&mut head, 0)?;
+            Ok(String::from_utf8_lossy(&head).into_owned())
+        });
+        let head = head.unwrap_or_else(|error| panic!("no test.cld ({error}): {said}"));
+        let reached = head.split(':').nth(2);
+        assert_eq!(
+            reached,
+            Some(version.to_string().as_str()),
+            "freshclam said: {said}"
+        );
+        database
+    }
+
+    /// What was asked of the server so far, such as `GET /test.cvd bytes=0-511`.
+    pub fn requests(&self) -> Vec<String> {
+        self.server
+            .requests
+            .lock()
+            .expect("no request panics")
+            .clone()
+    }
+}
+
+/// Serves the files of one directory over HTTP, whole or in ranges: freshclam reads a database's
+/// header by `bytes=0-511` to learn its version.
+#[derive(Debug)]
+struct Server {
+    directory: PathBuf,
+    address: SocketAddr,
+    requests: Arc<Mutex<Vec<String>>>,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Server {
+    fn start(directory: PathBuf) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("loopback has a free port");
+        let address = listener
+            .local_addr()
+            .expect("a bound socket has an address");
+        let requests = Arc::<Mutex<Vec<String>>>::default();
+        let stop = Arc::<AtomicBool>::default();
+        let thread = thread::spawn({
+            let (directory, requests, stop) = (directory.clone(), requests.clone(), stop.clone());
+            move || {
+                // One at a time: freshclam is alone here, and closes before it asks again.
+                for connection in listener.incoming() {
+                    if stop.load(Ordering::SeqCst) {
+                        break;
+                    }
+                    // A client that went away is no matter; it says so itself.
+                    let _ = connection.and_then(|stream| answer(stream, &directory, &requests));
+                }
+            }
+        });
+        Self {
+            directory,
+            address,
+            requests,
+            stop,
+            thread: Some(thread),
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::SeqCst);
+        let woken = TcpStream::connect(self.address);
+        if let (Ok(_), Some(thread)) = (woken, self.thread.take()) {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Reads one request and answers it.
+fn answer(stream: TcpStream, directory: &Path, requests: &Mutex<Vec<String>>) -> io::Result<()> {
+    stream.set_read_timeout(Some(super::until::PATIENCE))?;
+    let mut lines = BufReader::new(stream.try_clone()?.take(64 << 10)).lines();
+    let first = lines.next().transpose()?.unwrap_or_default();
+    let path = first.split(' ').nth(1).unwrap_or_default().to_owned();
+    let mut range = None;
+    for line in lines {
+        let line = line?;
+        if line.is_empty() {
+            break;
+        }
+        if let Some((_, value)) = line
+            .split_once(": ")
+            .filter(|(key, _)| key.eq_ignore_ascii_case("range"))
+        {
+            range = Some(value.to_owned());
+        }
+    }
+    let asked = format!("GET {path} {}", range.as_deref().unwrap_or_default());
+    requests
+        .lock()
+        .expect("no request panics")
+        .push(asked.trim_end().to_owned());
+
+    let name = path.rsplit('/').next().unwrap_or_default();
+    let (status, body) = match fs::read(directory.join(name)) {
+        Err(_) => ("404 Not Found", Vec::new()),
+        Ok(body) => match range.as_deref().and_then(bounds) {
+            None => ("200 OK", body),
+            Some((from, to)) => {
+                let to = body.len().min(to.saturating_add(1));
+                ("206 Partial Content", body[from.min(to)..to].to_vec())
+            }
+        },
+    };
+    let head = format!(
+        "HTTP/1.1 {status}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
+        body.len()
+    );
+    let mut stream = stream;
+    stream.write_all(head.as_bytes())?;
+    stream.write_all(&body)
+}
+
+/// First and last position of `bytes=0-511`.
+fn bounds(range: &str) -> Option<(usize, usize)> {
+    let (from, to) = range.strip_prefix("bytes=")?.split_once('-')?;
+    Some((from.parse().ok()?, to.parse().ok()?))
+}
