@@ -1,0 +1,205 @@
+//! Programs that tests run, from Debian's packages where the system does not have them.
+//!
+//! They are unpacked in `target/debian`, never installed: nothing outside the build changes, no
+//! daemon starts, and an ordinary user can do it. apt works on lists and a cache of its own there,
+//! and reads what is installed, so that it brings just the libraries that are not.
+
+use std::fs::{self, File};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::{env, iter};
+
+use anyhow::{Context, bail, ensure};
+
+/// Each program that tests run, and the package that has it.
+const PROGRAMS: [(&str, &str); 6] = [
+    ("clamd", "clamav-daemon"),
+    ("clamscan", "clamav"),
+    ("freshclam", "clamav-freshclam"),
+    ("sigtool", "clamav"),
+    ("rsync", "rsync"),
+    ("rdiff", "rdiff"),
+];
+
+/// Where programs are started that were unpacked; the lab of `tests/` looks here, too.
+pub(crate) fn bin(target: &Path) -> PathBuf {
+    target.join("debian/bin")
+}
+
+/// Makes the programs that the system lacks available in [`bin`]. Fails with what to install.
+pub(crate) fn provide(target: &Path) -> anyhow::Result<()> {
+    let debian = target.join("debian");
+    fs::create_dir_all(&debian)?;
+    // Another run in this workspace may be at it.
+    let lock = File::create(debian.join("lock"))?;
+    lock.lock()?;
+    let missing: Vec<_> = PROGRAMS
+        .into_iter()
+        .filter(|(name, _)| !is_here(name, target))
+        .collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let mut packages: Vec<_> = missing.iter().map(|(_, package)| *package).collect();
+    packages.sort();
+    packages.dedup();
+    let names: Vec<_> = missing.iter().map(|(name, _)| *name).collect();
+    eprintln!(
+        "unpacking {} in {}, for {}",
+        packages.join(", "),
+        debian.display(),
+        names.join(", ")
+    );
+    unpack(&debian, &packages).and_then(|()| link(&debian, &names)).with_context(|| {
+        format!(
+            "no {} here, and they could not be unpacked; install them (Debian: apt-get install {})",
+            names.join(", "),
+            packages.join(" "),
+        )
+    })
+}
+
+/// Whether tests will find the program: on `PATH`, among the programs of the system, which an
+/// ordinary user may not have on it, or unpacked.
+fn is_here(name: &str, target: &Path) -> bool {
+    let path = env::var_os("PATH").unwrap_or_default();
+    env::split_paths(&path)
+        .chain(["/usr/local/sbin", "/usr/sbin"].map(PathBuf::from))
+        .chain(iter::once(bin(target)))
+        .any(|directory| directory.join(name).is_file())
+}
+
+/// Gets `packages` and what they need that is not installed, and unpacks it in `debian/root`.
+fn unpack(debian: &Path, packages: &[&str]) -> anyhow::Result<()> {
+    let archives = debian.join("cache/archives");
+    fs::create_dir_all(archives.join("partial"))?;
+    fs::create_dir_all(debian.join("lists/partial"))?;
+    // One of several sources that cannot be reached need not be the one that matters.
+    if let Err(error) = run(apt(debian).arg("update")) {
+        eprintln!("{error:#}; trying with the lists that are there");
+    }
+    run(apt(debian)
+        .args([
+            "install",
+            "--download-only",
+            "--yes",
+            "--no-install-recommends",
+        ])
+        .args(packages))?;
+    for archive in fs::read_dir(&archives)? {
+        let archive = archive?;
+        let name = archive.file_name();
+        let name = name.to_string_lossy();
+        // Programs start with the system's loader, which goes only with the system's own C library.
+        if name.ends_with(".deb") && !name.starts_with("libc6_") {
+            run(Command::new("dpkg")
+                .arg("-x")
+                .arg(archive.path())
+                .arg(debian.join("root")))?;
+        }
+    }
+    Ok(())
+}
+
+/// Makes a small script for each program, which starts it with the libraries beside it. Paths are
+/// relative to the script, so that a target directory may be moved.
+fn link(debian: &Path, names: &[&str]) -> anyhow::Result<()> {
+    let bin = debian.join("bin");
+    fs::create_dir_all(&bin)?;
+    let libraries = library_directories(debian)?;
+    let libraries = |debian: &str| {
+        let paths: Vec<_> = libraries
+            .iter()
+            .map(|path| format!("{debian}/{path}"))
+            .collect();
+        paths.join(":")
+    };
+    let here = debian.display().to_string();
+    for name in names {
+        let programs = ["usr/bin", "usr/sbin"].map(|directory| format!("root/{directory}/{name}"));
+        let program = programs
+            .into_iter()
+            .find(|program| debian.join(program).is_file());
+        let program = program.with_context(|| format!("no {name} in the packages"))?;
+
+        let mut ldd = Command::new("ldd");
+        ldd.env("LD_LIBRARY_PATH", libraries(&here))
+            .arg(debian.join(&program));
+        let needs = ldd.output().context("cannot run ldd")?;
+        let needs = String::from_utf8_lossy(&needs.stdout);
+        let lacks: Vec<_> = needs
+            .lines()
+            .filter(|line| line.contains("not found"))
+            .collect();
+        ensure!(
+            lacks.is_empty(),
+            "{name} lacks libraries: {}",
+            lacks.join(", ")
+        );
+
+        let script = format!(
+            "#!/bin/sh\ndebian=${{0%/*}}/..\nexport LD_LIBRARY_PATH=\"{}\"\n\
+             exec \"$debian/{program}\" \"$@\"\n",
+            libraries("$debian"),
+        );
+        // Whole from the moment it has its name: the name says that all of it is there.
+        let part = bin.join(format!("{name}.part"));
+        fs::write(&part, script)?;
+        fs::set_permissions(&part, fs::Permissions::from_mode(0o755))?;
+        fs::rename(part, bin.join(name))?;
+    }
+    Ok(())
+}
+
+/// Where libraries were unpacked, relative to `debian`: `lib`, `usr/lib`, and in them what is for
+/// one architecture, such as `x86_64-linux-gnu`.
+fn library_directories(debian: &Path) -> anyhow::Result<Vec<String>> {
+    let mut found = Vec::new();
+    for parent in ["root/usr/lib", "root/lib"] {
+        if !debian.join(parent).is_dir() {
+            continue;
+        }
+        for entry in fs::read_dir(debian.join(parent))? {
+            let name = entry?.file_name().to_string_lossy().into_owned();
+            if name.contains("-linux-") {
+                found.push(format!("{parent}/{name}"));
+            }
+        }
+        found.push(parent.into());
+    }
+    Ok(found)
+}
+
+/// apt-get with its state in `debian`.
+fn apt(debian: &Path) -> Command {
+    let mut apt = Command::new("apt-get");
+    apt.env("DEBIAN_FRONTEND", "noninteractive").arg("--quiet");
+    let directory = |name: &str| debian.join(name).display().to_string();
+    for option in [
+        format!("Dir::State::Lists={}", directory("lists")),
+        format!("Dir::Cache={}", directory("cache")),
+        // We hold a lock, and an ordinary user may not take dpkg's.
+        "Debug::NoLocking=1".into(),
+        // The user `_apt`, as which root's apt-get would fetch, may not be let in here.
+        "APT::Sandbox::User=root".into(),
+        "Acquire::Languages=none".into(),
+        "Acquire::Retries=2".into(),
+        "Acquire::http::Timeout=20".into(),
+    ] {
+        apt.args(["-o", &option]);
+    }
+    apt
+}
+
+/// Runs a command whose words matter only if it fails.
+fn run(command: &mut Command) -> anyhow::Result<()> {
+    let program = command.get_program().display().to_string();
+    let ran = command.stdin(Stdio::null()).output();
+    let ran = ran.with_context(|| format!("cannot run {program}"))?;
+    if !ran.status.success() {
+        let said = String::from_utf8_lossy(&ran.stderr);
+        bail!("{program} failed: {}", said.trim_end());
+    }
+    Ok(())
+}

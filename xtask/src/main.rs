@@ -1,0 +1,46 @@
+//! `cargo xtask`: what developers and CI run.
+
+mod debian;
+mod test;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::{env, path};
+
+use clap::Parser;
+
+/// What developers and CI run.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+enum Xtask {
+    Test(test::Arguments),
+}
+
+fn main() -> ExitCode {
+    let done = match Xtask::parse() {
+        Xtask::Test(arguments) => test::run(&arguments),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("\ncargo xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The root of the workspace.
+fn workspace() -> &'static Path {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    here.parent()
+        .expect("xtask is a directory of the workspace")
+}
+
+/// Cargo's target directory. What we start is told, too, since it may run in another directory.
+fn target() -> anyhow::Result<PathBuf> {
+    let target = env::var_os("CARGO_TARGET_DIR");
+    Ok(path::absolute(target.map_or_else(
+        || workspace().join("target"),
+        PathBuf::from,
+    ))?)
+}

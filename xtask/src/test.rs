@@ -1,0 +1,198 @@
+//! `cargo xtask test`: everything that has to hold before a change is done.
+
+use std::ffi::OsString;
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Instant;
+use std::{env, fs, io};
+
+use anyhow::{Context, bail};
+
+use crate::{debian, target, workspace};
+
+/// Format, lints, documentation and all tests.
+///
+/// Programs that tests run and that are not here (clamd, freshclam, rsync ...) are unpacked from
+/// Debian's packages in the target directory; nothing is installed. Tests that need what is still
+/// not here are skipped, counted and listed; with CI=true they fail.
+#[derive(clap::Args)]
+pub(crate) struct Arguments {
+    /// Also run the tests that are too slow for every run
+    #[arg(long)]
+    long: bool,
+}
+
+/// Runs all steps; the first that fails is the last.
+pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
+    let started = Instant::now();
+    let target = target()?;
+    step("format", || {
+        cargo(&["fmt", "--all", "--check"]).context("run `cargo fmt --all`, or install rustfmt")
+    })?;
+    step("programs that tests run", || {
+        match debian::provide(&target) {
+            Err(error) if env::var_os("CI").is_none_or(|ci| ci != "true") => {
+                eprintln!("{error:#}\ntests that need them will be skipped");
+                Ok(())
+            }
+            provided => provided,
+        }
+    })?;
+    step("clippy", || {
+        cargo(&[
+            "clippy",
+            "--workspace",
+            "--all-targets",
+            "--",
+            "-D",
+            "warnings",
+        ])
+        .context("mend what clippy found, or install clippy")
+    })?;
+    step("documentation", || {
+        let mut doc = command(&["doc", "--workspace", "--no-deps"]);
+        finish(doc.env("RUSTDOCFLAGS", "-D warnings")).context("mend what rustdoc found")
+    })?;
+    let not_run = target.join("not-run");
+    if not_run.exists() {
+        fs::remove_dir_all(&not_run).context("cannot forget what an earlier run skipped")?;
+    }
+    step("tests", || {
+        tests(arguments, &target).context("mend the tests that failed")
+    })?;
+    report(&not_run)?;
+    println!("all of it passed in {} s", started.elapsed().as_secs());
+    Ok(())
+}
+
+fn step(name: &str, work: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<()> {
+    eprintln!("\n== {name}");
+    let started = Instant::now();
+    work().with_context(|| format!("step `{name}` failed"))?;
+    eprintln!("== {name}: {} s", started.elapsed().as_secs());
+    Ok(())
+}
+
+/// All tests, by nextest where it is installed: it runs them side by side. It leaves out the
+/// examples in the documentation, so that they go first, and its summary comes last.
+fn tests(arguments: &Arguments, target: &Path) -> anyhow::Result<()> {
+    let prepare = |mut test: Command| -> anyhow::Result<Command> {
+        test.env("PATH", search_path(target)?)
+            .env("CARGO_TARGET_DIR", target);
+        test.env("CLAMCAST_LONG", if arguments.long { "1" } else { "0" });
+        Ok(test)
+    };
+    let nextest = Command::new("cargo")
+        .args(["nextest", "--version"])
+        .output();
+    if nextest.is_ok_and(|nextest| nextest.status.success()) {
+        finish(&mut prepare(command(&["test", "--workspace", "--doc"]))?)?;
+        finish(&mut prepare(command(&[
+            "nextest",
+            "run",
+            "--workspace",
+            "--no-fail-fast",
+        ]))?)
+    } else {
+        sum_up(prepare(command(&[
+            "test",
+            "--workspace",
+            "--no-fail-fast",
+        ]))?)
+    }
+}
+
+/// `PATH` with the programs that were unpacked, for the code that looks for them by name.
+fn search_path(target: &Path) -> anyhow::Result<OsString> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    let unpacked = std::iter::once(debian::bin(target));
+    Ok(env::join_paths(env::split_paths(&path).chain(unpacked))?)
+}
+
+/// Runs `cargo test`, which ends with one summary for each program, and adds these up.
+fn sum_up(mut test: Command) -> anyhow::Result<()> {
+    let mut child = test
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("cannot run cargo")?;
+    let output = child.stdout.take().expect("it was piped");
+    let (mut passed, mut failed) = (0, 0);
+    for line in BufReader::new(output).split(b'\n') {
+        let line = String::from_utf8_lossy(&line?).into_owned();
+        println!("{line}");
+        // test result: ok. 4 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; ...
+        let words: Vec<_> = line
+            .split([' ', ';'])
+            .filter(|word| !word.is_empty())
+            .collect();
+        if let ["test", "result:", _, good, "passed", bad, "failed", ..] = words[..] {
+            passed += good.parse::<usize>()?;
+            failed += bad.parse::<usize>()?;
+        }
+    }
+    let status = child.wait()?;
+    println!(
+        "\nSummary: {} tests run: {passed} passed, {failed} failed",
+        passed + failed
+    );
+    if !status.success() {
+        bail!("cargo test ended with {status}");
+    }
+    Ok(())
+}
+
+/// Counts and lists the tests that passed without having run: the lab of `tests/` leaves a file
+/// for each, named as the test, with the reason in it.
+fn report(not_run: &Path) -> anyhow::Result<()> {
+    let skipped = names(&not_run.join("skipped"))?;
+    println!(
+        "\n{} tests were skipped for what this machine lacks",
+        skipped.len()
+    );
+    for name in &skipped {
+        let reason = fs::read_to_string(not_run.join("skipped").join(name))?;
+        println!("  {name}: {reason}");
+    }
+    let long = names(&not_run.join("long"))?;
+    if !long.is_empty() {
+        println!(
+            "{} long tests were left out; `cargo xtask test --long` runs them",
+            long.len()
+        );
+    }
+    Ok(())
+}
+
+fn names(directory: &Path) -> anyhow::Result<Vec<String>> {
+    let entries = match fs::read_dir(directory) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.with_context(|| format!("cannot list {}", directory.display()))?,
+    };
+    let mut names = entries
+        .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
+        .collect::<io::Result<Vec<_>>>()?;
+    names.sort();
+    Ok(names)
+}
+
+fn cargo(arguments: &[&str]) -> anyhow::Result<()> {
+    finish(&mut command(arguments))
+}
+
+fn command(arguments: &[&str]) -> Command {
+    let mut command = Command::new("cargo");
+    command
+        .args(arguments)
+        .current_dir(workspace())
+        .stdin(Stdio::null());
+    command
+}
+
+fn finish(command: &mut Command) -> anyhow::Result<()> {
+    let status = command.status().context("cannot run cargo")?;
+    if !status.success() {
+        bail!("cargo ended with {status}");
+    }
+    Ok(())
+}
