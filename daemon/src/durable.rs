@@ -1,0 +1,172 @@
+//! Files and directories that survive a crash: a name holds the old content or the new one, never
+//! a part, and what was acknowledged is on disk.
+
+use std::fs::{DirBuilder, File, OpenOptions, Permissions, TryLockError};
+use std::io::{self, Read as _, Write as _};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+
+/// Replaces the content of `path` by `bytes`, with permissions `mode` from the first byte on, so
+/// that a private key is never readable by others, not even for a moment.
+///
+/// Written beside the target, synced, renamed, and the directory synced: after a crash there is the
+/// old file or the new one, and after `Ok` it is the new one.
+pub fn write(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
+    let directory = directory_of(path);
+    let mut file = tempfile::Builder::new()
+        .prefix(".")
+        .suffix(".new")
+        .permissions(Permissions::from_mode(mode))
+        .tempfile_in(directory)?;
+    file.write_all(bytes)?;
+    // The umask may have taken bits away that the caller wants others to have.
+    file.as_file()
+        .set_permissions(Permissions::from_mode(mode))?;
+    file.as_file().sync_all()?;
+    file.persist(path).map_err(|error| error.error)?;
+    sync_dir(directory)
+}
+
+/// Makes the names in a directory durable: a rename, a link or a removal counts only after this.
+pub fn sync_dir(path: &Path) -> io::Result<()> {
+    File::open(path)?.sync_all()
+}
+
+/// Makes a directory, and its parents, with permissions `mode`. One that is there already stays as
+/// it is.
+pub fn create_dir(path: &Path, mode: u32) -> io::Result<()> {
+    if path.is_dir() {
+        return Ok(());
+    }
+    DirBuilder::new().recursive(true).mode(mode).create(path)?;
+    sync_dir(directory_of(path))
+}
+
+/// Holds a lock file until it is dropped. The kernel gives it up when the process dies, so a crash
+/// never leaves one behind.
+#[derive(Debug)]
+pub struct LockGuard {
+    _file: File,
+}
+
+/// Why a lock was not got.
+#[derive(Debug, thiserror::Error)]
+pub enum LockError {
+    /// Somebody else has it.
+    #[error("{path} is locked by another process{holder}; stop that one first")]
+    Held {
+        /// The lock file.
+        path: PathBuf,
+        /// ` (pid N)`, if it said so.
+        holder: String,
+    },
+    /// The lock file cannot be used.
+    #[error("cannot lock {path}")]
+    Io {
+        /// The lock file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// Takes the exclusive lock `path`, without waiting. The file, which is made if need be, names the
+/// holder's pid for people to read.
+pub fn lock(path: &Path) -> Result<LockGuard, LockError> {
+    let failed = |source| LockError::Io {
+        path: path.to_owned(),
+        source,
+    };
+    let mut file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(path)
+        .map_err(failed)?;
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => {
+            return Err(LockError::Held {
+                path: path.to_owned(),
+                holder: holder(file),
+            });
+        }
+        Err(TryLockError::Error(source)) => return Err(failed(source)),
+    }
+    file.set_len(0).map_err(failed)?;
+    writeln!(file, "{}", std::process::id()).map_err(failed)?;
+    Ok(LockGuard { _file: file })
+}
+
+/// What the lock file says about its holder, for the message.
+fn holder(file: File) -> String {
+    let mut text = String::new();
+    let read = file.take(20).read_to_string(&mut text); // a pid has at most 10 digits
+    match (read, text.trim().parse::<u32>()) {
+        (Ok(_), Ok(pid)) => format!(" (pid {pid})"),
+        (Ok(_) | Err(_), _) => String::new(),
+    }
+}
+
+/// The directory that holds `path`.
+fn directory_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        Some(_) | None => Path::new("."),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    fn mode(path: &Path) -> u32 {
+        fs::metadata(path).unwrap().permissions().mode() & 0o7777
+    }
+
+    #[test]
+    fn a_write_replaces_content_and_mode_and_leaves_nothing_beside() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("key");
+        write(&path, b"public", 0o644).unwrap();
+        assert_eq!(mode(&path), 0o644);
+        write(&path, b"secret", 0o600).unwrap();
+        assert_eq!(mode(&path), 0o600);
+        assert_eq!(fs::read(&path).unwrap(), b"secret");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_failed_write_leaves_the_old_content_and_nothing_beside() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("target");
+        fs::create_dir(&path).unwrap(); // a file cannot be renamed over a directory
+        assert!(write(&path, b"bytes", 0o600).is_err());
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_directory_is_made_with_its_parents_and_an_existing_one_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a/b");
+        create_dir(&path, 0o700).unwrap();
+        assert_eq!((mode(&path), mode(&dir.path().join("a"))), (0o700, 0o700));
+        create_dir(&path, 0o755).unwrap();
+        assert_eq!(mode(&path), 0o700);
+    }
+
+    #[test]
+    fn a_lock_has_one_holder_and_names_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lock");
+        let held = lock(&path).unwrap();
+        let refused = lock(&path).unwrap_err().to_string();
+        let pid = std::process::id();
+        assert!(refused.contains(&format!("(pid {pid})")), "{refused}");
+        drop(held);
+        lock(&path).unwrap();
+    }
+}

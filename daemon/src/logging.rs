@@ -1,0 +1,87 @@
+//! The daemons' log: on stderr, for a person at a terminal or for the systemd journal.
+
+use std::io::{self, IsTerminal as _};
+use std::os::fd::AsFd as _;
+
+use nix::sys::stat::fstat;
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::ParseError;
+
+/// The variable that overrides what is logged, in the syntax of tracing's `EnvFilter`, for example
+/// `clamcast=debug,quinn=info`.
+pub const FILTER_VARIABLE: &str = "CLAMCAST_LOG";
+
+/// Starts the log: `verbosity` 0 shows what an operator cares about, 1 adds details, 2 everything.
+/// Of other crates only warnings. `CLAMCAST_LOG` overrides all of it; if it cannot be understood,
+/// that is logged and `verbosity` counts. A second call changes nothing.
+pub fn start(verbosity: u8) {
+    let (filter, problem) = filter(std::env::var(FILTER_VARIABLE).ok(), verbosity);
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal() && !is_set("NO_COLOR"));
+    // The first log to start stays, as tests that run several daemons in one process need it.
+    let _ = if journal_reads_stderr() {
+        log.without_time().try_init() // the journal stamps every line itself
+    } else {
+        log.try_init()
+    };
+    if let Some(error) = problem {
+        tracing::warn!(%error, "{FILTER_VARIABLE} is not a log filter, ignoring it");
+    }
+}
+
+/// The filter that counts, and what was wrong with the one of the environment.
+fn filter(environment: Option<String>, verbosity: u8) -> (EnvFilter, Option<ParseError>) {
+    let level = match verbosity {
+        0 => "info",
+        1 => "debug",
+        2.. => "trace",
+    };
+    // A target matches by its beginning, so this is every crate of ours.
+    let ours = || EnvFilter::new(format!("warn,clamcast={level}"));
+    let Some(text) = environment.filter(|text| !text.trim().is_empty()) else {
+        return (ours(), None);
+    };
+    match EnvFilter::try_new(text) {
+        Ok(filter) => (filter, None),
+        Err(error) => (ours(), Some(error)),
+    }
+}
+
+/// Whether the variable is set to anything (<https://no-color.org>: not empty).
+fn is_set(variable: &str) -> bool {
+    std::env::var_os(variable).is_some_and(|value| !value.is_empty())
+}
+
+/// Whether stderr goes to the journal: systemd names the device and inode of the stream it set up
+/// (systemd.exec(5)), which a child that redirects its stderr inherits without meaning it.
+fn journal_reads_stderr() -> bool {
+    let Ok(stream) = std::env::var("JOURNAL_STREAM") else {
+        return false;
+    };
+    fstat(io::stderr().as_fd())
+        .is_ok_and(|stat| stream == format!("{}:{}", stat.st_dev, stat.st_ino))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(environment: Option<&str>, verbosity: u8, filter_text: &str, understood: bool) {
+        let (found, problem) = filter(environment.map(str::to_owned), verbosity);
+        let mut parts: Vec<_> = found.to_string().split(',').map(str::to_owned).collect();
+        parts.sort();
+        assert_eq!(parts.join(","), filter_text);
+        assert_eq!(problem.is_none(), understood);
+    }
+
+    #[test]
+    fn the_environment_overrides_verbosity_if_it_can_be_understood() {
+        check(None, 0, "clamcast=info,warn", true);
+        check(None, 1, "clamcast=debug,warn", true);
+        check(Some(""), 2, "clamcast=trace,warn", true);
+        check(Some("quinn=debug"), 2, "quinn=debug", true);
+        check(Some("clamcast=loud"), 0, "clamcast=info,warn", false);
+    }
+}
