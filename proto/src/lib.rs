@@ -5,6 +5,7 @@
 //! `Read`.
 
 pub mod container;
+pub mod delta;
 pub mod digest;
 pub mod dsse;
 pub mod fresh;
