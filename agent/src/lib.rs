@@ -1,2 +1,3 @@
 //! (being written)
+pub mod clamd;
 pub mod install;
