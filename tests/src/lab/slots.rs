@@ -21,20 +21,19 @@ pub(super) struct Slot(#[expect(dead_code, reason = "it is there to hold the loc
 /// want both slots cannot get one each.
 pub(super) fn take<const N: usize>() -> [Slot; N] {
     const { assert!(N <= CLAMDS_MAX, "there are not so many slots") };
-    let directory = target().join("clamd-slots");
-    fs::create_dir_all(&directory).expect("the target directory can be written");
-    let _gate = until(WAIT_MAX, "turn to start a clamd", || {
-        lock(&directory.join("gate"))
-    });
-    std::array::from_fn(|_| {
-        Slot(until(WAIT_MAX, "another test's clamd to end", || {
-            (0..CLAMDS_MAX).find_map(|slot| lock(&directory.join(slot.to_string())))
-        }))
-    })
+    let _gate = until(WAIT_MAX, "turn to start a clamd", || lock("gate"));
+    std::array::from_fn(|_| Slot(until(WAIT_MAX, "another test's clamd to end", free)))
 }
 
-fn lock(path: &Path) -> Option<File> {
-    let file = File::create(path).expect("the target directory can be written");
+fn free() -> Option<File> {
+    (0..CLAMDS_MAX).find_map(|slot| lock(&slot.to_string()))
+}
+
+fn lock(name: &str) -> Option<File> {
+    let directory = target().join("clamd-slots");
+    fs::create_dir_all(&directory).expect("the target directory can be written");
+    let path = directory.join(name);
+    let file = File::create(&path).expect("the target directory can be written");
     match file.try_lock() {
         Ok(()) => Some(file),
         Err(TryLockError::WouldBlock) => None,
