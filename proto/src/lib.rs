@@ -4,6 +4,7 @@
 //! randomness. Time is an argument (`clippy.toml` holds that), bytes come in as slices or as
 //! `Read`.
 
+pub mod audit;
 pub mod container;
 pub mod delta;
 pub mod digest;
