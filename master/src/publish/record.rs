@@ -1,0 +1,234 @@
+//! What a publisher remembers beside its generations, each in a file of its own in the state
+//! directory. A change is on disk before it counts.
+
+use std::fmt;
+use std::sync::Arc;
+
+use clamcast_proto::dsse::{Envelope, Verified};
+use clamcast_proto::keys::KeySet;
+use clamcast_proto::manifest::{Manifest, Publisher};
+use clamcast_proto::{Digest, Position};
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use crate::chain;
+use crate::store::{Store, StoreError};
+
+/// Rejected contents that are remembered. Only the newest can come back: a mirror goes forward.
+pub const REJECTED_MAX: usize = 100;
+
+const PUBLISHER: &str = "publisher";
+const ADOPTED: &str = "adopted.json";
+const REFUSED: &str = "refused.json";
+const REJECTED: &str = "rejected.json";
+
+#[derive(Debug)]
+pub(super) struct Records {
+    pub(super) publisher: Identity,
+    /// The highest manifest that agents reported and that was not made here.
+    pub(super) adopted: Option<Arc<Verified<Manifest>>>,
+    pub(super) refusal: Option<Refusal>,
+    pub(super) rejected: Vec<Rejected>,
+}
+
+/// Who publishes from this state directory.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub(super) struct Identity {
+    /// Random at first.
+    pub(super) id: Publisher,
+    /// Whether any agent ever accepted a generation under that id.
+    pub(super) accepted: bool,
+}
+
+/// Why the mirror's state is not published.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Refusal {
+    /// Whether an operator may overrule it.
+    pub kind: RefusalKind,
+    /// What is wrong and what can be done.
+    pub reason: String,
+    /// When it was found first.
+    pub since: Timestamp,
+}
+
+/// What an operator can do about a refusal.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RefusalKind {
+    /// `publish --accept REASON`.
+    Held,
+    /// Repair the mirror.
+    Refused,
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kind = match self.kind {
+            RefusalKind::Held => "held",
+            RefusalKind::Refused => "refused",
+        };
+        write!(f, "{kind}: {}", self.reason)
+    }
+}
+
+/// A content that the fleet did not want.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Rejected {
+    /// The content digest.
+    pub content: Digest,
+    /// The generation that had it.
+    pub position: Position,
+    /// What became of that generation: `halted`, `aborted`, `rolled back`.
+    pub outcome: String,
+    /// When.
+    pub since: Timestamp,
+}
+
+impl fmt::Display for Rejected {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            position, outcome, ..
+        } = self;
+        write!(
+            f,
+            "the mirror has the databases of generation {position}, which was {outcome}; \
+             `publish --accept REASON` to publish them again"
+        )
+    }
+}
+
+impl Records {
+    /// Reads them, or makes the first ones.
+    pub(super) fn load(store: &Store, keys: &Verified<KeySet>) -> Result<Self, StoreError> {
+        let publisher = match store.load(PUBLISHER)? {
+            Some(publisher) => publisher,
+            None => {
+                // Lost on its own: the generations still say who we are, and agents heard of them.
+                let current = store.current().map(|current| current.publisher.clone());
+                let accepted = current.is_some();
+                let id =
+                    current.unwrap_or_else(|| Publisher(hex::encode(rand::random::<[u8; 16]>())));
+                let publisher = Identity { id, accepted };
+                store.save(PUBLISHER, &publisher)?;
+                publisher
+            }
+        };
+        let adopted = store.load::<Envelope>(ADOPTED)?;
+        let adopted = adopted.and_then(|envelope| {
+            match Manifest::verify(&envelope, &keys.manifest) {
+                Ok(manifest) => Some(Arc::new(manifest)),
+                Err(error) => {
+                    // Of a former epoch or key. Numbers begin anew with an epoch.
+                    tracing::debug!(error = %chain(&error), "an adopted manifest no longer counts");
+                    None
+                }
+            }
+        });
+        Ok(Self {
+            publisher,
+            adopted,
+            refusal: store.load(REFUSED)?,
+            rejected: store.load(REJECTED)?.unwrap_or_default(),
+        })
+    }
+
+    /// Whether the fleet is past `current`, or has another generation of that number.
+    pub(super) fn is_passed(&self, current: &Verified<Manifest>) -> bool {
+        self.adopted
+            .as_ref()
+            .is_some_and(|adopted| adopted.position() >= current.position())
+    }
+
+    pub(super) fn mark_accepted(&mut self, store: &Store) -> Result<(), StoreError> {
+        if self.publisher.accepted {
+            return Ok(());
+        }
+        let mut publisher = self.publisher.clone();
+        publisher.accepted = true;
+        store.save(PUBLISHER, &publisher)?;
+        self.publisher = publisher;
+        Ok(())
+    }
+
+    /// Remembers how far the fleet is, and speaks under the publisher id that it listens to.
+    ///
+    /// A crash between the two writes leaves the old id with the higher number; the next report
+    /// of the same manifest is known then, so the id goes first.
+    pub(super) fn adopt(
+        &mut self,
+        manifest: Verified<Manifest>,
+        store: &Store,
+    ) -> Result<(), StoreError> {
+        let publisher = Identity {
+            id: manifest.publisher.clone(),
+            accepted: true,
+        };
+        store.save(PUBLISHER, &publisher)?;
+        self.publisher = publisher;
+        store.save(ADOPTED, manifest.envelope())?;
+        self.adopted = Some(Arc::new(manifest));
+        Ok(())
+    }
+
+    /// Remembers why nothing is published, and since when.
+    pub(super) fn refuse(
+        &mut self,
+        kind: RefusalKind,
+        reason: String,
+        now: Timestamp,
+        store: &Store,
+    ) -> Result<Refusal, StoreError> {
+        if let Some(known) = &self.refusal
+            && (known.kind, &known.reason) == (kind, &reason)
+        {
+            return Ok(known.clone());
+        }
+        let refusal = Refusal {
+            kind,
+            reason,
+            since: now,
+        };
+        store.save(REFUSED, &refusal)?;
+        self.refusal = Some(refusal.clone());
+        Ok(refusal)
+    }
+
+    pub(super) fn clear_refusal(&mut self, store: &Store) -> Result<(), StoreError> {
+        if self.refusal.is_some() {
+            store.forget(REFUSED)?;
+            self.refusal = None;
+        }
+        Ok(())
+    }
+
+    pub(super) fn rejection(&self, content: Digest) -> Option<Rejected> {
+        let mut rejected = self.rejected.iter();
+        rejected.find(|it| it.content == content).cloned()
+    }
+
+    pub(super) fn reject(&mut self, new: Rejected, store: &Store) -> Result<(), StoreError> {
+        let mut rejected = self.rejected.clone();
+        rejected.retain(|known| known.content != new.content);
+        rejected.push(new);
+        let surplus = rejected.len().saturating_sub(REJECTED_MAX);
+        rejected.drain(..surplus);
+        store.save(REJECTED, &rejected)?;
+        self.rejected = rejected;
+        Ok(())
+    }
+
+    /// Forgets that a content was rejected, once an operator had it published again.
+    pub(super) fn clear_rejection(
+        &mut self,
+        content: Digest,
+        store: &Store,
+    ) -> Result<(), StoreError> {
+        let mut rejected = self.rejected.clone();
+        rejected.retain(|known| known.content != content);
+        if rejected.len() != self.rejected.len() {
+            store.save(REJECTED, &rejected)?;
+            self.rejected = rejected;
+        }
+        Ok(())
+    }
+}

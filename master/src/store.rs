@@ -1,0 +1,491 @@
+//! The master's state directory: captured files by their digest, published generations by their
+//! position, and the encodings in which files travel.
+//!
+//! ```text
+//! lock                        held while a master runs: there is one at a time
+//! objects/SHA256              a captured file, 0444, never changed
+//! generations/EPOCH-NUMBER.json   a published manifest in its envelope
+//! keys/VERSION.json           every key set that manifests were published under
+//! deltas/FROM-TO.v1           how to make one object from another
+//! fulls/SHA256.zst            an object, compressed
+//! tmp/                        files in the making; emptied at start
+//! ```
+//!
+//! Objects and generations are named by what they hold and never change, so whoever opened one may
+//! read on while it is removed, and a write that is repeated after a crash is a no-op.
+
+mod encode;
+mod map;
+
+use std::collections::{BTreeMap, HashSet};
+use std::fs::{self, File, Permissions};
+use std::io::{self, Read as _};
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError, RwLock};
+
+use clamcast_daemon::durable::{self, LockError, LockGuard};
+use clamcast_proto::dsse::{Envelope, PublicKey, Verified};
+use clamcast_proto::keys::KeySet;
+use clamcast_proto::manifest::{DATABASE_BYTES_MAX, Manifest};
+use clamcast_proto::{Digest, Epoch, Generation, Position};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use sha2::{Digest as _, Sha256};
+
+use crate::chain;
+
+pub use encode::Encoded;
+use encode::Encoder;
+
+/// Longest file of ours that is read whole: the envelope of the largest manifest, indented.
+const RECORD_BYTES_MAX: u64 = 2 << 20;
+
+/// How much of a file is read at a time.
+const BUFFER_BYTES: usize = 256 << 10;
+
+/// The state directory of a running master. Cheap to share; all methods block on the disk.
+#[derive(Debug)]
+pub struct Store {
+    directory: PathBuf,
+    generations: RwLock<Generations>,
+    encoder: Encoder,
+    _lock: LockGuard,
+}
+
+#[derive(Debug, Default)]
+struct Generations {
+    manifests: BTreeMap<Position, Arc<Verified<Manifest>>>,
+    /// The highest position that a file name takes, also one that cannot be read any more.
+    taken: Option<Position>,
+}
+
+/// Why the state directory could not be used.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// Another master runs on it.
+    #[error("the state directory is in use; one master at a time may publish from it")]
+    Locked(#[source] LockError),
+    /// A file or directory of ours.
+    #[error("cannot {action} {}", path.display())]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// A record of ours is not what we write.
+    #[error("{} is damaged; restore it from a backup, or remove it", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What the parser says.
+        source: serde_json::Error,
+    },
+    /// A record is longer than we write.
+    #[error("{} has more than {limit} bytes; restore it from a backup, or remove it", path.display())]
+    TooLong {
+        /// The file.
+        path: PathBuf,
+        /// The bound.
+        limit: u64,
+    },
+    /// A captured file is larger than clamd could load.
+    #[error("the file has more than {limit} bytes, which clamd does not load")]
+    TooLarge {
+        /// The bound.
+        limit: u64,
+    },
+    /// An object that no kept generation needs, or that somebody removed.
+    #[error("object {digest} is not in the store")]
+    NoObject {
+        /// Its name.
+        digest: Digest,
+    },
+    /// Generations only go up.
+    #[error("generation {offered} is not above {taken}, which was published before")]
+    NotAbove {
+        /// The new one.
+        offered: Position,
+        /// The highest so far.
+        taken: Position,
+    },
+    /// A delta could not be made, or did not make the file it should.
+    #[error("cannot make the delta from {from} to {to}")]
+    Delta {
+        /// The old object.
+        from: Digest,
+        /// The new object.
+        to: Digest,
+        /// Why.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The encoding failed for another asker who was first.
+    #[error("cannot encode object {to}")]
+    Shared {
+        /// The object.
+        to: Digest,
+        /// What the first asker met.
+        source: Arc<StoreError>,
+    },
+}
+
+impl Store {
+    /// Opens the state directory, which is made if need be, and takes its lock.
+    ///
+    /// The key set is remembered, so that generations that were published under it are still
+    /// believed when a later one has other keys. A generation that cannot be read any more is
+    /// warned of, and its number is never given away again.
+    pub fn open(directory: &Path, keys: &Verified<KeySet>) -> Result<Self, StoreError> {
+        for name in [
+            "",
+            "objects",
+            "generations",
+            "keys",
+            "deltas",
+            "fulls",
+            "tmp",
+        ] {
+            let path = directory.join(name);
+            durable::create_dir(&path, 0o750).map_err(io_error("create", &path))?;
+        }
+        let lock = durable::lock(&directory.join("lock")).map_err(StoreError::Locked)?;
+        let store = Self {
+            directory: directory.to_owned(),
+            generations: RwLock::default(),
+            encoder: Encoder::default(),
+            _lock: lock,
+        };
+        store.clear_temporary()?;
+        store.save(&format!("keys/{}.json", keys.version), keys.envelope())?;
+        let signers = store.signers(keys)?;
+        *store.write_generations() = store.load_generations(&signers)?;
+        Ok(store)
+    }
+
+    /// The state directory.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// The highest generation.
+    pub fn current(&self) -> Option<Arc<Verified<Manifest>>> {
+        let generations = self.read_generations();
+        generations.manifests.values().next_back().cloned()
+    }
+
+    /// The generation at a position, if it is still kept.
+    pub fn manifest(&self, position: Position) -> Option<Arc<Verified<Manifest>>> {
+        self.read_generations().manifests.get(&position).cloned()
+    }
+
+    /// Every generation that is kept, oldest first.
+    pub fn manifests(&self) -> Vec<Arc<Verified<Manifest>>> {
+        self.read_generations()
+            .manifests
+            .values()
+            .cloned()
+            .collect()
+    }
+
+    /// The highest position that was ever given away here.
+    pub(crate) fn taken(&self) -> Option<Position> {
+        self.read_generations().taken
+    }
+
+    /// Keeps a new generation. When this returns it is on disk, and only then may it be offered.
+    pub(crate) fn add(
+        &self,
+        manifest: Verified<Manifest>,
+    ) -> Result<Arc<Verified<Manifest>>, StoreError> {
+        let position = manifest.position();
+        let mut generations = self.write_generations();
+        if let Some(taken) = generations.taken.filter(|taken| *taken >= position) {
+            let offered = position;
+            return Err(StoreError::NotAbove { offered, taken });
+        }
+        self.save(&generation_name(position), manifest.envelope())?;
+        let manifest = Arc::new(manifest);
+        generations.taken = Some(position);
+        generations.manifests.insert(position, manifest.clone());
+        Ok(manifest)
+    }
+
+    /// Where the object of this digest is, whether it is there or not.
+    pub fn object(&self, digest: &Digest) -> PathBuf {
+        self.directory.join("objects").join(digest.to_string())
+    }
+
+    /// Copies an open file into the store and returns its digest and length in bytes.
+    ///
+    /// What is hashed is what was written here, not what the source has afterwards. An object that
+    /// is there already is not written again.
+    pub(crate) fn import(&self, source: &File) -> Result<(Digest, u64), StoreError> {
+        let temporary = self.temporary()?;
+        let path = temporary.path().to_owned();
+        let cloned = reflink_copy::reflink_file(source, temporary.as_file()).is_ok();
+        let hashed = if cloned {
+            let clone = temporary.reopen().map_err(io_error("open", &path))?;
+            copy_hashed(&clone, &mut io::sink())
+        } else {
+            copy_hashed(source, &mut temporary.as_file())
+        };
+        let (digest, length) = hashed.map_err(io_error("copy a mirror file to", &path))?;
+        if length > DATABASE_BYTES_MAX {
+            let limit = DATABASE_BYTES_MAX;
+            return Err(StoreError::TooLarge { limit });
+        }
+        let object = self.object(&digest);
+        if !object.is_file() {
+            self.keep(temporary, &object)?;
+        }
+        Ok((digest, length))
+    }
+
+    /// Opens an object for reading.
+    pub(crate) fn open_object(&self, digest: &Digest) -> Result<File, StoreError> {
+        let path = self.object(digest);
+        File::open(&path).map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound => StoreError::NoObject { digest: *digest },
+            _ => io_error("open", &path)(error),
+        })
+    }
+
+    /// A new file of ours in `tmp/`, removed again unless it is kept.
+    fn temporary(&self) -> Result<tempfile::NamedTempFile, StoreError> {
+        let directory = self.directory.join("tmp");
+        tempfile::NamedTempFile::new_in(&directory)
+            .map_err(io_error("create a file in", &directory))
+    }
+
+    /// A new directory in `tmp/`, removed when it is dropped.
+    pub(crate) fn temporary_directory(&self) -> Result<tempfile::TempDir, StoreError> {
+        let directory = self.directory.join("tmp");
+        tempfile::tempdir_in(&directory).map_err(io_error("create a directory in", &directory))
+    }
+
+    /// Gives a finished file its name. It is read-only from then on, since whoever maps or sends it
+    /// relies on it; and on disk, since a generation will name it.
+    fn keep(&self, file: tempfile::NamedTempFile, path: &Path) -> Result<(), StoreError> {
+        let directory = path.parent().expect("our files are in directories");
+        let kept = file
+            .as_file()
+            .set_permissions(Permissions::from_mode(0o444))
+            .and_then(|()| file.as_file().sync_all())
+            .and_then(|()| file.persist(path).map_err(|error| error.error))
+            .and_then(|_| durable::sync_dir(directory));
+        kept.map_err(io_error("write", path))
+    }
+
+    /// Writes a record of ours durably.
+    pub(crate) fn save(&self, name: &str, record: &impl Serialize) -> Result<(), StoreError> {
+        let path = self.directory.join(name);
+        let mut json = serde_json::to_vec_pretty(record).expect("our own records serialise");
+        json.push(b'\n');
+        durable::write(&path, &json, 0o640).map_err(io_error("write", &path))
+    }
+
+    /// Reads a record of ours; `None` if it was never written.
+    pub(crate) fn load<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>, StoreError> {
+        let path = self.directory.join(name);
+        let file = match File::open(&path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(io_error("open", &path)(error)),
+        };
+        let mut json = Vec::new();
+        file.take(RECORD_BYTES_MAX + 1)
+            .read_to_end(&mut json)
+            .map_err(io_error("read", &path))?;
+        if json.len() as u64 > RECORD_BYTES_MAX {
+            let limit = RECORD_BYTES_MAX;
+            return Err(StoreError::TooLong { path, limit });
+        }
+        let record = serde_json::from_slice(&json);
+        record
+            .map(Some)
+            .map_err(|source| StoreError::Damaged { path, source })
+    }
+
+    /// Removes a record of ours, if it is there.
+    pub(crate) fn forget(&self, name: &str) -> Result<(), StoreError> {
+        let path = self.directory.join(name);
+        match fs::remove_file(&path) {
+            Ok(()) => durable::sync_dir(&self.directory).map_err(io_error("sync", &self.directory)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(io_error("remove", &path)(error)),
+        }
+    }
+
+    /// Keeps the newest `generations` and removes the older ones with every object and encoding
+    /// that none of the kept ones needs. At least the current one stays.
+    ///
+    /// Manifests go first: a crash in between leaves objects that nothing names, and the next call
+    /// removes them.
+    pub(crate) fn retain(&self, generations: usize) -> Result<(), StoreError> {
+        let mut kept = self.write_generations();
+        let surplus = kept.manifests.len().saturating_sub(generations.max(1));
+        let old: Vec<_> = kept.manifests.keys().take(surplus).copied().collect();
+        for position in old {
+            let path = self.directory.join(generation_name(position));
+            fs::remove_file(&path).map_err(io_error("remove", &path))?;
+            kept.manifests.remove(&position);
+        }
+        let needed: HashSet<String> = kept
+            .manifests
+            .values()
+            .flat_map(|manifest| &manifest.files)
+            .map(|file| file.sha256.to_string())
+            .collect();
+        drop(kept);
+        self.sweep("objects", |name| needed.contains(name))?;
+        self.sweep("fulls", |name| {
+            name.strip_suffix(".zst")
+                .is_some_and(|digest| needed.contains(digest))
+        })?;
+        self.sweep("deltas", |name| {
+            let pair = name
+                .strip_suffix(".v1")
+                .and_then(|pair| pair.split_once('-'));
+            pair.is_some_and(|(from, to)| needed.contains(from) && needed.contains(to))
+        })?;
+        self.encoder
+            .retain(|digest| needed.contains(&digest.to_string()));
+        Ok(())
+    }
+
+    /// Removes the files of a directory whose names are not to be kept.
+    fn sweep(&self, directory: &str, keep: impl Fn(&str) -> bool) -> Result<(), StoreError> {
+        let directory = self.directory.join(directory);
+        for path in entries(&directory)? {
+            let name = path.file_name().unwrap_or_default();
+            if !name.to_str().is_some_and(&keep) {
+                fs::remove_file(&path).map_err(io_error("remove", &path))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes what a crash left in the making.
+    fn clear_temporary(&self) -> Result<(), StoreError> {
+        for path in entries(&self.directory.join("tmp"))? {
+            let removed = if path.is_dir() {
+                fs::remove_dir_all(&path)
+            } else {
+                fs::remove_file(&path)
+            };
+            removed.map_err(io_error("remove", &path))?;
+        }
+        Ok(())
+    }
+
+    /// The manifest keys of every key set that was in use here, as far as the root in use signed
+    /// it.
+    fn signers(&self, keys: &Verified<KeySet>) -> Result<Vec<PublicKey>, StoreError> {
+        let mut signers = keys.manifest.clone();
+        for path in entries(&self.directory.join("keys"))? {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            let set = self.load::<Envelope>(&format!("keys/{name}"));
+            match set.map(|set| set.map(|set| KeySet::verify_by(&set, &keys.root))) {
+                Ok(Some(Ok(set))) => signers.extend(set.manifest.iter().cloned()),
+                Ok(None) => {}
+                Ok(Some(Err(error))) => {
+                    tracing::warn!(path = %path.display(), error = %chain(&error), "a former key set is not believed");
+                }
+                Err(error) => {
+                    tracing::warn!(path = %path.display(), error = %chain(&error), "a former key set cannot be read");
+                }
+            }
+        }
+        Ok(signers)
+    }
+
+    fn load_generations(&self, signers: &[PublicKey]) -> Result<Generations, StoreError> {
+        let mut generations = Generations::default();
+        for path in entries(&self.directory.join("generations"))? {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            let Some(position) = generation_position(&name) else {
+                tracing::warn!(path = %path.display(), "not a generation of ours, ignored");
+                continue;
+            };
+            generations.taken = generations.taken.max(Some(position));
+            let name = generation_name(position);
+            let problem = match self.load::<Envelope>(&name) {
+                Ok(None) => continue,
+                Ok(Some(envelope)) => match Manifest::verify(&envelope, signers) {
+                    Ok(manifest) if manifest.position() == position => {
+                        generations.manifests.insert(position, Arc::new(manifest));
+                        continue;
+                    }
+                    Ok(manifest) => format!("it holds generation {}", manifest.position()),
+                    Err(error) => chain(&error),
+                },
+                Err(error) => chain(&error),
+            };
+            tracing::warn!(path = %path.display(), problem, "a generation is lost; the next one gets a higher number");
+        }
+        Ok(generations)
+    }
+
+    fn read_generations(&self) -> std::sync::RwLockReadGuard<'_, Generations> {
+        // Every change is one insertion or removal: what a panic leaves behind is whole.
+        self.generations
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write_generations(&self) -> std::sync::RwLockWriteGuard<'_, Generations> {
+        self.generations
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StoreError {
+    let path = path.to_owned();
+    move |source| StoreError::Io {
+        action,
+        path,
+        source,
+    }
+}
+
+/// Copies `source` from its beginning, but no more than one byte past what clamd could load, and
+/// hashes what was written.
+fn copy_hashed(mut source: &File, target: &mut impl io::Write) -> io::Result<(Digest, u64)> {
+    let mut hasher = Sha256::new();
+    let mut length = 0;
+    let mut buffer = vec![0; BUFFER_BYTES];
+    while length <= DATABASE_BYTES_MAX {
+        let count = match source.read(&mut buffer) {
+            Ok(0) => break,
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) => return Err(error),
+        };
+        target.write_all(&buffer[..count])?;
+        hasher.update(&buffer[..count]);
+        length += count as u64;
+    }
+    Ok((Digest::finish(hasher), length))
+}
+
+fn entries(directory: &Path) -> Result<Vec<PathBuf>, StoreError> {
+    let listed = fs::read_dir(directory)
+        .and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect());
+    listed.map_err(io_error("list", directory))
+}
+
+fn generation_name(position: Position) -> String {
+    let Position { epoch, generation } = position;
+    format!("generations/{epoch}-{generation}.json")
+}
+
+fn generation_position(file_name: &str) -> Option<Position> {
+    let (epoch, generation) = file_name.strip_suffix(".json")?.split_once('-')?;
+    let epoch = Epoch(epoch.parse().ok()?);
+    let generation = Generation::new(generation.parse().ok()?)?;
+    Some(Position { epoch, generation })
+}
