@@ -2,7 +2,9 @@
 //! the audit log on disk, and the manners of a command line.
 
 pub mod admin;
+pub mod audit;
 pub mod config;
 pub mod durable;
 pub mod exit;
 pub mod logging;
+pub mod table;
