@@ -1,2 +1,269 @@
-//! (being written)
-fn main() {}
+//! `clamcast-master`: publishes the databases of a mirror to a fleet.
+
+mod show;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clamcast_daemon::admin::{self, Finish};
+use clamcast_daemon::exit::{self, Exit, OrExit as _};
+use clamcast_daemon::{audit, logging};
+use clamcast_master::admin::Request;
+use clamcast_master::config::{self, Config};
+use clamcast_master::serve::{self, Master};
+use clap::{ArgAction, Args, Parser, Subcommand};
+use jiff::Timestamp;
+use tokio::signal::unix::{SignalKind, signal};
+
+/// Publishes the ClamAV databases of a mirror directory to a fleet of agents, and shows what came
+/// of it on every host.
+///
+/// `serve` is the daemon. The other commands talk to it through its admin socket, which root and
+/// the members of its admin_group may use; `check-config` and `audit verify` read files alone.
+///
+/// Exit codes: 0 done; 1 something does not conform; 2 wrong usage or configuration; 3 the daemon
+/// cannot be reached; 4 refused; 5 failed.
+#[derive(Parser)]
+#[command(version, max_term_width = 100)]
+struct Cli {
+    /// The daemon's admin socket
+    #[arg(long, global = true, value_name = "PATH", default_value = config::DEFAULT_SOCKET)]
+    socket: PathBuf,
+
+    /// More of the daemon's log on stderr (twice: all of it)
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    verbose: u8,
+
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run the daemon in the foreground until SIGTERM or SIGINT
+    Serve {
+        /// Its configuration
+        #[arg(long, value_name = "FILE", default_value = config::DEFAULT_PATH)]
+        config: PathBuf,
+    },
+    /// Read the configuration and say what is wrong with it
+    CheckConfig {
+        /// The configuration
+        #[arg(long, value_name = "FILE", default_value = config::DEFAULT_PATH)]
+        config: PathBuf,
+    },
+    /// Capture the mirror and publish it now
+    ///
+    /// The daemon does this by itself when the mirror has changed and is quiet; this is for those
+    /// who cannot wait. A set that is published already changes nothing.
+    Publish {
+        /// Return when every connected agent has settled; exit 1 if one failed
+        #[arg(long)]
+        wait: bool,
+        /// Publish also what is held for an operator (a database that shrank); the reason goes into
+        /// the audit log
+        #[arg(long, value_name = "REASON")]
+        accept: Option<String>,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// What the fleet is at
+    Status {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Every agent: its generation, whether clamd was seen scanning with it, and why not
+    Agents {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// The generations that are kept
+    Generations {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// The log of what happened
+    #[command(subcommand)]
+    Audit(Audit),
+}
+
+#[derive(Subcommand)]
+enum Audit {
+    /// Print records, oldest first
+    Show {
+        #[command(flatten)]
+        filter: Filter,
+        /// Print JSON, one record a line
+        #[arg(long)]
+        json: bool,
+    },
+    /// Check that no record was changed, removed, inserted or cut off
+    ///
+    /// Reads the files and the public keys alone; no daemon is needed.
+    Verify {
+        /// The daemon's configuration, which says where state and keys are
+        #[arg(long, value_name = "FILE", default_value = config::DEFAULT_PATH)]
+        config: PathBuf,
+        /// The state directory, instead of the configuration's
+        #[arg(long, value_name = "DIR")]
+        state: Option<PathBuf>,
+        /// The key set (manifest.pub), instead of the configuration's; with --state alone the copy
+        /// in the state directory is used
+        #[arg(long, value_name = "FILE")]
+        keys: Option<PathBuf>,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+#[derive(Args)]
+struct Filter {
+    /// Only from this time on: 2026-11-22T08:00:00Z, or a duration like 24h
+    #[arg(long, value_name = "TIME", value_parser = show::since)]
+    since: Option<Timestamp>,
+    /// Only what an agent did or what was done to it
+    #[arg(long, value_name = "NAME")]
+    agent: Option<String>,
+    /// Only this event, for example `receipt` or `published`
+    #[arg(long, value_name = "EVENT")]
+    event: Option<String>,
+    /// Only what this operator did: a user name or id
+    #[arg(long, value_name = "USER")]
+    operator: Option<String>,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    exit::end("clamcast-master", run(cli))
+}
+
+fn run(cli: Cli) -> Result<(), Exit> {
+    let socket = &cli.socket;
+    match cli.command {
+        Command::Serve { config } => {
+            logging::start(cli.verbose);
+            let config = load(&config)?;
+            tokio::runtime::Runtime::new()?.block_on(daemon(config))
+        }
+        Command::CheckConfig { config } => check_config(&config),
+        Command::Publish { wait, accept, json } => {
+            let progress = show::Progress::new(wait && !json);
+            let request = Request::Publish { wait, accept };
+            let finish = call(socket, &request, |value| progress.show(&value))?;
+            progress.clear();
+            show::end(finish, json, show::published)
+        }
+        Command::Status { json } => show::end(ask(socket, &Request::Status)?, json, show::status),
+        Command::Agents { json } => show::end(ask(socket, &Request::Agents)?, json, show::agents),
+        Command::Generations { json } => {
+            show::end(ask(socket, &Request::Generations)?, json, show::generations)
+        }
+        Command::Audit(Audit::Show { filter, json }) => {
+            let Filter {
+                since,
+                agent,
+                event,
+                operator,
+            } = filter;
+            let filter = audit::Filter {
+                since,
+                agent,
+                event,
+                operator,
+            };
+            let request = Request::AuditShow { filter };
+            let finish = call(socket, &request, |records| show::records(records, json))?;
+            show::end(finish, false, |_| {})
+        }
+        Command::Audit(Audit::Verify {
+            config,
+            state,
+            keys,
+            json,
+        }) => verify(&config, state, keys, json),
+    }
+}
+
+fn ask(socket: &Path, request: &Request) -> Result<Finish, Exit> {
+    call(socket, request, |_| {})
+}
+
+fn call(
+    socket: &Path,
+    request: &Request,
+    progress: impl FnMut(serde_json::Value),
+) -> Result<Finish, Exit> {
+    admin::call(socket, request, progress).map_err(|error| Exit::new(error.exit_code(), error))
+}
+
+fn load(path: &Path) -> Result<Config, Exit> {
+    let config = Config::load(path).or_exit(exit::USAGE)?;
+    for key in &config.without_effect {
+        tracing::warn!("{key} has no effect in this version");
+    }
+    Ok(config)
+}
+
+async fn daemon(config: Config) -> Result<(), Exit> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut master = Master::start(config).await?;
+    // Without systemd there is nobody to tell.
+    let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Ready]);
+    let failure = tokio::select! {
+        _ = terminate.recv() => None,
+        _ = interrupt.recv() => None,
+        failure = master.failed() => Some(failure),
+    };
+    let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Stopping]);
+    tracing::info!("stopping");
+    master.stop().await;
+    match failure {
+        None => Ok(()),
+        Some(failure) => Err(anyhow::anyhow!("stopped by a bug: {failure}").into()),
+    }
+}
+
+/// Everything that `serve` would stumble over, without taking the lock or a port.
+fn check_config(path: &Path) -> Result<(), Exit> {
+    let config = Config::load(path).or_exit(exit::USAGE)?;
+    let keys = serve::load_keys(&config.signing.keys).or_exit(exit::USAGE)?;
+    serve::check_files(&config, &keys).or_exit(exit::USAGE)?;
+    println!("{}: good", path.display());
+    for key in &config.without_effect {
+        println!("{key} has no effect in this version");
+    }
+    Ok(())
+}
+
+fn verify(
+    config: &Path,
+    state: Option<PathBuf>,
+    keys: Option<PathBuf>,
+    json: bool,
+) -> Result<(), Exit> {
+    let (state, keys) = match (state, keys) {
+        (Some(state), Some(keys)) => (state, keys),
+        (Some(state), None) => {
+            let keys = state.join("keys.json");
+            eprintln!(
+                "the keys are the copy in {}; --keys FILE for an independent check",
+                keys.display()
+            );
+            (state, keys)
+        }
+        (None, keys) => {
+            let config = Config::load(config).or_exit(exit::USAGE)?;
+            (config.state, keys.unwrap_or(config.signing.keys))
+        }
+    };
+    let keys = serve::load_keys(&keys).or_exit(exit::USAGE)?;
+    let origin = serve::audit_origin(&keys.fleet);
+    let verification = audit::verify(&state.join("audit"), &keys.audit, Some(&origin))?;
+    show::verification(&verification, json)
+}

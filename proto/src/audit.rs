@@ -104,7 +104,7 @@ impl Record {
 }
 
 /// Which records somebody wants to see. What is `None` does not restrict.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
 pub struct Filter {
     /// Not before this.
     pub since: Option<Timestamp>,

@@ -1,0 +1,295 @@
+//! The master's QUIC endpoint: TLS 1.3 with the fleet's own CA on both sides, and the socket.
+
+use std::fs;
+use std::io;
+use std::net::{SocketAddr, UdpSocket};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use aws_lc_rs::hmac;
+use clamcast_daemon::durable;
+use clamcast_proto::identity::{Certificate, CertificateError, Identity, Role};
+use clamcast_proto::{FleetName, wire};
+use quinn::crypto::rustls::QuicServerConfig;
+use quinn::{Endpoint, EndpointConfig, ServerConfig, TransportConfig, VarInt};
+use rustls::RootCertStore;
+use rustls::server::WebPkiClientVerifier;
+use rustls_pki_types::pem::{self, PemObject as _};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer};
+use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::config::Tls;
+
+/// Seconds between an agent's keep-alives: shorter than the UDP timeouts of NAT routers (30 s in
+/// the strictest). 2,000 agents at this rate cost the master a hundredth of a core.
+pub const KEEP_ALIVE_SECS: u64 = 15;
+
+/// A connection without any packet for this long is over: four keep-alives.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// The UDP receive buffer asked for, in bytes. When a whole fleet reconnects, it is this buffer
+/// that overflows, not the CPU: an Initial occupies 2.3 KiB of it, and nobody drains the socket
+/// while a handshake's keys are computed.
+const RECEIVE_BUFFER: usize = 32 << 20;
+
+/// Handshakes that wait for their turn, at most; more are dropped and tried again by their agents.
+const INCOMING_MAX: usize = 4096;
+
+/// Bytes of early packets that are kept for waiting handshakes.
+const INCOMING_BUFFER: u64 = 32 << 20;
+
+/// Bytes in flight to one agent: bounds what a silent agent can make the master hold.
+const SEND_WINDOW: u64 = 2 << 20;
+
+/// Bytes that an agent may send ahead: a frame of [`wire::FRAME_BYTES_MAX`] still flows through.
+const STREAM_RECEIVE_WINDOW: u32 = 64 << 10;
+
+/// The same, over all streams of a connection.
+const RECEIVE_WINDOW: u32 = 128 << 10;
+
+/// The endpoint could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum EndpointError {
+    /// A certificate or key file.
+    #[error("cannot read {path}")]
+    Pem {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: pem::Error,
+    },
+    /// The master's certificate does not fit.
+    #[error("{path} is not a certificate that this master can use")]
+    Certificate {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: CertificateError,
+    },
+    /// The certificate is somebody else's.
+    #[error(
+        "{path} is not the certificate of the master of fleet `{fleet}`; make one with \
+         `clamcast-certs master`"
+    )]
+    NotTheMaster {
+        /// The file.
+        path: PathBuf,
+        /// The configured fleet.
+        fleet: FleetName,
+    },
+    /// TLS refuses what it was given.
+    #[error("certificate {cert} and key {key} cannot be used for TLS")]
+    Tls {
+        /// The certificate file.
+        cert: PathBuf,
+        /// The key file.
+        key: PathBuf,
+        /// Why.
+        source: rustls::Error,
+    },
+    /// The persistent QUIC keys.
+    #[error("cannot keep the QUIC keys in {path}")]
+    Keys {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The socket.
+    #[error("cannot listen on UDP {address}; is another master running there?")]
+    Bind {
+        /// The address.
+        address: SocketAddr,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// Reads the CA certificate, which must be one of ours.
+pub fn load_ca(path: &Path) -> Result<(CertificateDer<'static>, Certificate), EndpointError> {
+    let read = |source| EndpointError::Pem {
+        path: path.to_owned(),
+        source,
+    };
+    let der = CertificateDer::from_pem_file(path).map_err(read)?;
+    let facts = Certificate::from_der(&der).map_err(|source| EndpointError::Certificate {
+        path: path.to_owned(),
+        source,
+    })?;
+    Ok((der, facts))
+}
+
+/// TLS for the master: its own certificate, and agents' certificates under the fleet's CA.
+///
+/// Returns the master's own certificate too, for its dates. No session tickets: on resumption a
+/// certificate would not be looked at again, and so a revoked or expired one would live on.
+pub fn server_config(
+    tls: &Tls,
+    fleet: &FleetName,
+) -> Result<(ServerConfig, Certificate), EndpointError> {
+    let read = |path: &Path| {
+        let path = path.to_owned();
+        move |source| EndpointError::Pem { path, source }
+    };
+    let (ca, _) = load_ca(&tls.ca)?;
+    let chain = CertificateDer::pem_file_iter(&tls.cert)
+        .and_then(Iterator::collect::<Result<Vec<_>, _>>)
+        .map_err(read(&tls.cert))?;
+    let key = PrivateKeyDer::from_pem_file(&tls.key).map_err(read(&tls.key))?;
+
+    let own = chain
+        .first()
+        .ok_or_else(|| read(&tls.cert)(pem::Error::NoItemsFound))?;
+    let own = Certificate::from_der(own).map_err(|source| EndpointError::Certificate {
+        path: tls.cert.clone(),
+        source,
+    })?;
+    let expected = Identity {
+        fleet: fleet.clone(),
+        role: Role::Master,
+    };
+    if own.identity.as_ref() != Some(&expected) {
+        let (path, fleet) = (tls.cert.clone(), fleet.clone());
+        return Err(EndpointError::NotTheMaster { path, fleet });
+    }
+
+    let unusable = |source| EndpointError::Tls {
+        cert: tls.cert.clone(),
+        key: tls.key.clone(),
+        source,
+    };
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let mut roots = RootCertStore::empty();
+    roots.add(ca).map_err(unusable)?;
+    let verifier = WebPkiClientVerifier::builder_with_provider(roots.into(), provider.clone())
+        .build()
+        .map_err(|error| unusable(rustls::Error::General(error.to_string())))?;
+    let mut config = rustls::ServerConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .and_then(|builder| {
+            builder
+                .with_client_cert_verifier(verifier)
+                .with_single_cert(chain, key)
+        })
+        .map_err(unusable)?;
+    config.alpn_protocols = vec![wire::ALPN.to_vec()];
+    config.send_tls13_tickets = 0;
+    let quic = QuicServerConfig::try_from(config)
+        .map_err(|error| unusable(rustls::Error::General(error.to_string())))?;
+
+    let mut server = ServerConfig::with_crypto(Arc::new(quic));
+    server.transport_config(Arc::new(transport()));
+    server.max_incoming(INCOMING_MAX);
+    server.incoming_buffer_size_total(INCOMING_BUFFER);
+    Ok((server, own))
+}
+
+fn transport() -> TransportConfig {
+    let mut transport = TransportConfig::default();
+    let idle = IDLE_TIMEOUT.try_into().expect("a minute fits");
+    // Agents open no streams: the control stream and all bulk streams are the master's.
+    transport
+        .max_idle_timeout(Some(idle))
+        .max_concurrent_bidi_streams(VarInt::from_u32(0))
+        .max_concurrent_uni_streams(VarInt::from_u32(0))
+        .stream_receive_window(STREAM_RECEIVE_WINDOW.into())
+        .receive_window(RECEIVE_WINDOW.into())
+        .send_window(SEND_WINDOW)
+        .datagram_receive_buffer_size(None);
+    transport
+}
+
+/// Opens the socket and the endpoint. `state` keeps the two keys without which agents would
+/// notice a restarted master only after the idle timeout.
+pub fn bind(
+    address: SocketAddr,
+    server: ServerConfig,
+    state: &Path,
+) -> Result<Endpoint, EndpointError> {
+    let keys = QuicKeys::load(&state.join("quic.key"))?;
+    let mut config = EndpointConfig::new(Arc::new(hmac::Key::new(hmac::HMAC_SHA256, &keys.reset)));
+    let connection_ids = keys.connection_ids;
+    config.cid_generator(move || {
+        Box::new(quinn_proto::HashedConnectionIdGenerator::from_key(
+            connection_ids,
+        ))
+    });
+    // A restarted master must be able to tell a whole fleet at once: 10,000 resets a second.
+    config.min_reset_interval(Duration::from_micros(100));
+    let failed = |source| EndpointError::Bind { address, source };
+    let socket = socket(address).map_err(failed)?;
+    Endpoint::new(config, Some(server), socket, Arc::new(quinn::TokioRuntime)).map_err(failed)
+}
+
+fn socket(address: SocketAddr) -> io::Result<UdpSocket> {
+    let socket = Socket::new(
+        Domain::for_address(address),
+        Type::DGRAM,
+        Some(Protocol::UDP),
+    )?;
+    if address.is_ipv6() {
+        socket.set_only_v6(false)?; // `[::]` means every address, IPv4 too
+    }
+    // Forcing needs CAP_NET_ADMIN; without it the kernel caps the size at net.core.rmem_max.
+    let forced = nix::sys::socket::setsockopt(
+        &socket,
+        nix::sys::socket::sockopt::RcvBufForce,
+        &RECEIVE_BUFFER,
+    );
+    if forced.is_err() {
+        socket.set_recv_buffer_size(RECEIVE_BUFFER)?;
+    }
+    let bytes = socket.recv_buffer_size()? / 2; // the kernel reports twice what it was asked for
+    if bytes < RECEIVE_BUFFER_SMALL {
+        tracing::warn!(
+            bytes,
+            "the UDP receive buffer is small; raise net.core.rmem_max to 4194304 or more, or a \
+             large fleet reconnects slowly"
+        );
+    }
+    socket.bind(&address.into())?;
+    socket.set_nonblocking(true)?;
+    Ok(socket.into())
+}
+
+/// Below this many bytes a few hundred agents that reconnect at once lose packets.
+const RECEIVE_BUFFER_SMALL: usize = 1 << 20;
+
+/// Kept in the state directory, 0600.
+struct QuicKeys {
+    /// Signs stateless resets, so that agents believe them after a restart.
+    reset: [u8; 64],
+    /// Makes connection ids that a restarted master recognises as its own.
+    connection_ids: u64,
+}
+
+impl QuicKeys {
+    fn load(path: &Path) -> Result<Self, EndpointError> {
+        let failed = |source| EndpointError::Keys {
+            path: path.to_owned(),
+            source,
+        };
+        let bytes: [u8; 72] = match fs::read(path).map(|bytes| bytes.try_into()) {
+            Ok(Ok(bytes)) => bytes,
+            // A damaged file costs one slow reconnect, so it is made again like a missing one.
+            Ok(Err(_)) => Self::create(path).map_err(failed)?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                Self::create(path).map_err(failed)?
+            }
+            Err(error) => return Err(failed(error)),
+        };
+        let (reset, connection_ids) = bytes.split_at(64);
+        Ok(Self {
+            reset: reset.try_into().expect("split at 64"),
+            connection_ids: u64::from_be_bytes(connection_ids.try_into().expect("the other 8")),
+        })
+    }
+
+    fn create(path: &Path) -> io::Result<[u8; 72]> {
+        let mut bytes = [0; 72];
+        rand::fill(&mut bytes[..]);
+        durable::write(path, &bytes, 0o600)?;
+        Ok(bytes)
+    }
+}

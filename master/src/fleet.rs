@@ -1,0 +1,694 @@
+//! The agents that the master knows, and what it knows of each.
+//!
+//! Pure: no sockets, no disk, no clock. `hub.rs` feeds events in and keeps what [`Fleet::record`]
+//! returns on disk. Invariant: what is said of a host comes from its signed receipts, never from
+//! what the master sent.
+
+use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use clamcast_proto::dsse::Verified;
+use clamcast_proto::identity::Serial;
+use clamcast_proto::manifest::Manifest;
+use clamcast_proto::receipt::{ClamdReport, ClamdState, FileState, Outcome, Proof, Receipt};
+use clamcast_proto::revocation::RevocationList;
+use clamcast_proto::wire::Phase;
+use clamcast_proto::{AgentName, Digest, GroupName, Position};
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+/// Receipts remembered by digest, so that one that is sent again is not taken for a new one. An
+/// agent sends again only what was never acknowledged, which is one or two.
+const RECEIPTS_REMEMBERED: usize = 64;
+
+/// Names one connection for as long as the daemon runs.
+#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub struct LinkId(pub u64);
+
+/// All agents that were ever connected and are not revoked.
+#[derive(Debug, Default)]
+pub struct Fleet {
+    agents: BTreeMap<AgentName, Agent>,
+    current: Option<Arc<Verified<Manifest>>>,
+}
+
+/// One agent.
+#[derive(Clone, Debug)]
+struct Agent {
+    record: Record,
+    link: Option<Link>,
+}
+
+/// What is kept of an agent across restarts of the master.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub struct Record {
+    /// Its name.
+    pub name: AgentName,
+    /// The groups of its last certificate and of the configuration.
+    pub groups: Vec<GroupName>,
+    /// When it first connected.
+    pub enrolled: Timestamp,
+    /// When it last came or went.
+    pub seen: Timestamp,
+    /// Serial number of the certificate that it last came with.
+    pub serial: Serial,
+    /// What it last said is in its database directory.
+    pub installed: Option<Installed>,
+    /// The last generation that it could not take.
+    pub failed: Option<Failed>,
+    /// The clamd it last reported.
+    pub clamd: ClamdReport,
+    /// Databases of others beside ours.
+    #[serde(default)]
+    pub foreign: Vec<String>,
+    /// Digests of its last receipts.
+    #[serde(default)]
+    receipts: VecDeque<Digest>,
+}
+
+/// A generation on an agent's disk.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Installed {
+    /// Which one.
+    pub position: Position,
+    /// Its manifest.
+    pub manifest_sha256: Digest,
+    /// Whether clamd was seen scanning with it.
+    pub live: bool,
+    /// Whether every file has its hash.
+    pub intact: bool,
+    /// When the receipt says so.
+    pub time: Timestamp,
+}
+
+/// A generation that came to nothing on an agent.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Failed {
+    /// Which one.
+    pub position: Position,
+    /// Its manifest.
+    pub manifest_sha256: Digest,
+    /// Refused, or a fault of the host.
+    pub outcome: Outcome,
+    /// Why, in the agent's words.
+    pub error: String,
+    /// When the receipt says so.
+    pub time: Timestamp,
+}
+
+/// An open connection.
+#[derive(Clone, Debug)]
+pub struct Link {
+    /// Its name here.
+    pub id: LinkId,
+    /// Since when.
+    pub since: Timestamp,
+    /// The other end.
+    pub address: SocketAddr,
+    /// Serial number of its certificate.
+    pub serial: Serial,
+    /// When its certificate ends.
+    pub certificate_ends: Timestamp,
+    /// What it was offered and how far it is.
+    pub offer: Option<Offered>,
+}
+
+/// An offer under way.
+#[derive(Clone, Debug)]
+pub struct Offered {
+    /// The generation.
+    pub position: Position,
+    /// What the agent last said that it is doing.
+    pub phase: Phase,
+    /// When it last gave a sign of progress.
+    pub progress: Timestamp,
+}
+
+/// Where an agent stands against what is wanted of it.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Standing {
+    /// Live at the wanted generation, every file with its hash.
+    Conformant,
+    /// Not there, and nothing says that it will not come.
+    Behind,
+    /// It said that it cannot, or gave no sign of progress for the deadline.
+    Failed,
+}
+
+/// What `agents` shows of one.
+#[derive(Clone, Debug, Serialize)]
+pub struct Row {
+    /// Its name.
+    pub name: AgentName,
+    /// Its groups.
+    pub groups: Vec<GroupName>,
+    /// Whether it is connected.
+    pub connected: bool,
+    /// Number of the generation in its database directory.
+    pub generation: Option<u64>,
+    /// Epoch of that generation.
+    pub epoch: Option<u64>,
+    /// Whether clamd was seen scanning with it.
+    pub live: bool,
+    /// Whether it is what the master wants, with every file intact.
+    pub conformant: bool,
+    /// What came of the last generation: an outcome, or what it is doing.
+    pub outcome: String,
+    /// Why it is not what is wanted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+    /// Since when: of the last receipt, else of the connection or the last one.
+    pub since: Timestamp,
+    /// Its clamd.
+    pub clamd: ClamdReport,
+    /// Databases of others beside ours.
+    pub foreign: Vec<String>,
+    /// Where it connects from.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub address: Option<SocketAddr>,
+    /// When its certificate ends.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub certificate_ends: Option<Timestamp>,
+}
+
+/// How many agents stand where.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, Serialize)]
+pub struct Counts {
+    /// Enrolled.
+    pub total: usize,
+    /// With an open connection.
+    pub connected: usize,
+    /// Conformant.
+    pub conformant: usize,
+    /// Neither conformant nor failed.
+    pub behind: usize,
+    /// Failed.
+    pub failed: usize,
+}
+
+impl Fleet {
+    /// The fleet as it was kept on disk, before anyone connects.
+    pub fn new(records: Vec<Record>, current: Option<Arc<Verified<Manifest>>>) -> Self {
+        let agents = records
+            .into_iter()
+            .map(|record| (record.name.clone(), Agent { record, link: None }))
+            .collect();
+        Self { agents, current }
+    }
+
+    /// The generation that an agent should run: the one published last, for everyone.
+    pub fn wanted(&self, _agent: &AgentName) -> Option<&Arc<Verified<Manifest>>> {
+        self.current.as_ref()
+    }
+
+    /// Wants another generation from now on.
+    pub fn want(&mut self, manifest: Arc<Verified<Manifest>>) {
+        self.current = Some(manifest);
+    }
+
+    /// The generation that was published last.
+    pub fn current(&self) -> Option<&Arc<Verified<Manifest>>> {
+        self.current.as_ref()
+    }
+
+    /// An agent is connected. Returns whether it is new to the fleet, and the connection that this
+    /// one replaces: after a crash of the host the old one may linger for a minute.
+    pub fn connected(
+        &mut self,
+        name: &AgentName,
+        groups: Vec<GroupName>,
+        link: Link,
+    ) -> (bool, Option<LinkId>) {
+        let now = link.since;
+        let new = !self.agents.contains_key(name);
+        let agent = self.agents.entry(name.clone()).or_insert_with(|| Agent {
+            record: Record {
+                name: name.clone(),
+                groups: Vec::new(),
+                enrolled: now,
+                seen: now,
+                serial: link.serial.clone(),
+                installed: None,
+                failed: None,
+                clamd: ClamdReport::default(),
+                foreign: Vec::new(),
+                receipts: VecDeque::new(),
+            },
+            link: None,
+        });
+        agent.record.groups = groups;
+        agent.record.seen = now;
+        agent.record.serial = link.serial.clone();
+        (new, agent.link.replace(link).map(|old| old.id))
+    }
+
+    /// A connection ended. One that was replaced says nothing about its agent any more.
+    pub fn disconnected(&mut self, name: &AgentName, id: LinkId, now: Timestamp) {
+        if let Some(agent) = self.agents.get_mut(name)
+            && agent.link.as_ref().is_some_and(|link| link.id == id)
+        {
+            agent.link = None;
+            agent.record.seen = now;
+        }
+    }
+
+    /// Agents whose last certificate is revoked are no part of the fleet any more. Returns them.
+    pub fn revoked(&mut self, list: &RevocationList) -> Vec<AgentName> {
+        let serials: HashSet<_> = list.revoked.iter().map(|revoked| &revoked.serial).collect();
+        let gone = self
+            .agents
+            .iter()
+            .filter(|(_, agent)| serials.contains(&agent.record.serial));
+        let gone: Vec<_> = gone.map(|(name, _)| name.clone()).collect();
+        for name in &gone {
+            self.agents.remove(name);
+        }
+        gone
+    }
+
+    /// An agent was offered a generation.
+    pub fn offered(&mut self, name: &AgentName, id: LinkId, position: Position, now: Timestamp) {
+        if let Some(link) = self.link(name, id) {
+            link.offer = Some(Offered {
+                position,
+                phase: Phase::Idle,
+                progress: now,
+            });
+        }
+    }
+
+    /// An agent gave a sign of progress with its offer.
+    pub fn progress(&mut self, name: &AgentName, id: LinkId, phase: Phase, now: Timestamp) {
+        if let Some(offer) = self.link(name, id).and_then(|link| link.offer.as_mut()) {
+            offer.phase = phase;
+            offer.progress = now;
+        }
+    }
+
+    /// What an agent's Hello says of its clamd.
+    pub fn hello(&mut self, name: &AgentName, clamd: ClamdReport, foreign: Vec<String>) {
+        if let Some(agent) = self.agents.get_mut(name) {
+            agent.record.clamd = clamd;
+            agent.record.foreign = foreign;
+        }
+    }
+
+    /// Takes a receipt whose signature was checked. `false`: it is known already.
+    pub fn receipt(&mut self, receipt: &Verified<Receipt>) -> bool {
+        let current = self.current.clone();
+        let Some(agent) = self.agents.get_mut(&receipt.agent) else {
+            return false;
+        };
+        let digest = receipt.payload_sha256();
+        let record = &mut agent.record;
+        if record.receipts.contains(&digest) {
+            return false;
+        }
+        record.receipts.push_back(digest);
+        if record.receipts.len() > RECEIPTS_REMEMBERED {
+            record.receipts.pop_front();
+        }
+        record.clamd = receipt.clamd.clone();
+        record.foreign.clone_from(&receipt.foreign);
+        let (position, manifest_sha256) = (receipt.position(), receipt.manifest_sha256);
+        match receipt.outcome {
+            Outcome::Live | Outcome::Installed => {
+                let manifest =
+                    current.filter(|manifest| manifest.payload_sha256() == manifest_sha256);
+                record.installed = Some(Installed {
+                    position,
+                    manifest_sha256,
+                    live: receipt.outcome == Outcome::Live,
+                    intact: manifest.is_none_or(|manifest| is_intact(&manifest, &receipt.files)),
+                    time: receipt.time,
+                });
+                record.failed = None;
+            }
+            Outcome::Refused | Outcome::HostFault => {
+                if let Some(installed) = &mut record.installed
+                    && receipt.outcome == Outcome::Refused
+                {
+                    installed.live = receipt.clamd.proof != Proof::None
+                        || receipt.clamd.state == ClamdState::None;
+                }
+                record.failed = Some(Failed {
+                    position,
+                    manifest_sha256,
+                    outcome: receipt.outcome,
+                    error: receipt.error.clone().unwrap_or_default(),
+                    time: receipt.time,
+                });
+            }
+        }
+        if let Some(link) = &mut agent.link
+            && link
+                .offer
+                .as_ref()
+                .is_some_and(|offer| offer.position == position)
+        {
+            link.offer = None;
+        }
+        true
+    }
+
+    /// What is to be kept of an agent.
+    pub fn record(&self, name: &AgentName) -> Option<&Record> {
+        self.agents.get(name).map(|agent| &agent.record)
+    }
+
+    /// Every agent's name.
+    pub fn names(&self) -> impl Iterator<Item = &AgentName> {
+        self.agents.keys()
+    }
+
+    /// Where an agent stands.
+    pub fn standing(&self, name: &AgentName, now: Timestamp, deadline: Duration) -> Standing {
+        let Some(agent) = self.agents.get(name) else {
+            return Standing::Behind;
+        };
+        let Some(wanted) = self.wanted(name) else {
+            return Standing::Conformant;
+        };
+        agent.standing(wanted, now, deadline)
+    }
+
+    /// How many stand where.
+    pub fn counts(&self, now: Timestamp, deadline: Duration) -> Counts {
+        let mut counts = Counts {
+            total: self.agents.len(),
+            ..Counts::default()
+        };
+        for (name, agent) in &self.agents {
+            counts.connected += usize::from(agent.link.is_some());
+            match self.standing(name, now, deadline) {
+                Standing::Conformant => counts.conformant += 1,
+                Standing::Behind => counts.behind += 1,
+                Standing::Failed => counts.failed += 1,
+            }
+        }
+        counts
+    }
+
+    /// Connected agents that are still on their way to the wanted generation.
+    pub fn unsettled(&self, now: Timestamp, deadline: Duration) -> Vec<AgentName> {
+        let away = |(name, agent): &(&AgentName, &Agent)| {
+            agent.link.is_some() && self.standing(name, now, deadline) == Standing::Behind
+        };
+        self.agents
+            .iter()
+            .filter(away)
+            .map(|(name, _)| name.clone())
+            .collect()
+    }
+
+    /// The table of agents.
+    pub fn rows(&self, now: Timestamp, deadline: Duration) -> Vec<Row> {
+        let row = |(name, agent): (&AgentName, &Agent)| {
+            let record = &agent.record;
+            let installed = record.installed.as_ref();
+            let offer = agent.link.as_ref().and_then(|link| link.offer.as_ref());
+            let standing = self.standing(name, now, deadline);
+            let outcome = match (&record.failed, offer, installed) {
+                (_, Some(offer), _) => offer.phase.to_string(),
+                (Some(failed), None, _) => failed.outcome.to_string(),
+                (None, None, Some(installed)) if installed.live => Outcome::Live.to_string(),
+                (None, None, Some(_)) => Outcome::Installed.to_string(),
+                (None, None, None) => "none".to_owned(),
+            };
+            let times = [
+                installed.map(|i| i.time),
+                record.failed.as_ref().map(|f| f.time),
+            ];
+            Row {
+                name: name.clone(),
+                groups: record.groups.clone(),
+                connected: agent.link.is_some(),
+                generation: installed.map(|installed| installed.position.generation.number()),
+                epoch: installed.map(|installed| installed.position.epoch.0),
+                live: installed.is_some_and(|installed| installed.live),
+                conformant: standing == Standing::Conformant && installed.is_some(),
+                outcome,
+                error: agent.error(standing, offer, deadline),
+                since: times.into_iter().flatten().max().unwrap_or(record.seen),
+                clamd: record.clamd.clone(),
+                foreign: record.foreign.clone(),
+                address: agent.link.as_ref().map(|link| link.address),
+                certificate_ends: agent.link.as_ref().map(|link| link.certificate_ends),
+            }
+        };
+        self.agents.iter().map(row).collect()
+    }
+
+    fn link(&mut self, name: &AgentName, id: LinkId) -> Option<&mut Link> {
+        self.agents
+            .get_mut(name)?
+            .link
+            .as_mut()
+            .filter(|link| link.id == id)
+    }
+}
+
+impl Agent {
+    fn standing(
+        &self,
+        wanted: &Verified<Manifest>,
+        now: Timestamp,
+        deadline: Duration,
+    ) -> Standing {
+        let wanted = wanted.payload_sha256();
+        let offer = self.link.as_ref().and_then(|link| link.offer.as_ref());
+        if let Some(installed) = &self.record.installed
+            && installed.manifest_sha256 == wanted
+            && installed.live
+            && installed.intact
+        {
+            return Standing::Conformant;
+        }
+        let failed = |failed: &Failed| failed.manifest_sha256 == wanted;
+        if self.record.failed.as_ref().is_some_and(failed) && offer.is_none() {
+            return Standing::Failed;
+        }
+        match offer {
+            Some(offer) if is_silent(offer, now, deadline) => Standing::Failed,
+            Some(_) | None => Standing::Behind,
+        }
+    }
+
+    fn error(
+        &self,
+        standing: Standing,
+        offer: Option<&Offered>,
+        deadline: Duration,
+    ) -> Option<String> {
+        match (standing, &self.record.failed, offer) {
+            (Standing::Failed, _, Some(offer)) => Some(format!(
+                "no sign of progress with {} for {}",
+                offer.position,
+                humantime::format_duration(deadline)
+            )),
+            (Standing::Failed | Standing::Behind, Some(failed), None) => {
+                Some(format!("{}: {}", failed.position, failed.error))
+            }
+            (Standing::Failed | Standing::Behind | Standing::Conformant, _, _) => None,
+        }
+    }
+}
+
+fn is_silent(offer: &Offered, now: Timestamp, deadline: Duration) -> bool {
+    now.duration_since(offer.progress).unsigned_abs() > deadline && now > offer.progress
+}
+
+/// Whether what an agent found on its disk is the manifest's set.
+fn is_intact(manifest: &Manifest, files: &[FileState]) -> bool {
+    manifest.files.iter().all(|wanted| {
+        files
+            .iter()
+            .any(|file| file.name == wanted.name && file.sha256 == wanted.sha256)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clamcast_proto::dsse::sign;
+    use clamcast_proto::manifest::{ManifestFile, Publisher, content_digest};
+    use clamcast_proto::{Epoch, Generation};
+    use ed25519_dalek::SigningKey;
+
+    const DEADLINE: Duration = Duration::from_secs(900);
+
+    fn at(second: i64) -> Timestamp {
+        Timestamp::from_second(second).unwrap()
+    }
+
+    fn manifest(generation: u64) -> Arc<Verified<Manifest>> {
+        let name = "daily.cld".parse().unwrap();
+        let sha256 = Digest::of(&generation.to_be_bytes());
+        let manifest = Manifest {
+            fleet: "bank".parse().unwrap(),
+            epoch: Epoch(1),
+            generation: Generation::new(generation).unwrap(),
+            publisher: Publisher("p".into()),
+            created: at(0),
+            previous: None,
+            rollback_of: None,
+            content: content_digest([(&name, 1, &sha256)]),
+            files: vec![ManifestFile {
+                name,
+                size: 1,
+                sha256,
+                container: None,
+            }],
+        };
+        Arc::new(sign(manifest, &SigningKey::from_bytes(&[1; 32])))
+    }
+
+    fn receipt(generation: u64, seq: u64, outcome: Outcome) -> Verified<Receipt> {
+        let manifest = manifest(generation);
+        let files = manifest.files.iter().map(|file| FileState {
+            name: file.name.clone(),
+            size: file.size,
+            sha256: file.sha256,
+        });
+        let receipt = Receipt {
+            fleet: manifest.fleet.clone(),
+            agent: "web1".parse().unwrap(),
+            seq,
+            epoch: manifest.epoch,
+            generation: manifest.generation,
+            manifest_sha256: manifest.payload_sha256(),
+            install: seq,
+            outcome,
+            files: files.collect(),
+            foreign: vec![],
+            clamd: ClamdReport {
+                proof: Proof::Canary,
+                ..ClamdReport::default()
+            },
+            error: (outcome == Outcome::Refused).then(|| "Malformed database".to_owned()),
+            took: 1.0,
+            time: at(100 + i64::try_from(seq).unwrap()),
+        };
+        sign(receipt, &SigningKey::from_bytes(&[2; 32]))
+    }
+
+    fn link(id: u64) -> Link {
+        Link {
+            id: LinkId(id),
+            since: at(0),
+            address: "127.0.0.1:1".parse().unwrap(),
+            serial: Serial("01".into()),
+            certificate_ends: at(1 << 30),
+            offer: None,
+        }
+    }
+
+    /// One agent, `web1`, connected, with these receipts, generation `wanted` wanted.
+    fn fleet(wanted: u64, receipts: &[(u64, Outcome)]) -> Fleet {
+        let mut fleet = Fleet::new(vec![], Some(manifest(wanted)));
+        fleet.connected(&"web1".parse().unwrap(), vec![], link(1));
+        for (seq, (generation, outcome)) in (1..).zip(receipts) {
+            assert!(fleet.receipt(&receipt(*generation, seq, *outcome)));
+        }
+        fleet
+    }
+
+    fn check(wanted: u64, receipts: &[(u64, Outcome)], standing: Standing, row: &str) {
+        let fleet = fleet(wanted, receipts);
+        assert_eq!(
+            fleet.standing(&"web1".parse().unwrap(), at(200), DEADLINE),
+            standing
+        );
+        let found = &fleet.rows(at(200), DEADLINE)[0];
+        let live = if found.live { "live" } else { "not live" };
+        let text = format!(
+            "{:?} {live}: {}",
+            found.generation.unwrap_or(0),
+            found.outcome
+        );
+        assert_eq!(text, row);
+    }
+
+    #[test]
+    fn a_host_stands_where_its_receipts_say() {
+        use Outcome::{HostFault, Installed, Live, Refused};
+        check(7, &[], Standing::Behind, "0 not live: none");
+        check(7, &[(7, Live)], Standing::Conformant, "7 live: live");
+        check(8, &[(7, Live)], Standing::Behind, "7 live: live");
+        check(
+            7,
+            &[(7, Installed)],
+            Standing::Behind,
+            "7 not live: installed",
+        );
+        check(
+            8,
+            &[(7, Live), (8, Refused)],
+            Standing::Failed,
+            "7 live: refused",
+        );
+        check(
+            8,
+            &[(7, Live), (8, HostFault)],
+            Standing::Failed,
+            "7 live: host_fault",
+        );
+        check(
+            9,
+            &[(7, Live), (8, Refused)],
+            Standing::Behind,
+            "7 live: refused",
+        );
+        check(
+            8,
+            &[(7, Live), (8, HostFault), (8, Live)],
+            Standing::Conformant,
+            "8 live: live",
+        );
+    }
+
+    #[test]
+    fn a_receipt_that_is_sent_again_is_known() {
+        let mut fleet = fleet(7, &[(7, Outcome::Live)]);
+        assert!(!fleet.receipt(&receipt(7, 1, Outcome::Live)));
+    }
+
+    #[test]
+    fn a_changed_file_is_not_conformant() {
+        let mut fleet = fleet(7, &[]);
+        let mut changed = (*receipt(7, 1, Outcome::Live)).clone();
+        changed.files[0].sha256 = Digest::of(b"drift");
+        fleet.receipt(&sign(changed, &SigningKey::from_bytes(&[2; 32])));
+        assert_eq!(
+            fleet.standing(&"web1".parse().unwrap(), at(200), DEADLINE),
+            Standing::Behind
+        );
+    }
+
+    #[test]
+    fn silence_past_the_deadline_counts_as_failure() {
+        let name = "web1".parse().unwrap();
+        let mut fleet = fleet(8, &[(7, Outcome::Live)]);
+        fleet.offered(&name, LinkId(1), manifest(8).position(), at(1000));
+        assert_eq!(fleet.standing(&name, at(1900), DEADLINE), Standing::Behind);
+        assert_eq!(fleet.standing(&name, at(1901), DEADLINE), Standing::Failed);
+        fleet.progress(&name, LinkId(1), Phase::Fetching, at(1901));
+        assert_eq!(fleet.standing(&name, at(1902), DEADLINE), Standing::Behind);
+    }
+
+    #[test]
+    fn a_new_connection_replaces_the_old_one_whose_end_then_means_nothing() {
+        let name = "web1".parse().unwrap();
+        let mut fleet = fleet(7, &[]);
+        assert_eq!(
+            fleet.connected(&name, vec![], link(2)),
+            (false, Some(LinkId(1)))
+        );
+        fleet.disconnected(&name, LinkId(1), at(5));
+        assert_eq!(fleet.counts(at(5), DEADLINE).connected, 1);
+        fleet.disconnected(&name, LinkId(2), at(6));
+        assert_eq!(fleet.counts(at(6), DEADLINE).connected, 0);
+    }
+}

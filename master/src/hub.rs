@@ -1,0 +1,613 @@
+//! The one task that owns the fleet: connections tell it what agents say, publishing tells it what
+//! is wanted, and it decides who is offered what.
+//!
+//! Nothing here waits for a peer. What it learns is on disk before the agent hears that it was
+//! taken: a receipt is acknowledged after the audit log has it, and a crash in between makes the
+//! agent send it again, which is harmless because it is known by its digest.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use clamcast_daemon::audit::Draft;
+use clamcast_proto::dsse::{Envelope, Verified};
+use clamcast_proto::fresh::Freshness;
+use clamcast_proto::identity::{Certificate, Serial};
+use clamcast_proto::keys::KeySet;
+use clamcast_proto::manifest::Manifest;
+use clamcast_proto::receipt::{Outcome, Receipt};
+use clamcast_proto::revocation::RevocationList;
+use clamcast_proto::wire::{self, Hello, OfferId, Phase, Welcome};
+use clamcast_proto::{AgentName, GroupName, Position};
+use jiff::Timestamp;
+use quinn::{Connection, VarInt};
+use serde_json::{Value, json};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio_util::sync::CancellationToken;
+
+use crate::endpoint::KEEP_ALIVE_SECS;
+use crate::fleet::{Counts, Fleet, Link, LinkId, Row, Standing};
+use crate::publish::Publisher;
+use crate::recorder::{Job, Recorder};
+
+/// Messages that wait for the hub; senders wait when it is full, and with them their agents.
+const EVENTS_MAX: usize = 1024;
+
+/// Messages that wait for one connection. Its task writes them as fast as the agent reads; an agent
+/// with this many unread ones is disconnected and starts over.
+const COMMANDS_MAX: usize = 64;
+
+/// Agents that the master knows, at most: each is a file and a row. A fleet of this size needs a
+/// second master.
+pub const AGENTS_MAX: usize = 20_000;
+
+/// What happens to the fleet.
+#[derive(Debug)]
+pub enum Event {
+    /// An agent's certificate was checked.
+    Connected(Box<Connected>),
+    /// It said Hello.
+    Hello {
+        /// Who.
+        name: AgentName,
+        /// On which connection.
+        id: LinkId,
+        /// What it said.
+        hello: Box<Hello>,
+    },
+    /// It gave a sign of progress.
+    Progress {
+        /// Who.
+        name: AgentName,
+        /// On which connection.
+        id: LinkId,
+        /// What it is doing.
+        phase: Phase,
+    },
+    /// It sent a receipt whose signature was checked.
+    Receipt {
+        /// On which connection.
+        id: LinkId,
+        /// The receipt.
+        receipt: Box<Verified<Receipt>>,
+    },
+    /// It does not take an offer.
+    Declined {
+        /// Who.
+        name: AgentName,
+        /// Why, in its words.
+        message: String,
+    },
+    /// A connection ended.
+    Disconnected {
+        /// Who.
+        name: AgentName,
+        /// Which connection.
+        id: LinkId,
+    },
+    /// A generation was published or vouched for anew.
+    Current(Box<Current>),
+    /// A newer revocation list is in force.
+    Revoked(RevocationList),
+    /// Somebody asks.
+    Query(oneshot::Sender<View>),
+}
+
+/// An agent whose certificate was checked.
+#[derive(Debug)]
+pub struct Connected {
+    /// Its name.
+    pub name: AgentName,
+    /// Its certificate.
+    pub certificate: Certificate,
+    /// Its groups, of the certificate and of the configuration.
+    pub groups: Vec<GroupName>,
+    /// Where it comes from.
+    pub address: SocketAddr,
+    /// The connection, to end it.
+    pub connection: Connection,
+    /// Gets the connection's name and its commands.
+    pub reply: oneshot::Sender<Result<(LinkId, mpsc::Receiver<Command>), Unwanted>>,
+}
+
+/// Why a verified agent is not let in.
+#[derive(Debug, thiserror::Error)]
+pub enum Unwanted {
+    /// Its certificate was revoked.
+    #[error("the certificate of `{name}` with serial {serial} is revoked")]
+    Revoked {
+        /// Whose it was.
+        name: AgentName,
+        /// Its serial number.
+        serial: Serial,
+    },
+    /// There are too many.
+    #[error("the fleet is full: {AGENTS_MAX} agents")]
+    Full,
+}
+
+/// The published generation with the word that it is current.
+#[derive(Clone, Debug)]
+pub struct Current {
+    /// The generation.
+    pub manifest: Arc<Verified<Manifest>>,
+    /// The statement that it is current.
+    pub fresh: Verified<Freshness>,
+}
+
+/// What the hub tells a connection's task.
+#[derive(Clone, Debug)]
+pub enum Command {
+    /// First words.
+    Welcome(Box<Welcome>),
+    /// Offer this generation.
+    Offer {
+        /// Names the offer.
+        offer: OfferId,
+        /// The generation.
+        current: Box<Current>,
+        /// The key set.
+        keys: Arc<Verified<KeySet>>,
+    },
+    /// The generation is still current.
+    Fresh(Envelope),
+    /// A receipt is in the audit log.
+    Acknowledge(u64),
+}
+
+/// The fleet at one moment, for whoever asks.
+#[derive(Clone, Debug)]
+pub struct View {
+    /// The current generation.
+    pub current: Option<Arc<Verified<Manifest>>>,
+    /// Who stands where, in numbers.
+    pub counts: Counts,
+    /// Connected agents on their way to the current generation.
+    pub unsettled: Vec<AgentName>,
+    /// Agents that failed it.
+    pub failed: Vec<AgentName>,
+    /// The table.
+    pub rows: Vec<Row>,
+}
+
+/// Talks to the hub.
+#[derive(Clone, Debug)]
+pub struct Hub {
+    events: mpsc::Sender<Event>,
+    changed: watch::Receiver<u64>,
+}
+
+/// The hub is gone: the daemon stops.
+#[derive(Debug, thiserror::Error)]
+#[error("the daemon is stopping")]
+pub struct Stopping;
+
+impl Hub {
+    /// Tells the hub something.
+    pub async fn tell(&self, event: Event) -> Result<(), Stopping> {
+        self.events.send(event).await.map_err(|_| Stopping)
+    }
+
+    /// Asks for the fleet as it is now.
+    pub async fn view(&self) -> Result<View, Stopping> {
+        let (reply, view) = oneshot::channel();
+        self.tell(Event::Query(reply)).await?;
+        view.await.map_err(|_| Stopping)
+    }
+
+    /// Returns after the next change of the fleet. Clone first: a clone starts from what its
+    /// original has seen.
+    pub async fn changed(&mut self) -> Result<(), Stopping> {
+        self.changed.changed().await.map_err(|_| Stopping)
+    }
+}
+
+/// What the hub's task needs.
+#[derive(Debug)]
+pub struct Task {
+    /// The fleet as it was kept.
+    pub fleet: Fleet,
+    /// The current generation, if any was published.
+    pub current: Option<Current>,
+    /// The key set.
+    pub keys: Arc<Verified<KeySet>>,
+    /// The revocation list in force.
+    pub revoked: Option<RevocationList>,
+    /// Writes what must last.
+    pub recorder: Recorder,
+    /// Silence with an offer that counts as failure.
+    pub deadline: Duration,
+    /// Takes manifests of agents that are ahead of this master.
+    pub ahead: mpsc::Sender<Envelope>,
+    /// Told once that agents accept what it publishes.
+    pub publisher: Arc<Publisher>,
+}
+
+/// Starts the task. It ends when `stop` fires.
+pub fn start(task: Task, stop: CancellationToken) -> (Hub, tokio::task::JoinHandle<()>) {
+    let (events, inbox) = mpsc::channel(EVENTS_MAX);
+    let (tick, changed) = watch::channel(0);
+    let running = Running {
+        task,
+        links: HashMap::new(),
+        links_made: 0,
+        offers_made: 0,
+        accepted: false,
+        tick,
+    };
+    let handle = tokio::spawn(running.run(inbox, stop));
+    (Hub { events, changed }, handle)
+}
+
+struct Running {
+    task: Task,
+    links: HashMap<LinkId, OpenLink>,
+    links_made: u64,
+    offers_made: u64,
+    accepted: bool,
+    tick: watch::Sender<u64>,
+}
+
+struct OpenLink {
+    certificate: Certificate,
+    line: Line,
+}
+
+/// The way to one connection's task.
+#[derive(Clone, Debug)]
+pub struct Line {
+    name: AgentName,
+    connection: Connection,
+    commands: mpsc::Sender<Command>,
+}
+
+impl Line {
+    /// Queues a command; never waits for a peer.
+    pub fn send(&self, command: Command) {
+        if let Err(mpsc::error::TrySendError::Full(_)) = self.commands.try_send(command) {
+            tracing::warn!(agent = %self.name, "reads nothing, connection closed");
+            self.close(wire::close::TIMEOUT, "reads nothing");
+        }
+    }
+
+    fn close(&self, code: u32, reason: &str) {
+        self.connection
+            .close(VarInt::from_u32(code), reason.as_bytes());
+    }
+}
+
+impl Running {
+    async fn run(mut self, mut inbox: mpsc::Receiver<Event>, stop: CancellationToken) {
+        loop {
+            let event = tokio::select! {
+                biased;
+                () = stop.cancelled() => break,
+                event = inbox.recv() => event,
+            };
+            let Some(event) = event else { break };
+            self.handle(event, Timestamp::now()).await;
+        }
+    }
+
+    async fn handle(&mut self, event: Event, now: Timestamp) {
+        match event {
+            Event::Query(reply) => {
+                // Nobody may be waiting any more.
+                let _ = reply.send(self.view(now));
+                return; // a question changes nothing
+            }
+            Event::Connected(connected) => self.connected(*connected, now).await,
+            Event::Hello { name, id, hello } => self.hello(&name, id, *hello, now).await,
+            Event::Progress { name, id, phase } => self.task.fleet.progress(&name, id, phase, now),
+            Event::Receipt { id, receipt } => self.receipt(id, &receipt).await,
+            Event::Declined { name, message } => {
+                tracing::warn!(agent = %name, message, "an agent does not take its offer");
+                let position = self
+                    .task
+                    .fleet
+                    .current()
+                    .map(|manifest| manifest.position());
+                let detail = json!({ "message": message });
+                self.note("declined", &name, position, None, detail).await;
+            }
+            Event::Disconnected { name, id } => {
+                self.links.remove(&id);
+                self.task.fleet.disconnected(&name, id, now);
+            }
+            Event::Current(current) => self.current(*current, now).await,
+            Event::Revoked(list) => self.revoked(list).await,
+        }
+        self.tick.send_modify(|tick| *tick += 1);
+    }
+
+    fn view(&self, now: Timestamp) -> View {
+        let (fleet, deadline) = (&self.task.fleet, self.task.deadline);
+        let failed = |name: &&AgentName| fleet.standing(name, now, deadline) == Standing::Failed;
+        View {
+            current: fleet.current().cloned(),
+            counts: fleet.counts(now, deadline),
+            unsettled: fleet.unsettled(now, deadline),
+            failed: fleet.names().filter(failed).cloned().collect(),
+            rows: fleet.rows(now, deadline),
+        }
+    }
+
+    async fn connected(&mut self, connected: Connected, now: Timestamp) {
+        let Connected {
+            name,
+            certificate,
+            groups,
+            address,
+            connection,
+            reply,
+        } = connected;
+        let entry = self
+            .task
+            .revoked
+            .as_ref()
+            .and_then(|list| list.entry(&certificate));
+        if let Some(entry) = entry {
+            let (name, serial) = (entry.name.clone(), entry.serial.clone());
+            let _ = reply.send(Err(Unwanted::Revoked { name, serial }));
+            return;
+        }
+        let known = self.task.fleet.record(&name).is_some();
+        if !known && self.task.fleet.names().count() >= AGENTS_MAX {
+            let _ = reply.send(Err(Unwanted::Full));
+            return;
+        }
+        self.links_made += 1;
+        let id = LinkId(self.links_made);
+        let (commands, inbox) = mpsc::channel(COMMANDS_MAX);
+        let link = Link {
+            id,
+            since: now,
+            address,
+            serial: certificate.serial.clone(),
+            certificate_ends: certificate.not_after,
+            offer: None,
+        };
+        let (new, replaced) = self.task.fleet.connected(&name, groups, link);
+        if let Some(old) = replaced.and_then(|old| self.links.remove(&old)) {
+            old.line.close(wire::close::REPLACED, "a newer connection");
+        }
+        if new {
+            tracing::info!(agent = %name, %address, "enrolled");
+            let (address, fingerprint) = (address.to_string(), certificate.fingerprint);
+            let detail = json!({ "address": address, "certificate": fingerprint });
+            self.note("enrolled", &name, None, None, detail).await;
+        }
+        tracing::debug!(agent = %name, %address, "connected");
+        let welcome = Welcome {
+            fleet: self.task.keys.fleet.clone(),
+            master_version: env!("CARGO_PKG_VERSION").to_owned(),
+            time: now,
+            keep_alive: KEEP_ALIVE_SECS,
+            keys: Some(self.task.keys.envelope().clone()),
+        };
+        let line = Line {
+            name: name.clone(),
+            connection,
+            commands,
+        };
+        line.send(Command::Welcome(Box::new(welcome)));
+        self.links.insert(id, OpenLink { certificate, line });
+        self.keep(&name).await;
+        // The task may have ended meanwhile; then its end is the next event.
+        let _ = reply.send(Ok((id, inbox)));
+    }
+
+    async fn hello(&mut self, name: &AgentName, id: LinkId, hello: Hello, now: Timestamp) {
+        if !self.links.contains_key(&id) {
+            return; // replaced meanwhile
+        }
+        self.task.fleet.hello(name, hello.clamd, hello.foreign);
+        self.keep(name).await;
+        if let Some(installed) = &hello.installed {
+            self.is_ahead(installed);
+        }
+        let Some(current) = self.task.current.clone() else {
+            return;
+        };
+        let has_it = hello
+            .installed
+            .is_some_and(|installed| installed.payload == current.manifest.envelope().payload);
+        // Also a host that is there already hears of the offer when the master lacks its receipt
+        // (a restored master): the answer is a receipt and costs nothing.
+        let standing = self.task.fleet.standing(name, now, self.task.deadline);
+        if has_it && standing == Standing::Conformant {
+            self.send(id, Command::Fresh(current.fresh.envelope().clone()));
+        } else {
+            self.offer(id, current, now).await;
+        }
+    }
+
+    /// A master that was restored from a backup learns from its agents what it has forgotten. Only
+    /// a signature moves it.
+    fn is_ahead(&self, installed: &Envelope) {
+        let ours = self
+            .task
+            .fleet
+            .current()
+            .map(|manifest| manifest.position());
+        if let Ok(manifest) = Manifest::verify(installed, &self.task.keys.manifest)
+            && Some(manifest.position()) > ours
+        {
+            // Full: others wait that say the same, and the agents come again.
+            let _ = self.task.ahead.try_send(installed.clone());
+        }
+    }
+
+    /// Offers the generation on one connection, once the audit log has it.
+    async fn offer(&mut self, id: LinkId, current: Current, now: Timestamp) {
+        let Some(OpenLink { line, .. }) = self.links.get(&id) else {
+            return;
+        };
+        self.offers_made += 1;
+        let position = current.manifest.position();
+        self.task.fleet.offered(&line.name, id, position, now);
+        let draft = draft(
+            "offer",
+            "master",
+            &line.name,
+            Some(position),
+            None,
+            json!({}),
+        );
+        let keys = self.task.keys.clone();
+        let offer = OfferId(self.offers_made);
+        let command = Command::Offer {
+            offer,
+            current: Box::new(current),
+            keys,
+        };
+        let job = Job {
+            draft: Some(draft),
+            then: Some((line.clone(), command)),
+            ..Job::default()
+        };
+        self.task.recorder.write(job).await;
+    }
+
+    async fn receipt(&mut self, id: LinkId, receipt: &Verified<Receipt>) {
+        let Some(OpenLink { line, .. }) = self.links.get(&id) else {
+            return;
+        };
+        let acknowledge = Command::Acknowledge(receipt.seq);
+        if !self.task.fleet.receipt(receipt) {
+            line.send(acknowledge);
+            return;
+        }
+        if !self.accepted && matches!(receipt.outcome, Outcome::Live | Outcome::Installed) {
+            self.accepted = true;
+            let (publisher, manifest) = (self.task.publisher.clone(), receipt.manifest_sha256);
+            tokio::task::spawn_blocking(move || {
+                if let Err(error) = publisher.accepted(&manifest) {
+                    tracing::error!(error = crate::chain(&error), "cannot keep the publisher id");
+                }
+            });
+        }
+        let (name, position) = (&receipt.agent, receipt.position());
+        let outcome = receipt.outcome.to_string();
+        tracing::info!(agent = %name, %position, outcome, error = receipt.error, "receipt");
+        let detail = json!({ "receipt": receipt.envelope() });
+        let actor = format!("agent:{name}");
+        let job = Job {
+            draft: Some(draft(
+                "receipt",
+                &actor,
+                name,
+                Some(position),
+                Some(outcome),
+                detail,
+            )),
+            keep: self.task.fleet.record(name).cloned(),
+            then: Some((line.clone(), acknowledge)),
+            ..Job::default()
+        };
+        self.task.recorder.write(job).await;
+    }
+
+    async fn current(&mut self, current: Current, now: Timestamp) {
+        let newer = self
+            .task
+            .current
+            .as_ref()
+            .map(|old| old.manifest.payload_sha256())
+            != Some(current.manifest.payload_sha256());
+        self.task.fleet.want(current.manifest.clone());
+        self.task.current = Some(current.clone());
+        let links: Vec<_> = self.links.keys().copied().collect();
+        for id in links {
+            if newer {
+                self.offer(id, current.clone(), now).await;
+            } else {
+                self.send(id, Command::Fresh(current.fresh.envelope().clone()));
+            }
+        }
+    }
+
+    async fn revoked(&mut self, list: RevocationList) {
+        self.links.retain(|_, link| {
+            let Some(entry) = list.entry(&link.certificate) else { return true };
+            link.line.close(wire::close::REVOKED, "certificate revoked");
+            tracing::warn!(agent = %link.line.name, serial = %entry.serial, "revoked, connection closed");
+            false
+        });
+        for name in self.task.fleet.revoked(&list) {
+            let detail = json!({ "list": list.version });
+            let draft = draft("revoked", "master", &name, None, None, detail);
+            let job = Job {
+                draft: Some(draft),
+                forget: Some(name),
+                ..Job::default()
+            };
+            self.task.recorder.write(job).await;
+        }
+        self.task.revoked = Some(list);
+    }
+
+    /// Keeps what is known of an agent on disk.
+    async fn keep(&self, name: &AgentName) {
+        let keep = self.task.fleet.record(name).cloned();
+        self.task
+            .recorder
+            .write(Job {
+                keep,
+                ..Job::default()
+            })
+            .await;
+    }
+
+    /// Writes what an agent did into the audit log.
+    async fn note(
+        &self,
+        event: &str,
+        name: &AgentName,
+        position: Option<Position>,
+        outcome: Option<String>,
+        detail: Value,
+    ) {
+        let draft = draft(
+            event,
+            &format!("agent:{name}"),
+            name,
+            position,
+            outcome,
+            detail,
+        );
+        self.task
+            .recorder
+            .write(Job {
+                draft: Some(draft),
+                ..Job::default()
+            })
+            .await;
+    }
+
+    fn send(&self, id: LinkId, command: Command) {
+        if let Some(link) = self.links.get(&id) {
+            link.line.send(command);
+        }
+    }
+}
+
+fn draft(
+    event: &str,
+    actor: &str,
+    subject: &AgentName,
+    position: Option<Position>,
+    outcome: Option<String>,
+    detail: Value,
+) -> Draft {
+    let (event, actor, subject) = (event.to_owned(), actor.to_owned(), subject.to_string());
+    Draft {
+        event,
+        actor,
+        subject,
+        position,
+        outcome,
+        detail,
+    }
+}

@@ -1,0 +1,569 @@
+//! One task for each connection: checks who it is, speaks the control stream, pushes files.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use clamcast_proto::dsse::{EnvelopeError, Verified};
+use clamcast_proto::identity::{Certificate, CertificateError, Role};
+use clamcast_proto::manifest::Manifest;
+use clamcast_proto::receipt::Receipt;
+use clamcast_proto::wire::{
+    self, FRAME_BYTES_MAX, FrameError, NeedFile, Offer, OfferId, ToAgent, ToMaster,
+};
+use clamcast_proto::{AgentName, FleetName};
+use quinn::{Connecting, Connection, Endpoint, Incoming, RecvStream, SendStream, VarInt};
+use rustls_pki_types::CertificateDer;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+use tokio_stream::StreamExt as _;
+use tokio_util::codec::{FramedRead, LengthDelimitedCodec};
+use tokio_util::sync::CancellationToken;
+
+use crate::config::Groups;
+use crate::hub::{AGENTS_MAX, Command, Connected, Event, Hub, Unwanted};
+use crate::push::Pusher;
+use crate::rejections::Rejections;
+
+/// A handshake, and then a Hello, must be done within this time.
+const HANDSHAKE: Duration = Duration::from_secs(10);
+
+/// From this many unfinished handshakes on, newcomers must first prove that they are where they
+/// say they are (QUIC Retry): an Initial then costs a sixteenth.
+const HANDSHAKES_UNPROVEN_MAX: usize = 64;
+
+/// Connections at a time: a fleet, and again as many while it reconnects.
+const CONNECTIONS_MAX: usize = 2 * AGENTS_MAX;
+
+/// A control message that an agent does not take for this long ends the connection.
+const STALL: Duration = Duration::from_secs(30);
+
+/// Times an agent may ask for the files of one offer: after lost parts, wrong digests and its own
+/// retries on a full disk over days.
+const NEEDS_MAX: u32 = 1000;
+
+/// How long open connections may take to finish what they are at when the daemon stops.
+const DRAIN: Duration = Duration::from_secs(3);
+
+/// What every connection's task needs.
+#[derive(Debug)]
+pub struct Shared {
+    /// The fleet.
+    pub fleet: FleetName,
+    /// Who tells whom what.
+    pub hub: Hub,
+    /// Sends files.
+    pub pusher: Pusher,
+    /// Groups by name patterns.
+    pub groups: Groups,
+    /// Certificates that were seen.
+    pub archive: Mutex<crate::archive::Archive>,
+    /// Connections that were not let in.
+    pub rejections: Rejections,
+}
+
+/// Why a connection was not let in or did not last.
+#[derive(Debug, thiserror::Error)]
+enum LinkError {
+    #[error("the handshake failed")]
+    Handshake(#[source] quinn::ConnectionError),
+    #[error("the handshake took longer than {HANDSHAKE:?}")]
+    HandshakeTimeout,
+    #[error("the certificate cannot be read")]
+    Certificate(#[from] CertificateError),
+    #[error("the certificate is not one of an agent of fleet `{0}`")]
+    NotAnAgent(FleetName),
+    #[error(transparent)]
+    Unwanted(#[from] Unwanted),
+    #[error("the daemon stops")]
+    Stopping,
+    #[error("the connection ended")]
+    Connection(#[from] quinn::ConnectionError),
+    #[error("cannot write to the control stream")]
+    Write(#[from] quinn::WriteError),
+    #[error("the control stream broke")]
+    Read(#[source] std::io::Error),
+    #[error("the agent took no control message for {STALL:?}")]
+    Stalled,
+    #[error("the agent said no Hello within {HANDSHAKE:?}")]
+    NoHello,
+    #[error("a message cannot be read")]
+    Frame(#[from] FrameError),
+    #[error("the agent asked {NEEDS_MAX} times for the files of one offer")]
+    TooManyNeeds,
+    #[error("the certificate cannot be archived")]
+    Archive(#[source] std::io::Error),
+}
+
+impl LinkError {
+    /// The QUIC application error that tells the agent.
+    fn code(&self) -> u32 {
+        match self {
+            Self::Certificate(_) | Self::NotAnAgent(_) => wire::close::NOT_AN_AGENT,
+            Self::Unwanted(Unwanted::Revoked { .. }) => wire::close::REVOKED,
+            Self::Unwanted(Unwanted::Full) | Self::Archive(_) => wire::close::BUSY,
+            Self::HandshakeTimeout | Self::Stalled | Self::NoHello => wire::close::TIMEOUT,
+            Self::Frame(_) | Self::TooManyNeeds => wire::close::PROTOCOL,
+            Self::Stopping
+            | Self::Handshake(_)
+            | Self::Connection(_)
+            | Self::Write(_)
+            | Self::Read(_) => wire::close::STOPPING,
+        }
+    }
+
+    /// Whether somebody was kept out who may be hostile or misconfigured, as opposed to a
+    /// connection that merely ended.
+    fn is_rejection(&self) -> bool {
+        match self {
+            Self::Handshake(error) => {
+                matches!(error, quinn::ConnectionError::TransportError(_))
+            }
+            Self::Certificate(_) | Self::NotAnAgent(_) | Self::Unwanted(_) => true,
+            Self::Frame(_) | Self::TooManyNeeds => true,
+            Self::HandshakeTimeout
+            | Self::Stopping
+            | Self::Connection(_)
+            | Self::Write(_)
+            | Self::Read(_)
+            | Self::Stalled
+            | Self::NoHello
+            | Self::Archive(_) => false,
+        }
+    }
+}
+
+/// Accepts agents until `stop` fires, then lets open connections end. Owns every task it starts:
+/// when this returns, none is left running.
+pub async fn serve(endpoint: Endpoint, shared: Arc<Shared>, stop: CancellationToken) {
+    let mut connections = JoinSet::new();
+    let handshakes = Arc::new(());
+    loop {
+        let incoming = tokio::select! {
+            biased;
+            () = stop.cancelled() => break,
+            Some(ended) = connections.join_next() => { report(ended); continue },
+            incoming = endpoint.accept() => incoming,
+        };
+        let Some(incoming) = incoming else { break };
+        if connections.len() >= CONNECTIONS_MAX {
+            incoming.refuse(); // the agent backs off and tries again
+            continue;
+        }
+        // Every unfinished handshake holds a clone.
+        let unfinished = Arc::strong_count(&handshakes) - 1;
+        if unfinished >= HANDSHAKES_UNPROVEN_MAX && !incoming.remote_address_validated() {
+            let _ = incoming.retry(); // fails only for a validated address
+            continue;
+        }
+        let (shared, stop, permit) = (shared.clone(), stop.child_token(), handshakes.clone());
+        connections.spawn(converse(incoming, shared, permit, stop));
+    }
+    // They saw the token too and end by themselves, at a file boundary.
+    let drained = async {
+        while let Some(ended) = connections.join_next().await {
+            report(ended)
+        }
+    };
+    if timeout(DRAIN, drained).await.is_err() {
+        tracing::debug!(
+            open = connections.len(),
+            "the grace period of {DRAIN:?} is over"
+        );
+        connections.shutdown().await;
+    }
+    endpoint.close(VarInt::from_u32(wire::close::STOPPING), b"the master stops");
+    // Lets the last packets out; an agent that is not there any more must not hold us up.
+    let _ = timeout(Duration::from_secs(1), endpoint.wait_idle()).await;
+}
+
+fn report(ended: Result<(), tokio::task::JoinError>) {
+    if let Err(error) = ended
+        && error.is_panic()
+    {
+        tracing::error!(%error, "a connection's task panicked; this is a bug");
+    }
+}
+
+/// The life of one connection.
+async fn converse(
+    incoming: Incoming,
+    shared: Arc<Shared>,
+    handshake: Arc<()>,
+    stop: CancellationToken,
+) {
+    let address = incoming.remote_address();
+    let connecting = match incoming.accept() {
+        Ok(connecting) => connecting,
+        Err(error) => return rejected(&shared, address, &LinkError::Handshake(error)).await,
+    };
+    let connection = match shake_hands(connecting).await {
+        Ok(connection) => connection,
+        Err(error) => return rejected(&shared, address, &error).await,
+    };
+    drop(handshake);
+    let result = admit(&connection, &shared, &stop).await;
+    if let Err(error) = result {
+        rejected(&shared, address, &error).await;
+        connection.close(VarInt::from_u32(error.code()), error.to_string().as_bytes());
+    }
+}
+
+async fn rejected(shared: &Shared, address: SocketAddr, error: &LinkError) {
+    let text = crate::chain(error);
+    if error.is_rejection() {
+        shared.rejections.note(address, &text).await;
+    } else {
+        tracing::debug!(%address, error = text, "a connection ended");
+    }
+}
+
+async fn shake_hands(connecting: Connecting) -> Result<Connection, LinkError> {
+    timeout(HANDSHAKE, connecting)
+        .await
+        .map_err(|_| LinkError::HandshakeTimeout)?
+        .map_err(LinkError::Handshake)
+}
+
+/// TLS has verified the chain and the dates. Here: is it an agent of this fleet, and not revoked?
+async fn admit(
+    connection: &Connection,
+    shared: &Arc<Shared>,
+    stop: &CancellationToken,
+) -> Result<(), LinkError> {
+    let chain = connection
+        .peer_identity()
+        .and_then(|identity| identity.downcast::<Vec<CertificateDer<'static>>>().ok())
+        .expect("the handshake demands a certificate");
+    let der = chain.first().expect("a verified chain has a leaf");
+    let certificate = Certificate::from_der(der)?;
+    let not_an_agent = || LinkError::NotAnAgent(shared.fleet.clone());
+    let identity = certificate.identity.as_ref().ok_or_else(not_an_agent)?;
+    let Role::Agent { name, groups } = &identity.role else {
+        return Err(not_an_agent());
+    };
+    if identity.fleet != shared.fleet {
+        return Err(not_an_agent());
+    }
+    let kept = {
+        let (shared, name, der) = (shared.clone(), name.clone(), der.clone());
+        tokio::task::spawn_blocking(move || {
+            shared
+                .archive
+                .lock()
+                .expect("nothing panics with it")
+                .keep(&name, &der)
+        })
+    };
+    kept.await
+        .expect("archiving does not panic")
+        .map_err(LinkError::Archive)?;
+
+    let (reply, admitted) = oneshot::channel();
+    let connected = Connected {
+        name: name.clone(),
+        groups: shared.groups.of(name.as_str(), groups),
+        address: connection.remote_address(),
+        connection: connection.clone(),
+        certificate: certificate.clone(),
+        reply,
+    };
+    shared
+        .hub
+        .tell(Event::Connected(Box::new(connected)))
+        .await
+        .map_err(|_| LinkError::Stopping)?;
+    let (id, commands) = admitted.await.map_err(|_| LinkError::Stopping)??;
+    let name = name.clone();
+    let result = {
+        let (send, recv) = connection.open_bi().await?;
+        let mut link = Link {
+            connection,
+            shared,
+            name: name.clone(),
+            id,
+            send,
+            offer: None,
+            parts: JoinSet::new(),
+        };
+        link.run(recv, commands, stop).await
+    };
+    let _ = shared.hub.tell(Event::Disconnected { name, id }).await; // it may be gone already
+    result
+}
+
+struct Link<'a> {
+    connection: &'a Connection,
+    shared: &'a Arc<Shared>,
+    name: AgentName,
+    id: crate::fleet::LinkId,
+    send: SendStream,
+    offer: Option<Offering>,
+    parts: JoinSet<()>,
+}
+
+/// The offer that this agent was made last.
+struct Offering {
+    id: OfferId,
+    manifest: Arc<Verified<Manifest>>,
+    needs: u32,
+}
+
+impl Link<'_> {
+    async fn run(
+        &mut self,
+        recv: RecvStream,
+        mut commands: mpsc::Receiver<Command>,
+        stop: &CancellationToken,
+    ) -> Result<(), LinkError> {
+        let mut frames = LengthDelimitedCodec::builder()
+            .max_frame_length(FRAME_BYTES_MAX)
+            .new_read(recv);
+        // The hub's first command is Welcome.
+        if let Some(welcome) = commands.recv().await {
+            self.obey(welcome).await?;
+        }
+        let hello = timeout(HANDSHAKE, self.next(&mut frames));
+        match hello.await.map_err(|_| LinkError::NoHello)?? {
+            Some(message) => self.hear(message).await?,
+            None => return Ok(()),
+        }
+        loop {
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => return Ok(()),
+                Some(_) = self.parts.join_next() => {}
+                command = commands.recv() => match command {
+                    Some(command) => self.obey(command).await?,
+                    None => return Ok(()), // replaced, revoked, or the daemon stops
+                },
+                // Cancel-safe: what was read of a frame stays in the codec's buffer.
+                frame = frames.next() => match self.read(frame).await? {
+                    Some(Some(message)) => self.hear(message).await?,
+                    Some(None) => {}
+                    None => return Ok(()),
+                },
+            }
+        }
+    }
+
+    /// The next message that can be read; the ones that cannot are answered.
+    async fn next(
+        &mut self,
+        frames: &mut FramedRead<RecvStream, LengthDelimitedCodec>,
+    ) -> Result<Option<ToMaster>, LinkError> {
+        loop {
+            let frame = frames.next().await;
+            match self.read(frame).await? {
+                Some(Some(message)) => return Ok(Some(message)),
+                Some(None) => {}
+                None => return Ok(None),
+            }
+        }
+    }
+
+    /// A frame's message: `None` at the end of the stream, `Some(None)` for one that this version
+    /// does not know, which is answered and survived.
+    async fn read(
+        &mut self,
+        frame: Option<Result<bytes::BytesMut, std::io::Error>>,
+    ) -> Result<Option<Option<ToMaster>>, LinkError> {
+        let Some(frame) = frame else { return Ok(None) };
+        let frame = frame.map_err(|error| {
+            if error.kind() == std::io::ErrorKind::InvalidData {
+                let limit = FRAME_BYTES_MAX;
+                LinkError::Frame(FrameError::TooLong {
+                    length: limit + 1,
+                    limit,
+                })
+            } else {
+                LinkError::Read(error)
+            }
+        })?;
+        match wire::parse(&frame) {
+            Ok(message) => Ok(Some(Some(message))),
+            Err(error @ FrameError::Message { .. }) => {
+                tracing::debug!(agent = %self.name, %error, "answered with an error");
+                self.say(&ToAgent::Error {
+                    message: crate::chain(&error),
+                })
+                .await?;
+                Ok(Some(None))
+            }
+            Err(error @ (FrameError::Json { .. } | FrameError::TooLong { .. })) => {
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Does what the hub wants.
+    async fn obey(&mut self, command: Command) -> Result<(), LinkError> {
+        let message = match command {
+            Command::Welcome(welcome) => ToAgent::Welcome(*welcome),
+            Command::Fresh(fresh) => ToAgent::Fresh { fresh },
+            Command::Acknowledge(seq) => ToAgent::ReceiptAck { seq },
+            Command::Offer {
+                offer,
+                current,
+                keys,
+            } => {
+                // The newest offer counts; what was on its way for an older one is reset.
+                self.parts.shutdown().await;
+                let manifest = current.manifest;
+                let message = ToAgent::Offer(Box::new(Offer {
+                    offer,
+                    manifest: manifest.envelope().clone(),
+                    fresh: current.fresh.envelope().clone(),
+                    keys: Some(keys.envelope().clone()),
+                    rehash: false,
+                    full: false,
+                }));
+                self.offer = Some(Offering {
+                    id: offer,
+                    manifest,
+                    needs: 0,
+                });
+                message
+            }
+        };
+        self.say(&message).await
+    }
+
+    /// Takes what the agent says.
+    async fn hear(&mut self, message: ToMaster) -> Result<(), LinkError> {
+        let name = self.name.clone();
+        let event = match message {
+            ToMaster::Hello(hello) => Event::Hello {
+                name,
+                id: self.id,
+                hello,
+            },
+            ToMaster::Progress { phase, .. } => Event::Progress {
+                name,
+                id: self.id,
+                phase,
+            },
+            ToMaster::Need { offer, files } => return self.need(offer, files).await,
+            ToMaster::Receipt { receipt } => {
+                let keys = {
+                    let archive = self.shared.archive.lock().expect("nothing panics with it");
+                    archive.keys(&name)
+                };
+                let verified: Result<Verified<Receipt>, EnvelopeError> = receipt.verify(&keys);
+                match verified {
+                    Ok(receipt) if receipt.agent == name && receipt.fleet == self.shared.fleet => {
+                        Event::Receipt {
+                            id: self.id,
+                            receipt: Box::new(receipt),
+                        }
+                    }
+                    Ok(_) => {
+                        let message = "the receipt is somebody else's".to_owned();
+                        return self.say(&ToAgent::Error { message }).await;
+                    }
+                    Err(error) => {
+                        let message = crate::chain(&error);
+                        tracing::warn!(agent = %name, message, "a receipt is not believed");
+                        return self.say(&ToAgent::Error { message }).await;
+                    }
+                }
+            }
+            ToMaster::Error {
+                offer: Some(offer),
+                message,
+            } => {
+                if self
+                    .offer
+                    .as_ref()
+                    .is_none_or(|current| current.id != offer)
+                {
+                    return Ok(()); // about an offer that is no longer ours
+                }
+                let message = message.chars().take(1000).collect();
+                Event::Declined { name, message }
+            }
+            ToMaster::Error {
+                offer: None,
+                message,
+            } => {
+                let message: String = message.chars().take(1000).collect();
+                tracing::warn!(agent = %name, message, "the agent did not understand");
+                return Ok(());
+            }
+        };
+        self.shared
+            .hub
+            .tell(event)
+            .await
+            .map_err(|_| LinkError::Stopping)
+    }
+
+    /// Sends the files of the current offer that the agent lacks. A new Need replaces the one
+    /// before: the agent asks again only for what did not arrive.
+    async fn need(&mut self, offer: OfferId, files: Vec<NeedFile>) -> Result<(), LinkError> {
+        let Some(offering) = self.offer.as_mut().filter(|offering| offering.id == offer) else {
+            return Ok(()); // about an offer that is no longer ours
+        };
+        offering.needs += 1;
+        if offering.needs > NEEDS_MAX {
+            return Err(LinkError::TooManyNeeds);
+        }
+        self.parts.shutdown().await;
+        let manifest = offering.manifest.clone();
+        let mut needs = HashMap::new();
+        for file in files {
+            // A name that is not in the manifest is nothing that we could send.
+            if manifest.file(&file.name).is_some() {
+                needs.insert(file.name.clone(), file);
+            }
+        }
+        tracing::debug!(agent = %self.name, files = needs.len(), "needs");
+        let (connection, shared, name, id) = (
+            self.connection.clone(),
+            self.shared.clone(),
+            self.name.clone(),
+            self.id,
+        );
+        // One file after the other: the link is the bottleneck, and a file that is complete early
+        // survives a lost connection whole.
+        self.parts.spawn(async move {
+            for need in needs.values() {
+                let target = manifest.file(&need.name).expect("looked up above");
+                match shared
+                    .pusher
+                    .push(&connection, offer, need, target, false)
+                    .await
+                {
+                    Ok(bytes) => {
+                        tracing::debug!(agent = %name, file = %need.name, bytes, "sent");
+                        let phase = wire::Phase::Fetching;
+                        let event = Event::Progress {
+                            name: name.clone(),
+                            id,
+                            phase,
+                        };
+                        if shared.hub.tell(event).await.is_err() {
+                            return; // the daemon stops
+                        }
+                    }
+                    Err(error) => {
+                        let error = crate::chain(&error);
+                        tracing::warn!(agent = %name, file = %need.name, error, "not sent");
+                        return; // the agent asks again
+                    }
+                }
+            }
+        });
+        Ok(())
+    }
+
+    async fn say(&mut self, message: &ToAgent) -> Result<(), LinkError> {
+        let frame = wire::frame(message)?;
+        timeout(STALL, self.send.write_all(&frame))
+            .await
+            .map_err(|_| LinkError::Stalled)??;
+        Ok(())
+    }
+}

@@ -1,0 +1,225 @@
+//! From the mirror to the fleet: publishes when a capture is due, vouches for what is published,
+//! and tells the hub. One publication at a time, whoever asks.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use clamcast_daemon::audit::Draft;
+use clamcast_proto::dsse::Envelope;
+use jiff::Timestamp;
+use serde_json::json;
+use tokio::sync::{Mutex, Notify, mpsc};
+use tokio::time::MissedTickBehavior;
+use tokio_util::sync::CancellationToken;
+
+use crate::hub::{Current, Event, Hub};
+use crate::publish::{Adoption, PublishError, Published, Publisher, Refusal, RefusalKind, Request};
+use crate::recorder::Recorder;
+
+/// Agents hear that their generation is current this many times in the time that the word holds,
+/// so that a few lost ones do not make a host stale.
+const FRESH_PARTS: u32 = 4;
+
+/// Time between two tries after a failure of our own (a full disk).
+const RETRY: Duration = Duration::from_secs(10);
+
+/// Publishes.
+#[derive(Clone, Debug)]
+pub struct Pipeline {
+    publisher: Arc<Publisher>,
+    hub: Hub,
+    recorder: Recorder,
+    /// How long a freshness statement holds.
+    fresh: Duration,
+    /// The last refusal that the audit log has, so that it has each once.
+    told: Arc<Mutex<Option<String>>>,
+}
+
+impl Pipeline {
+    /// Publishes with `publisher`.
+    pub fn new(publisher: Arc<Publisher>, hub: Hub, recorder: Recorder, fresh: Duration) -> Self {
+        let told = publisher.refusal().map(|refusal| refusal.to_string());
+        Self {
+            publisher,
+            hub,
+            recorder,
+            fresh,
+            told: Arc::new(Mutex::new(told)),
+        }
+    }
+
+    /// Captures and publishes now. The audit log has it before any agent hears of it: a crash in
+    /// between loses nothing, for a restarted master offers what its store has.
+    pub async fn publish(&self, request: Request, actor: &str) -> Result<Published, PublishError> {
+        // Held to the end, so that the hub hears of generations in their order.
+        let mut told = self.told.lock().await;
+        let (publisher, reason) = (self.publisher.clone(), request.accept.clone());
+        let publishing =
+            tokio::task::spawn_blocking(move || publisher.publish(&request, Timestamp::now()));
+        let published = publishing.await.expect("publishing does not panic");
+        match &published {
+            Ok(Published::New { manifest, accepted }) => {
+                let position = manifest.position();
+                tracing::info!(%position, content = %manifest.content.short(), files = manifest.files.len(), "published");
+                let files: Vec<_> = manifest
+                    .files
+                    .iter()
+                    .map(|file| file.name.as_str())
+                    .collect();
+                let mut detail = json!({ "content": manifest.content, "files": files });
+                if !accepted.is_empty() {
+                    detail["accepted"] = json!(accepted);
+                    detail["reason"] = json!(reason);
+                }
+                self.note("published", actor, Some(position), detail).await;
+                *told = None;
+                self.tell_current().await;
+            }
+            Ok(Published::Refused(refusal) | Published::Held(refusal)) => {
+                let text = refusal.to_string();
+                if told.as_ref() != Some(&text) {
+                    tracing::warn!("{text}; the last generation stays");
+                    let event = match refusal.kind {
+                        RefusalKind::Held => "held",
+                        RefusalKind::Refused => "refused",
+                    };
+                    self.note(event, actor, None, json!({ "reason": refusal.reason }))
+                        .await;
+                    *told = Some(text);
+                }
+            }
+            Ok(Published::Unchanged) => {
+                tracing::debug!("the mirror holds what is published");
+                *told = None;
+            }
+            Ok(Published::Busy { reason }) => tracing::debug!(reason, "the mirror is busy"),
+            Err(_) => {} // for the caller to tell
+        }
+        published
+    }
+
+    /// Why the mirror's content is not published at the moment.
+    pub fn refusal(&self) -> Option<Refusal> {
+        self.publisher.refusal()
+    }
+
+    /// Publishes whenever `wake` says so, adopts what a restored master has forgotten, and renews
+    /// the word that the generation is current.
+    pub async fn run(
+        self,
+        mut wake: mpsc::Receiver<()>,
+        again: Arc<Notify>,
+        mut forgotten: mpsc::Receiver<Envelope>,
+        stop: CancellationToken,
+    ) {
+        let mut renew = tokio::time::interval(self.fresh / FRESH_PARTS);
+        renew.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        if self.publisher.is_due() {
+            self.publish_or_retry(&again).await; // the epoch was raised
+        }
+        loop {
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => return,
+                Some(()) = wake.recv() => self.publish_or_retry(&again).await,
+                Some(envelope) = forgotten.recv() => self.adopt(envelope, &again).await,
+                _ = renew.tick() => self.tell_current().await,
+            }
+        }
+    }
+
+    async fn publish_or_retry(&self, again: &Arc<Notify>) {
+        match self.publish(Request::default(), "master").await {
+            Ok(Published::Busy { .. }) => again.notify_one(),
+            Ok(_) => {}
+            Err(error) => {
+                tracing::error!(
+                    error = crate::chain(&error),
+                    "cannot publish; trying again in {RETRY:?}"
+                );
+                let again = again.clone();
+                tokio::spawn(async move {
+                    tokio::time::sleep(RETRY).await;
+                    again.notify_one();
+                });
+            }
+        }
+    }
+
+    async fn adopt(&self, envelope: Envelope, again: &Arc<Notify>) {
+        let publisher = self.publisher.clone();
+        let adopting = tokio::task::spawn_blocking(move || publisher.adopt(&envelope));
+        match adopting.await.expect("adopting does not panic") {
+            Ok(Adoption::Known) => {}
+            Ok(Adoption::Restored {
+                position,
+                publisher,
+            }) => {
+                tracing::warn!(%position, "an agent has a newer generation than this master knows; going on above it");
+                self.note(
+                    "restored",
+                    "master",
+                    Some(position),
+                    json!({ "publisher_taken_over": publisher }),
+                )
+                .await;
+                self.publish_or_retry(again).await;
+            }
+            Ok(Adoption::OtherPublisher {
+                position,
+                publisher,
+            }) => {
+                tracing::error!(%position, publisher = publisher.0, "another master publishes with this fleet's manifest key; find it, or raise the epoch with a new key");
+                self.note(
+                    "alarm",
+                    "master",
+                    Some(position),
+                    json!({ "other_publisher": publisher }),
+                )
+                .await;
+            }
+            Err(error) => tracing::warn!(
+                error = crate::chain(&error),
+                "an agent's manifest moves nothing"
+            ),
+        }
+    }
+
+    /// Tells the hub what is current, and vouches for it anew.
+    async fn tell_current(&self) {
+        let publisher = self.publisher.clone();
+        if let Some(current) = current(&publisher) {
+            // If the hub has stopped, so has the daemon.
+            let _ = self.hub.tell(Event::Current(Box::new(current))).await;
+        }
+    }
+
+    async fn note(
+        &self,
+        event: &str,
+        actor: &str,
+        position: Option<clamcast_proto::Position>,
+        detail: serde_json::Value,
+    ) {
+        let subject = "mirror".to_owned();
+        let (event, actor) = (event.to_owned(), actor.to_owned());
+        self.recorder
+            .note(Draft {
+                event,
+                actor,
+                subject,
+                position,
+                outcome: None,
+                detail,
+            })
+            .await;
+    }
+}
+
+/// What is offered, with a fresh word that it is current.
+pub fn current(publisher: &Publisher) -> Option<Current> {
+    let manifest = publisher.current()?;
+    let fresh = publisher.fresh(Timestamp::now())?;
+    // Between the two lines a newer one may have been published; then that is told next.
+    (fresh.manifest_sha256 == manifest.payload_sha256()).then_some(Current { manifest, fresh })
+}

@@ -1,0 +1,226 @@
+//! Sends files to agents: one unidirectional stream a file, encoded once for all who ask.
+
+use std::collections::HashMap;
+use std::io;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, Weak};
+use std::time::Duration;
+
+use bytes::BytesMut;
+use clamcast_proto::Digest;
+use clamcast_proto::manifest::ManifestFile;
+use clamcast_proto::wire::{self, Have, NeedFile, OfferId, Part};
+use quinn::{Connection, SendStream, VarInt};
+use tokio::fs::File;
+use tokio::io::{AsyncReadExt as _, AsyncSeekExt as _};
+use tokio::sync::{OnceCell, Semaphore};
+use tokio::time::timeout;
+
+use crate::store::{Encoded, Store, StoreError};
+
+/// Bytes read and handed to QUIC at a time.
+const CHUNK_BYTES: usize = 64 << 10;
+
+/// A stream that takes no chunk for this long is given up, so that an agent that stopped reading
+/// cannot keep one of the transfers that others wait for.
+const STALL: Duration = Duration::from_secs(30);
+
+/// Makes and sends what agents need.
+#[derive(Debug)]
+pub struct Pusher {
+    store: Arc<Store>,
+    transfers: Semaphore,
+    /// Encodings being made at this moment, so that a whole fleet that asks for one at the same
+    /// time costs one computation and no thread each.
+    making: Mutex<HashMap<Pair, Weak<OnceCell<Encoded>>>>,
+}
+
+/// What an encoding is from, what it is to, and whether it must be the full file.
+type Pair = (Option<Digest>, Digest, bool);
+
+/// A file could not be sent.
+#[derive(Debug, thiserror::Error)]
+pub enum PushError {
+    /// Nothing to send it from.
+    #[error("cannot encode `{name}`")]
+    Encode {
+        /// The file.
+        name: String,
+        /// Why.
+        source: StoreError,
+    },
+    /// Our disk.
+    #[error("cannot read {path}")]
+    Read {
+        /// The encoded file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The agent or the network.
+    #[error("cannot send `{name}`")]
+    Send {
+        /// The file.
+        name: String,
+        /// Why.
+        source: quinn::WriteError,
+    },
+    /// No stream to send it on.
+    #[error("cannot open a stream for `{name}`")]
+    Open {
+        /// The file.
+        name: String,
+        /// Why.
+        source: quinn::ConnectionError,
+    },
+    /// The agent stopped reading.
+    #[error("the agent took nothing of `{name}` for {STALL:?}")]
+    Stalled {
+        /// The file.
+        name: String,
+    },
+}
+
+impl Pusher {
+    /// Sends from `store`, at most `concurrent` files at a time over all agents.
+    pub fn new(store: Arc<Store>, concurrent: usize) -> Self {
+        Self {
+            store,
+            transfers: Semaphore::new(concurrent),
+            making: Mutex::default(),
+        }
+    }
+
+    /// Sends one file. Returns the bytes that went over the wire for it.
+    pub async fn push(
+        &self,
+        connection: &Connection,
+        offer: OfferId,
+        need: &NeedFile,
+        target: &ManifestFile,
+        full: bool,
+    ) -> Result<u64, PushError> {
+        let name = || need.name.to_string();
+        let encoded = self
+            .encode(&need.have, target, full)
+            .await
+            .map_err(|source| PushError::Encode {
+                name: name(),
+                source,
+            })?;
+        let same = need.resume.as_ref() == Some(&encoded.encoding);
+        let offset = if same {
+            need.resume_at.min(encoded.encoding.length)
+        } else {
+            0
+        };
+
+        let _transfer = self.transfers.acquire().await.expect("never closed");
+        let read = |source| PushError::Read {
+            path: encoded.path.clone(),
+            source,
+        };
+        let mut file = File::open(&encoded.path).await.map_err(read)?;
+        file.seek(io::SeekFrom::Start(offset)).await.map_err(read)?;
+
+        let stream = timeout(STALL, connection.open_uni())
+            .await
+            .map_err(|_| PushError::Stalled { name: name() })?
+            .map_err(|source| PushError::Open {
+                name: name(),
+                source,
+            })?;
+        let mut stream = ResetUnlessFinished(Some(stream));
+        let part = Part {
+            offer,
+            name: need.name.clone(),
+            encoding: encoded.encoding.clone(),
+            offset,
+        };
+        let header = wire::frame(&part).expect("a part header is short").into();
+        stream.write(header, &need.name).await?;
+
+        let length = encoded.encoding.length - offset;
+        let mut left = length;
+        while left > 0 {
+            let mut chunk = BytesMut::with_capacity(CHUNK_BYTES);
+            let read_bytes = file.read_buf(&mut chunk).await.map_err(read)?;
+            if read_bytes == 0 {
+                return Err(read(io::ErrorKind::UnexpectedEof.into()));
+            }
+            chunk.truncate(usize::try_from(left).unwrap_or(usize::MAX).min(read_bytes));
+            left -= chunk.len() as u64;
+            stream.write(chunk.freeze(), &need.name).await?;
+        }
+        stream.finish();
+        Ok(length)
+    }
+
+    /// The encoding of `target` for an agent that has `have`; made once however many ask.
+    async fn encode(
+        &self,
+        have: &Have,
+        target: &ManifestFile,
+        full: bool,
+    ) -> Result<Encoded, StoreError> {
+        let from = if let Have::Sha256(digest) = have {
+            Some(*digest)
+        } else {
+            None
+        };
+        let pair = (from, target.sha256, full);
+        let cell = {
+            let mut making = self.making.lock().expect("nothing panics with it");
+            if let Some(cell) = making.get(&pair).and_then(Weak::upgrade) {
+                cell
+            } else {
+                making.retain(|_, cell| cell.strong_count() > 0);
+                let cell = Arc::new(OnceCell::new());
+                making.insert(pair, Arc::downgrade(&cell));
+                cell
+            }
+        };
+        let make = || async {
+            let (store, have, target) = (self.store.clone(), have.clone(), target.clone());
+            let made = tokio::task::spawn_blocking(move || store.encode(&have, &target, full));
+            made.await.expect("encoding does not panic")
+        };
+        cell.get_or_try_init(make).await.cloned()
+    }
+}
+
+/// quinn finishes a stream that is dropped, so a push that ends halfway would look complete to the
+/// agent. This resets it instead.
+struct ResetUnlessFinished(Option<SendStream>);
+
+impl ResetUnlessFinished {
+    async fn write(
+        &mut self,
+        chunk: bytes::Bytes,
+        name: &clamcast_proto::DatabaseName,
+    ) -> Result<(), PushError> {
+        let name = || name.to_string();
+        let stream = self.0.as_mut().expect("only `finish` takes it");
+        timeout(STALL, stream.write_chunk(chunk))
+            .await
+            .map_err(|_| PushError::Stalled { name: name() })?
+            .map_err(|source| PushError::Send {
+                name: name(),
+                source,
+            })
+    }
+
+    fn finish(mut self) {
+        // An error means that the agent has stopped the stream already; its receipt tells the rest.
+        let _ = self.0.take().expect("only `finish` takes it").finish();
+    }
+}
+
+impl Drop for ResetUnlessFinished {
+    fn drop(&mut self) {
+        if let Some(stream) = &mut self.0 {
+            // An error means that the stream is gone already, which is as good.
+            let _ = stream.reset(VarInt::from_u32(wire::close::STOPPING));
+        }
+    }
+}

@@ -1,0 +1,485 @@
+//! The daemon: puts the parts together, and takes them apart in order.
+
+use std::fs;
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
+
+use clamcast_daemon::admin::{AdminError, Listener};
+use clamcast_daemon::audit::{self, AuditError, Draft};
+use clamcast_daemon::durable;
+use clamcast_proto::dsse::{Envelope, PublicKey, Verified};
+use clamcast_proto::keys::{KeySet, KeySetError};
+use ed25519_dalek::SigningKey;
+use ed25519_dalek::pkcs8::DecodePrivateKey as _;
+use serde_json::json;
+use tokio::sync::{Notify, mpsc};
+use tokio::task::{JoinHandle, JoinSet};
+use tokio_util::sync::CancellationToken;
+
+use crate::admin::{self, Commands};
+use crate::archive::Archive;
+use crate::config::Config;
+use crate::endpoint::{self, EndpointError};
+use crate::fleet::Fleet;
+use crate::hub::{self, Event, Hub};
+use crate::link::{self, Shared};
+use crate::mirror;
+use crate::pipeline::{self, Pipeline};
+use crate::publish::{self, Publisher};
+use crate::push::Pusher;
+use crate::recorder::{self, Recorder};
+use crate::rejections::Rejections;
+use crate::revoked::{Look, Revocations};
+use crate::store::{Store, StoreError};
+
+/// Time between looks at the revocation list; a revoked agent is cut off within 5 s.
+const REVOKED_LOOK: Duration = Duration::from_secs(1);
+
+/// Manifests of agents that are ahead of this master and wait to be looked at.
+const FORGOTTEN_MAX: usize = 16;
+
+/// The daemon does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// A directory of the state.
+    #[error("cannot use the state directory {path}")]
+    State {
+        /// The directory.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The store.
+    #[error("cannot open the store")]
+    Store(#[from] StoreError),
+    /// The key set file.
+    #[error("cannot read the key set {path}")]
+    ReadKeys {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The key set is not one.
+    #[error("{path} is not a key set")]
+    Keys {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: KeysError,
+    },
+    /// A private key.
+    #[error("cannot read the private key {path}")]
+    PrivateKey {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A private key that nobody would believe.
+    #[error(
+        "{path} is not one of the {role} keys of the key set {keys}; agents would refuse what it signs"
+    )]
+    ForeignKey {
+        /// The key file.
+        path: PathBuf,
+        /// What it is for.
+        role: &'static str,
+        /// The key set file.
+        keys: PathBuf,
+    },
+    /// The key set of another fleet.
+    #[error("the key set {path} is for fleet `{found}`, the configuration says `{expected}`")]
+    Fleet {
+        /// The key set file.
+        path: PathBuf,
+        /// Its fleet.
+        found: String,
+        /// The configured fleet.
+        expected: String,
+    },
+    /// TLS or the socket.
+    #[error("cannot listen to agents")]
+    Endpoint(#[from] EndpointError),
+    /// The operators' socket.
+    #[error("cannot listen to operators")]
+    Admin(#[from] AdminError),
+    /// The audit log.
+    #[error("cannot use the audit log")]
+    Audit(#[from] AuditError),
+    /// What was published, and the key that signs it.
+    #[error("cannot publish")]
+    Publish(#[from] publish::StartError),
+}
+
+/// A file is not a key set.
+#[derive(Debug, thiserror::Error)]
+pub enum KeysError {
+    /// Not an envelope.
+    #[error("it is not a signed statement in JSON")]
+    Json(#[from] serde_json::Error),
+    /// Not to be believed.
+    #[error(transparent)]
+    Set(#[from] KeySetError),
+}
+
+/// Reads a key set file; it must be signed by the root that it names.
+pub fn load_keys(path: &Path) -> Result<Verified<KeySet>, StartError> {
+    let text = fs::read(path).map_err(|source| StartError::ReadKeys {
+        path: path.to_owned(),
+        source,
+    })?;
+    let parse = || -> Result<_, KeysError> {
+        let envelope: Envelope = serde_json::from_slice(&text)?;
+        Ok(KeySet::verify(&envelope)?)
+    };
+    parse().map_err(|source| StartError::Keys {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+/// Reads a private key that must be one of `among`.
+fn load_key(
+    path: &Path,
+    role: &'static str,
+    among: &[PublicKey],
+    keys: &Path,
+) -> Result<SigningKey, StartError> {
+    let failed = |source| StartError::PrivateKey {
+        path: path.to_owned(),
+        source,
+    };
+    let pem = fs::read_to_string(path).map_err(failed)?;
+    let key = SigningKey::from_pkcs8_pem(&pem)
+        .map_err(|_| failed(io::Error::other("expected an Ed25519 key in PKCS#8 PEM")))?;
+    if !among.contains(&PublicKey::of(&key)) {
+        let (path, keys) = (path.to_owned(), keys.to_owned());
+        return Err(StartError::ForeignKey { path, role, keys });
+    }
+    Ok(key)
+}
+
+/// Reads every key and certificate that the daemon needs, as a check.
+pub fn check_files(config: &Config, keys: &Verified<KeySet>) -> Result<(), StartError> {
+    let signing = &config.signing;
+    check_fleet(config, keys)?;
+    load_key(
+        &signing.manifest_key,
+        "manifest",
+        &keys.manifest,
+        &signing.keys,
+    )?;
+    load_key(&signing.audit_key, "audit", &keys.audit, &signing.keys)?;
+    endpoint::server_config(&config.tls, &config.fleet)?;
+    Ok(())
+}
+
+fn check_fleet(config: &Config, keys: &KeySet) -> Result<(), StartError> {
+    if keys.fleet == config.fleet {
+        return Ok(());
+    }
+    let path = config.signing.keys.clone();
+    let (found, expected) = (keys.fleet.to_string(), config.fleet.to_string());
+    Err(StartError::Fleet {
+        path,
+        found,
+        expected,
+    })
+}
+
+/// The name of the audit log in its checkpoints.
+pub fn audit_origin(fleet: &clamcast_proto::FleetName) -> String {
+    format!("clamcast/{fleet}")
+}
+
+/// A running master.
+#[derive(Debug)]
+pub struct Master {
+    address: SocketAddr,
+    hub: Hub,
+    stop: CancellationToken,
+    tasks: JoinSet<()>,
+    hub_task: JoinHandle<()>,
+    hub_stop: CancellationToken,
+    recorder: Recorder,
+    recorder_thread: thread::JoinHandle<()>,
+}
+
+impl Master {
+    /// Starts everything. When this returns, agents and operators are listened to and the first
+    /// look at the mirror is under way.
+    pub async fn start(config: Config) -> Result<Self, StartError> {
+        let state = |directory: &str| {
+            let path = config.state.join(directory);
+            durable::create_dir(&path, 0o700).map_err(|source| StartError::State {
+                path: path.clone(),
+                source,
+            })?;
+            Ok::<_, StartError>(path)
+        };
+        let [_, agents, certificates, audit_dir] = [
+            state("")?,
+            state("agents")?,
+            state("certificates")?,
+            state("audit")?,
+        ];
+        let failed = |path: &Path| {
+            let path = path.to_owned();
+            move |source| StartError::State { path, source }
+        };
+
+        let keys = load_keys(&config.signing.keys)?;
+        check_fleet(&config, &keys)?;
+        let signing = &config.signing;
+        let manifest_key = load_key(
+            &signing.manifest_key,
+            "manifest",
+            &keys.manifest,
+            &signing.keys,
+        )?;
+        let audit_key = load_key(&signing.audit_key, "audit", &keys.audit, &signing.keys)?;
+        let (server, own) = endpoint::server_config(&config.tls, &config.fleet)?;
+        let (_, ca) = endpoint::load_ca(&config.tls.ca)?;
+
+        // The store's lock on the state directory comes before anything is written there.
+        let store = Arc::new(Store::open(&config.state, &keys)?);
+        let log = audit::Log::open(&audit_dir, audit_key, audit_origin(&config.fleet))?;
+        let publisher = Arc::new(Publisher::new(
+            &config,
+            store.clone(),
+            manifest_key,
+            keys.clone(),
+        )?);
+        // A copy of the key set for `audit verify` on a disk that was taken out.
+        let envelope = serde_json::to_vec(keys.envelope()).expect("an envelope serialises");
+        let copy = config.state.join("keys.json");
+        durable::write(&copy, &envelope, 0o600).map_err(failed(&copy))?;
+
+        let (recorder, recorder_thread) = Recorder::start(log, agents.clone());
+        let keys = Arc::new(keys);
+        let current = pipeline::current(&publisher);
+        let records = recorder::load(&agents).map_err(failed(&agents))?;
+        let mut revocations = Revocations::open(
+            config.tls.revoked.clone(),
+            &config.state,
+            config.fleet.clone(),
+            ca.key.clone(),
+        );
+        say(&mut revocations, &recorder).await;
+        let fleet = Fleet::new(
+            records,
+            current.as_ref().map(|current| current.manifest.clone()),
+        );
+        let hub_stop = CancellationToken::new();
+        let (forget, forgotten) = mpsc::channel(FORGOTTEN_MAX);
+        let task = hub::Task {
+            fleet,
+            current,
+            keys: keys.clone(),
+            revoked: None,
+            recorder: recorder.clone(),
+            deadline: config.deadline,
+            ahead: forget,
+            publisher: publisher.clone(),
+        };
+        let (hub, hub_task) = hub::start(task, hub_stop.clone());
+        if let Some(list) = revocations.list() {
+            let _ = hub.tell(Event::Revoked(list.clone())).await;
+        }
+
+        let endpoint = endpoint::bind(config.listen.quic, server, &config.state)?;
+        let address = endpoint
+            .local_addr()
+            .map_err(|source| EndpointError::Bind {
+                address: config.listen.quic,
+                source,
+            })?;
+        let listener = Listener::bind(&config.listen.admin, Some(&config.listen.admin_group))?;
+        recorder
+            .note(Draft {
+                event: "started".to_owned(),
+                actor: "master".to_owned(),
+                subject: config.fleet.to_string(),
+                position: None,
+                outcome: None,
+                detail: json!({
+                    "version": env!("CARGO_PKG_VERSION"),
+                    "mirror": config.mirror.path,
+                    "state": config.state,
+                    "quic": address.to_string(),
+                    "keys": keys.version,
+                    "epoch": keys.epoch,
+                    "certificate_ends": own.not_after,
+                }),
+            })
+            .await;
+
+        let stop = CancellationToken::new();
+        let mut tasks = JoinSet::new();
+        let pipeline = Pipeline::new(
+            publisher,
+            hub.clone(),
+            recorder.clone(),
+            config.signing.fresh,
+        );
+        let (wake, woken) = mpsc::channel(1);
+        let again = Arc::new(Notify::new());
+        tasks.spawn(mirror::watch(
+            config.mirror.clone(),
+            wake,
+            again.clone(),
+            stop.clone(),
+        ));
+        tasks.spawn(pipeline.clone().run(woken, again, forgotten, stop.clone()));
+        let shared = Shared {
+            fleet: config.fleet.clone(),
+            hub: hub.clone(),
+            pusher: Pusher::new(store.clone(), config.push_concurrent),
+            groups: config.groups.clone(),
+            archive: Mutex::new(
+                Archive::open(certificates.clone()).map_err(failed(&certificates))?,
+            ),
+            rejections: Rejections::new(recorder.clone()),
+        };
+        tasks.spawn(link::serve(endpoint, Arc::new(shared), stop.clone()));
+        tasks.spawn(watch_revocations(
+            revocations,
+            recorder.clone(),
+            hub.clone(),
+            stop.clone(),
+        ));
+        let commands = Commands {
+            fleet: config.fleet.clone(),
+            hub: hub.clone(),
+            pipeline,
+            store,
+            recorder: recorder.clone(),
+            audit: audit_dir,
+            deadline: config.deadline,
+        };
+        tasks.spawn(admin::serve(listener, commands, stop.clone()));
+        tracing::info!(%address, fleet = %config.fleet, mirror = %config.mirror.path.display(), "ready");
+        Ok(Self {
+            address,
+            hub,
+            stop,
+            tasks,
+            hub_task,
+            hub_stop,
+            recorder,
+            recorder_thread,
+        })
+    }
+
+    /// Where agents are listened to.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// The fleet, to look at.
+    pub fn hub(&self) -> &Hub {
+        &self.hub
+    }
+
+    /// Stops in order: no new agents, open connections end, then the fleet's state, then the log.
+    pub async fn stop(mut self) {
+        self.stop.cancel();
+        while let Some(ended) = self.tasks.join_next().await {
+            if let Err(error) = ended {
+                tracing::error!(%error, "a task of the daemon panicked; this is a bug");
+            }
+        }
+        self.recorder
+            .note(Draft {
+                event: "stopped".to_owned(),
+                actor: "master".to_owned(),
+                subject: "master".to_owned(),
+                position: None,
+                outcome: None,
+                detail: json!({}),
+            })
+            .await;
+        self.hub_stop.cancel();
+        if let Err(error) = self.hub_task.await {
+            tracing::error!(%error, "the hub panicked; this is a bug");
+        }
+        drop(self.recorder);
+        drop(self.hub);
+        // All senders are gone, so the thread ends after its last batch.
+        let joined = tokio::task::spawn_blocking(move || self.recorder_thread.join()).await;
+        if !matches!(joined, Ok(Ok(()))) {
+            tracing::error!("the recorder panicked; this is a bug");
+        }
+    }
+
+    /// Returns when one of the daemon's tasks has ended by itself, which none does but by a bug.
+    pub async fn failed(&mut self) -> String {
+        match self.tasks.join_next().await {
+            Some(Err(error)) => error.to_string(),
+            Some(Ok(())) => "a task ended".to_owned(),
+            None => std::future::pending().await,
+        }
+    }
+}
+
+async fn watch_revocations(
+    mut revocations: Revocations,
+    recorder: Recorder,
+    hub: Hub,
+    stop: CancellationToken,
+) {
+    loop {
+        tokio::select! {
+            biased;
+            () = stop.cancelled() => return,
+            () = tokio::time::sleep(REVOKED_LOOK) => {}
+        }
+        if say(&mut revocations, &recorder).await
+            && let Some(list) = revocations.list()
+        {
+            let _ = hub.tell(Event::Revoked(list.clone())).await;
+        }
+    }
+}
+
+/// Looks at the list and writes down what it brought; whether a newer one is in force.
+async fn say(revocations: &mut Revocations, recorder: &Recorder) -> bool {
+    // A look is a stat of one file, and a read of it when it changed.
+    let (event, detail) = match tokio::task::block_in_place(|| revocations.look()) {
+        Look::Same => return false,
+        Look::Newer => {
+            let list = revocations.list().expect("just taken");
+            tracing::info!(
+                version = list.version,
+                revoked = list.revoked.len(),
+                "revocation list"
+            );
+            (
+                "revocation_list",
+                json!({ "version": list.version, "revoked": list.revoked.len() }),
+            )
+        }
+        Look::Alarm(reason) => {
+            tracing::error!("{reason}");
+            ("alarm", json!({ "reason": reason }))
+        }
+    };
+    let subject = "revoked.json".to_owned();
+    let (event, actor) = (event.to_owned(), "master".to_owned());
+    recorder
+        .note(Draft {
+            event: event.clone(),
+            actor,
+            subject,
+            position: None,
+            outcome: None,
+            detail,
+        })
+        .await;
+    event == "revocation_list"
+}

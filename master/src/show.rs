@@ -1,0 +1,304 @@
+//! What the commands print: results on stdout, talk on stderr.
+
+use std::cell::RefCell;
+
+use clamcast_daemon::admin::Finish;
+use clamcast_daemon::audit::Verification;
+use clamcast_daemon::exit::{self, Exit};
+use clamcast_daemon::table::Table;
+use indicatif::{ProgressBar, ProgressStyle};
+use jiff::{SignedDuration, Timestamp};
+use serde_json::Value;
+
+/// Reads `--since`: a point in time, or how long ago.
+pub(crate) fn since(text: &str) -> Result<Timestamp, String> {
+    if let Ok(time) = text.parse() {
+        return Ok(time);
+    }
+    let ago = humantime::parse_duration(text)
+        .map_err(|_| "expected a time like 2026-11-22T08:00:00Z or a duration like 24h")?;
+    let ago = SignedDuration::try_from(ago).map_err(|error| error.to_string())?;
+    Timestamp::now()
+        .checked_sub(ago)
+        .map_err(|error| error.to_string())
+}
+
+/// Ends a command: the result as JSON or by `text`, the message on stderr, the exit code.
+pub(crate) fn end(finish: Finish, json: bool, text: impl Fn(&Value)) -> Result<(), Exit> {
+    let Finish {
+        exit,
+        result,
+        message,
+    } = finish;
+    if !result.is_null() {
+        if json {
+            println!(
+                "{}",
+                serde_json::to_string_pretty(&result).expect("a value serialises")
+            );
+        } else {
+            text(&result);
+        }
+    }
+    match (exit, message) {
+        (exit::DONE, None) => Ok(()),
+        (exit::DONE, Some(message)) => {
+            eprintln!("{message}");
+            Ok(())
+        }
+        (code, Some(message)) => Err(Exit::new(code, anyhow::anyhow!("{message}"))),
+        (code, None) => Err(Exit::quietly(code)),
+    }
+}
+
+pub(crate) fn published(result: &Value) {
+    let position = position(result);
+    match text(&result["published"]).as_str() {
+        "new" => println!("published {position}"),
+        "unchanged" => println!("unchanged: {position} is what the mirror holds"),
+        _ => println!("current is still {position}"),
+    }
+    if let Some(agents) = result.get("agents") {
+        println!("{}", counts(agents));
+    }
+}
+
+pub(crate) fn status(result: &Value) {
+    println!("fleet       {}", text(&result["fleet"]));
+    if result["generation"].is_null() {
+        println!("generation  none published yet");
+    } else {
+        let content = text(&result["content"]);
+        let short = content.get(..12).unwrap_or(&content);
+        println!("generation  {} (content {short})", position(result));
+        println!(
+            "published   {} ({} ago)",
+            time(&result["published"]),
+            age(&result["published"])
+        );
+    }
+    println!("agents      {}", counts(&result["agents"]));
+    if let Some(refused) = result.get("refused") {
+        println!("{}: {}", text(&refused["kind"]), text(&refused["reason"]));
+    }
+    if let Some(alarm) = result.get("alarm") {
+        println!("alarm: {}", text(alarm));
+    }
+}
+
+pub(crate) fn agents(result: &Value) {
+    let mut table = Table::new([
+        "NAME",
+        "GROUPS",
+        "LINK",
+        "GENERATION",
+        "LIVE",
+        "OUTCOME",
+        "SINCE",
+        "CLAMD",
+        "ERROR",
+    ]);
+    for row in result.as_array().into_iter().flatten() {
+        let groups = row["groups"].as_array().into_iter().flatten().map(text);
+        let clamd = &row["clamd"];
+        let version = clamd["version"]
+            .as_str()
+            .and_then(|version| version.split('/').next());
+        table.row([
+            text(&row["name"]),
+            or_dash(groups.collect::<Vec<_>>().join(",")),
+            if row["connected"] == true {
+                "up"
+            } else {
+                "down"
+            }
+            .to_owned(),
+            if row["generation"].is_null() {
+                "-".to_owned()
+            } else {
+                position(row)
+            },
+            if row["live"] == true { "yes" } else { "no" }.to_owned(),
+            text(&row["outcome"]),
+            age(&row["since"]),
+            version.map_or_else(|| text(&clamd["state"]), str::to_owned),
+            or_dash(text(&row["error"])),
+        ]);
+    }
+    println!("{table}");
+}
+
+pub(crate) fn generations(result: &Value) {
+    let mut table = Table::new(["GENERATION", "PUBLISHED", "STATE", "CONTENT", "FILES"]);
+    for row in result.as_array().into_iter().flatten() {
+        let files = row["files"].as_array().into_iter().flatten().map(|file| {
+            let version = &file["version"];
+            let name = text(&file["name"]);
+            if version.is_null() {
+                name
+            } else {
+                format!("{name}:{version}")
+            }
+        });
+        table.row([
+            position(row),
+            time(&row["published"]),
+            text(&row["state"]),
+            text(&row["content"]).chars().take(12).collect(),
+            files.collect::<Vec<_>>().join(" "),
+        ]);
+    }
+    println!("{table}");
+}
+
+/// Prints a piece of the audit log.
+pub(crate) fn records(records: Value, json: bool) {
+    for record in records.as_array().into_iter().flatten() {
+        if json {
+            println!("{record}");
+            continue;
+        }
+        let at = if record["generation"].is_null() {
+            "-".to_owned()
+        } else {
+            position(record)
+        };
+        let outcome = or_dash(text(&record["outcome"]));
+        println!(
+            "{:>6} {} {:<12} {:<20} {:<20} {:<8} {:<10} {}",
+            text(&record["seq"]),
+            time(&record["time"]),
+            text(&record["event"]),
+            text(&record["actor"]),
+            text(&record["subject"]),
+            at,
+            outcome,
+            detail(&record["detail"]),
+        );
+    }
+}
+
+/// The details that a person can read; a receipt's envelope is for machines (`--json`).
+fn detail(detail: &Value) -> String {
+    let fields = detail.as_object().into_iter().flatten();
+    let readable = fields.filter(|(_, value)| !value.is_object() && !value.is_null());
+    let pairs = readable.map(|(key, value)| match value.as_array() {
+        Some(list) => format!(
+            "{key}={}",
+            list.iter().map(text).collect::<Vec<_>>().join(",")
+        ),
+        None => format!("{key}={}", text(value)),
+    });
+    pairs.collect::<Vec<_>>().join(" ")
+}
+
+/// Prints what `audit verify` found; exit 1 if anything is wrong.
+pub(crate) fn verification(verification: &Verification, json: bool) -> Result<(), Exit> {
+    if json {
+        println!("{:#}", verification.to_json());
+    }
+    match &verification.first_bad {
+        None => {
+            if !json {
+                println!(
+                    "good: {} records, signed head and all",
+                    verification.records
+                );
+            }
+            Ok(())
+        }
+        Some(_) if json => Err(Exit::quietly(exit::NOT_CONFORMANT)),
+        Some(bad) => {
+            let bad = anyhow::anyhow!("line {}: {}", bad.line, bad.fault);
+            Err(Exit::new(
+                exit::NOT_CONFORMANT,
+                bad.context("the audit log is not what was signed"),
+            ))
+        }
+    }
+}
+
+/// A line on the terminal for as long as a command waits.
+pub(crate) struct Progress(RefCell<Option<ProgressBar>>);
+
+impl Progress {
+    pub(crate) fn new(wanted: bool) -> Self {
+        let bar = wanted.then(|| {
+            let style = ProgressStyle::with_template("{spinner} {msg}").expect("a template");
+            ProgressBar::new_spinner().with_style(style) // draws on a terminal only
+        });
+        Self(RefCell::new(bar))
+    }
+
+    pub(crate) fn show(&self, progress: &Value) {
+        if let Some(bar) = &*self.0.borrow() {
+            let waiting = progress["unsettled"]
+                .as_array()
+                .into_iter()
+                .flatten()
+                .map(text);
+            let waiting: Vec<_> = waiting.take(5).collect();
+            let agents = counts(&progress["agents"]);
+            bar.set_message(format!("{agents}; waiting for {}", waiting.join(", ")));
+            bar.tick();
+        }
+    }
+
+    pub(crate) fn clear(&self) {
+        if let Some(bar) = self.0.take() {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+fn counts(agents: &Value) -> String {
+    let number = |key: &str| agents[key].as_u64().unwrap_or(0);
+    format!(
+        "{} enrolled, {} connected, {} conformant, {} behind, {} failed",
+        number("total"),
+        number("connected"),
+        number("conformant"),
+        number("behind"),
+        number("failed"),
+    )
+}
+
+fn position(value: &Value) -> String {
+    format!("{}.{}", text(&value["epoch"]), text(&value["generation"]))
+}
+
+fn time(value: &Value) -> String {
+    let text = text(value);
+    let seconds = text.parse::<Timestamp>().map(|time| format!("{time:.0}"));
+    seconds.unwrap_or(text)
+}
+
+/// How long ago, to the unit that a person would say.
+fn age(value: &Value) -> String {
+    let Ok(time) = text(value).parse::<Timestamp>() else {
+        return "-".to_owned();
+    };
+    let seconds = Timestamp::now().duration_since(time).as_secs().max(0);
+    match seconds {
+        ..120 => format!("{seconds}s"),
+        ..7_200 => format!("{}m", seconds / 60),
+        ..172_800 => format!("{}h", seconds / 3600),
+        _ => format!("{}d", seconds / 86_400),
+    }
+}
+
+fn text(value: &Value) -> String {
+    match value {
+        Value::String(text) => text.clone(),
+        Value::Null => String::new(),
+        Value::Bool(_) | Value::Number(_) | Value::Array(_) | Value::Object(_) => value.to_string(),
+    }
+}
+
+fn or_dash(text: String) -> String {
+    if text.is_empty() {
+        "-".to_owned()
+    } else {
+        text
+    }
+}
