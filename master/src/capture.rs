@@ -13,7 +13,7 @@ use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use clamcast_proto::container::{HEADER_BYTES, Header, HeaderError};
+use clamcast_proto::container::{ContainerError, HEADER_BYTES, Header};
 use clamcast_proto::manifest::{DATABASE_BYTES_MAX, content_digest};
 use clamcast_proto::{DatabaseName, Digest};
 use nix::fcntl::OFlag;
@@ -116,7 +116,7 @@ pub enum CaptureError {
         /// Its name.
         name: DatabaseName,
         /// What is wrong.
-        source: HeaderError,
+        source: ContainerError,
     },
     /// Ours, not the mirror's.
     #[error("cannot keep a capture")]
@@ -140,7 +140,7 @@ fn capture_interrupted(
             continue;
         };
         let after = list(path)?;
-        if (&after.directory, &after.files) == (&before.directory, &before.files) {
+        if (after.identity, &after.files) == (before.identity, &before.files) {
             let content = content_digest(files.iter().map(|f| (&f.name, f.size, &f.sha256)));
             let ignored = after.ignored;
             return Ok(Capture {
@@ -261,12 +261,12 @@ fn drop_lower_forms(files: &mut BTreeMap<DatabaseName, File>) -> Result<(), Capt
 
 fn header(name: &DatabaseName, file: &File) -> Result<Header, CaptureError> {
     let mut bytes = [0; HEADER_BYTES];
-    let read = file.read_exact_at(&mut bytes, 0);
-    read.map_err(|source| CaptureError::Read {
+    let read = file.read_at(&mut bytes, 0);
+    let length = read.map_err(|source| CaptureError::Read {
         name: name.clone(),
         source,
     })?;
-    Header::parse(&bytes).map_err(|source| CaptureError::Header {
+    Header::read(&bytes[..length]).map_err(|source| CaptureError::Header {
         name: name.clone(),
         source,
     })

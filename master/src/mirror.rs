@@ -1,3 +1,206 @@
-//! The mirror directory: what stands in it, and when a look at it is worth a capture.
+//! The mirror directory: what stands in it, and when that is worth a capture.
+//!
+//! File events only say when to look; what changed is told by comparing two looks. So an event that
+//! was lost costs time and nothing else, and one that means nothing costs a look.
 
 pub mod listing;
+pub mod quiet;
+mod watch;
+
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use tokio::sync::{Notify, mpsc};
+use tokio::time::{sleep, sleep_until};
+use tokio_util::sync::CancellationToken;
+
+use crate::config::Mirror;
+use listing::Listing;
+use quiet::{Next, Quiet};
+use watch::Watch;
+
+/// Time between looks where there are no events to rely on: the mirror is missing, or the kernel
+/// has no watch left. Also where the mirror is a symlink: a link further along a chain of links may
+/// be swapped, of which no event comes.
+const POLL: Duration = Duration::from_secs(5);
+
+/// After an event others follow within moments. One look serves them all.
+const EVENTS_SETTLE: Duration = Duration::from_millis(20);
+
+/// Watches the mirror until `stop`, and sends on `wake` when a capture is due: once for every
+/// change, when it is quiet. The first look counts as a change, and so does a mirror that cannot
+/// be listed any more, whose capture then says why.
+///
+/// `again` is for a capture that met a mirror in motion: it is due again after the next quiet time.
+/// A full channel is as good as a sent wake-up, since the capture that it leads to is still to come.
+pub async fn watch(
+    settings: Mirror,
+    wake: mpsc::Sender<()>,
+    again: Arc<Notify>,
+    stop: CancellationToken,
+) {
+    let mut quiet = Quiet::new(settings.quiet);
+    let mut watch = Watch::new(&settings.path);
+    let mut trouble = None;
+    loop {
+        let listing = look(&settings.path).await;
+        if let Ok(listing) = &listing
+            && watch.follow(listing)
+        {
+            continue; // what changed between the look and the watch is seen now
+        }
+        report(&settings.path, listing.as_ref().err(), &mut trouble);
+        let poll = match &listing {
+            Ok(_) if watch.is_reliable() => settings.rescan,
+            Ok(_) | Err(_) => settings.rescan.min(POLL),
+        };
+        let now = Instant::now();
+        quiet.look(listing.ok().as_ref(), now);
+        let rescan = now + poll;
+        let wait = match quiet.next(now) {
+            Next::Idle => rescan,
+            Next::Wait(until) => until.min(rescan),
+            Next::Due => {
+                if let Err(mpsc::error::TrySendError::Closed(())) = wake.try_send(()) {
+                    return; // nobody captures any more: the daemon stops
+                }
+                quiet.told();
+                rescan
+            }
+        };
+        tokio::select! {
+            biased;
+            () = stop.cancelled() => return,
+            () = again.notified() => quiet.again(Instant::now()),
+            () = watch.event() => sleep(EVENTS_SETTLE).await,
+            () = sleep_until(wait.into()) => {}
+        }
+    }
+}
+
+/// Lists the mirror off the async threads: it may be on a network file system that hangs.
+async fn look(path: &Path) -> io::Result<Listing> {
+    let path = path.to_owned();
+    let listing = tokio::task::spawn_blocking(move || Listing::of(&path, SystemTime::now()));
+    listing.await.expect("listing does not panic")
+}
+
+/// Tells once of a mirror that cannot be listed, and when it is back.
+fn report(path: &Path, error: Option<&io::Error>, trouble: &mut Option<String>) {
+    let new = error.map(ToString::to_string);
+    if new == *trouble {
+        return;
+    }
+    match &new {
+        Some(error) => {
+            tracing::warn!(path = %path.display(), error, "cannot list the mirror; trying again every {POLL:?}");
+        }
+        None => tracing::info!(path = %path.display(), "the mirror can be listed again"),
+    }
+    *trouble = new;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{LoadTest, Unsigned};
+    use clamcast_daemon::config::Percent;
+    use std::fs;
+    use std::os::unix::fs::symlink;
+    use std::path::PathBuf;
+
+    const PATIENCE: Duration = Duration::from_secs(20);
+
+    /// A watched mirror whose rescans come too late for any test.
+    struct Watched {
+        root: tempfile::TempDir,
+        due: mpsc::Receiver<()>,
+        again: Arc<Notify>,
+        stop: CancellationToken,
+    }
+
+    impl Watched {
+        fn start(path: &str, prepare: impl FnOnce(&Path)) -> Self {
+            let root = tempfile::tempdir().unwrap();
+            prepare(root.path());
+            let settings = Mirror {
+                path: root.path().join(path),
+                quiet: Duration::from_millis(50),
+                rescan: Duration::from_secs(3600),
+                require: Vec::new(),
+                unsigned: Unsigned::Allow,
+                load_test: LoadTest::Never,
+                shrink_max: Percent::new(30).unwrap(),
+            };
+            let (wake, due) = mpsc::channel(1);
+            let again = Arc::new(Notify::new());
+            let stop = CancellationToken::new();
+            tokio::spawn(watch(settings, wake, again.clone(), stop.clone()));
+            Self {
+                root,
+                due,
+                again,
+                stop,
+            }
+        }
+
+        fn path(&self, name: &str) -> PathBuf {
+            self.root.path().join(name)
+        }
+
+        async fn due(&mut self) {
+            let woken = tokio::time::timeout(PATIENCE, self.due.recv()).await;
+            woken.expect("no capture became due").expect("it watches");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_freshclam_run_makes_one_capture_due() {
+        let mut mirror = Watched::start("mirror", |root| {
+            fs::create_dir(root.join("mirror")).unwrap();
+            fs::write(root.join("mirror/daily.cvd"), "1").unwrap();
+        });
+        mirror.due().await; // what stood there at the start
+        fs::create_dir(mirror.path("mirror/tmp.0123456789")).unwrap();
+        let part = mirror.path("mirror/tmp.0123456789/clamav-0.tmp-daily.cld");
+        fs::write(&part, "2").unwrap();
+        fs::rename(&part, mirror.path("mirror/daily.cld")).unwrap();
+        fs::remove_file(mirror.path("mirror/daily.cvd")).unwrap();
+        assert!(mirror.due.try_recv().is_err(), "the run is still open");
+        fs::remove_dir(mirror.path("mirror/tmp.0123456789")).unwrap();
+        mirror.due().await;
+        mirror.again.notify_one();
+        mirror.due().await;
+        mirror.stop.cancel();
+        assert_eq!(mirror.due.recv().await, None);
+    }
+
+    #[tokio::test]
+    async fn a_symlink_that_is_swapped_is_a_change() {
+        let mut mirror = Watched::start("mirror", |root| {
+            for snapshot in ["one", "two"] {
+                fs::create_dir(root.join(snapshot)).unwrap();
+                fs::write(root.join(snapshot).join("daily.cld"), snapshot).unwrap();
+            }
+            symlink("one", root.join("mirror")).unwrap();
+        });
+        mirror.due().await;
+        symlink("two", mirror.path("new")).unwrap();
+        fs::rename(mirror.path("new"), mirror.path("mirror")).unwrap();
+        mirror.due().await;
+        fs::write(mirror.path("two/main.cld"), "1").unwrap();
+        mirror.due().await;
+    }
+
+    #[tokio::test]
+    async fn a_missing_mirror_is_told_and_found_when_it_comes() {
+        let mut mirror = Watched::start("mirror", |_| {});
+        mirror.due().await;
+        fs::create_dir(mirror.path("mirror")).unwrap();
+        mirror.due().await;
+        fs::write(mirror.path("mirror/daily.cld"), "1").unwrap();
+        mirror.due().await;
+    }
+}

@@ -13,8 +13,8 @@ use clamcast_proto::{Digest, Epoch, FleetName, Generation, Position};
 use ed25519_dalek::SigningKey;
 use jiff::{SignedDuration, Timestamp};
 
-use crate::chain;
 use crate::capture::{CaptureError, capture};
+use crate::chain;
 use crate::check::{Checked, Objection, check};
 use crate::config::{Config, Mirror};
 use crate::store::{Store, StoreError};
@@ -283,11 +283,7 @@ impl Publisher {
         published
     }
 
-    fn publish_captured(
-        &self,
-        accept: bool,
-        now: Timestamp,
-    ) -> Result<Published, PublishError> {
+    fn publish_captured(&self, accept: bool, now: Timestamp) -> Result<Published, PublishError> {
         let mirror = &self.settings.mirror;
         let capture = match capture(&mirror.path, &self.store) {
             Ok(capture) => capture,

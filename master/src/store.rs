@@ -247,9 +247,12 @@ impl Store {
     /// Opens an object for reading.
     pub(crate) fn open_object(&self, digest: &Digest) -> Result<File, StoreError> {
         let path = self.object(digest);
-        File::open(&path).map_err(|error| match error.kind() {
-            io::ErrorKind::NotFound => StoreError::NoObject { digest: *digest },
-            _ => io_error("open", &path)(error),
+        File::open(&path).map_err(|error| {
+            if error.kind() == io::ErrorKind::NotFound {
+                StoreError::NoObject { digest: *digest }
+            } else {
+                io_error("open", &path)(error)
+            }
         })
     }
 

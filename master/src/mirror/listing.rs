@@ -28,12 +28,21 @@ const RUN_DEPTH_MAX: usize = 3;
 pub struct Listing {
     /// The directory itself; where `path` is a symlink, what it points to.
     pub directory: PathBuf,
+    /// Which directory that is: another one may have its name later.
+    pub identity: Identity,
     /// Everything that has the name of a database.
     pub files: BTreeMap<DatabaseName, Stamp>,
     /// Names that clamd would load, and we do not take: hidden, in capitals, our own.
     pub ignored: Vec<String>,
     /// freshclam's runs that are open or were killed.
     pub runs: Vec<Run>,
+}
+
+/// A directory by device and inode.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Identity {
+    pub(super) device: u64,
+    pub(super) inode: u64,
 }
 
 /// What tells without opening whether a file is still the same: the kernel sets `changed` on every
@@ -72,8 +81,13 @@ impl Listing {
     /// Lists the directory. `now` only says how old runs are.
     pub fn of(path: &Path, now: SystemTime) -> io::Result<Self> {
         let directory = fs::canonicalize(path)?;
+        let metadata = fs::metadata(&directory)?;
         let mut listing = Self {
             directory: directory.clone(),
+            identity: Identity {
+                device: metadata.dev(),
+                inode: metadata.ino(),
+            },
             files: BTreeMap::new(),
             ignored: Vec::new(),
             runs: Vec::new(),
@@ -132,6 +146,19 @@ impl Stamp {
         }
     }
 
+    /// A file that differs from those with another number.
+    #[cfg(test)]
+    pub(super) fn numbered(number: u64) -> Self {
+        Self {
+            kind: Kind::File,
+            device: 1,
+            inode: number,
+            size: 0,
+            modified: (0, 0),
+            changed: (0, 0),
+        }
+    }
+
     /// What it is.
     pub fn kind(&self) -> Kind {
         self.kind
@@ -146,7 +173,10 @@ impl Stamp {
 /// Whether clamd might load a file of this name: it looks only at the end, in any case.
 fn looks_like_a_database(name: &str) -> bool {
     let name = name.to_ascii_lowercase();
-    let extension = |ext: &&str| name.strip_suffix(*ext).is_some_and(|stem| stem.ends_with('.'));
+    let extension = |ext: &&str| {
+        name.strip_suffix(*ext)
+            .is_some_and(|stem| stem.ends_with('.'))
+    };
     DATABASE_EXTENSIONS.iter().any(|ext| extension(ext))
 }
 
@@ -173,4 +203,55 @@ fn newest_change(run: &Path, metadata: &Metadata) -> SystemTime {
         }
     }
     newest
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_names_of_databases_are_listed_and_what_clamd_might_load_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in [
+            "daily.cld",
+            "local.ndb",
+            "daily-7.cvd.sign",
+            "freshclam.dat",
+            "daily.cld.tmp",
+            "x.txt",
+            ".hidden.ndb",
+            "X.NDB",
+            "clamcast-canary.hsb",
+            "a\nb.ndb",
+        ] {
+            fs::write(dir.path().join(name), "").unwrap();
+        }
+        fs::create_dir(dir.path().join("sub.ndb")).unwrap();
+        let listing = Listing::of(dir.path(), SystemTime::now()).unwrap();
+        let files: Vec<_> = listing.files.keys().map(ToString::to_string).collect();
+        assert_eq!(files, ["daily-7.cvd.sign", "daily.cld", "local.ndb"]);
+        assert_eq!(
+            listing.ignored,
+            [".hidden.ndb", "X.NDB", "a\nb.ndb", "clamcast-canary.hsb"]
+        );
+    }
+
+    #[test]
+    fn a_run_is_open_until_nothing_changed_in_it_for_a_quarter_of_an_hour() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir_all(dir.path().join("tmp.0123456789/clamav-x.tmp")).unwrap();
+        let now = SystemTime::now();
+        let open = |ago: Duration| {
+            let listing = Listing::of(dir.path(), now + ago).unwrap();
+            listing.open_run().is_some()
+        };
+        assert!(open(Duration::ZERO));
+        assert!(open(ABANDONED_AFTER - Duration::from_secs(10)));
+        assert!(!open(ABANDONED_AFTER + Duration::from_secs(10)));
+        // What is written deep inside keeps it open.
+        let deep = dir.path().join("tmp.0123456789/clamav-x.tmp/part");
+        let file = fs::File::create(deep).unwrap();
+        file.set_modified(now + ABANDONED_AFTER).unwrap();
+        assert!(open(ABANDONED_AFTER + Duration::from_secs(10)));
+    }
 }

@@ -52,12 +52,15 @@ struct Pair {
 }
 
 /// One computation that any number of askers wait for.
-type Flight = Arc<Mutex<Option<Result<Encoded, Arc<StoreError>>>>>;
+#[derive(Debug, Default)]
+struct Flight {
+    landed: Mutex<Option<Result<Encoded, Arc<StoreError>>>>,
+}
 
 /// What is being made or was made since the start.
 #[derive(Debug, Default)]
 pub(super) struct Encoder {
-    flights: Mutex<HashMap<Pair, Flight>>,
+    flights: Mutex<HashMap<Pair, Arc<Flight>>>,
     makers: Makers,
 }
 
@@ -93,7 +96,7 @@ impl Store {
     /// next asker tries again.
     fn made_once(&self, pair: Pair) -> Result<Encoded, StoreError> {
         let flight = lock(&self.encoder.flights).entry(pair).or_default().clone();
-        let mut landed = lock(&flight);
+        let mut landed = lock(&flight.landed);
         if landed.is_none() {
             let made = match pair.from {
                 Some(from) => self.delta(from, pair.to),

@@ -1,0 +1,141 @@
+//! File events of the mirror directory, wherever `path` leads to at the moment.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use notify::event::{AccessKind, AccessMode};
+use notify::{Event, EventKind, RecommendedWatcher, RecursiveMode, Watcher as _};
+use tokio::sync::Notify;
+
+use super::listing::{Identity, Listing};
+
+/// Says that something happened, as well as it can.
+#[derive(Debug)]
+pub(super) struct Watch {
+    path: PathBuf,
+    events: Arc<Notify>,
+    watching: Option<Watching>,
+    /// Whether it was told already that there are no events.
+    warned: bool,
+}
+
+#[derive(Debug)]
+struct Watching {
+    identity: Identity,
+    is_link: bool,
+    broken: Arc<AtomicBool>,
+    _watcher: RecommendedWatcher,
+}
+
+impl Watch {
+    pub(super) fn new(path: &Path) -> Self {
+        Self {
+            path: path.to_owned(),
+            events: Arc::default(),
+            watching: None,
+            warned: false,
+        }
+    }
+
+    /// Waits for an event. Any number of them since the last call count as one.
+    pub(super) async fn event(&self) {
+        self.events.notified().await;
+    }
+
+    /// Whether every change makes an event.
+    pub(super) fn is_reliable(&self) -> bool {
+        self.watching
+            .as_ref()
+            .is_some_and(|watching| !watching.is_link)
+    }
+
+    /// Watches the directory that was listed, if it is not watched already. Returns whether a new
+    /// watch was set.
+    pub(super) fn follow(&mut self, listing: &Listing) -> bool {
+        if let Some(watching) = &self.watching {
+            let broken = watching.broken.load(Ordering::Relaxed);
+            if !broken && watching.identity == listing.identity {
+                return false;
+            }
+        }
+        self.watching = None;
+        match self.watch(listing) {
+            Ok(watching) => {
+                self.watching = Some(watching);
+                self.warned = false;
+                true
+            }
+            Err(error) => {
+                if !self.warned {
+                    tracing::warn!(path = %self.path.display(), %error, "no events from the mirror; looking at it often instead");
+                }
+                self.warned = true;
+                false
+            }
+        }
+    }
+
+    /// Where `path` is a symlink, its own directory is watched too, since swapping the link
+    /// changes nothing in the directory it led to.
+    fn watch(&self, listing: &Listing) -> notify::Result<Watching> {
+        let directory = listing.directory.clone();
+        let link = link(&self.path)?;
+        let broken = Arc::new(AtomicBool::new(false));
+        let (events, breaks) = (self.events.clone(), broken.clone());
+        let mirrored = directory.clone();
+        let swapped = link.clone();
+        let mut watcher = notify::recommended_watcher(move |event: notify::Result<Event>| {
+            match event {
+                Ok(event) if !concerns(&event, &mirrored, swapped.as_deref()) => return,
+                Ok(_) => {}
+                Err(error) => {
+                    tracing::warn!(%error, "events from the mirror were lost");
+                    breaks.store(true, Ordering::Relaxed);
+                }
+            }
+            events.notify_one();
+        })?;
+        watcher.watch(&directory, RecursiveMode::NonRecursive)?;
+        if let Some(parent) = link.as_deref().and_then(Path::parent) {
+            watcher.watch(parent, RecursiveMode::NonRecursive)?;
+        }
+        Ok(Watching {
+            identity: listing.identity,
+            is_link: link.is_some(),
+            broken,
+            _watcher: watcher,
+        })
+    }
+}
+
+/// Where the symlink is that `path` names, if it names one.
+fn link(path: &Path) -> notify::Result<Option<PathBuf>> {
+    if !fs::symlink_metadata(path)?.is_symlink() {
+        return Ok(None);
+    }
+    let parent = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        Some(_) | None => Path::new("."),
+    };
+    let name = path.file_name();
+    let parent = fs::canonicalize(parent)?;
+    Ok(name.map(|name| parent.join(name)))
+}
+
+/// Whether an event may have changed what a look finds. Reading is none of it: a look reads the
+/// directory itself, and would go on for ever.
+fn concerns(event: &Event, directory: &Path, link: Option<&Path>) -> bool {
+    match event.kind {
+        EventKind::Access(AccessKind::Close(AccessMode::Write)) => {}
+        EventKind::Access(_) => return false,
+        EventKind::Any
+        | EventKind::Create(_)
+        | EventKind::Modify(_)
+        | EventKind::Remove(_)
+        | EventKind::Other => {}
+    }
+    let here = |path: &PathBuf| path.starts_with(directory) || Some(path.as_path()) == link;
+    event.paths.is_empty() || event.paths.iter().any(here)
+}
