@@ -1,0 +1,416 @@
+//! The directory that holds a fleet: its CA, its signing keys, and what was issued.
+
+use std::fs::File;
+use std::io::{self, Read as _};
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use clamcast_daemon::config::{self, ConfigError};
+use clamcast_daemon::durable::{self, LockError, LockGuard};
+use clamcast_daemon::exit;
+use clamcast_proto::dsse::{Envelope, EnvelopeError, PublicKey, Verified};
+use clamcast_proto::identity::{Certificate, Role};
+use clamcast_proto::keys::{KeySet, KeySetError};
+use clamcast_proto::revocation::RevocationList;
+use clamcast_proto::{AgentName, FleetName};
+use serde::{Deserialize, Serialize};
+
+use crate::Written;
+use crate::host::Host;
+use crate::key;
+use crate::x509::{self, Authority};
+
+/// The files and directories of a fleet, below its directory.
+pub(crate) const CA: &str = "ca.pem";
+pub(crate) const CA_KEY: &str = "ca.key";
+pub(crate) const ROOT_KEY: &str = "root.key";
+pub(crate) const MANIFEST_KEY: &str = "manifest.key";
+pub(crate) const AUDIT_KEY: &str = "audit.key";
+pub(crate) const KEYS: &str = "manifest.pub";
+pub(crate) const CHARTER: &str = "fleet.toml";
+pub(crate) const MASTER: &str = "master";
+pub(crate) const AGENTS: &str = "agents";
+pub(crate) const ISSUED: &str = "issued";
+pub(crate) const REVOKED: &str = "revoked.json";
+
+/// Stands while `init` is at work. Until it goes, nothing was issued from what is there.
+pub(crate) const UNFINISHED: &str = ".unfinished";
+
+const LOCK: &str = ".lock";
+
+/// Modes: of what is secret, of what is not, and of directories, which all hold secrets.
+pub(crate) const PRIVATE: u32 = 0o600;
+pub(crate) const PUBLIC: u32 = 0o644;
+pub(crate) const DIRECTORY: u32 = 0o700;
+
+/// Longest certificate, key or key set that is read: ours have some hundred bytes, a full key set
+/// 32 KiB before base64.
+const FILE_BYTES_MAX: u64 = 64 << 10;
+
+/// Longest `revoked.json` that is read: the longest list, in base64, and the envelope around it.
+const REVOKED_BYTES_MAX: u64 = 24 << 20;
+
+/// What `fleet.toml` says.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Charter {
+    pub(crate) fleet: FleetName,
+    /// Where agents find the master; empty until its certificate is issued.
+    #[serde(default)]
+    pub(crate) hosts: Vec<Host>,
+}
+
+impl Charter {
+    /// Writes `fleet.toml` into `dir`.
+    pub(crate) fn write(&self, dir: &Path) -> Result<Written, WriteError> {
+        let toml = toml::to_string(self).expect("a name and a list of texts are TOML");
+        let head = "# Written by clamcast-certs; `clamcast-certs master --host` sets `hosts`.\n";
+        let file = Written::new(
+            dir.join(CHARTER),
+            "the fleet's name and where its master is",
+        );
+        write(file, &format!("{head}{toml}"), PUBLIC)
+    }
+}
+
+/// A fleet's directory, opened.
+pub(crate) struct Fleet {
+    pub(crate) dir: PathBuf,
+    pub(crate) charter: Charter,
+    pub(crate) ca_pem: String,
+    pub(crate) ca: Certificate,
+}
+
+/// Why a fleet's directory cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// There is no fleet.
+    #[error(
+        "{dir} holds no fleet; make one with `clamcast-certs init --dir {dir} --fleet NAME`, or name another --dir"
+    )]
+    NoFleet {
+        /// The directory.
+        dir: PathBuf,
+    },
+    /// The fleet was not made to its end.
+    #[error(
+        "`init` did not finish in {dir}; run it again: `clamcast-certs init --dir {dir} --fleet NAME` (nothing was issued from what is there)"
+    )]
+    Unfinished {
+        /// The directory.
+        dir: PathBuf,
+    },
+    /// Another command is writing there.
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    /// `fleet.toml` is wrong.
+    #[error(transparent)]
+    Charter(#[from] ConfigError),
+    /// A file cannot be read.
+    #[error("cannot read {path}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A file is not what it should be.
+    #[error("{path} is damaged: expected {expected}; put a copy back from a backup")]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What it should be.
+        expected: &'static str,
+    },
+    /// The CA's key and certificate do not belong together.
+    #[error("{key} is not the key of {certificate}; put the right one back from a backup")]
+    Mismatch {
+        /// The key.
+        key: PathBuf,
+        /// The certificate.
+        certificate: PathBuf,
+    },
+    /// The key set does not verify.
+    #[error("{path} cannot be given to agents; put a copy back from a backup")]
+    Keys {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: KeySetError,
+    },
+    /// A statement is of another fleet.
+    #[error("{path} is of fleet `{found}`, {dir} holds fleet `{expected}`")]
+    OtherFleet {
+        /// The file.
+        path: PathBuf,
+        /// The fleet's directory.
+        dir: PathBuf,
+        /// Whose it is.
+        found: FleetName,
+        /// Whose it should be.
+        expected: FleetName,
+    },
+    /// The revocation list does not verify.
+    #[error(
+        "{path} is not the list that this CA signed; put a copy back, the master has one in its configuration directory"
+    )]
+    Revoked {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: EnvelopeError,
+    },
+}
+
+/// A file or directory could not be written.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot write {path}")]
+pub struct WriteError {
+    /// The file or directory.
+    pub path: PathBuf,
+    /// Why.
+    pub source: io::Error,
+}
+
+impl OpenError {
+    /// The exit code of a command that ends with this.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::NoFleet { .. } | Self::Unfinished { .. } | Self::Charter(_) => exit::USAGE,
+            Self::Keys { .. } | Self::OtherFleet { .. } | Self::Revoked { .. } => exit::REFUSED,
+            Self::Lock(_) | Self::Read { .. } | Self::Damaged { .. } | Self::Mismatch { .. } => {
+                exit::FAILED
+            }
+        }
+    }
+}
+
+impl Fleet {
+    /// Opens the directory to read.
+    pub(crate) fn open(dir: &Path) -> Result<Self, OpenError> {
+        if is_there(&dir.join(UNFINISHED)) {
+            return Err(OpenError::Unfinished { dir: dir.into() });
+        }
+        let charter = config::load(&dir.join(CHARTER)).map_err(|error| match error {
+            ConfigError::Missing { .. } => OpenError::NoFleet { dir: dir.into() },
+            ConfigError::Read { path, source } => OpenError::Read { path, source },
+            ConfigError::TooLarge { .. } | ConfigError::Content { .. } => OpenError::Charter(error),
+        })?;
+        let path = dir.join(CA);
+        let ca_pem = read(&path)?;
+        let ca = x509::read(&ca_pem).ok_or(OpenError::Damaged {
+            path,
+            expected: "a certificate with an Ed25519 key in PEM",
+        })?;
+        Ok(Self {
+            dir: dir.into(),
+            charter,
+            ca_pem,
+            ca,
+        })
+    }
+
+    /// Opens the directory to write: nobody else writes there until the guard is dropped.
+    pub(crate) fn open_to_write(dir: &Path) -> Result<(Self, LockGuard), OpenError> {
+        // Twice: a directory without a fleet is left as it is, without a lock file, and with one
+        // what counts is what is there once the lock is held.
+        Self::open(dir)?;
+        let guard = lock(dir)?;
+        Ok((Self::open(dir)?, guard))
+    }
+
+    /// The CA with its key.
+    pub(crate) fn authority(&self) -> Result<Authority, OpenError> {
+        let path = self.dir.join(CA_KEY);
+        let key = key::read(&path)?;
+        let certificate = self.dir.join(CA);
+        if PublicKey::of(&key) != self.ca.key {
+            let key = path;
+            return Err(OpenError::Mismatch { key, certificate });
+        }
+        Authority::new(&self.ca_pem, self.ca.clone(), key).map_err(|_| OpenError::Damaged {
+            path: certificate,
+            expected: "the certificate of a CA",
+        })
+    }
+
+    /// The key set as agents get it, checked, and its text.
+    pub(crate) fn keys(&self) -> Result<(Verified<KeySet>, String), OpenError> {
+        let path = self.dir.join(KEYS);
+        let text = read(&path)?;
+        let envelope: Envelope = serde_json::from_str(&text).map_err(|_| OpenError::Damaged {
+            path: path.clone(),
+            expected: "a signed key set in JSON",
+        })?;
+        let set = KeySet::verify(&envelope).map_err(|source| OpenError::Keys {
+            path: path.clone(),
+            source,
+        })?;
+        self.check_fleet(path, &set.fleet)?;
+        Ok((set, text))
+    }
+
+    /// The newest revocation list; `None` if nobody was ever revoked.
+    pub(crate) fn revoked(&self) -> Result<Option<Verified<RevocationList>>, OpenError> {
+        let path = self.dir.join(REVOKED);
+        if !is_there(&path) {
+            return Ok(None);
+        }
+        let text = read_up_to(&path, REVOKED_BYTES_MAX)?;
+        let envelope: Envelope = serde_json::from_str(&text).map_err(|_| OpenError::Damaged {
+            path: path.clone(),
+            expected: "a signed revocation list in JSON",
+        })?;
+        let list: Verified<RevocationList> =
+            envelope
+                .verify([&self.ca.key])
+                .map_err(|source| OpenError::Revoked {
+                    path: path.clone(),
+                    source,
+                })?;
+        self.check_fleet(path, &list.fleet)?;
+        Ok(Some(list))
+    }
+
+    /// The names of all agents that ever had a certificate, in order.
+    pub(crate) fn agents(&self) -> Result<Vec<AgentName>, OpenError> {
+        let path = self.dir.join(ISSUED).join(AGENTS);
+        let mut names: Vec<AgentName> = names(&path)?
+            .iter()
+            .filter_map(|name| name.parse().ok())
+            .collect();
+        names.sort();
+        Ok(names)
+    }
+
+    /// Every certificate that the holder of `role` ever had, in the order in which they run out.
+    pub(crate) fn issued(&self, role: &Role) -> Result<Vec<Certificate>, OpenError> {
+        let path = self.issued_path(role);
+        let mut issued = Vec::new();
+        for name in names(&path)? {
+            let path = path.join(name);
+            let certificate = x509::read(&read(&path)?).filter(|certificate| {
+                let identity = certificate.identity.as_ref();
+                identity.is_some_and(|identity| same_holder(&identity.role, role))
+            });
+            issued.push(certificate.ok_or(OpenError::Damaged {
+                path,
+                expected: "a certificate issued to the holder that its directory names, in PEM",
+            })?);
+        }
+        issued.sort_by_key(|certificate| certificate.not_after);
+        Ok(issued)
+    }
+
+    /// Where copies of all certificates of a holder are kept, so that they can be revoked.
+    pub(crate) fn issued_path(&self, role: &Role) -> PathBuf {
+        let issued = self.dir.join(ISSUED);
+        match role {
+            Role::Master => issued.join(MASTER),
+            Role::Agent { name, .. } => issued.join(AGENTS).join(name.as_str()),
+        }
+    }
+
+    /// Where the files go that the holder of `role` needs.
+    pub(crate) fn bundle_path(&self, role: &Role) -> PathBuf {
+        match role {
+            Role::Master => self.dir.join(MASTER),
+            Role::Agent { name, .. } => self.dir.join(AGENTS).join(name.as_str()),
+        }
+    }
+
+    fn check_fleet(&self, path: PathBuf, found: &FleetName) -> Result<(), OpenError> {
+        if *found == self.charter.fleet {
+            return Ok(());
+        }
+        Err(OpenError::OtherFleet {
+            path,
+            dir: self.dir.clone(),
+            found: found.clone(),
+            expected: self.charter.fleet.clone(),
+        })
+    }
+}
+
+/// Whether two roles are those of one holder, whatever the groups.
+fn same_holder(one: &Role, other: &Role) -> bool {
+    match (one, other) {
+        (Role::Master, Role::Master) => true,
+        (Role::Agent { name: one, .. }, Role::Agent { name: other, .. }) => one == other,
+        (Role::Master, Role::Agent { .. }) | (Role::Agent { .. }, Role::Master) => false,
+    }
+}
+
+/// The names in a directory, which need not be there, but for what a write that was cut short left.
+fn names(path: &Path) -> Result<Vec<String>, OpenError> {
+    let names = || -> io::Result<Vec<String>> {
+        let entries = match path.read_dir() {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries?,
+        };
+        let names = entries.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()));
+        names
+            .filter(|name| !name.as_ref().is_ok_and(|name| name.starts_with('.')))
+            .collect()
+    };
+    names().map_err(|source| OpenError::Read {
+        path: path.into(),
+        source,
+    })
+}
+
+/// How long a command waits for another one that writes in the same directory. One takes some
+/// milliseconds; an Ansible play issues for several hosts at a time.
+const LOCK_PATIENCE: Duration = Duration::from_secs(5);
+
+/// How often it looks.
+const LOCK_POLL: Duration = Duration::from_millis(20);
+
+/// Keeps other writers out of the directory.
+pub(crate) fn lock(dir: &Path) -> Result<LockGuard, LockError> {
+    let start = Instant::now();
+    loop {
+        match durable::lock(&dir.join(LOCK)) {
+            Err(LockError::Held { .. }) if start.elapsed() < LOCK_PATIENCE => {
+                thread::sleep(LOCK_POLL);
+            }
+            result => return result,
+        }
+    }
+}
+
+/// Whether something has this name, be it a dangling link.
+pub(crate) fn is_there(path: &Path) -> bool {
+    path.symlink_metadata().is_ok()
+}
+
+/// Writes the file that `file` describes, durably; its directory is made if need be.
+pub(crate) fn write(file: Written, text: &str, mode: u32) -> Result<Written, WriteError> {
+    let dir = file.path.parent().expect("our files are in directories");
+    let written = durable::create_dir(dir, DIRECTORY)
+        .and_then(|()| durable::write(&file.path, text.as_bytes(), mode));
+    match written {
+        Ok(()) => Ok(file),
+        Err(source) => Err(WriteError {
+            path: file.path,
+            source,
+        }),
+    }
+}
+
+/// Reads a certificate, a key or a key set.
+pub(crate) fn read(path: &Path) -> Result<String, OpenError> {
+    read_up_to(path, FILE_BYTES_MAX)
+}
+
+fn read_up_to(path: &Path, bytes_max: u64) -> Result<String, OpenError> {
+    let mut text = String::new();
+    File::open(path)
+        .and_then(|file| file.take(bytes_max).read_to_string(&mut text))
+        .map_err(|source| OpenError::Read {
+            path: path.into(),
+            source,
+        })?;
+    Ok(text) // what was cut off at the limit does not parse
+}
