@@ -21,6 +21,7 @@
 
 mod clamd;
 mod container;
+mod fleet;
 mod mirror;
 mod needs;
 mod proxy;
@@ -30,6 +31,7 @@ mod until;
 
 pub use clamd::Clamd;
 pub use container::{Container, hash_signature, signatures};
+pub use fleet::{Agent, Daemon, Fleet, Master, program};
 pub use mirror::Mirror;
 pub use needs::{Part, make_corpus, named, needs, search_path, target, wants_long};
 pub use proxy::{Counts, Link, UdpProxy};

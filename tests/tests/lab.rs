@@ -1,7 +1,7 @@
 //! The laboratory does what its tests rely on, with real parts.
 
 use std::net::{SocketAddr, UdpSocket};
-use std::process::Command;
+use std::process::{Command, Output};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use std::{fs, io};
@@ -357,9 +357,80 @@ async fn a_test_knows_its_name() {
 }
 
 #[test]
-fn a_long_test_runs_when_asked_for() {
+fn clamscan_loads_every_step_of_a_corpus() {
     long!();
-    assert_eq!(std::env::var("CLAMCAST_LONG").as_deref(), Ok("1"));
+    require!(Clamscan, Corpus);
+    let scratch = Scratch::new();
+    let steps = 8;
+    lab::make_corpus(scratch.path(), 0.05, steps);
+    for step in 1..=steps {
+        let databases = scratch.join(format!("{step:04}"));
+        let sample = scratch.join("steps.tsv");
+        let scan = Command::new(Part::Clamscan.path())
+            .arg("-d")
+            .arg(databases)
+            .arg(sample)
+            .output();
+        let scan = scan.expect("clamscan was found");
+        let said = String::from_utf8_lossy(&scan.stdout);
+        assert!(
+            scan.status.success() && said.contains("steps.tsv: OK"),
+            "step {step}: {said}"
+        );
+    }
+}
+
+#[test]
+fn a_missing_part_is_a_noted_skip_and_with_ci_a_failure() {
+    let test = "librsync_and_rsync_are_here";
+    let bare = |ci, note: &str| {
+        let scratch = Scratch::new();
+        let ran = again(test, &scratch, &[("PATH", ""), ("CI", ci)]);
+        (ran, fs::read_to_string(scratch.join(note)).ok())
+    };
+    let note = "not-run/skipped/lab::librsync_and_rsync_are_here";
+    let (skipped, noted) = bare("", note);
+    assert!(skipped.status.success());
+    let said = String::from_utf8_lossy(&skipped.stderr);
+    assert!(said.contains("SKIPPED: no rdiff on this machine"), "{said}");
+    assert!(
+        noted
+            .expect("it is noted")
+            .contains("no rsync on this machine")
+    );
+
+    let (failed, noted) = bare("true", note);
+    assert!(!failed.status.success());
+    let said = String::from_utf8_lossy(&failed.stderr);
+    assert!(said.contains("no rdiff on this machine"), "{said}");
+    assert_eq!(noted, None);
+}
+
+#[test]
+fn a_long_test_that_was_not_asked_for_is_noted() {
+    let scratch = Scratch::new();
+    let ran = again(
+        "clamscan_loads_every_step_of_a_corpus",
+        &scratch,
+        &[("CLAMCAST_LONG", "0")],
+    );
+    assert!(ran.status.success());
+    assert!(
+        scratch
+            .join("not-run/long/lab::clamscan_loads_every_step_of_a_corpus")
+            .exists()
+    );
+}
+
+/// Runs one of these tests in a process of its own, with `target` as its target directory.
+fn again(test: &str, target: &Scratch, environment: &[(&str, &str)]) -> Output {
+    let ourselves = std::env::current_exe().expect("a process knows its program");
+    Command::new(ourselves)
+        .args(["--exact", test, "--nocapture"])
+        .env("CARGO_TARGET_DIR", target.path())
+        .envs(environment.iter().copied())
+        .output()
+        .expect("it just ran")
 }
 
 /// Whether clamd finds something in `sample`; if not, what it says.

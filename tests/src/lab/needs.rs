@@ -156,7 +156,7 @@ fn program(name: &str) -> Result<PathBuf, String> {
     program_directories()
         .map(|directory| directory.join(name))
         .find(|path| path.is_file())
-        .ok_or_else(|| format!("no {name} on this machine; run `cargo xtask test`, or install it"))
+        .ok_or_else(|| format!("no {name} on this machine (`cargo xtask test` looks for it)"))
 }
 
 fn file(path: PathBuf) -> Result<PathBuf, String> {

@@ -1,0 +1,181 @@
+//! Rules that no compiler holds: who may depend on whom, and what may stand in a file.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::{env, fs};
+
+use serde_json::Value;
+
+#[test]
+fn crates_depend_only_in_the_direction_of_the_map() {
+    let metadata = cargo(&["metadata", "--no-deps", "--format-version=1"]);
+    let metadata: Value = serde_json::from_str(&metadata).expect("cargo writes JSON");
+    let packages = metadata["packages"].as_array().expect("there are packages");
+    let names: Vec<_> = packages
+        .iter()
+        .filter_map(|package| package["name"].as_str())
+        .collect();
+    for package in packages {
+        let name = package["name"].as_str().expect("a package has a name");
+        let dependencies = package["dependencies"].as_array().expect("it has a list");
+        for dependency in dependencies {
+            let on = dependency["name"]
+                .as_str()
+                .expect("a dependency has a name");
+            let allowed = match name {
+                "clamcast-proto" | "xtask" => false,
+                "clamcast-daemon" => on == "clamcast-proto",
+                "clamcast-master" | "clamcast-agent" | "clamcast-certs" => {
+                    ["clamcast-proto", "clamcast-daemon"].contains(&on)
+                }
+                "clamcast-tests" => true,
+                other => panic!("say here on what `{other}` may depend"),
+            };
+            assert!(
+                allowed || !names.contains(&on),
+                "{name} must not depend on {on}"
+            );
+        }
+    }
+}
+
+#[test]
+fn proto_builds_without_runtime_network_and_files() {
+    let tree = cargo(&[
+        "tree",
+        "-p",
+        "clamcast-proto",
+        "-e",
+        "normal",
+        "--prefix",
+        "none",
+    ]);
+    assert!(tree.starts_with("clamcast-proto "), "{tree}");
+    for line in tree.lines() {
+        let name = line.split(' ').next().unwrap_or_default();
+        let banned = [
+            "tokio",
+            "mio",
+            "quinn",
+            "quinn-proto",
+            "notify",
+            "nix",
+            "tempfile",
+        ];
+        assert!(!banned.contains(&name), "proto depends on {name}");
+    }
+}
+
+#[test]
+fn every_dependency_says_what_it_is_for() {
+    let manifest = fs::read_to_string(root().join("Cargo.toml")).expect("it is there");
+    let (_, dependencies) = manifest
+        .split_once("[workspace.dependencies]\n")
+        .expect("the workspace has them");
+    let lines = dependencies
+        .lines()
+        .take_while(|line| !line.starts_with('['));
+    let others = lines.filter(|line| line.contains(" = ") && !line.contains("path = "));
+    let mut count = 0;
+    for line in others {
+        let reason = line
+            .split_once(" # ")
+            .map(|(_, reason)| reason.trim())
+            .unwrap_or_default();
+        assert!(!reason.is_empty(), "say what it is for: {line}");
+        count += 1;
+    }
+    assert!(count > 10, "only {count} dependencies were found");
+}
+
+#[test]
+fn no_file_mentions_the_paths_of_one_machine() {
+    let homes = ["work", "root", "home", "Users", "farm"].map(|name| format!("/{name}/"));
+    for (path, text) in files(&root()) {
+        for (number, line) in text.lines().enumerate() {
+            for home in &homes {
+                // In the middle of a path it is a directory like any other.
+                let begins = |at: usize| {
+                    let before = line[..at].chars().next_back();
+                    before.is_none_or(|c| !c.is_alphanumeric() && !"}._-/".contains(c))
+                };
+                let found = line.match_indices(home.as_str()).any(|(at, _)| begins(at));
+                assert!(!found, "{}:{}: {line}", path.display(), number + 1);
+            }
+        }
+    }
+}
+
+#[test]
+fn no_test_sleeps_and_none_is_ignored() {
+    let banned = ["thread::sleep", "time::sleep"].map(|name| format!("{name}("));
+    let ignore = format!("#[{}", "ignore");
+    for (path, text) in files(&root()) {
+        if path.extension().is_some_and(|extension| extension == "rs") {
+            assert!(
+                !text.contains(&ignore),
+                "{}: call `long!()` instead",
+                path.display()
+            );
+        }
+    }
+    for (path, text) in files(&root().join("tests")) {
+        let sleeps = banned.iter().any(|name| text.contains(name.as_str()));
+        assert!(
+            !sleeps,
+            "{}: poll a condition with `until` instead",
+            path.display()
+        );
+    }
+}
+
+#[test]
+fn the_readme_names_the_two_commands() {
+    let readme = fs::read_to_string(root().join("README.md")).expect("there is a README.md");
+    for command in ["cargo xtask demo", "cargo xtask test"] {
+        assert!(
+            readme.contains(command),
+            "README.md does not name `{command}`"
+        );
+    }
+}
+
+/// Every text file of the project below `directory`.
+fn files(directory: &Path) -> Vec<(PathBuf, String)> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(directory).expect("the project can be read") {
+        let path = entry.expect("the project can be read").path();
+        let name = path.file_name().unwrap_or_default();
+        if path.is_dir() {
+            if name != "target" && name != ".git" {
+                found.extend(files(&path));
+            }
+        } else if let Ok(text) = fs::read_to_string(&path) {
+            found.push((path, text));
+        }
+    }
+    found
+}
+
+fn cargo(arguments: &[&str]) -> String {
+    let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let ran = Command::new(cargo)
+        .args(arguments)
+        .args(["--offline"])
+        .current_dir(root())
+        .output();
+    let ran = ran.expect("cargo runs these tests");
+    assert!(
+        ran.status.success(),
+        "{}",
+        String::from_utf8_lossy(&ran.stderr)
+    );
+    String::from_utf8_lossy(&ran.stdout).into_owned()
+}
+
+fn root() -> PathBuf {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    here.parent()
+        .expect("this crate is a directory of the workspace")
+        .to_owned()
+}
