@@ -183,6 +183,8 @@ fn apt(debian: &Path) -> Command {
         "Debug::NoLocking=1".into(),
         // The user `_apt`, as which root's apt-get would fetch, may not be let in here.
         "APT::Sandbox::User=root".into(),
+        // A list that cannot be fetched is a failure to tell of, not just a warning.
+        "APT::Update::Error-Mode=any".into(),
         "Acquire::Languages=none".into(),
         "Acquire::Retries=2".into(),
         "Acquire::http::Timeout=20".into(),

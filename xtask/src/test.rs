@@ -147,7 +147,7 @@ fn sum_up(mut test: Command) -> anyhow::Result<()> {
 fn report(not_run: &Path) -> anyhow::Result<()> {
     let skipped = names(&not_run.join("skipped"))?;
     println!(
-        "\n{} tests were skipped for what this machine lacks",
+        "\ntests skipped for what this machine lacks: {}",
         skipped.len()
     );
     for name in &skipped {
@@ -156,10 +156,8 @@ fn report(not_run: &Path) -> anyhow::Result<()> {
     }
     let long = names(&not_run.join("long"))?;
     if !long.is_empty() {
-        println!(
-            "{} long tests were left out; `cargo xtask test --long` runs them",
-            long.len()
-        );
+        let count = long.len();
+        println!("long tests left out: {count} (`cargo xtask test --long` runs them)");
     }
     Ok(())
 }
