@@ -47,10 +47,6 @@ pub struct ClamdConf {
     pub official_only: Option<bool>,
     /// `EnableReloadCommand`, from ClamAV 1.5 on; clamd's default is yes, Ubuntu's file says no.
     pub reload_command: Option<bool>,
-    /// `EnableVersionCommand`, from ClamAV 1.5 on; clamd's default is yes.
-    pub version_command: Option<bool>,
-    /// `SelfCheck`, in seconds; 0 is off; clamd's default is 600.
-    pub self_check: Option<u64>,
 }
 
 /// Why there is nothing from a clamd.conf.
@@ -115,8 +111,6 @@ impl ClamdConf {
                 "ConcurrentDatabaseReload" => first(&mut conf.concurrent_reload, yes(value)),
                 "OfficialDatabaseOnly" => first(&mut conf.official_only, yes(value)),
                 "EnableReloadCommand" => first(&mut conf.reload_command, yes(value)),
-                "EnableVersionCommand" => first(&mut conf.version_command, yes(value)),
-                "SelfCheck" => first(&mut conf.self_check, value.parse().ok()),
                 _ => {}
             }
         }

@@ -64,8 +64,8 @@ pub struct Settings {
     pub concurrent_reload: bool,
     /// How an install is proven; `Version` too where clamd loads official databases only.
     pub proof: ProofBy,
-    /// Whether clamd answers VERSION, as far as is known.
-    pub version_command: bool,
+    /// Whether clamd loads official databases only.
+    pub official_only: bool,
     /// Where the databases are.
     pub database_directory: PathBuf,
     /// `clamscan`, if this host has it.
@@ -122,6 +122,8 @@ impl Settings {
             })]
         });
         let alone = sockets.len() == 1;
+        let directory = conf.database_directory.as_deref();
+        let elsewhere = directory.filter(|dir| !same_directory(dir, &raw.database_directory));
         let reload_command = conf.reload_command.unwrap_or(true);
         let pid_file = raw.pid_file.or_else(|| conf.pid_file.clone());
         let wants_signal = raw.reload == ReloadBy::Signal || !reload_command;
@@ -137,7 +139,8 @@ impl Settings {
                 };
                 Instance {
                     reload,
-                    logs: ours && conf.log_file.is_some(),
+                    // A clamd on another directory has nothing to say about ours.
+                    logs: ours && conf.log_file.is_some() && elsewhere.is_none(),
                     address,
                 }
             })
@@ -175,9 +178,7 @@ impl Settings {
                 note("VirusEvent is set: it runs once for every install, with Clamcast.Install-N as the name".into());
             }
         }
-        if let Some(directory) = &conf.database_directory
-            && !same_directory(directory, &raw.database_directory)
-        {
+        if let Some(directory) = elsewhere {
             note(format!(
                 "clamd loads {}, and the agent installs into {}",
                 directory.display(),
@@ -193,7 +194,7 @@ impl Settings {
             } else {
                 raw.proof
             },
-            version_command: conf.version_command.unwrap_or(true),
+            official_only,
             database_directory: raw.database_directory,
             scanner,
             deadline: raw.deadline,

@@ -1,0 +1,463 @@
+//! What clamd's log says about the loads of its databases.
+//!
+//! [`Loads`] is pure: bytes of a log in, ended loads out. [`Tail`] follows the file from a mark on,
+//! through rotation and truncation.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+/// Longest line that is looked at, in bytes: the ones that matter have less than 5 kB, the longest
+/// path and some words. The rest of a longer one is passed over.
+const LINE_BYTES_MAX: usize = 8 << 10;
+
+/// So much of the log is read at a time, in bytes. A clamd that logs clean files writes much.
+const READ_BYTES: usize = 64 << 10;
+
+/// Reasons of libclamav (`cl_strerror`) that are the host's trouble and say nothing about the
+/// databases: rights, space, memory.
+const HOSTS_TROUBLE: [&str; 11] = [
+    "Can't open file or directory",
+    "Can't create new file",
+    "Can't unlink file",
+    "Can't get file status",
+    "Can't read file",
+    "Can't write to file",
+    "Can't access file",
+    "Can't create temporary",
+    "Can't map file into memory",
+    "Can't allocate memory",
+    "Mutex lock failed",
+];
+
+/// Whether `reason` is the host's trouble, not the databases'.
+pub(super) fn is_hosts_trouble(reason: &str) -> bool {
+    HOSTS_TROUBLE.iter().any(|known| reason.contains(known))
+}
+
+/// A load of the databases that has ended.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub(super) struct Load {
+    /// Whether it began after the mark, and so read what was on disk then.
+    pub(super) after: bool,
+    /// How it ended.
+    pub(super) end: LoadEnd,
+}
+
+/// How a load ended.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub(super) enum LoadEnd {
+    /// clamd scans with it.
+    Loaded,
+    /// clamd cannot use the databases; its own words.
+    Failed(String),
+    /// Something else stood in the way; clamd's own words.
+    Hindered(String),
+    /// clamd has no engine left to reload, and will not have one until it is restarted.
+    Dead,
+}
+
+/// Reads a log, in pieces of any length, that begins at a mark.
+#[derive(Debug, Default)]
+pub(super) struct Loads {
+    line: Vec<u8>,
+    /// clamd was started, and has not begun to load yet.
+    starting: bool,
+    current: Option<Current>,
+    end: Option<LoadEnd>,
+}
+
+/// A load whose beginning was seen.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Current {
+    /// clamd's first one, which words its end differently.
+    First,
+    /// Any later one.
+    Reload,
+}
+
+impl Loads {
+    /// Takes the next piece of the log and returns the loads that ended in it, in order.
+    pub(super) fn read(&mut self, bytes: &[u8]) -> Vec<Load> {
+        let mut ended = Vec::new();
+        for piece in bytes.split_inclusive(|&b| b == b'\n') {
+            let room = LINE_BYTES_MAX - self.line.len();
+            self.line.extend(&piece[..piece.len().min(room)]);
+            if piece.ends_with(b"\n") {
+                let line = std::mem::take(&mut self.line);
+                ended.extend(self.line(String::from_utf8_lossy(&line).trim_end()));
+            }
+        }
+        ended
+    }
+
+    /// The log goes on in a new file, or from its beginning: no half line goes with it.
+    pub(super) fn begin_anew(&mut self) {
+        self.line.clear();
+    }
+
+    /// Whether a load that began after the mark is under way, or clamd was just started.
+    pub(super) fn under_way(&self) -> bool {
+        self.starting || self.current.is_some()
+    }
+
+    fn line(&mut self, line: &str) -> Option<Load> {
+        // `LogTime yes`: "Sun Nov 22 16:16:55 2026 -> ".
+        let line = match line.get(24..28) {
+            Some(" -> ") => &line[28..],
+            Some(_) | None => line,
+        };
+        if line.starts_with("+++ Started at ") {
+            self.starting = true;
+            self.current = None;
+        } else if line.starts_with("--- Stopped at ") {
+            self.starting = false;
+            self.current = None;
+        } else if line.starts_with("Reading databases from ") {
+            let first = std::mem::take(&mut self.starting);
+            self.current = Some(if first {
+                Current::First
+            } else {
+                Current::Reload
+            });
+            self.end = None;
+        } else if self.current == Some(Current::First) {
+            if line.starts_with("Loaded ") && line.ends_with(" signatures.") {
+                return Some(self.ended(LoadEnd::Loaded));
+            } else if let Some(reason) = line.strip_prefix("ERROR: ") {
+                return Some(self.ended(failed(reason)));
+            }
+        } else if let Some(error) = line.strip_prefix("ERROR: reload_th: ") {
+            let reason = ["Database load failed: ", "Database initialization error: "]
+                .iter()
+                .find_map(|words| error.strip_prefix(words));
+            self.end = Some(match reason {
+                Some(reason) => failed(reason),
+                None if error.starts_with("Invalid arguments") => LoadEnd::Dead,
+                None => LoadEnd::Hindered(error.to_owned()),
+            });
+        } else if line.starts_with("Database correctly reloaded (") {
+            self.end = Some(LoadEnd::Loaded);
+        } else if line.starts_with("Activating the newly loaded database") {
+            return Some(self.ended(LoadEnd::Loaded));
+        } else if let Some(warning) = line.strip_prefix("WARNING: Database reload ") {
+            // "failed" or "setup failed", and ", keeping the previous instance".
+            let end = self.end.take();
+            return Some(self.ended(match end {
+                Some(end) if end != LoadEnd::Loaded => end,
+                Some(_) | None => LoadEnd::Hindered(format!("database reload {warning}")),
+            }));
+        }
+        None
+    }
+
+    fn ended(&mut self, end: LoadEnd) -> Load {
+        self.end = None;
+        Load {
+            after: self.current.take().is_some(),
+            end,
+        }
+    }
+}
+
+fn failed(reason: &str) -> LoadEnd {
+    if is_hosts_trouble(reason) {
+        LoadEnd::Hindered(reason.to_owned())
+    } else {
+        LoadEnd::Failed(reason.to_owned())
+    }
+}
+
+/// A log from a mark on. Blocking.
+#[derive(Debug)]
+pub(super) struct Tail {
+    path: PathBuf,
+    /// Held open, so that what is written before a rotation is read after it.
+    open: Option<Open>,
+}
+
+#[derive(Debug)]
+struct Open {
+    file: File,
+    offset: u64,
+}
+
+impl Tail {
+    /// Marks the end of the log. One that is not there yet is read from its beginning.
+    pub(super) fn at_end(path: &Path) -> io::Result<Self> {
+        let open = match File::open(path) {
+            Ok(file) => Some(Open {
+                offset: file.metadata()?.len(),
+                file,
+            }),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(error) => return Err(error),
+        };
+        let path = path.to_owned();
+        Ok(Self { path, open })
+    }
+
+    /// Reads what was written since, and returns the loads that ended in it.
+    pub(super) fn read(&mut self, loads: &mut Loads) -> io::Result<Vec<Load>> {
+        let mut ended = Vec::new();
+        if let Some(open) = &mut self.open {
+            open.read(loads, &mut ended)?;
+        }
+        let now = match File::open(&self.path) {
+            Ok(file) => file,
+            // Between the two steps of a rotation, or the log of a clamd that never ran.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(ended),
+            Err(error) => return Err(error),
+        };
+        let (is, was) = (now.metadata()?, self.open.as_ref());
+        let same = match was.map(|open| open.file.metadata()).transpose()? {
+            Some(was) => (is.dev(), is.ino()) == (was.dev(), was.ino()),
+            None => false,
+        };
+        if !same {
+            loads.begin_anew();
+            let mut open = Open {
+                file: now,
+                offset: 0,
+            };
+            open.read(loads, &mut ended)?;
+            self.open = Some(open);
+        }
+        Ok(ended)
+    }
+}
+
+impl Open {
+    /// Reads up to the length that the file has now, so that a busy log cannot hold us.
+    fn read(&mut self, loads: &mut Loads, ended: &mut Vec<Load>) -> io::Result<()> {
+        let length = self.file.metadata()?.len();
+        if length < self.offset {
+            // Truncated (logrotate's copytruncate): what was between is lost.
+            loads.begin_anew();
+            self.offset = 0;
+        }
+        let mut buffer = vec![0; READ_BYTES];
+        while self.offset < length {
+            let read = self.file.read_at(&mut buffer, self.offset)?;
+            if read == 0 {
+                break;
+            }
+            self.offset += read as u64;
+            ended.extend(loads.read(&buffer[..read]));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::io::Write;
+
+    /// One word a load: `loaded`, `failed(REASON)` ..., with `before:` in front of one that began
+    /// before the mark; and `...` if one is under way at the end.
+    fn words(loads: &Loads, ended: &[Load]) -> String {
+        let one = |load: &Load| {
+            let end = match &load.end {
+                LoadEnd::Loaded => "loaded".to_owned(),
+                LoadEnd::Failed(reason) => format!("failed({reason})"),
+                LoadEnd::Hindered(reason) => format!("hindered({reason})"),
+                LoadEnd::Dead => "dead".to_owned(),
+            };
+            format!("{}{end}", if load.after { "" } else { "before:" })
+        };
+        let mut words: Vec<_> = ended.iter().map(one).collect();
+        if loads.under_way() {
+            words.push("...".into());
+        }
+        words.join(" ")
+    }
+
+    /// Checks the lines as they are, with times in front, and in pieces of every length up to 40.
+    #[track_caller]
+    fn check(lines: &[&str], expected: &str) {
+        let time = "Sun Nov 22 16:16:55 2026 -> ";
+        for front in ["", time] {
+            let text: String = lines
+                .iter()
+                .map(|line| format!("{front}{line}\n"))
+                .collect();
+            for piece in (1..40).chain([text.len().max(1)]) {
+                let mut loads = Loads::default();
+                let pieces = text.as_bytes().chunks(piece);
+                let ended: Vec<_> = pieces.flat_map(|piece| loads.read(piece)).collect();
+                assert_eq!(words(&loads, &ended), expected, "{front:?} {piece}");
+            }
+        }
+    }
+
+    const READING: &str = "Reading databases from /var/lib/clamav";
+    const LOADED: &str = "Database correctly reloaded (10 signatures)";
+    const ACTIVE: &str = "Activating the newly loaded database...";
+    const MALFORMED: &str = "ERROR: reload_th: Database load failed: Malformed database";
+    const KEEPING: &str = "WARNING: Database reload failed, keeping the previous instance";
+    const DONE: &str = "Database reload completed.";
+    const STARTED: &str = "+++ Started at Sun Nov 22 16:17:14 2026";
+
+    #[test]
+    fn a_reload_that_began_after_the_mark_is_told_from_one_before() {
+        check(&[READING, LOADED, ACTIVE], "loaded");
+        check(&[LOADED, ACTIVE], "before:loaded");
+        check(&[ACTIVE], "before:loaded");
+        check(
+            &[LOADED, ACTIVE, READING, LOADED, ACTIVE],
+            "before:loaded loaded",
+        );
+        check(&[READING], "...");
+        check(&[READING, LOADED], "...");
+    }
+
+    #[test]
+    fn a_failed_reload_gives_its_reason() {
+        check(&[READING, MALFORMED, KEEPING], "failed(Malformed database)");
+        check(&[MALFORMED, KEEPING], "before:failed(Malformed database)");
+        check(
+            &[READING, MALFORMED, KEEPING, READING, LOADED, ACTIVE],
+            "failed(Malformed database) loaded",
+        );
+    }
+
+    #[test]
+    fn with_blocking_reloads_a_failed_one_leaves_clamd_dead() {
+        let invalid = "ERROR: reload_th: Invalid arguments, unable to load signature databases.";
+        check(
+            &[READING, MALFORMED, DONE, KEEPING, invalid, DONE, KEEPING],
+            "failed(Malformed database) before:dead",
+        );
+        check(&[READING, LOADED, DONE, ACTIVE], "loaded");
+    }
+
+    #[test]
+    fn want_of_memory_or_rights_says_nothing_about_the_databases() {
+        for reason in ["Can't allocate memory", "Can't open file or directory"] {
+            let line = format!("ERROR: reload_th: Database load failed: {reason}");
+            check(&[READING, &line, KEEPING], &format!("hindered({reason})"));
+        }
+        let setup = "WARNING: Database reload setup failed, keeping the previous instance";
+        check(
+            &[setup],
+            "before:hindered(database reload setup failed, keeping the previous instance)",
+        );
+    }
+
+    #[test]
+    fn a_started_clamd_loads_too() {
+        let pua = "Not loading PUA signatures.";
+        check(&[STARTED], "...");
+        check(&[STARTED, READING, pua], "...");
+        check(&[STARTED, READING, pua, "Loaded 10 signatures."], "loaded");
+        check(
+            &[STARTED, READING, pua, "ERROR: Malformed database"],
+            "failed(Malformed database)",
+        );
+        // It was stopped in the middle.
+        check(&[READING, "--- Stopped at Sun Nov 22 16:17:14 2026"], "");
+    }
+
+    #[test]
+    fn other_lines_mean_nothing() {
+        let long = "x".repeat(3 * LINE_BYTES_MAX);
+        check(&[&long, READING, &long, LOADED, ACTIVE], "loaded");
+        check(
+            &[
+                "instream(local): Clamcast.Install-7.UNOFFICIAL FOUND",
+                "",
+                "é -> ü",
+            ],
+            "",
+        );
+        check(
+            &["SelfCheck: Database status OK.", "Loaded 7 signatures."],
+            "",
+        );
+    }
+
+    /// Follows a log through `steps`, and returns what was seen after each.
+    fn follow(steps: &[&dyn Fn(&Path)]) -> Vec<String> {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("clamav.log");
+        append(&path, &[READING, MALFORMED]);
+        let mut tail = Tail::at_end(&path).unwrap();
+        let mut loads = Loads::default();
+        let see = |step: &&dyn Fn(&Path)| {
+            step(&path);
+            let ended = tail.read(&mut loads).unwrap();
+            words(&loads, &ended)
+        };
+        steps.iter().map(see).collect()
+    }
+
+    fn append(path: &Path, lines: &[&str]) {
+        let mut file = File::options()
+            .append(true)
+            .create(true)
+            .open(path)
+            .unwrap();
+        for line in lines {
+            writeln!(file, "{line}").unwrap();
+        }
+    }
+
+    #[test]
+    fn the_log_is_read_from_the_mark_on() {
+        let seen = follow(&[
+            &|_| {},
+            &|path| append(path, &[KEEPING, READING]),
+            &|path| append(path, &[LOADED, ACTIVE]),
+            &|_| {},
+        ]);
+        let expected = [
+            "",
+            "before:hindered(database reload failed, keeping the previous instance) ...",
+            "loaded",
+            "",
+        ];
+        assert_eq!(seen, expected);
+    }
+
+    #[test]
+    fn rotation_loses_nothing() {
+        let seen = follow(&[
+            &|path| append(path, &[READING]),
+            &|path| {
+                append(path, &[MALFORMED]);
+                fs::rename(path, path.with_extension("1")).unwrap();
+                append(path, &[KEEPING, READING]);
+            },
+            &|path| fs::rename(path, path.with_extension("1")).unwrap(),
+            &|path| append(path, &[LOADED, ACTIVE]),
+        ]);
+        assert_eq!(
+            seen,
+            ["...", "failed(Malformed database) ...", "...", "loaded"]
+        );
+    }
+
+    #[test]
+    fn a_truncated_log_is_read_from_its_beginning() {
+        let seen = follow(&[&|path| append(path, &[READING]), &|path| {
+            File::create(path).unwrap();
+            append(path, &[LOADED, ACTIVE]);
+        }]);
+        assert_eq!(seen, ["...", "loaded"]);
+    }
+
+    #[test]
+    fn a_log_that_appears_later_is_read_whole() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("clamav.log");
+        let mut tail = Tail::at_end(&path).unwrap();
+        let mut loads = Loads::default();
+        assert_eq!(tail.read(&mut loads).unwrap(), []);
+        append(&path, &[STARTED, READING, "Loaded 10 signatures."]);
+        let ended = tail.read(&mut loads).unwrap();
+        assert_eq!(words(&loads, &ended), "loaded");
+    }
+}

@@ -1,0 +1,652 @@
+//! Makes the host's clamds reload, and finds out what they scan with.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use clamcast_proto::container::Header;
+use clamcast_proto::receipt::{ClamdReport, ClamdState, Proof};
+use jiff::civil::DateTime;
+use rand::Rng;
+use tokio::sync::OnceCell;
+use tokio::task::{JoinSet, spawn_blocking};
+use tokio::time::sleep_until;
+use tokio_util::sync::CancellationToken;
+
+use super::attempt::{Asked, Attempt, End, Evidence, LoadTest, Sight, Step, Terms};
+use super::client::{Clamd, ClamdError, Scan};
+use super::log::{Loads, Tail};
+use super::proof::{Nonce, found_number, sample};
+use super::scanner::{self, LOAD_TEST_TIMEOUT};
+use super::settings::{Instance, ProofBy, Reload, Settings};
+use super::signal;
+
+/// So long `clamscan` may take to say why, when it is certain already that clamd refuses: meanwhile
+/// the host keeps a set that clamd could not start with.
+const REASON_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// What came of an install, as far as clamd is concerned.
+#[derive(Clone, Debug)]
+pub enum Verdict {
+    /// Every clamd was seen scanning with it, or the host has none.
+    Live(ClamdReport),
+    /// There is evidence that clamd cannot use the databases.
+    Refused {
+        /// In the words of clamd, and of `clamscan` where it is there.
+        reason: String,
+        /// What is known of clamd.
+        report: ClamdReport,
+    },
+    /// It is not known: clamd is silent, or did not show the install in time.
+    Unproven(ClamdReport),
+    /// Nobody is there to ask.
+    Absent(ClamdReport),
+}
+
+impl Verdict {
+    /// What is known of clamd.
+    pub fn report(&self) -> &ClamdReport {
+        match self {
+            Self::Live(report)
+            | Self::Refused { report, .. }
+            | Self::Unproven(report)
+            | Self::Absent(report) => report,
+        }
+    }
+}
+
+/// A place in clamd's log.
+#[derive(Debug)]
+pub struct LogMark {
+    tail: Option<Tail>,
+}
+
+/// Proves installs. Cheap to clone; the clones share what they know.
+#[derive(Clone, Debug)]
+pub struct Prover {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    settings: Settings,
+    nonce: Nonce,
+    report: Mutex<ClamdReport>,
+    watch: tokio::sync::Mutex<Option<Watch>>,
+}
+
+/// What goes on being known of an install that was not proven in time.
+#[derive(Debug)]
+struct Watch {
+    install: u64,
+    log: Log,
+    evidence: Evidence,
+}
+
+/// The log of one attempt.
+#[derive(Debug, Default)]
+struct Log {
+    tail: Option<Tail>,
+    loads: Loads,
+}
+
+impl Prover {
+    /// A prover for the clamds of this host.
+    pub fn new(settings: Settings, nonce: Nonce) -> Self {
+        let state = if settings.instances.is_empty() {
+            ClamdState::None
+        } else {
+            ClamdState::default()
+        };
+        let report = ClamdReport {
+            state,
+            ..ClamdReport::default()
+        };
+        Self {
+            shared: Arc::new(Shared {
+                settings,
+                nonce,
+                report: Mutex::new(report),
+                watch: tokio::sync::Mutex::default(),
+            }),
+        }
+    }
+
+    /// How clamd is treated.
+    pub fn settings(&self) -> &Settings {
+        &self.shared.settings
+    }
+
+    /// A random part of `splay`, to be waited before an install changes anything, so that not all
+    /// guests of a machine load at once. Not for installs that an operator forces.
+    pub fn splay(&self) -> Duration {
+        self.shared.settings.splay.mul_f64(rand::rng().random())
+    }
+
+    /// Where clamd's log ends now: after the renames, before the first RELOAD. What begins after
+    /// it reads what is on disk now.
+    pub fn mark(&self) -> LogMark {
+        let settings = &self.shared.settings;
+        let logs = settings.instances.iter().any(|instance| instance.logs);
+        let Some(path) = settings.log_file.as_deref().filter(|_| logs) else {
+            return LogMark { tail: None };
+        };
+        let tail = Tail::at_end(path);
+        if let Err(error) = &tail {
+            let path = path.display();
+            tracing::warn!(%path, %error, "cannot read clamd's log; may this user read it?");
+        }
+        LogMark { tail: tail.ok() }
+    }
+
+    /// Asks every clamd to reload until it is seen with install `n`, or until there is evidence
+    /// that it cannot use the databases, the deadline passes or `stop` fires. A clamd that was
+    /// seen with it is not asked again, so that an install is one hit in its log.
+    pub async fn prove(&self, n: u64, mark: LogMark, stop: CancellationToken) -> Verdict {
+        let settings = &self.shared.settings;
+        if settings.instances.is_empty() {
+            return Verdict::Live(self.report());
+        }
+        *self.shared.watch.lock().await = None;
+        let scan = Arc::new(OnceCell::new());
+        let stop = stop.child_token();
+        let mut tail = mark.tail;
+        let mut attempts = JoinSet::new();
+        for (index, instance) in settings.instances.iter().enumerate() {
+            let courier = Courier {
+                shared: self.shared.clone(),
+                clamd: Clamd::new(instance.address.clone()),
+                instance: instance.clone(),
+                log: Log {
+                    tail: tail.take_if(|_| instance.logs),
+                    loads: Loads::default(),
+                },
+                scan: scan.clone(),
+            };
+            let stop = stop.clone();
+            attempts.spawn(async move { (index, courier.bring(n, stop).await) });
+        }
+        let mut findings = BTreeMap::new();
+        while let Some(ended) = attempts.join_next().await {
+            let (index, (finding, watch)) = match ended {
+                Ok(ended) => ended,
+                Err(error) => std::panic::resume_unwind(error.into_panic()),
+            };
+            if matches!(finding.end, End::Refused { .. }) {
+                stop.cancel(); // The others would wait for what is taken back.
+            }
+            if let Some(watch) = watch {
+                *self.shared.watch.lock().await = Some(watch);
+            }
+            findings.insert(index, finding);
+        }
+        self.conclude(findings.into_values().collect())
+    }
+
+    /// One look at every clamd, without a reload: for what was not proven in time, and at start. A
+    /// clamd that answers and does not show the install was not asked since its deadline; then
+    /// [`prove`](Self::prove) it again.
+    pub async fn probe(&self, n: u64) -> Verdict {
+        if self.shared.settings.instances.is_empty() {
+            return Verdict::Live(self.report());
+        }
+        let mut watch = self.shared.watch.lock().await;
+        if watch.as_ref().is_some_and(|watch| watch.install != n) {
+            *watch = None;
+        }
+        if let Some(watch) = &mut *watch {
+            for load in watch.log.read().await {
+                watch.evidence.take(&load);
+            }
+        }
+        let mut findings = Vec::new();
+        for instance in &self.shared.settings.instances {
+            let clamd = Clamd::new(instance.address.clone());
+            let sight = self.shared.look(&clamd, n).await;
+            let evidence = watch.as_ref().filter(|_| instance.logs);
+            findings.push(self.shared.glance(clamd, sight, evidence).await);
+        }
+        self.conclude(findings)
+    }
+
+    /// What is known of clamd without asking.
+    pub fn report(&self) -> ClamdReport {
+        let report = self.shared.report.lock();
+        report.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Asks every clamd whether it is there, and returns what is known then. It proves nothing.
+    pub async fn look(&self) -> ClamdReport {
+        let mut findings = Vec::new();
+        for instance in &self.shared.settings.instances {
+            let clamd = Clamd::new(instance.address.clone());
+            let (state, trouble) = match clamd.ping().await {
+                Ok(()) => (ClamdState::Up, None),
+                Err(error) => (state_of(&error), Some(words(&error))),
+            };
+            findings.push(
+                self.shared
+                    .finding(&clamd, End::Unproven, state, trouble, false)
+                    .await,
+            );
+        }
+        let proof = self.report().proof;
+        let mut report = self.conclude(findings).report().clone();
+        report.proof = proof;
+        self.remember(&report);
+        report
+    }
+
+    /// Loads `directory` with `clamscan`, for where a failed load would cost clamd its engine. It
+    /// takes as much memory as clamd. Passes where nobody can tell: there is no `clamscan`, or it
+    /// is hindered by the host.
+    ///
+    /// # Errors
+    ///
+    /// The scanner's own reason, if the databases cannot be loaded.
+    pub async fn load_test(&self, directory: &Path) -> Result<(), String> {
+        match scanner::load(&self.shared.settings, directory, LOAD_TEST_TIMEOUT).await {
+            LoadTest::Passed => Ok(()),
+            LoadTest::Failed(reason) => Err(reason),
+            LoadTest::NotRun(why) => {
+                tracing::warn!(why, "the databases were not tried before clamd gets them");
+                Ok(())
+            }
+        }
+    }
+
+    /// Every clamd must have it; one that refuses is enough to refuse.
+    fn conclude(&self, findings: Vec<Finding>) -> Verdict {
+        let report = report_of(&findings);
+        self.remember(&report);
+        let refusal = findings.iter().find_map(|finding| match &finding.end {
+            End::Refused { reason, .. } => Some(reason.clone()),
+            End::Live | End::Unproven | End::Absent => None,
+        });
+        let any = |end| findings.iter().any(|finding| finding.end == end);
+        if let Some(reason) = refusal {
+            Verdict::Refused { reason, report }
+        } else if any(End::Unproven) {
+            Verdict::Unproven(report)
+        } else if any(End::Absent) {
+            Verdict::Absent(report)
+        } else {
+            Verdict::Live(report)
+        }
+    }
+
+    fn remember(&self, report: &ClamdReport) {
+        let known = self.shared.report.lock();
+        *known.unwrap_or_else(PoisonError::into_inner) = report.clone();
+    }
+}
+
+/// What was found out about one clamd.
+#[derive(Debug)]
+struct Finding {
+    address: String,
+    end: End,
+    state: ClamdState,
+    version: Option<String>,
+    proof: Proof,
+    note: Option<String>,
+}
+
+/// The worst state, the weakest proof; and every note, with the name of its clamd where there are
+/// several.
+fn report_of(findings: &[Finding]) -> ClamdReport {
+    let named = findings.len() > 1;
+    let mut note = String::new();
+    for finding in findings {
+        let Some(said) = &finding.note else { continue };
+        if !note.is_empty() {
+            note.push_str("; ");
+        }
+        if named {
+            write!(note, "clamd at {}: ", finding.address).expect("a string takes everything");
+        }
+        note.push_str(said);
+    }
+    let state = [ClamdState::Down, ClamdState::Silent, ClamdState::Up];
+    let proof = [Proof::None, Proof::Version, Proof::Canary];
+    let worst = |state: &ClamdState| findings.iter().any(|finding| finding.state == *state);
+    let weakest = |proof: &Proof| findings.iter().any(|finding| finding.proof == *proof);
+    ClamdReport {
+        state: state.into_iter().find(worst).unwrap_or(ClamdState::None),
+        version: findings.iter().find_map(|finding| finding.version.clone()),
+        proof: proof.into_iter().find(weakest).unwrap_or_default(),
+        note: (!note.is_empty()).then_some(note),
+    }
+}
+
+/// Brings one clamd to an install: carries out what its [`Attempt`] decides.
+struct Courier {
+    shared: Arc<Shared>,
+    clamd: Clamd,
+    instance: Instance,
+    log: Log,
+    /// All attempts for one install share one load test.
+    scan: Arc<OnceCell<LoadTest>>,
+}
+
+impl Courier {
+    async fn bring(mut self, n: u64, stop: CancellationToken) -> (Finding, Option<Watch>) {
+        let settings = &self.shared.settings;
+        let start = Instant::now();
+        let logs = self.log.tail.is_some();
+        let mut attempt = Attempt::new(Terms {
+            start,
+            deadline: start + settings.deadline,
+            concurrent: settings.concurrent_reload,
+            reloads: self.instance.reload != Reload::Never,
+            logs,
+            scanner: settings.scanner.is_some(),
+        });
+        let mut state = ClamdState::Silent;
+        let carried = stop.run_until_cancelled(self.carry_out(n, &mut attempt, &mut state));
+        let end = carried.await.unwrap_or(End::Unproven);
+        let mut trouble = attempt.trouble().map(str::to_owned);
+        if stop.is_cancelled() && end == End::Unproven {
+            trouble = Some("stopped before it was proven".into());
+        }
+        let end = self.explained(end).await;
+        let finding = self
+            .shared
+            .finding(&self.clamd, end, state, trouble, logs)
+            .await;
+        let watch = logs.then(|| Watch {
+            install: n,
+            log: self.log,
+            evidence: attempt.into_evidence(),
+        });
+        (finding, watch)
+    }
+
+    async fn carry_out(&mut self, n: u64, attempt: &mut Attempt, state: &mut ClamdState) -> End {
+        loop {
+            for load in self.log.read().await {
+                tracing::debug!(clamd = %self.instance.address, ?load, "clamd's log");
+                attempt.logged(&load, Instant::now());
+            }
+            attempt.load_under_way(self.log.loads.under_way());
+            match attempt.next(Instant::now()) {
+                Step::Look => {
+                    let sight = self.shared.look(&self.clamd, n).await;
+                    *state = sight_state(&sight);
+                    attempt.seen(sight, Instant::now());
+                }
+                Step::Reload => {
+                    let asked = self.ask().await;
+                    tracing::debug!(clamd = %self.instance.address, ?asked, "asked for a reload");
+                    attempt.asked(asked, Instant::now());
+                }
+                Step::LoadTest => {
+                    let test = self.load_test(LOAD_TEST_TIMEOUT).await;
+                    attempt.tested(test);
+                }
+                Step::Wait(until) => sleep_until(until.into()).await,
+                Step::Done(end) => return end,
+            }
+        }
+    }
+
+    async fn ask(&self) -> Asked {
+        if let Reload::Signal(pid_file) = &self.instance.reload {
+            match signal::reload(pid_file) {
+                Ok(()) => return Asked::Taken,
+                Err(error) => {
+                    let error = words(&error);
+                    tracing::warn!(error, "clamd gets RELOAD over its socket instead");
+                }
+            }
+        }
+        match self.clamd.reload().await {
+            Ok(()) => Asked::Taken,
+            Err(ClamdError::Unavailable { .. }) => Asked::NotAllowed,
+            Err(error @ ClamdError::Absent { .. }) => Asked::Absent(words(&error)),
+            Err(error) => Asked::Failed(words(&error)),
+        }
+    }
+
+    async fn load_test(&self, limit: Duration) -> LoadTest {
+        let settings = &self.shared.settings;
+        let load = || scanner::load(settings, &settings.database_directory, limit);
+        self.scan.get_or_init(load).await.clone()
+    }
+
+    /// clamd's log says only what kind of fault it is; the scanner names the file.
+    async fn explained(&self, end: End) -> End {
+        match end {
+            End::Refused {
+                reason,
+                tested: false,
+            } => {
+                let reason = match self.load_test(REASON_TIMEOUT).await {
+                    LoadTest::Failed(why) => format!("{reason}; clamscan: {why}"),
+                    LoadTest::Passed => format!("{reason}; clamscan can load it"),
+                    LoadTest::NotRun(_) => reason,
+                };
+                End::Refused {
+                    reason,
+                    tested: true,
+                }
+            }
+            End::Refused {
+                reason,
+                tested: true,
+            } => End::Refused {
+                reason: format!("clamscan: {reason}"),
+                tested: true,
+            },
+            End::Live | End::Unproven | End::Absent => end,
+        }
+    }
+}
+
+impl Shared {
+    /// One look. PING goes first: a clamd that is busy with a blocking load would scan an
+    /// abandoned sample later, and log a hit that nobody waits for.
+    async fn look(&self, clamd: &Clamd, n: u64) -> Sight {
+        if let Err(error) = clamd.ping().await {
+            return sight_of(error);
+        }
+        match self.settings.proof {
+            ProofBy::Canary => match clamd.scan(&sample(&self.nonce, n)).await {
+                Ok(Scan::Found(name)) if found_number(&name) == Some(n) => Sight::Canary,
+                Ok(Scan::Clean) => Sight::NoCanary(None),
+                Ok(Scan::Found(said) | Scan::Error(said)) => Sight::NoCanary(Some(said)),
+                Err(error) => sight_of(error),
+            },
+            ProofBy::Version => match clamd.version().await {
+                Ok(version) => match daily(self.settings.database_directory.clone()).await {
+                    None => Sight::VersionUnknown,
+                    Some(daily) if names(&version, &daily) => Sight::VersionRight,
+                    Some(_) => Sight::VersionWrong(version),
+                },
+                Err(ClamdError::Unavailable { .. }) => Sight::VersionUnknown,
+                Err(error) => sight_of(error),
+            },
+        }
+    }
+
+    /// What a single look comes to, with what the log has shown since the install.
+    async fn glance(&self, clamd: Clamd, sight: Sight, watch: Option<&Watch>) -> Finding {
+        let state = sight_state(&sight);
+        let loaded = watch.map(|watch| watch.evidence.loaded());
+        let (end, trouble) = match sight {
+            Sight::Canary => (End::Live, None),
+            // Without a log since the install VERSION is all there is.
+            Sight::VersionRight if loaded != Some(false) => (End::Live, None),
+            Sight::VersionUnknown if loaded == Some(true) => (End::Live, None),
+            Sight::VersionRight | Sight::VersionUnknown => (End::Unproven, None),
+            Sight::NoCanary(said) => (End::Unproven, said),
+            Sight::VersionWrong(version) => {
+                (End::Unproven, Some(format!("VERSION says `{version}`")))
+            }
+            Sight::Absent(error) => (End::Absent, Some(error)),
+            Sight::Forbidden(error) | Sight::Silent(error) => (End::Unproven, Some(error)),
+        };
+        let refusal = watch.and_then(|watch| watch.evidence.refusal());
+        let end = match refusal {
+            Some(reason) if end != End::Live => End::Refused {
+                reason,
+                tested: false,
+            },
+            Some(_) | None => end,
+        };
+        self.finding(&clamd, end, state, trouble, watch.is_some())
+            .await
+    }
+
+    async fn finding(
+        &self,
+        clamd: &Clamd,
+        end: End,
+        state: ClamdState,
+        trouble: Option<String>,
+        watched: bool,
+    ) -> Finding {
+        let version = match state {
+            ClamdState::Up => clamd.version().await.ok(),
+            ClamdState::Down | ClamdState::Silent | ClamdState::None => None,
+        };
+        let live = end == End::Live;
+        let (proof, note) = match self.settings.proof {
+            ProofBy::Canary if live => (Proof::Canary, trouble),
+            ProofBy::Version if live => (Proof::Version, Some(self.weakness(watched))),
+            ProofBy::Canary | ProofBy::Version => (Proof::None, trouble),
+        };
+        Finding {
+            address: clamd.address().to_string(),
+            end,
+            state,
+            version,
+            proof,
+            note,
+        }
+    }
+
+    fn weakness(&self, watched: bool) -> String {
+        let why = if self.settings.official_only {
+            "OfficialDatabaseOnly yes, so that clamd loads no canary"
+        } else {
+            "proof = \"version\""
+        };
+        let what = if watched {
+            "VERSION and clamd's log"
+        } else {
+            "VERSION alone"
+        };
+        format!("{why}: the proof is {what}")
+    }
+}
+
+impl Log {
+    /// The loads that ended since the last call. A log that cannot be read any more shows nothing.
+    async fn read(&mut self) -> Vec<super::log::Load> {
+        let Some(mut tail) = self.tail.take() else {
+            return Vec::new();
+        };
+        let mut loads = std::mem::take(&mut self.loads);
+        // A busy log may have grown by megabytes.
+        let reading = spawn_blocking(move || {
+            let ended = tail.read(&mut loads);
+            (tail, loads, ended)
+        });
+        let (tail, loads, ended) = match reading.await {
+            Ok(read) => read,
+            Err(error) => std::panic::resume_unwind(error.into_panic()),
+        };
+        self.tail = Some(tail);
+        self.loads = loads;
+        ended.unwrap_or_else(|error| {
+            tracing::debug!(%error, "cannot read clamd's log");
+            Vec::new()
+        })
+    }
+}
+
+/// What VERSION names in `directory`: it prefers `.cld` and `.cvd`, the higher version of them, and
+/// is read from the disk because that is what clamd read.
+async fn daily(directory: PathBuf) -> Option<Header> {
+    let header = move |extension: &str| {
+        let path = directory.join("daily").with_extension(extension);
+        Header::read(File::open(path).ok()?).ok()
+    };
+    let reading = spawn_blocking(move || {
+        let signed = ["cvd", "cld"].into_iter().filter_map(&header);
+        signed
+            .max_by_key(|header| header.version)
+            .or_else(|| header("cud"))
+    });
+    reading.await.ok().flatten()
+}
+
+/// Whether an answer to VERSION names this daily database: its version, and its time in whatever
+/// zone clamd lives (`ClamAV 1.4.6/101/Sun Nov 22 06:43:59 2026`).
+fn names(version: &str, daily: &Header) -> bool {
+    let mut fields = version.splitn(3, '/').skip(1);
+    let number = fields.next().and_then(|number| number.parse().ok());
+    let time = fields.next().unwrap_or_default();
+    number == Some(daily.version) && is_somewhere(time, daily.built)
+}
+
+/// Whether `local`, as ctime(3) writes it, is `time` in some zone: less than 15 hours away, by
+/// whole quarters of an hour.
+fn is_somewhere(local: &str, time: jiff::Timestamp) -> bool {
+    let Ok(local) = DateTime::strptime("%a %b %e %H:%M:%S %Y", local) else {
+        return false;
+    };
+    let Ok(local) = local.to_zoned(jiff::tz::TimeZone::UTC) else {
+        return false;
+    };
+    let away = local.timestamp().as_second().abs_diff(time.as_second());
+    away < 15 * 3600 && away % (15 * 60) == 0
+}
+
+fn sight_of(error: ClamdError) -> Sight {
+    let words = words(&error);
+    match error {
+        ClamdError::Absent { .. } => Sight::Absent(words),
+        ClamdError::Forbidden { .. } => Sight::Forbidden(words),
+        ClamdError::Silent { .. }
+        | ClamdError::Unavailable { .. }
+        | ClamdError::Unexpected { .. } => Sight::Silent(words),
+    }
+}
+
+fn state_of(error: &ClamdError) -> ClamdState {
+    match error {
+        ClamdError::Absent { .. } => ClamdState::Down,
+        ClamdError::Forbidden { .. }
+        | ClamdError::Silent { .. }
+        | ClamdError::Unavailable { .. }
+        | ClamdError::Unexpected { .. } => ClamdState::Silent,
+    }
+}
+
+fn sight_state(sight: &Sight) -> ClamdState {
+    match sight {
+        Sight::Absent(_) => ClamdState::Down,
+        Sight::Forbidden(_) | Sight::Silent(_) => ClamdState::Silent,
+        Sight::Canary
+        | Sight::NoCanary(_)
+        | Sight::VersionRight
+        | Sight::VersionWrong(_)
+        | Sight::VersionUnknown => ClamdState::Up,
+    }
+}
+
+/// An error and its causes on one line, for a receipt.
+fn words(error: &dyn std::error::Error) -> String {
+    let mut words = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        write!(words, ": {error}").expect("a string takes everything");
+        cause = error.source();
+    }
+    words
+}

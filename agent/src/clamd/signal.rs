@@ -1,0 +1,103 @@
+//! SIGUSR2: how clamd is asked to reload where it does not take the command.
+
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// A pid and a newline are shorter.
+const PID_FILE_BYTES_MAX: u64 = 64;
+
+/// The name of clamd's process in `/proc/PID/comm`.
+const NAME: &str = "clamd";
+
+/// Why no signal was sent.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum SignalError {
+    /// No pid in it.
+    #[error("cannot read a process id from {path}")]
+    PidFile {
+        /// Which file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The pid is that of nobody, or of somebody else.
+    #[error("process {pid} of {path} is not clamd")]
+    NotClamd {
+        /// Whose number it is.
+        pid: Pid,
+        /// The file that names it.
+        path: PathBuf,
+    },
+    /// It may not be sent.
+    #[error("cannot send SIGUSR2 to clamd ({pid}); it takes signals from its own user and root")]
+    Kill {
+        /// clamd's number.
+        pid: Pid,
+        /// What the system said.
+        source: Errno,
+    },
+}
+
+/// Sends SIGUSR2 to the clamd whose process id is in the file. The file may be older than the
+/// process that has the number now, so its name is looked at first.
+pub(super) fn reload(pid_file: &Path) -> Result<(), SignalError> {
+    let pid = read_pid(pid_file).map_err(|source| SignalError::PidFile {
+        path: pid_file.to_owned(),
+        source,
+    })?;
+    let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    if name.trim_end() != NAME {
+        let path = pid_file.to_owned();
+        return Err(SignalError::NotClamd { pid, path });
+    }
+    kill(pid, Signal::SIGUSR2).map_err(|source| SignalError::Kill { pid, source })
+}
+
+fn read_pid(path: &Path) -> io::Result<Pid> {
+    let mut text = String::new();
+    File::open(path)?
+        .take(PID_FILE_BYTES_MAX)
+        .read_to_string(&mut text)?;
+    match text.trim().parse() {
+        // Zero and less are groups of processes.
+        Ok(pid @ 1..) => Ok(Pid::from_raw(pid)),
+        Ok(_) | Err(_) => Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            "it holds no process id",
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn check(content: &str, expected: &str) {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("clamd.pid");
+        fs::write(&path, content).unwrap();
+        let error = reload(&path).unwrap_err().to_string();
+        let file = path.display().to_string();
+        assert_eq!(error.replace(&file, "FILE"), expected, "{content:?}");
+    }
+
+    #[test]
+    fn only_clamd_gets_the_signal() {
+        // This process, and one past the largest number that Linux gives.
+        let own = std::process::id();
+        check(
+            &own.to_string(),
+            &format!("process {own} of FILE is not clamd"),
+        );
+        check("4194305\n", "process 4194305 of FILE is not clamd");
+        for content in ["", "x", "0", "-1", "99999999999", "12 13"] {
+            check(content, "cannot read a process id from FILE");
+        }
+    }
+}
