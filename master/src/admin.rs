@@ -174,7 +174,7 @@ impl Commands {
             Published::Held(refusal) => ("held", Some(refusal.reason)),
             Published::Refused(refusal) => ("refused", Some(refusal.reason)),
         };
-        let mut result = json!({ "published": word });
+        let mut result = json!({ "outcome": word });
         let fields = result.as_object_mut().expect("made as one");
         if let Some(manifest) = self.store.current() {
             describe(fields, &manifest);

@@ -124,9 +124,11 @@ impl Revocations {
                 if same { Look::Same } else { Look::Newer }
             }
             Err(reason) => {
-                let path = self.path.display();
-                let alarm =
-                    format!("{path} does not count: {reason}; the last good list stays in force");
+                let (path, kept) = (self.path.display(), self.kept.display());
+                let alarm = format!(
+                    "{path} does not count: {reason}; the last good list stays in force, a copy \
+                     of it is {kept}"
+                );
                 self.alarm = Some(alarm.clone());
                 Look::Alarm(alarm)
             }

@@ -53,7 +53,7 @@ pub(crate) fn end(finish: Finish, json: bool, text: impl Fn(&Value)) -> Result<(
 
 pub(crate) fn published(result: &Value) {
     let position = position(result);
-    match text(&result["published"]).as_str() {
+    match text(&result["outcome"]).as_str() {
         "new" => println!("published {position}"),
         "unchanged" => println!("unchanged: {position} is what the mirror holds"),
         _ => println!("current is still {position}"),

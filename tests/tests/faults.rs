@@ -1,0 +1,197 @@
+//! What goes wrong in the middle: kills, slow links, full disks.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use clamcast_tests::lab::{
+    Agent, Container, Fleet, Link, Master, PATIENCE, UdpProxy, signatures, until,
+};
+use clamcast_tests::require;
+use sha2::{Digest, Sha256};
+
+/// A set of some megabytes that does not compress away.
+fn large(version: u64) -> Container {
+    Container::new("daily", version).member(
+        "hsb",
+        signatures(version * 100_000..version * 100_000 + 60_000),
+    )
+}
+
+/// A master for one large set, and an agent behind a slow link to it.
+fn slow_fleet(fleet: &Fleet) -> (Master, Agent, UdpProxy) {
+    let mirror = fleet.join("mirror");
+    fs::create_dir_all(&mirror).unwrap();
+    large(1).write(&mirror);
+    let master = fleet.master(&mirror);
+    master.configure("require = []", "require = []\nload_test = \"never\"");
+    let proxy = UdpProxy::start(([127, 0, 0, 1], fleet.port()).into(), 1);
+    let agent = fleet.agent("web1");
+    agent.configure(
+        &format!("127.0.0.1:{}", fleet.port()),
+        &proxy.address().to_string(),
+    );
+    (master, agent, proxy)
+}
+
+/// Bytes of the parts that are being received.
+fn received(agent: &Agent) -> u64 {
+    let stage = agent.database().join(".clamcast/stage");
+    let parts = fs::read_dir(stage).into_iter().flatten().flatten();
+    let parts = parts.filter(|part| part.path().extension().is_some_and(|part| part == "part"));
+    parts
+        .filter_map(|part| part.metadata().ok())
+        .map(|part| part.len())
+        .sum()
+}
+
+fn assert_complete(agent: &Agent, fleet: &Fleet) {
+    let digest = |directory: &Path| {
+        hex::encode(Sha256::digest(
+            fs::read(directory.join("daily.cud")).unwrap(),
+        ))
+    };
+    assert_eq!(digest(&agent.database()), digest(&fleet.join("mirror")));
+}
+
+#[test]
+fn an_agent_killed_six_times_in_a_transfer_leaves_no_stray_name_and_then_completes() {
+    let fleet = Fleet::new();
+    let (mut master, mut agent, proxy) = slow_fleet(&fleet);
+    proxy.set(Link {
+        bandwidth: Some(400_000),
+        ..Link::default()
+    });
+    master.start();
+    let mut before = 0;
+    for kill in 1..=6 {
+        agent.start();
+        until(PATIENCE, "some more arrives", || {
+            let now = received(&agent);
+            if now > before + 100_000 {
+                Ok(())
+            } else {
+                Err(now)
+            }
+        });
+        before = received(&agent);
+        agent.kill();
+        assert_eq!(agent.names(), [""; 0], "after kill {kill}");
+    }
+    proxy.set(Link::default());
+    agent.start();
+    master.wait_live("web1", 1);
+    assert_complete(&agent, &fleet);
+    assert_eq!(agent.names(), ["daily.cud"]);
+    let stage = fs::read_dir(agent.database().join(".clamcast/stage")).unwrap();
+    assert_eq!(stage.count(), 0, "nothing is left of the transfer");
+}
+
+#[test]
+fn a_master_killed_in_the_middle_of_a_push_goes_on_after_its_restart() {
+    let fleet = Fleet::new();
+    let (mut master, mut agent, proxy) = slow_fleet(&fleet);
+    proxy.set(Link {
+        bandwidth: Some(400_000),
+        ..Link::default()
+    });
+    master.start();
+    agent.start();
+    until(PATIENCE, "some arrives", || received(&agent) > 100_000);
+    master.kill();
+    let before = received(&agent);
+    proxy.set(Link::default());
+    master.start();
+    master.wait_live("web1", 1);
+    assert!(before > 100_000);
+    assert_complete(&agent, &fleet);
+    assert_eq!(master.audit("published").len(), 1, "the same generation");
+}
+
+#[test]
+fn a_lossy_and_slow_path_only_takes_longer() {
+    let fleet = Fleet::new();
+    let (mut master, mut agent, proxy) = slow_fleet(&fleet);
+    let delay = std::time::Duration::from_millis(20);
+    proxy.set(Link {
+        loss: 0.05,
+        delay,
+        ..Link::default()
+    });
+    master.start();
+    agent.start();
+    master.wait_live("web1", 1);
+    assert_complete(&agent, &fleet);
+}
+
+#[test]
+fn a_cut_connection_comes_back_by_itself_and_the_part_goes_on_where_it_was() {
+    let fleet = Fleet::new();
+    let (mut master, mut agent, proxy) = slow_fleet(&fleet);
+    proxy.set(Link {
+        bandwidth: Some(400_000),
+        ..Link::default()
+    });
+    master.start();
+    agent.start();
+    until(PATIENCE, "some arrives", || received(&agent) > 200_000);
+    master.kill();
+    let before = received(&agent);
+    master.start();
+    until(PATIENCE, "it goes on", || received(&agent) > before);
+    proxy.set(Link::default());
+    master.wait_live("web1", 1);
+    assert_complete(&agent, &fleet);
+}
+
+#[test]
+fn a_full_disk_on_the_agent_keeps_the_old_set_and_says_so() {
+    require!(Root);
+    let fleet = Fleet::new();
+    let mirror = fleet.join("mirror");
+    fs::create_dir_all(&mirror).unwrap();
+    Container::new("daily", 1)
+        .member("hsb", signatures(0..100))
+        .write(&mirror);
+    let mut master = fleet.master(&mirror);
+    master.configure("require = []", "require = []\nload_test = \"never\"");
+    let mut agent = fleet.agent("web1");
+    let _disk = SmallDisk::mount(&agent.database());
+    master.start();
+    agent.start();
+    master.wait_live("web1", 1);
+    large(2).write(&mirror);
+    let row = master.wait_agent("web1", "host_fault", |row| row["outcome"] == "host_fault");
+    let error = row["error"].as_str().unwrap();
+    assert!(error.contains("space"), "{error}");
+    assert_eq!(
+        (&row["generation"], &row["live"]),
+        (&1.into(), &true.into())
+    );
+    assert_eq!(agent.names(), ["daily.cud"]);
+    // With room again the next set goes in.
+    Container::new("daily", 3)
+        .member("hsb", signatures(0..200))
+        .write(&mirror);
+    master.wait_live("web1", 3);
+}
+
+/// A tmpfs of a megabyte and a half, unmounted when dropped.
+struct SmallDisk(std::path::PathBuf);
+
+impl SmallDisk {
+    fn mount(directory: &Path) -> Self {
+        let mut mount = Command::new("mount");
+        mount.args(["-t", "tmpfs", "-o", "size=1536k", "tmpfs"]).arg(directory);
+        let output = mount.output().expect("root can mount");
+        assert!(output.status.success(), "{output:?}");
+        Self(directory.into())
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        // Lazily: the agent may still be there.
+        let _ = Command::new("umount").arg("-l").arg(&self.0).output();
+    }
+}
