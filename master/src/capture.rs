@@ -109,9 +109,7 @@ pub enum CaptureError {
         source: io::Error,
     },
     /// Both forms of a database are there, and one of them is not a database.
-    #[error(
-        "{name} is there beside its other form, and its first 512 bytes are not a ClamAV header"
-    )]
+    #[error("{name} stands beside its other form, and which one counts cannot be told")]
     Header {
         /// Its name.
         name: DatabaseName,
@@ -270,4 +268,125 @@ fn header(name: &DatabaseName, file: &File) -> Result<Header, CaptureError> {
         name: name.clone(),
         source,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::publish::tests::container;
+    use crate::store::tests::open_store;
+    use std::fs;
+
+    /// Captures a directory in which `change` is made after each copy, with the directory and how
+    /// many copies there were.
+    fn capture_while(
+        files: &[(&str, Vec<u8>)],
+        mut change: impl FnMut(&Path, usize),
+    ) -> Result<Vec<(String, Digest)>, CaptureError> {
+        let root = tempfile::tempdir().unwrap();
+        let mirror = root.path().join("mirror");
+        fs::create_dir(&mirror).unwrap();
+        for (name, content) in files {
+            fs::write(mirror.join(name), content).unwrap();
+        }
+        let store = open_store(&root.path().join("state"));
+        let mut copies = 0;
+        let capture = capture_interrupted(&mirror, &store, || {
+            copies += 1;
+            change(&mirror, copies);
+        })?;
+        for file in &capture.files {
+            let object = fs::read(store.object(&file.sha256)).unwrap();
+            assert_eq!(
+                (object.len() as u64, Digest::of(&object)),
+                (file.size, file.sha256)
+            );
+        }
+        let files = capture.files.into_iter();
+        Ok(files.map(|it| (it.name.to_string(), it.sha256)).collect())
+    }
+
+    fn names(files: &[(&str, Vec<u8>)]) -> Vec<String> {
+        let captured = capture_while(files, |_, _| {}).unwrap();
+        captured.into_iter().map(|(name, _)| name).collect()
+    }
+
+    #[test]
+    fn of_both_forms_the_higher_version_counts_and_on_a_tie_the_cld() {
+        let form = |version| container("daily", version, 3);
+        let other = ("main.cvd", container("main", 1, 1));
+        for (cvd, cld, expected) in [
+            (7, 6, "daily.cvd"),
+            (6, 7, "daily.cld"),
+            (7, 7, "daily.cld"),
+        ] {
+            let files = [
+                ("daily.cvd", form(cvd)),
+                ("daily.cld", form(cld)),
+                other.clone(),
+            ];
+            assert_eq!(names(&files), [expected, "main.cvd"]);
+        }
+        let broken = [("daily.cvd", b"short".to_vec()), ("daily.cld", form(7))];
+        let error = capture_while(&broken, |_, _| {}).unwrap_err();
+        assert!(
+            error.to_string().starts_with("daily.cvd stands beside"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_file_that_changes_during_a_capture_is_captured_again() {
+        let files = [("a.ndb", b"1".to_vec()), ("b.ndb", b"1".to_vec())];
+        // The first file changes after it was copied, and the second one while it is.
+        for (name, at) in [("a.ndb", 2), ("b.ndb", 2), ("b.ndb", 1)] {
+            let captured = capture_while(&files, |mirror, copies| {
+                if copies == at {
+                    fs::write(mirror.join(name), "22").unwrap();
+                }
+            });
+            let mut expected = [Digest::of(b"1"), Digest::of(b"1")];
+            expected[usize::from(name == "b.ndb")] = Digest::of(b"22");
+            let digests: Vec<_> = captured.unwrap().into_iter().map(|it| it.1).collect();
+            assert_eq!(digests, expected, "{name} after copy {at}");
+        }
+    }
+
+    #[test]
+    fn a_rename_and_an_unlink_during_a_capture_are_noticed() {
+        let files = [
+            ("daily.cvd", container("daily", 1, 1)),
+            ("z.ndb", b"1".to_vec()),
+        ];
+        let captured = capture_while(&files, |mirror, copies| {
+            if copies == 2 {
+                fs::write(mirror.join("part"), container("daily", 2, 1)).unwrap();
+                fs::rename(mirror.join("part"), mirror.join("daily.cld")).unwrap();
+                fs::remove_file(mirror.join("daily.cvd")).unwrap();
+            }
+        });
+        let captured = captured.unwrap();
+        let names: Vec<_> = captured.into_iter().map(|(name, _)| name).collect();
+        assert_eq!(names, ["daily.cld", "z.ndb"]);
+    }
+
+    #[test]
+    fn a_mirror_that_never_rests_is_left_alone() {
+        let files = [("a.ndb", b"1".to_vec())];
+        let captured = capture_while(&files, |mirror, copies| {
+            fs::write(mirror.join("a.ndb"), vec![b'x'; copies + 1]).unwrap();
+        });
+        assert!(matches!(captured, Err(CaptureError::Changing)));
+    }
+
+    #[test]
+    fn the_limit_of_files_fits_a_manifest() {
+        let entry = r#"{"name":"","size":2147483648,"sha256":"","version":99999,"signatures":9999999,"built":"2026-11-22T00:00:00Z"},"#;
+        let usual_name = 40;
+        let bytes = FILES_MAX * (entry.len() + usual_name + 64);
+        assert!(
+            bytes < clamcast_proto::manifest::MANIFEST_BYTES_MAX,
+            "{bytes}"
+        );
+    }
 }

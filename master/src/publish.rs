@@ -1,6 +1,8 @@
 //! Publishing: from the mirror to a signed generation, or to a reason why not.
 
 mod record;
+#[cfg(test)]
+pub(crate) mod tests;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;

@@ -16,6 +16,8 @@
 
 mod encode;
 mod map;
+#[cfg(test)]
+pub(crate) mod tests;
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs::{self, File, Permissions};

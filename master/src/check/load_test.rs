@@ -170,3 +170,57 @@ fn reason(output: &str) -> Option<String> {
     let printable = text.chars().map(|c| if c.is_control() { '?' } else { c });
     (!text.is_empty()).then(|| printable.take(REASON_CHARS_MAX).collect())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::tests::open_store;
+
+    fn check(program: &str, time_max: Duration) -> Result<(), LoadTestError> {
+        let root = tempfile::tempdir().unwrap();
+        let store = open_store(root.path());
+        let file = tempfile::tempfile().unwrap();
+        let (digest, _) = store.import(&file).unwrap();
+        let name = "daily.cud".parse().unwrap();
+        let tested = load(Path::new(program), &[(&name, &digest)], &store, time_max);
+        let left = fs::read_dir(root.path().join("tmp")).unwrap().count();
+        assert_eq!(left, 0, "the test cleans up");
+        tested
+    }
+
+    #[test]
+    fn the_exit_code_decides() {
+        assert!(check("/bin/true", TIME_MAX).is_ok());
+        let refused = check("/bin/false", TIME_MAX).unwrap_err();
+        assert!(refused.to_string().contains("gave no reason"), "{refused}");
+    }
+
+    #[test]
+    fn a_program_that_talks_without_end_is_stopped() {
+        let endless = Command::new("yes");
+        let (status, said) = output(endless, Duration::from_millis(300)).unwrap();
+        assert_eq!((status, said.len() as u64), (None, OUTPUT_BYTES_MAX));
+    }
+
+    #[test]
+    fn a_program_that_cannot_be_run_is_named() {
+        let error = check("/nowhere/clamscan", TIME_MAX).unwrap_err();
+        assert_eq!(error.to_string(), "cannot run /nowhere/clamscan");
+    }
+
+    #[test]
+    fn the_reason_is_what_clamav_complains_of() {
+        let output = "LibClamAV Warning: old engine\n\
+                      LibClamAV Error: cli_loadhash: Malformed hash at line 3\n\
+                      LibClamAV Error: Can't load /x.hsb: Malformed database\n\
+                      ERROR: Malformed database\u{7}\n";
+        assert_eq!(
+            reason(output).unwrap(),
+            "cli_loadhash: Malformed hash at line 3; Can't load /x.hsb: Malformed database; \
+             Malformed database?"
+        );
+        assert_eq!(reason("\n"), None);
+        let endless = "ERROR: x\n".repeat(10_000);
+        assert_eq!(reason(&endless).unwrap().len(), REASON_CHARS_MAX);
+    }
+}

@@ -173,11 +173,11 @@ impl Stamp {
 /// Whether clamd might load a file of this name: it looks only at the end, in any case.
 fn looks_like_a_database(name: &str) -> bool {
     let name = name.to_ascii_lowercase();
-    let extension = |ext: &&str| {
-        name.strip_suffix(*ext)
+    let mut extensions = DATABASE_EXTENSIONS.iter();
+    extensions.any(|ext| {
+        name.strip_suffix(ext)
             .is_some_and(|stem| stem.ends_with('.'))
-    };
-    DATABASE_EXTENSIONS.iter().any(|ext| extension(ext))
+    })
 }
 
 /// The newest modification in a run's working directory. What cannot be read counts by its

@@ -62,9 +62,17 @@ struct Flight {
 pub(super) struct Encoder {
     flights: Mutex<HashMap<Pair, Arc<Flight>>>,
     makers: Makers,
+    #[cfg(test)]
+    made: std::sync::atomic::AtomicUsize,
 }
 
 impl Store {
+    /// Deltas that were made since the start.
+    #[cfg(test)]
+    pub(super) fn made(&self) -> usize {
+        self.encoder.made.load(std::sync::atomic::Ordering::Relaxed)
+    }
+
     /// The encoding in which a file of a generation goes to an agent that has `have`; with `full`
     /// never a delta.
     ///
@@ -167,6 +175,10 @@ impl Store {
             return Ok(None);
         }
         let _maker = self.encoder.makers.enter();
+        #[cfg(test)]
+        self.encoder
+            .made
+            .fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         let file = self.temporary()?;
         let input = |digest, bytes| delta::Input { digest, bytes };
         match delta::make(input(from, &old), input(to, &new), file.as_file()) {

@@ -1,0 +1,731 @@
+//! The way from a mirror to a generation, on real directories.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+
+use clamcast_daemon::config::Percent;
+use clamcast_proto::dsse::sign;
+use clamcast_proto::manifest::content_digest;
+use nix::sys::stat::Mode;
+use sha2::{Digest as _, Sha256};
+
+use super::*;
+use crate::config::{LoadTest, Unsigned};
+
+/// A mirror, a state directory and the keys of a fleet.
+struct Lab {
+    root: tempfile::TempDir,
+    settings: Settings,
+    keys: Verified<KeySet>,
+}
+
+const ROOT: u8 = 1;
+const MANIFEST: u8 = 2;
+
+fn key(seed: u8) -> SigningKey {
+    SigningKey::from_bytes(&[seed; 32])
+}
+
+fn key_set(version: u64, epoch: u64, manifest: u8) -> Verified<KeySet> {
+    let set = KeySet {
+        fleet: "bank".parse().unwrap(),
+        version,
+        epoch: Epoch(epoch),
+        issued: Timestamp::UNIX_EPOCH,
+        root: PublicKey::of(&key(ROOT)),
+        manifest: vec![PublicKey::of(&key(manifest))],
+        audit: vec![PublicKey::of(&key(3))],
+    };
+    sign(set, &key(ROOT))
+}
+
+impl Lab {
+    /// An empty mirror that nothing is required of.
+    fn new() -> Self {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("mirror");
+        fs::create_dir(&path).unwrap();
+        let mirror = Mirror {
+            path,
+            quiet: Duration::ZERO,
+            rescan: Duration::ZERO,
+            require: Vec::new(),
+            unsigned: Unsigned::Allow,
+            load_test: LoadTest::Never,
+            shrink_max: Percent::new(30).unwrap(),
+        };
+        let settings = Settings {
+            fleet: "bank".parse().unwrap(),
+            mirror,
+            keep: 20,
+            fresh: Duration::from_secs(3600),
+        };
+        let keys = key_set(1, 1, MANIFEST);
+        Self {
+            root,
+            settings,
+            keys,
+        }
+    }
+
+    /// One with a daily database of ten signatures.
+    fn with_daily(version: u64) -> Self {
+        let lab = Self::new();
+        lab.put("daily.cud", &container("daily", version, 10));
+        lab
+    }
+
+    fn mirror(&self, name: &str) -> PathBuf {
+        self.settings.mirror.path.join(name)
+    }
+
+    /// Renames a file into place, as freshclam does.
+    fn put(&self, name: &str, content: &[u8]) {
+        let part = self.root.path().join("part");
+        fs::write(&part, content).unwrap();
+        fs::rename(part, self.mirror(name)).unwrap();
+    }
+
+    fn remove(&self, name: &str) {
+        fs::remove_file(self.mirror(name)).unwrap();
+    }
+
+    fn store(&self, state: &str) -> Arc<Store> {
+        Arc::new(Store::open(&self.root.path().join(state), &self.keys).unwrap())
+    }
+
+    /// A master's publisher on a state directory.
+    fn publisher(&self, state: &str) -> Publisher {
+        let store = self.store(state);
+        Publisher::new(
+            self.settings.clone(),
+            store,
+            key(MANIFEST),
+            self.keys.clone(),
+        )
+        .unwrap()
+    }
+}
+
+/// What came of publishing: `1.2 daily.cud=7 local.ndb` for a new generation with its files and
+/// versions, or why there is none.
+fn publish(publisher: &Publisher) -> String {
+    publish_as(publisher, None)
+}
+
+fn accept(publisher: &Publisher) -> String {
+    publish_as(publisher, Some("it is right"))
+}
+
+fn publish_as(publisher: &Publisher, reason: Option<&str>) -> String {
+    let request = Request {
+        accept: reason.map(str::to_owned),
+    };
+    match publisher.publish(&request, Timestamp::now()).unwrap() {
+        Published::New { manifest, accepted } => {
+            let mut text = manifest.position().to_string();
+            for file in &manifest.files {
+                text += &format!(" {}", file.name);
+                if let Some(facts) = &file.container {
+                    text += &format!("={}", facts.version);
+                }
+            }
+            for overruled in accepted {
+                text += &format!(" in spite of: {overruled}");
+            }
+            text
+        }
+        Published::Unchanged => "unchanged".to_owned(),
+        Published::Held(refusal) | Published::Refused(refusal) => refusal.to_string(),
+        Published::Busy { reason } => format!("busy: {reason}"),
+    }
+}
+
+fn check(publisher: &Publisher, expected: &str) {
+    let found = publish(publisher);
+    assert!(
+        found == expected || (expected.contains(": ") && found.contains(expected)),
+        "expected `{expected}`, found `{found}`"
+    );
+}
+
+/// An unsigned container with one `.hsb` member: the header, then a plain tar of COPYING, `.info`
+/// and the member (`buildcld` in libfreshclam_internal.c).
+pub(crate) fn container(base: &str, version: u64, signatures: u64) -> Vec<u8> {
+    let member: String = (0..signatures)
+        .map(|number| format!("{number:064x}:1000:Lab.Nothing-{number}:73\n"))
+        .collect();
+    let head = format!(
+        "ClamAV-VDB:14 Nov 2023 22-13 +0000:{version}:{signatures}:90:X:X:lab:{}",
+        1_700_000_000 + version
+    );
+    let digest = hex::encode(Sha256::digest(&member));
+    let info = format!("{head}\n{base}.hsb:{}:{digest}\n", member.len());
+    let mut bytes = format!("{head:512}").into_bytes();
+    for (name, content) in [
+        ("COPYING".to_owned(), "made for a test\n".to_owned()),
+        (format!("{base}.info"), info),
+        (format!("{base}.hsb"), member),
+    ] {
+        let mut header = [0; 512];
+        header[..name.len()].copy_from_slice(name.as_bytes());
+        let size = format!("{:o}", content.len());
+        header[124..124 + size.len()].copy_from_slice(size.as_bytes());
+        header[148..156].fill(b' ');
+        let sum: u32 = header.iter().map(|byte| u32::from(*byte)).sum();
+        header[148..156].copy_from_slice(format!("{sum:06o}\0\0").as_bytes());
+        bytes.extend(header);
+        bytes.extend(content.as_bytes());
+        bytes.resize(bytes.len().next_multiple_of(512), 0);
+    }
+    bytes
+}
+
+#[test]
+fn a_changed_mirror_is_a_new_generation_and_an_unchanged_one_is_none() {
+    let lab = Lab::with_daily(7);
+    lab.put("local.ndb", b"Lab.Local:0:*:6c6f63616c\n");
+    let publisher = lab.publisher("state");
+    check(&publisher, "1.1 daily.cud=7 local.ndb");
+    check(&publisher, "unchanged");
+    lab.put("daily.cud", &container("daily", 8, 11));
+    check(&publisher, "1.2 daily.cud=8 local.ndb");
+
+    let [first, second] = publisher.store().manifests().try_into().unwrap();
+    assert_eq!(second.previous, Some(first.payload_sha256()));
+    assert_eq!(
+        (first.previous, &first.publisher),
+        (None, &second.publisher)
+    );
+    let facts = second.files[0].container.as_ref().unwrap();
+    assert_eq!((facts.signatures, facts.signed_by), (11, None));
+    for file in &second.files {
+        let object = fs::read(publisher.store().object(&file.sha256)).unwrap();
+        assert_eq!(Digest::of(&object), file.sha256);
+        assert_eq!(object, fs::read(lab.mirror(file.name.as_str())).unwrap());
+    }
+}
+
+#[test]
+fn an_agent_with_the_key_set_takes_what_is_published() {
+    let lab = Lab::with_daily(7);
+    let publisher = lab.publisher("state");
+    publish(&publisher);
+    let trust = clamcast_proto::trust::Trust::new(lab.keys.clone(), None);
+    let current = publisher.current().unwrap();
+    let manifest = trust.judge_manifest(current.envelope()).unwrap();
+    let now = Timestamp::now();
+    let fresh = publisher.fresh(now).unwrap();
+    let digest = manifest.payload_sha256();
+    let fresh = trust.judge_fresh(fresh.envelope(), digest, now).unwrap();
+    assert_eq!(fresh.position(), manifest.position());
+    assert_eq!(fresh.expires, now + SignedDuration::from_hours(1));
+}
+
+#[test]
+fn a_truncated_or_foreign_file_is_refused_and_the_last_generation_stays() {
+    let lab = Lab::with_daily(7);
+    let publisher = lab.publisher("state");
+    publish(&publisher);
+    let whole = container("daily", 8, 100);
+    for (content, why) in [
+        (&whole[..whole.len() - 1000], "was cut off"),
+        (&whole[..1024], "was cut off"),
+        (&whole[..300], "was cut off"),
+        (&[b'<'; 600], "not a ClamAV header"),
+        (b"", "was cut off"),
+    ] {
+        lab.put("daily.cud", content);
+        check(&publisher, "refused: daily.cud is not a whole database");
+        assert!(publish(&publisher).contains(why), "{}", publish(&publisher));
+    }
+    assert_eq!(publisher.current().unwrap().generation, Generation::FIRST);
+    lab.put("daily.cud", &whole);
+    check(&publisher, "1.2 daily.cud=8");
+}
+
+#[test]
+fn an_empty_or_missing_mirror_is_refused() {
+    let lab = Lab::with_daily(7);
+    let publisher = lab.publisher("state");
+    publish(&publisher);
+    lab.remove("daily.cud");
+    check(&publisher, "refused: the mirror ");
+    assert!(publish(&publisher).contains("has no databases"));
+    fs::remove_dir(&lab.settings.mirror.path).unwrap();
+    check(&publisher, "refused: cannot list the mirror ");
+    assert!(publisher.current().is_some());
+}
+
+#[test]
+fn a_required_base_must_be_there_in_any_form() {
+    let mut lab = Lab::new();
+    lab.settings.mirror.require = vec!["daily".to_owned()];
+    lab.put("main.cud", &container("main", 60, 5));
+    let publisher = lab.publisher("state");
+    check(&publisher, "refused: daily is not in the mirror");
+    lab.put("daily.cld", &container("daily", 7, 5));
+    check(&publisher, "1.1 daily.cld=7 main.cud=60");
+}
+
+#[test]
+fn a_lower_version_is_refused_under_any_extension() {
+    let lab = Lab::new();
+    lab.put("daily.cld", &container("daily", 7, 10));
+    let publisher = lab.publisher("state");
+    publish(&publisher);
+    lab.put("daily.cld", &container("daily", 6, 10));
+    check(
+        &publisher,
+        "refused: daily.cld has version 6, version 7 is published",
+    );
+    lab.remove("daily.cld");
+    lab.put("daily.cud", &container("daily", 5, 10));
+    assert!(accept(&publisher).contains("refused: daily.cud has version 5"));
+}
+
+#[test]
+fn a_database_that_shrank_is_held_until_an_operator_accepts_it() {
+    let lab = Lab::new();
+    lab.put("daily.cud", &container("daily", 7, 100));
+    lab.put("local.ndb", &[b'\n'; 100]);
+    let publisher = lab.publisher("state");
+    publish(&publisher);
+    lab.put("daily.cud", &container("daily", 8, 70));
+    lab.put("local.ndb", &[b'\n'; 70]);
+    check(&publisher, "1.2 daily.cud=8 local.ndb"); // 30 % is not more than 30 %
+    lab.put("daily.cud", &container("daily", 9, 48));
+    check(
+        &publisher,
+        "held: daily.cud shrank from 70 to 48 signatures",
+    );
+    assert_eq!(publisher.refusal().unwrap().kind, RefusalKind::Held);
+    let accepted = accept(&publisher);
+    assert!(
+        accepted.starts_with("1.3 daily.cud=9 local.ndb in spite of: daily.cud shrank"),
+        "{accepted}"
+    );
+    assert_eq!(publisher.refusal(), None);
+    lab.put("local.ndb", &[b'\n'; 10]);
+    check(&publisher, "held: local.ndb shrank from 70 to 10 bytes");
+}
+
+#[test]
+fn a_signed_database_that_is_gone_is_held_and_a_loose_one_is_withdrawn() {
+    let lab = Lab::with_daily(7);
+    lab.put("main.cld", &container("main", 60, 10));
+    lab.put("local.ndb", b"Lab.Local:0:*:6c6f63616c\n");
+    let publisher = lab.publisher("state");
+    publish(&publisher);
+    lab.remove("local.ndb");
+    check(&publisher, "1.2 daily.cud=7 main.cld=60");
+    lab.remove("main.cld");
+    check(
+        &publisher,
+        "held: main.cld is published and no longer in the mirror",
+    );
+    assert!(accept(&publisher).starts_with("1.3 daily.cud=7 in spite of:"));
+}
+
+#[test]
+fn databases_that_nobody_signed_can_be_refused() {
+    let mut lab = Lab::with_daily(7);
+    lab.settings.mirror.unsigned = Unsigned::Refuse;
+    check(
+        &lab.publisher("one"),
+        "refused: daily.cud is not signed by Talos",
+    );
+    lab.remove("daily.cud");
+    lab.put("local.ndb", b"Lab.Local:0:*:6c6f63616c\n");
+    check(
+        &lab.publisher("two"),
+        "refused: local.ndb is not signed by Talos",
+    );
+}
+
+#[test]
+fn names_cannot_bring_in_anything_but_files_of_the_mirror() {
+    let lab = Lab::with_daily(7);
+    let publisher = lab.publisher("state");
+    for ignored in [
+        ".hidden.ndb",
+        "X.NDB",
+        "clamcast-gate.ign2",
+        "daily.cld.tmp",
+    ] {
+        lab.put(ignored, b"no database at all");
+    }
+    fs::create_dir(lab.mirror("sub.ndb")).unwrap();
+    check(&publisher, "1.1 daily.cud=7");
+
+    let secret = lab.root.path().join("secret");
+    fs::write(&secret, "root:x:0:0").unwrap();
+    symlink(secret, lab.mirror("x.ndb")).unwrap();
+    check(&publisher, "refused: x.ndb is a symbolic link");
+    lab.remove("x.ndb");
+    nix::unistd::mkfifo(&lab.mirror("x.ndb"), Mode::S_IRWXU).unwrap();
+    check(&publisher, "refused: x.ndb is a pipe");
+    lab.remove("x.ndb");
+
+    lab.put("local.ndb", b"a");
+    lab.put("LOCAL.ndb", b"b");
+    check(
+        &publisher,
+        "refused: local.ndb and LOCAL.ndb differ in capitals only",
+    );
+}
+
+#[test]
+fn nothing_is_captured_in_the_middle_of_a_freshclam_run() {
+    let lab = Lab::with_daily(7);
+    let publisher = lab.publisher("state");
+    let run = lab.mirror("tmp.0123456789");
+    fs::create_dir(&run).unwrap();
+    check(&publisher, "busy: a freshclam run is open in the mirror");
+    assert_eq!(publisher.refusal(), None);
+    fs::remove_dir(&run).unwrap();
+    check(&publisher, "1.1 daily.cud=7");
+}
+
+#[test]
+fn a_refusal_survives_a_restart_and_ends_when_the_mirror_is_whole() {
+    let lab = Lab::with_daily(7);
+    let publisher = lab.publisher("state");
+    publish(&publisher);
+    lab.put("daily.cud", b"broken");
+    publish(&publisher);
+    let refusal = publisher.refusal().unwrap();
+    drop(publisher);
+
+    let publisher = lab.publisher("state");
+    assert_eq!(publisher.refusal(), Some(refusal.clone()));
+    publish(&publisher);
+    assert_eq!(publisher.refusal(), Some(refusal)); // one reason, one date
+    lab.put("daily.cud", &container("daily", 7, 10));
+    check(&publisher, "unchanged");
+    assert_eq!(publisher.refusal(), None);
+    drop(publisher);
+    assert_eq!(lab.publisher("state").refusal(), None);
+}
+
+#[test]
+fn a_restart_goes_on_with_the_numbers_and_the_publisher_id() {
+    let lab = Lab::with_daily(7);
+    let publisher = lab.publisher("state");
+    publish(&publisher);
+    let first = publisher.current().unwrap();
+    drop(publisher);
+    let publisher = lab.publisher("state");
+    let again = publisher.current().unwrap();
+    assert_eq!(again.payload_sha256(), first.payload_sha256());
+    check(&publisher, "unchanged");
+    lab.put("daily.cud", &container("daily", 8, 10));
+    check(&publisher, "1.2 daily.cud=8");
+    assert_eq!(publisher.current().unwrap().publisher, first.publisher);
+}
+
+#[test]
+fn a_damaged_generation_does_not_give_its_number_away_again() {
+    let lab = Lab::with_daily(7);
+    let publisher = lab.publisher("state");
+    publish(&publisher);
+    lab.put("daily.cud", &container("daily", 8, 10));
+    publish(&publisher);
+    drop(publisher);
+    let state = lab.root.path().join("state");
+    fs::write(state.join("generations/1-2.json"), "{").unwrap();
+    let publisher = lab.publisher("state");
+    assert_eq!(publisher.current().unwrap().generation, Generation::FIRST);
+    check(&publisher, "1.3 daily.cud=8");
+}
+
+#[test]
+fn one_master_at_a_time_has_the_state_directory() {
+    let lab = Lab::new();
+    let path = lab.root.path().join("state");
+    let held = Store::open(&path, &lab.keys).unwrap();
+    let second = Store::open(&path, &lab.keys).unwrap_err();
+    let told = chain(&second);
+    assert!(told.contains("in use") && told.contains("lock"), "{told}");
+    drop(held);
+    Store::open(&path, &lab.keys).unwrap();
+}
+
+#[test]
+fn the_manifest_key_must_be_in_the_key_set() {
+    let mut lab = Lab::new();
+    let start = |lab: &Lab, seed| {
+        let store = lab.store("state");
+        let settings = lab.settings.clone();
+        Publisher::new(settings, store, key(seed), lab.keys.clone()).map(|_| ())
+    };
+    assert!(matches!(start(&lab, 9), Err(StartError::Key { .. })));
+    lab.settings.fleet = "shop".parse().unwrap();
+    assert!(matches!(
+        start(&lab, MANIFEST),
+        Err(StartError::Fleet { .. })
+    ));
+}
+
+#[test]
+fn a_raised_epoch_is_published_at_once_from_number_one() {
+    let mut lab = Lab::with_daily(7);
+    let publisher = lab.publisher("state");
+    publish(&publisher);
+    lab.put("daily.cud", &container("daily", 8, 10));
+    publish(&publisher);
+    let last = publisher.current().unwrap();
+    drop(publisher);
+
+    lab.keys = key_set(2, 2, MANIFEST);
+    let publisher = lab.publisher("state");
+    assert!(publisher.current().is_none(), "agents refuse the old epoch");
+    assert!(publisher.is_due());
+    check(&publisher, "2.1 daily.cud=8");
+    let first = publisher.current().unwrap();
+    assert_eq!(first.previous, Some(last.payload_sha256()));
+    assert!(!publisher.is_due());
+    drop(publisher);
+
+    lab.keys = key_set(1, 1, MANIFEST);
+    let (store, keys) = (lab.store("state"), lab.keys.clone());
+    let older = Publisher::new(lab.settings.clone(), store, key(MANIFEST), keys);
+    assert!(matches!(older, Err(StartError::Epoch { .. })));
+}
+
+#[test]
+fn a_new_manifest_key_signs_anew_and_the_old_generations_are_still_believed() {
+    let mut lab = Lab::with_daily(7);
+    let publisher = lab.publisher("state");
+    publish(&publisher);
+    drop(publisher);
+    lab.keys = key_set(2, 1, 8);
+    let store = lab.store("state");
+    let publisher = Publisher::new(lab.settings.clone(), store, key(8), lab.keys.clone()).unwrap();
+    assert!(publisher.is_due());
+    check(&publisher, "1.2 daily.cud=7");
+    assert_eq!(publisher.store().manifests().len(), 2);
+}
+
+#[test]
+fn a_rejected_content_is_held_until_it_changes_or_is_accepted() {
+    let lab = Lab::with_daily(7);
+    let publisher = lab.publisher("state");
+    publish(&publisher);
+    lab.put("daily.cud", &container("daily", 8, 10));
+    publish(&publisher);
+    let halted = publisher.current().unwrap();
+    let rejected = Rejected {
+        content: halted.content,
+        position: halted.position(),
+        outcome: "halted".to_owned(),
+        since: Timestamp::UNIX_EPOCH,
+    };
+    publisher.reject(rejected).unwrap();
+    drop(publisher);
+    let publisher = lab.publisher("state");
+    lab.put("daily.cud", &container("daily", 8, 11));
+    check(&publisher, "1.3 daily.cud=8");
+
+    lab.put("daily.cud", &container("daily", 8, 10));
+    let held = "held: the mirror has the databases of generation 1.2, which was halted";
+    check(&publisher, held);
+    let accepted = accept(&publisher);
+    assert!(
+        accepted.starts_with("1.4 daily.cud=8 in spite of: the mirror has"),
+        "{accepted}"
+    );
+    assert_eq!(publisher.rejected(), []);
+}
+
+/// A manifest of this fleet, signed with its key by some master.
+fn elsewhere(lab: &Lab, publisher: &str, number: u64) -> Verified<Manifest> {
+    let file = clamcast_proto::manifest::ManifestFile {
+        name: "daily.cud".parse().unwrap(),
+        size: 1,
+        sha256: Digest::of(b"elsewhere"),
+        container: None,
+    };
+    let manifest = Manifest {
+        fleet: "bank".parse().unwrap(),
+        epoch: lab.keys.epoch,
+        generation: Generation::new(number).unwrap(),
+        publisher: PublisherId(publisher.to_owned()),
+        created: Timestamp::UNIX_EPOCH,
+        previous: None,
+        rollback_of: None,
+        content: content_digest([(&file.name, file.size, &file.sha256)]),
+        files: vec![file],
+    };
+    sign(manifest, &key(MANIFEST))
+}
+
+#[test]
+fn a_lost_state_directory_goes_on_above_the_fleet_and_under_its_publisher() {
+    let lab = Lab::with_daily(7);
+    let publisher = lab.publisher("new");
+    publish(&publisher);
+    let theirs = elsewhere(&lab, "lost", 57);
+    let adoption = publisher.adopt(theirs.envelope()).unwrap();
+    assert_eq!(
+        adoption,
+        Adoption::Restored {
+            position: theirs.position(),
+            publisher: true
+        }
+    );
+    assert!(publisher.current().is_none(), "agents would refuse it");
+    assert!(publisher.is_due());
+    drop(publisher);
+
+    let publisher = lab.publisher("new");
+    check(&publisher, "1.58 daily.cud=7");
+    let current = publisher.current().unwrap();
+    assert_eq!(current.publisher, theirs.publisher);
+    assert_eq!(current.previous, Some(theirs.payload_sha256()));
+    assert!(!publisher.is_due());
+    assert_eq!(publisher.adopt(theirs.envelope()).unwrap(), Adoption::Known);
+}
+
+#[test]
+fn a_state_directory_from_a_backup_goes_on_above_the_fleet() {
+    let lab = Lab::with_daily(7);
+    let publisher = lab.publisher("state");
+    publish(&publisher);
+    let ours = publisher.current().unwrap();
+    publisher.accepted(&ours.payload_sha256()).unwrap();
+    // One number, two manifests: the fleet has another first generation of ours than the backup.
+    for number in [1, 5] {
+        let theirs = elsewhere(&lab, &ours.publisher.0, number);
+        let position = theirs.position();
+        let expected = Adoption::Restored {
+            position,
+            publisher: false,
+        };
+        assert_eq!(publisher.adopt(theirs.envelope()).unwrap(), expected);
+    }
+    check(&publisher, "1.6 daily.cud=7");
+}
+
+#[test]
+fn two_masters_are_told_apart_once_an_agent_follows_one() {
+    let lab = Lab::with_daily(7);
+    let publisher = lab.publisher("state");
+    publish(&publisher);
+    let ours = publisher.current().unwrap();
+    assert_eq!(publisher.adopt(ours.envelope()).unwrap(), Adoption::Known);
+    let theirs = elsewhere(&lab, "second", 9);
+    let adoption = publisher.adopt(theirs.envelope()).unwrap();
+    assert!(matches!(adoption, Adoption::OtherPublisher { .. }));
+    assert!(!publisher.is_due());
+    check(&publisher, "unchanged");
+}
+
+#[test]
+fn an_unsigned_or_foreign_claim_moves_nothing() {
+    let lab = Lab::with_daily(7);
+    let publisher = lab.publisher("state");
+    publish(&publisher);
+    let forged = sign((*elsewhere(&lab, "thief", 99)).clone(), &key(9));
+    assert!(matches!(
+        publisher.adopt(forged.envelope()),
+        Err(AdoptError::Manifest(_))
+    ));
+    let mut foreign = (*elsewhere(&lab, "p", 99)).clone();
+    foreign.fleet = "shop".parse().unwrap();
+    let foreign = sign(foreign, &key(MANIFEST));
+    assert!(matches!(
+        publisher.adopt(foreign.envelope()),
+        Err(AdoptError::Fleet { .. })
+    ));
+    assert!(!publisher.is_due());
+}
+
+#[test]
+fn numbers_that_a_thief_ran_up_end_with_a_way_out() {
+    let lab = Lab::with_daily(7);
+    let publisher = lab.publisher("state");
+    let theirs = elsewhere(&lab, "thief", u64::MAX);
+    publisher.adopt(theirs.envelope()).unwrap();
+    let error = publisher
+        .publish(&Request::default(), Timestamp::now())
+        .unwrap_err();
+    assert!(error.to_string().contains("raise the epoch"), "{error}");
+}
+
+#[test]
+fn retention_keeps_what_the_kept_generations_need_and_nothing_else() {
+    let mut lab = Lab::with_daily(1);
+    lab.settings.keep = 2;
+    lab.put("main.cud", &container("main", 60, 10));
+    let publisher = lab.publisher("state");
+    for version in 1..=4 {
+        lab.put("daily.cud", &container("daily", version, 10));
+        publish(&publisher);
+        let manifests = publisher.store().manifests();
+        let target = &manifests.last().unwrap().files[0];
+        for old in &manifests {
+            let have = clamcast_proto::wire::Have::Sha256(old.files[0].sha256);
+            publisher.store().encode(&have, target, false).unwrap();
+        }
+    }
+    let state = lab.root.path().join("state");
+    let names = |directory: &str| {
+        let mut names: Vec<_> = fs::read_dir(state.join(directory))
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        names
+    };
+    let manifests = publisher.store().manifests();
+    let mut objects: Vec<_> = manifests
+        .iter()
+        .flat_map(|manifest| &manifest.files)
+        .map(|file| file.sha256.to_string())
+        .collect();
+    objects.sort();
+    objects.dedup();
+    assert_eq!(objects.len(), 3, "two daily and one main");
+    assert_eq!(names("objects"), objects);
+    assert_eq!(names("generations"), ["1-3.json", "1-4.json"]);
+    let [old, new] = [0, 1].map(|at: usize| manifests[at].files[0].sha256);
+    assert_eq!(names("deltas"), [format!("{old}-{new}.v1")]);
+    drop(publisher);
+
+    // What a crash left behind is gone after the next start.
+    fs::write(state.join("tmp/half"), "x").unwrap();
+    fs::create_dir(state.join("tmp/load")).unwrap();
+    fs::write(state.join("objects").join("0".repeat(64)), "x").unwrap();
+    let publisher = lab.publisher("state");
+    assert_eq!(names("objects"), objects);
+    assert!(names("tmp").is_empty());
+    check(&publisher, "unchanged");
+}
+
+#[test]
+fn a_refused_capture_leaves_nothing_in_the_store() {
+    let lab = Lab::with_daily(7);
+    let publisher = lab.publisher("state");
+    publish(&publisher);
+    lab.put("local.ndb", b"new");
+    lab.put("daily.cud", b"broken");
+    publish(&publisher);
+    let objects = fs::read_dir(lab.root.path().join("state/objects")).unwrap();
+    assert_eq!(objects.count(), 1);
+}
+
+#[test]
+fn objects_are_read_only() {
+    let lab = Lab::with_daily(7);
+    let publisher = lab.publisher("state");
+    publish(&publisher);
+    let current = publisher.current().unwrap();
+    let object = publisher.store().object(&current.files[0].sha256);
+    assert!(is_read_only(&object));
+}
+
+fn is_read_only(path: &Path) -> bool {
+    fs::metadata(path).unwrap().permissions().readonly()
+}

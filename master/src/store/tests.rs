@@ -1,0 +1,199 @@
+//! What the store keeps, and how it encodes it.
+
+use std::io::Write as _;
+use std::sync::Barrier;
+use std::thread;
+
+use clamcast_proto::dsse::sign;
+use clamcast_proto::manifest::ManifestFile;
+use clamcast_proto::wire::{Have, PartKind};
+use ed25519_dalek::SigningKey;
+use jiff::Timestamp;
+
+use super::*;
+
+/// A store of a fleet whose root key made a key set of its own.
+pub(crate) fn open_store(path: &Path) -> Store {
+    let key = SigningKey::from_bytes(&[1; 32]);
+    let public = PublicKey::of(&key);
+    let set = KeySet {
+        fleet: "bank".parse().unwrap(),
+        version: 1,
+        epoch: Epoch(1),
+        issued: Timestamp::UNIX_EPOCH,
+        root: public.clone(),
+        manifest: vec![public.clone()],
+        audit: vec![public],
+    };
+    Store::open(path, &sign(set, &key)).unwrap()
+}
+
+fn import(store: &Store, content: &[u8]) -> ManifestFile {
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(content).unwrap();
+    io::Seek::rewind(&mut file).unwrap();
+    let (sha256, size) = store.import(&file).unwrap();
+    assert_eq!((sha256, size), (Digest::of(content), content.len() as u64));
+    ManifestFile {
+        name: "daily.cud".parse().unwrap(),
+        size,
+        sha256,
+        container: None,
+    }
+}
+
+/// Lines of random hexadecimal digits, as signatures are; every thousandth is another one in each
+/// version.
+fn signatures(lines: u64, version: u64) -> Vec<u8> {
+    let line = |number| {
+        let version = if number % 1000 == 0 { version } else { 0 };
+        let digest = Digest::of(format!("{number} {version}").as_bytes());
+        format!("{digest}:1000:Lab.Nothing-{number}:73\n")
+    };
+    (0..lines).map(line).collect::<String>().into_bytes()
+}
+
+/// Bytes that no compressor makes shorter.
+fn noise(blocks: u32) -> Vec<u8> {
+    let block = |number: u32| *Digest::of(&number.to_be_bytes()).as_bytes();
+    (0..blocks).flat_map(block).collect()
+}
+
+fn check(encoded: &Encoded, kind: PartKind, zstd: bool) -> u64 {
+    let encoding = &encoded.encoding;
+    assert_eq!((encoding.kind, encoding.zstd), (kind, zstd));
+    assert_eq!(fs::metadata(&encoded.path).unwrap().len(), encoding.length);
+    encoding.length
+}
+
+#[test]
+fn an_agent_with_an_old_object_gets_a_delta_and_one_without_the_file_compressed() {
+    let root = tempfile::tempdir().unwrap();
+    let store = open_store(root.path());
+    let [old, new] = [1, 2].map(|version| import(&store, &signatures(20_000, version)));
+    let have = Have::Sha256(old.sha256);
+    let delta = store.encode(&have, &new, false).unwrap();
+    assert!(check(&delta, PartKind::Delta, false) < 3000);
+    assert_eq!(delta.encoding.from, Some(old.sha256));
+
+    let unknown = Have::Sha256(Digest::of(b"never published"));
+    let full = store.encode(&unknown, &new, false).unwrap();
+    let length = check(&full, PartKind::Full, true);
+    assert!(length < new.size * 3 / 4, "{length} of {}", new.size);
+    let inflated = zstd::decode_all(File::open(&full.path).unwrap()).unwrap();
+    assert_eq!(Digest::of(&inflated), new.sha256);
+    for (have, full) in [(Have::Nothing, false), (Have::Search, false), (have, true)] {
+        let encoded = store.encode(&have, &new, full).unwrap();
+        check(&encoded, PartKind::Full, true);
+    }
+}
+
+#[test]
+fn what_does_not_compress_travels_as_it_is() {
+    let root = tempfile::tempdir().unwrap();
+    let store = open_store(root.path());
+    for content in [&noise(1000)[..], b"", b"short"] {
+        let file = import(&store, content);
+        let encoded = store.encode(&Have::Nothing, &file, false).unwrap();
+        check(&encoded, PartKind::Full, false);
+        assert_eq!(fs::read(encoded.path).unwrap(), content);
+    }
+}
+
+#[test]
+fn a_delta_that_is_not_smaller_than_the_file_is_not_sent() {
+    let root = tempfile::tempdir().unwrap();
+    let store = open_store(root.path());
+    let old = import(&store, b"nothing in common");
+    let new = import(&store, &noise(1000));
+    let encoded = store
+        .encode(&Have::Sha256(old.sha256), &new, false)
+        .unwrap();
+    check(&encoded, PartKind::Full, false);
+    assert_eq!(fs::read_dir(root.path().join("deltas")).unwrap().count(), 0);
+}
+
+#[test]
+fn no_delta_is_tried_between_compressed_containers() {
+    let root = tempfile::tempdir().unwrap();
+    let store = open_store(root.path());
+    let compressed = |version| {
+        let mut bytes = format!("{:512}", format!("ClamAV-VDB:{version}")).into_bytes();
+        bytes.push(0x1f);
+        bytes.extend(signatures(5000, 0));
+        bytes
+    };
+    let [old, new] = [1, 2].map(|version| import(&store, &compressed(version)));
+    let encoded = store
+        .encode(&Have::Sha256(old.sha256), &new, false)
+        .unwrap();
+    check(&encoded, PartKind::Full, true);
+}
+
+#[test]
+fn a_delta_is_made_once_for_many_who_ask_at_the_same_time() {
+    let root = tempfile::tempdir().unwrap();
+    let store = open_store(root.path());
+    let [old, new] = [1, 2].map(|version| import(&store, &signatures(50_000, version)));
+    let have = Have::Sha256(old.sha256);
+    let all = Barrier::new(16);
+    let inodes: HashSet<u64> = thread::scope(|scope| {
+        let ask = || {
+            all.wait();
+            let encoded = store.encode(&have, &new, false).unwrap();
+            check(&encoded, PartKind::Delta, false);
+            // Whoever made it again would have renamed another file over it.
+            std::os::unix::fs::MetadataExt::ino(&fs::metadata(encoded.path).unwrap())
+        };
+        let askers: Vec<_> = (0..16).map(|_| scope.spawn(ask)).collect();
+        let asked = askers.into_iter().map(|asker| asker.join().unwrap());
+        asked.collect()
+    });
+    assert_eq!(inodes.len(), 1);
+    assert_eq!(store.made(), 1);
+}
+
+#[test]
+fn encodings_outlive_a_restart_and_are_made_again_when_they_are_gone() {
+    let root = tempfile::tempdir().unwrap();
+    let store = open_store(root.path());
+    let [old, new] = [1, 2].map(|version| import(&store, &signatures(5000, version)));
+    let have = Have::Sha256(old.sha256);
+    let first = store.encode(&have, &new, false).unwrap();
+    drop(store);
+    let store = open_store(root.path());
+    let second = store.encode(&have, &new, false).unwrap();
+    assert_eq!((first.encoding, store.made()), (second.encoding, 0));
+    fs::remove_file(&second.path).unwrap();
+    let third = store.encode(&have, &new, false).unwrap();
+    check(&third, PartKind::Delta, false);
+    assert_eq!(store.made(), 1);
+}
+
+#[test]
+fn a_damaged_object_never_becomes_a_delta() {
+    let root = tempfile::tempdir().unwrap();
+    let store = open_store(root.path());
+    let [old, new] = [1, 2].map(|version| import(&store, &signatures(5000, version)));
+    let path = store.object(&new.sha256);
+    fs::remove_file(&path).unwrap();
+    fs::write(&path, signatures(5000, 3)).unwrap();
+    let error = store
+        .encode(&Have::Sha256(old.sha256), &new, false)
+        .unwrap_err();
+    let told = chain(&error);
+    assert!(
+        told.contains("the delta made") && told.contains("damaged"),
+        "{told}"
+    );
+}
+
+#[test]
+fn an_object_that_is_not_there_is_named() {
+    let root = tempfile::tempdir().unwrap();
+    let store = open_store(root.path());
+    let mut file = import(&store, b"x");
+    file.sha256 = Digest::of(b"gone");
+    let error = store.encode(&Have::Nothing, &file, false).unwrap_err();
+    assert!(chain(&error).contains("is not in the store"), "{error}");
+}
