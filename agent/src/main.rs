@@ -1,2 +1,172 @@
-//! (being written)
-fn main() {}
+//! `clamcast-agent`: keeps one host's ClamAV databases at the generation that the fleet's master
+//! offers.
+
+use std::io::IsTerminal as _;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clamcast_agent::admin::Request;
+use clamcast_agent::config::{self, Config};
+use clamcast_agent::run::Agent;
+use clamcast_agent::status::{Status, Verification};
+use clamcast_daemon::admin::{self, Finish};
+use clamcast_daemon::exit::{self, Exit, OrExit as _};
+use clamcast_daemon::logging;
+use clap::{ArgAction, Parser, Subcommand};
+use indicatif::ProgressBar;
+use jiff::Timestamp;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::signal::unix::{SignalKind, signal};
+
+/// Keeps this host's ClamAV databases at the generation that the fleet's master offers: fetches
+/// what is missing, swaps the files in, makes clamd reload, and signs a receipt once clamd was seen
+/// scanning with them.
+///
+/// `run` is the daemon. `status` and `verify` ask it through its admin socket, which root and the
+/// agent's own user and group may use; neither changes anything.
+///
+/// Exit codes: 0 done; 1 something does not conform; 2 wrong usage or configuration; 3 the daemon
+/// cannot be reached; 4 refused; 5 failed.
+#[derive(Parser)]
+#[command(version, max_term_width = 100)]
+struct Cli {
+    /// The daemon's admin socket
+    #[arg(long, global = true, value_name = "PATH", default_value = config::DEFAULT_SOCKET)]
+    socket: PathBuf,
+
+    /// More of the daemon's log on stderr (twice: all of it)
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    verbose: u8,
+
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run the daemon in the foreground until SIGTERM or SIGINT
+    ///
+    /// It dials the master, so no port needs to be open here. An install that a crash interrupted
+    /// is ended before the network is touched.
+    Run {
+        /// Its configuration
+        #[arg(long, value_name = "FILE", default_value = config::DEFAULT_PATH)]
+        config: PathBuf,
+    },
+    /// What is installed, whether clamd scans with it, and how things stand with the master
+    Status {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Re-hash the database directory against the installed manifest
+    ///
+    /// Exit code 1 if a database is missing or is not what was published, or if nothing is
+    /// installed yet.
+    Verify {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    exit::end("clamcast-agent", run(cli))
+}
+
+fn run(cli: Cli) -> Result<(), Exit> {
+    let socket = &cli.socket;
+    match cli.command {
+        Command::Run { config } => {
+            logging::start(cli.verbose);
+            let config = Config::load(&config).or_exit(exit::USAGE)?;
+            for key in &config.without_effect {
+                tracing::warn!("{key} has no effect in this version");
+            }
+            let runtime = tokio::runtime::Runtime::new()?;
+            let result = runtime.block_on(daemon(config));
+            // What the grace period did not end is ended by the next start.
+            runtime.shutdown_background();
+            result
+        }
+        Command::Status { json } => {
+            let finish = call(socket, &Request::Status)?;
+            show(finish, json, |status: &Status| {
+                status.text(Timestamp::now())
+            })
+        }
+        Command::Verify { json } => {
+            let spinner = spinner("hashing the databases");
+            let finish = call(socket, &Request::Verify);
+            spinner.finish_and_clear();
+            show(finish?, json, Verification::text)
+        }
+    }
+}
+
+async fn daemon(config: Config) -> Result<(), Exit> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let started = tokio::select! {
+        started = Agent::start(config) => started,
+        // The journal holds what is being replayed.
+        _ = terminate.recv() => return Ok(()),
+        _ = interrupt.recv() => return Ok(()),
+    };
+    let mut agent = started.map_err(|error| Exit::new(error.exit_code(), error))?;
+    // Without systemd there is nobody to tell.
+    let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Ready]);
+    let failure = tokio::select! {
+        _ = terminate.recv() => None,
+        _ = interrupt.recv() => None,
+        failure = agent.failed() => Some(failure),
+    };
+    let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Stopping]);
+    match failure {
+        None => {
+            tracing::info!("stopping");
+            agent.stop().await;
+            Ok(())
+        }
+        Some(failure) => Err(anyhow::anyhow!("stopped by a bug: {failure}").into()),
+    }
+}
+
+fn call(socket: &Path, request: &Request) -> Result<Finish, Exit> {
+    let ignored = |_| {}; // the agent's commands report no progress
+    admin::call(socket, request, ignored).map_err(|error| Exit::new(error.exit_code(), error))
+}
+
+/// Prints a result, and ends with the code that the daemon gave.
+fn show<T: DeserializeOwned + Serialize>(
+    finish: Finish,
+    json: bool,
+    text: impl FnOnce(&T) -> String,
+) -> Result<(), Exit> {
+    if let Some(message) = finish.message {
+        return Err(Exit::new(finish.exit, anyhow::anyhow!(message)));
+    }
+    if json {
+        println!("{:#}", finish.result);
+    } else {
+        let result: T = serde_json::from_value(finish.result)?;
+        print!("{}", text(&result));
+    }
+    match finish.exit {
+        exit::DONE => Ok(()),
+        code => Err(Exit::quietly(code)),
+    }
+}
+
+/// Something that moves on a terminal, for what may take longer than a second.
+fn spinner(message: &'static str) -> ProgressBar {
+    if !std::io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let spinner = ProgressBar::new_spinner().with_message(message);
+    spinner.enable_steady_tick(Duration::from_millis(100));
+    spinner
+}

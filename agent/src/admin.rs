@@ -1,0 +1,119 @@
+//! What operators ask of the running agent. Nothing that can be asked changes anything, so who may
+//! open the socket may ask: root, the agent's user, and its group.
+
+use std::time::Duration;
+
+use clamcast_daemon::admin::{AdminError, Finish, Listener, Session};
+use clamcast_daemon::exit;
+use serde::{Deserialize, Serialize};
+use tokio::sync::{Mutex, mpsc, oneshot};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::chain;
+use crate::clamd::Prover;
+use crate::install::Installer;
+use crate::keeper::Question;
+use crate::status::Verification;
+
+/// Commands served at a time.
+const SESSIONS_MAX: usize = 16;
+
+/// A clamd that has not answered by then is shown as it was seen last.
+const LOOK_TIME: Duration = Duration::from_secs(3);
+
+/// A command.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(tag = "command", rename_all = "kebab-case")]
+pub enum Request {
+    /// The agent at this moment.
+    Status,
+    /// Re-hash the database directory.
+    Verify,
+}
+
+/// What commands are answered from.
+pub struct Commands {
+    /// Asks the keeper.
+    pub questions: mpsc::Sender<Question>,
+    /// Knows the disk.
+    pub installer: Installer<Prover>,
+    /// Knows clamd.
+    pub prover: Prover,
+    /// One reads the disk at a time.
+    pub reading: Mutex<()>,
+}
+
+/// Serves operators until `stop` fires.
+pub async fn serve(mut listener: Listener, commands: Commands, stop: CancellationToken) {
+    let commands = std::sync::Arc::new(commands);
+    let mut sessions = JoinSet::new();
+    loop {
+        let session = tokio::select! {
+            biased;
+            () = stop.cancelled() => break,
+            Some(_) = sessions.join_next() => continue,
+            session = listener.accept(), if sessions.len() < SESSIONS_MAX => session,
+        };
+        match session {
+            Ok(session) => {
+                let commands = commands.clone();
+                sessions.spawn(async move {
+                    if let Err(error) = commands.answer(session).await {
+                        tracing::debug!(error = chain(&error), "a command got no answer");
+                    }
+                });
+            }
+            Err(error) => {
+                tracing::error!(%error, "cannot accept a command");
+                tokio::time::sleep(Duration::from_millis(100)).await; // out of descriptors, say
+            }
+        }
+    }
+    sessions.shutdown().await;
+}
+
+impl Commands {
+    async fn answer(&self, mut session: Session) -> Result<(), AdminError> {
+        let finish = match session.request().await {
+            Ok(Request::Status) => self.status().await,
+            Ok(Request::Verify) => self.verify().await,
+            Err(error @ (AdminError::Request(_) | AdminError::RequestLine)) => {
+                Finish::because(exit::USAGE, chain(&error))
+            }
+            Err(error) => return Err(error),
+        };
+        session.finish(finish).await
+    }
+
+    async fn status(&self) -> Finish {
+        // Brings up to date what the keeper then tells of clamd.
+        let _ = tokio::time::timeout(LOOK_TIME, self.prover.look()).await;
+        let (question, answer) = oneshot::channel();
+        let asked = self.questions.send(question).await;
+        match (asked, answer.await) {
+            (Ok(()), Ok(status)) => Finish::done(status),
+            (Err(_), _) | (_, Err(_)) => Finish::because(exit::FAILED, "the agent is stopping"),
+        }
+    }
+
+    async fn verify(&self) -> Finish {
+        let _one = self.reading.lock().await;
+        let installer = self.installer.clone();
+        let checked = tokio::task::spawn_blocking(move || {
+            let installed = installer.installed();
+            let position = installed.map(|installed| installed.set.manifest.position());
+            Verification::new(position, installer.verify())
+        });
+        let verification = checked.await.expect("reading does not panic");
+        let exit = if verification.ok {
+            exit::DONE
+        } else {
+            exit::NOT_CONFORMANT
+        };
+        Finish {
+            exit,
+            ..Finish::done(verification)
+        }
+    }
+}

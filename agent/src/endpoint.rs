@@ -1,0 +1,367 @@
+//! The agent's QUIC endpoint: who the host is, and whom it takes for its master.
+
+use std::fs;
+use std::io;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use clamcast_proto::dsse::PublicKey;
+use clamcast_proto::identity::{Certificate, CertificateError, Identity, Role};
+use clamcast_proto::{AgentName, FleetName, wire};
+use ed25519_dalek::SigningKey;
+use ed25519_dalek::pkcs8::{self, DecodePrivateKey as _};
+use jiff::Timestamp;
+use quinn::crypto::rustls::QuicClientConfig;
+use quinn::{ClientConfig, Endpoint, TransportConfig, VarInt};
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::client::verify_server_cert_signed_by_trust_anchor;
+use rustls::crypto::{CryptoProvider, verify_tls13_signature};
+use rustls::pki_types::pem::{self, PemObject as _};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::server::ParsedCertificate;
+use rustls::{DigitallySignedStruct, RootCertStore, SignatureScheme};
+
+use crate::config::Tls;
+
+/// A connection without any packet for this long is over: four keep-alives.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Files that the master may send at the same time.
+const PARTS_AT_ONCE: u32 = 8;
+
+/// Bytes that the master may send ahead on one stream: over a path of 200 ms it keeps 20 MB/s
+/// flowing.
+const STREAM_RECEIVE_WINDOW: u32 = 4 << 20;
+
+/// The same, over all streams.
+const RECEIVE_WINDOW: u32 = 8 << 20;
+
+/// The name in the TLS greeting. The master has one certificate for every name, and the verifier
+/// looks at who the certificate speaks for.
+pub const SERVER_NAME: &str = "master";
+
+/// Who this host is: its certificate with the key, and the CA that vouches for its master.
+#[derive(Debug)]
+pub struct Credentials {
+    /// The fleet.
+    pub fleet: FleetName,
+    /// The host's name in it.
+    pub agent: AgentName,
+    /// The certificate.
+    pub certificate: Certificate,
+    /// Signs receipts, and nothing that leaves this process unsigned.
+    pub key: Key,
+    tls: rustls::ClientConfig,
+}
+
+/// A private key. It has no `Debug` of its own, so that it cannot get into a log.
+#[derive(Clone)]
+pub struct Key(pub SigningKey);
+
+impl std::fmt::Debug for Key {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Key")
+    }
+}
+
+/// The host's identity cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum CredentialsError {
+    /// A file.
+    #[error("cannot read {path}; it comes with the bundle of `clamcast-certs agent`")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A file has no certificate in it.
+    #[error("{path} is not a certificate in PEM")]
+    Pem {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: pem::Error,
+    },
+    /// A certificate is not one of ours.
+    #[error("{path} is not a certificate that an agent can use")]
+    Certificate {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: CertificateError,
+    },
+    /// The certificate is the master's, a CA's or somebody else's.
+    #[error("{path} is not the certificate of an agent; make one with `clamcast-certs agent`")]
+    NotAnAgent {
+        /// The file.
+        path: PathBuf,
+    },
+    /// It belongs to another fleet than the pinned keys.
+    #[error("{path} is for fleet `{found}`, the pinned key set is for fleet `{expected}`")]
+    Fleet {
+        /// The file.
+        path: PathBuf,
+        /// The certificate's fleet.
+        found: FleetName,
+        /// The key set's.
+        expected: FleetName,
+    },
+    /// Its time is over.
+    #[error(
+        "the certificate {path} ran out at {not_after}; make a new one with `clamcast-certs agent \
+         --force`, or set this host's clock"
+    )]
+    Expired {
+        /// The file.
+        path: PathBuf,
+        /// Last second of its validity.
+        not_after: Timestamp,
+    },
+    /// Its time has not come.
+    #[error("the certificate {path} counts only from {not_before}; set this host's clock")]
+    NotYetValid {
+        /// The file.
+        path: PathBuf,
+        /// First second of its validity.
+        not_before: Timestamp,
+    },
+    /// The key file.
+    #[error("{path} is not an Ed25519 key in PKCS#8 PEM")]
+    Key {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: pkcs8::Error,
+    },
+    /// Certificate and key are not a pair.
+    #[error("{key} is not the key of {cert}; take both from one bundle")]
+    OtherKey {
+        /// The certificate file.
+        cert: PathBuf,
+        /// The key file.
+        key: PathBuf,
+    },
+    /// TLS refuses what it was given.
+    #[error("certificate {cert} and key {key} cannot be used for TLS")]
+    Tls {
+        /// The certificate file.
+        cert: PathBuf,
+        /// The key file.
+        key: PathBuf,
+        /// Why.
+        source: rustls::Error,
+    },
+}
+
+impl Credentials {
+    /// Reads and checks the files for a host of `fleet` at the time `now`.
+    pub fn load(tls: &Tls, fleet: &FleetName, now: Timestamp) -> Result<Self, CredentialsError> {
+        let pem = |path: &Path| {
+            let path = path.to_owned();
+            move |source| CredentialsError::Pem { path, source }
+        };
+        let ca = CertificateDer::from_pem_slice(&read(&tls.ca)?).map_err(pem(&tls.ca))?;
+        let chain: Vec<CertificateDer<'static>> = CertificateDer::pem_slice_iter(&read(&tls.cert)?)
+            .collect::<Result<_, _>>()
+            .map_err(pem(&tls.cert))?;
+        let own = chain.first().ok_or(pem::Error::NoItemsFound);
+        let own = own.map_err(pem(&tls.cert))?;
+        let (certificate, agent) = own_certificate(&tls.cert, own, fleet, now)?;
+
+        let key_pem = read(&tls.key)?;
+        let key =
+            SigningKey::from_pkcs8_pem(&String::from_utf8_lossy(&key_pem)).map_err(|source| {
+                CredentialsError::Key {
+                    path: tls.key.clone(),
+                    source,
+                }
+            })?;
+        if PublicKey::of(&key) != certificate.key {
+            let (cert, key) = (tls.cert.clone(), tls.key.clone());
+            return Err(CredentialsError::OtherKey { cert, key });
+        }
+
+        let unusable = |source| CredentialsError::Tls {
+            cert: tls.cert.clone(),
+            key: tls.key.clone(),
+            source,
+        };
+        let key_der = PrivateKeyDer::from_pem_slice(&key_pem).map_err(pem(&tls.key))?;
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let mut roots = RootCertStore::empty();
+        roots.add(ca).map_err(unusable)?;
+        let verifier = MasterVerifier {
+            roots,
+            master: Identity {
+                fleet: fleet.clone(),
+                role: Role::Master,
+            },
+            provider: provider.clone(),
+        };
+        let mut config = rustls::ClientConfig::builder_with_provider(provider)
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .and_then(|builder| {
+                builder
+                    .dangerous() // rustls's word for a verifier of one's own
+                    .with_custom_certificate_verifier(Arc::new(verifier))
+                    .with_client_auth_cert(chain, key_der)
+            })
+            .map_err(unusable)?;
+        config.alpn_protocols = vec![wire::ALPN.to_vec()];
+        config.resumption = rustls::client::Resumption::disabled();
+        Ok(Self {
+            fleet: fleet.clone(),
+            agent,
+            certificate,
+            key: Key(key),
+            tls: config,
+        })
+    }
+
+    /// How to connect, with a keep-alive every `keep_alive`. The agent sends them, since it notices
+    /// a restarted master first.
+    pub fn client_config(&self, keep_alive: Duration) -> ClientConfig {
+        let quic = QuicClientConfig::try_from(self.tls.clone())
+            .expect("TLS 1.3 with the provider's own suites has what QUIC needs");
+        let mut config = ClientConfig::new(Arc::new(quic));
+        config.transport_config(Arc::new(transport(keep_alive)));
+        config
+    }
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, CredentialsError> {
+    fs::read(path).map_err(|source| CredentialsError::Read {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+/// Checks that a certificate is an agent's of this fleet, now.
+fn own_certificate(
+    path: &Path,
+    der: &CertificateDer<'_>,
+    expected: &FleetName,
+    now: Timestamp,
+) -> Result<(Certificate, AgentName), CredentialsError> {
+    let path = || path.to_owned();
+    let certificate =
+        Certificate::from_der(der).map_err(|source| CredentialsError::Certificate {
+            path: path(),
+            source,
+        })?;
+    let Some(Identity {
+        fleet,
+        role: Role::Agent { name, .. },
+    }) = certificate.identity.clone()
+    else {
+        return Err(CredentialsError::NotAnAgent { path: path() });
+    };
+    if fleet != *expected {
+        return Err(CredentialsError::Fleet {
+            path: path(),
+            found: fleet,
+            expected: expected.clone(),
+        });
+    }
+    if certificate.not_after < now {
+        let not_after = certificate.not_after;
+        return Err(CredentialsError::Expired {
+            path: path(),
+            not_after,
+        });
+    }
+    if certificate.not_before > now {
+        let not_before = certificate.not_before;
+        return Err(CredentialsError::NotYetValid {
+            path: path(),
+            not_before,
+        });
+    }
+    Ok((certificate, name))
+}
+
+fn transport(keep_alive: Duration) -> TransportConfig {
+    let mut transport = TransportConfig::default();
+    let idle = IDLE_TIMEOUT.try_into().expect("a minute fits");
+    transport
+        .max_idle_timeout(Some(idle))
+        .keep_alive_interval(Some(keep_alive))
+        .max_concurrent_bidi_streams(VarInt::from_u32(1)) // the control stream
+        .max_concurrent_uni_streams(VarInt::from_u32(PARTS_AT_ONCE))
+        .stream_receive_window(VarInt::from_u32(STREAM_RECEIVE_WINDOW))
+        .receive_window(VarInt::from_u32(RECEIVE_WINDOW))
+        .datagram_receive_buffer_size(None);
+    transport
+}
+
+/// Opens the socket that connections are made from: any port, IPv6 and IPv4 if the host has both.
+pub fn bind() -> io::Result<Endpoint> {
+    let any = |ip: std::net::IpAddr| Endpoint::client(SocketAddr::new(ip, 0));
+    any(Ipv6Addr::UNSPECIFIED.into()).or_else(|_| any(Ipv4Addr::UNSPECIFIED.into()))
+}
+
+/// Takes a certificate for the master's by who it speaks for: it must come from the fleet's own CA,
+/// be a server's, be valid now, and name `clamcast://FLEET/master`. The host name that was dialled
+/// is no part of it. An address is only a route: the master may be reached through a NAT, by an IP
+/// address, or under a new name after a move, and whoever can redirect the route still has no such
+/// certificate. An agent's certificate does not pass, though the same CA signed it.
+#[derive(Debug)]
+struct MasterVerifier {
+    roots: RootCertStore,
+    master: Identity,
+    provider: Arc<CryptoProvider>,
+}
+
+impl ServerCertVerifier for MasterVerifier {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        _server_name: &ServerName<'_>,
+        _ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        let algorithms = self.provider.signature_verification_algorithms.all;
+        let parsed = ParsedCertificate::try_from(end_entity)?;
+        verify_server_cert_signed_by_trust_anchor(
+            &parsed,
+            &self.roots,
+            intermediates,
+            now,
+            algorithms,
+        )?;
+        let identity = Certificate::from_der(end_entity).map(|certificate| certificate.identity);
+        match identity {
+            Ok(Some(identity)) if identity == self.master => Ok(ServerCertVerified::assertion()),
+            Ok(_) | Err(_) => Err(rustls::CertificateError::NotValidForName.into()),
+        }
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _cert: &CertificateDer<'_>,
+        _dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Err(rustls::PeerIncompatible::Tls12NotOffered.into())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        let algorithms = &self.provider.signature_verification_algorithms;
+        verify_tls13_signature(message, cert, dss, algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.provider
+            .signature_verification_algorithms
+            .supported_schemes()
+    }
+}

@@ -1,0 +1,1053 @@
+//! Everything that the agent knows, in one place, and the loop that acts on it.
+//!
+//! One task owns trust, receipts, the slot and the local log; the link, the admin socket and the
+//! workers send it messages. It writes to disk between two of them, so it has a thread of its own.
+//! What takes long (reading the disk, transfers, installs) is done by workers, whose end is a
+//! message like any other.
+
+use std::collections::VecDeque;
+use std::io;
+use std::mem;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use clamcast_daemon::durable;
+use clamcast_proto::dsse::{Envelope, Verified};
+use clamcast_proto::fresh::Freshness;
+use clamcast_proto::keys::KeySetError;
+use clamcast_proto::manifest::Manifest;
+use clamcast_proto::receipt::{ERROR_BYTES_MAX, Outcome, Receipt};
+use clamcast_proto::trust::{CLOCK_SKEW_SECS_MAX, TrustError};
+use clamcast_proto::wire::{
+    FrameError, Hello, NeedFile, Offer, OfferId, Part, Phase, ToAgent, ToMaster, Welcome, close,
+};
+use clamcast_proto::{DatabaseName, Digest, FleetName, Position};
+use jiff::Timestamp;
+use quinn::{RecvStream, VarInt};
+use serde_json::json;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinSet;
+use tokio::time::{sleep_until, timeout};
+use tokio_util::sync::CancellationToken;
+
+use crate::audit::AuditLog;
+use crate::backoff::Backoff;
+use crate::chain;
+use crate::clamd::Prover;
+use crate::config::Stale;
+use crate::endpoint::Credentials;
+use crate::install::{Completed, HostFault, Installed, Installer, ReceiveError};
+use crate::link::{self, Outbox};
+use crate::part::PartReader;
+use crate::receipts::Receipts;
+use crate::slot::{Action, Ending, Event as SlotEvent, Slot};
+use crate::state::{self, State};
+use crate::status::{InstalledStatus, LastStatus, MasterStatus, Status};
+use crate::trust::{RefusedKeys, TrustStore};
+
+/// While something is going on, the master hears of it at least this often.
+const PROGRESS: Duration = Duration::from_secs(15);
+
+/// Waits between two looks at a clamd that has not shown the installed set yet.
+const PROBE_FIRST: Duration = Duration::from_secs(1);
+const PROBE_LONGEST: Duration = Duration::from_secs(30);
+
+/// The wall clock is looked at this often: it may have been set.
+const CLOCK_LOOK: Duration = Duration::from_secs(600);
+
+/// Longest checkpoint in bytes that is kept.
+const CHECKPOINT_BYTES_MAX: usize = clamcast_proto::audit::CHECKPOINT_BYTES_MAX;
+
+/// After this long at the end, what is still going on is left to the journal.
+const STOP_GRACE: Duration = Duration::from_secs(20);
+
+/// A phase that an install reports is lost when this many wait already, which is harmless.
+const PHASES_MAX: usize = 64;
+
+/// Asks for the agent's status.
+pub type Question = oneshot::Sender<Status>;
+
+/// What the agent knows.
+pub struct Keeper {
+    state: State,
+    fleet: FleetName,
+    credentials: Arc<Credentials>,
+    trust: TrustStore,
+    receipts: Receipts,
+    audit: AuditLog,
+    stale: Stale,
+    installer: Installer<Prover>,
+    prover: Prover,
+
+    slot: Slot<Arc<Job>>,
+    /// What the last plan found missing.
+    needs: Vec<NeedFile>,
+    /// Ends the transfers of the job in the slot.
+    transfers: CancellationToken,
+    /// Bytes that came for it, and how many the master knows of.
+    received: Arc<AtomicU64>,
+    reported: u64,
+    /// What failed last, in case it is the reason to give up.
+    trouble: Option<HostFault>,
+    phase: Phase,
+    progress_at: Instant,
+
+    master: Master,
+    fresh: Option<Freshness>,
+    stale_said: bool,
+    refusal: Option<String>,
+    probing: Probing,
+
+    workers: JoinSet<Done>,
+    phases: (mpsc::Sender<Phase>, mpsc::Receiver<Phase>),
+    stop: CancellationToken,
+}
+
+/// An accepted offer.
+#[derive(Debug)]
+struct Job {
+    offer: OfferId,
+    manifest: Verified<Manifest>,
+    rehash: bool,
+    full: bool,
+    since: Instant,
+    /// The connection that it was made on: its number means nothing on another.
+    outbox: Outbox,
+}
+
+#[derive(Debug)]
+enum Master {
+    Connected {
+        address: String,
+        version: String,
+        since: Timestamp,
+        outbox: Outbox,
+    },
+    Away {
+        since: Timestamp,
+        error: Option<String>,
+    },
+}
+
+#[derive(Debug)]
+struct Probing {
+    /// When the next look is due; `None` while one is taken, or none is needed.
+    at: Option<Instant>,
+    backoff: Backoff,
+    stop: CancellationToken,
+}
+
+/// What a worker came back with.
+#[derive(Debug)]
+enum Done {
+    Planned(Result<Vec<NeedFile>, HostFault>),
+    Answered(Box<Completed>),
+    Received(DatabaseName, Result<(), ReceiveError>),
+    Faulted(Box<Completed>, Instant),
+    Installed(Box<Completed>, Instant),
+    Resumed(Option<Box<Completed>>),
+    Probed(Option<Box<Completed>>),
+}
+
+/// What a keeper is made of.
+pub struct Begin {
+    /// The state directory.
+    pub state: State,
+    /// Who this host is.
+    pub credentials: Arc<Credentials>,
+    /// What is believed.
+    pub trust: TrustStore,
+    /// What the master has not heard.
+    pub receipts: Receipts,
+    /// The local log.
+    pub audit: AuditLog,
+    /// What is done with a stale offer.
+    pub stale: Stale,
+    /// Installs. Its journal has been replayed.
+    pub installer: Installer<Prover>,
+    /// Knows clamd.
+    pub prover: Prover,
+}
+
+/// Why an offer is not taken.
+#[derive(Debug, thiserror::Error)]
+enum Refusal {
+    #[error(transparent)]
+    Trust(#[from] TrustError),
+    #[error("{0}")]
+    Keys(String),
+    #[error("the word that {position} is current ran out at {expires}, and `stale = \"refuse\"`")]
+    Stale {
+        position: Position,
+        expires: Timestamp,
+    },
+}
+
+impl Keeper {
+    /// Takes over what was kept. Whatever the end of the last run interrupted is ended first.
+    pub fn new(begin: Begin, stop: CancellationToken) -> Self {
+        let Begin {
+            state,
+            credentials,
+            trust,
+            receipts,
+            audit,
+            stale,
+            installer,
+            prover,
+        } = begin;
+        let fresh = state::load(&fresh_path(&state), "the master says it again");
+        let fresh = fresh.unwrap_or_else(|error| {
+            tracing::warn!(error = chain(&error), "the kept freshness is of no use");
+            None
+        });
+        Self {
+            fleet: credentials.fleet.clone(),
+            slot: Slot::new(true),
+            needs: Vec::new(),
+            transfers: stop.child_token(),
+            received: Arc::default(),
+            reported: 0,
+            trouble: None,
+            phase: Phase::Idle,
+            progress_at: Instant::now(),
+            master: Master::Away {
+                since: Timestamp::now(),
+                error: None,
+            },
+            fresh,
+            stale_said: false,
+            refusal: None,
+            probing: Probing {
+                at: None,
+                backoff: Backoff::new(PROBE_FIRST, PROBE_LONGEST),
+                stop: stop.child_token(),
+            },
+            workers: JoinSet::new(),
+            phases: mpsc::channel(PHASES_MAX),
+            state,
+            credentials,
+            trust,
+            receipts,
+            audit,
+            stale,
+            installer,
+            prover,
+            stop,
+        }
+    }
+
+    /// Acts until `stop` fires; then ends what must be ended on disk, and returns.
+    pub async fn run(
+        mut self,
+        mut link: mpsc::Receiver<link::Event>,
+        mut questions: mpsc::Receiver<Question>,
+    ) {
+        let detail = json!({ "version": env!("CARGO_PKG_VERSION") });
+        let installed = self.installed_position();
+        self.audit.note("started", installed, None, detail);
+        self.resume();
+        let stop = self.stop.clone();
+        loop {
+            let wake = self.wake().into();
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => break,
+                Some(phase) = self.phases.1.recv() => self.entered(phase),
+                Some(done) = self.workers.join_next() => self.done(done.unwrap_or_else(died)),
+                Some(event) = link.recv() => self.heard(event),
+                // Whoever asked may have gone.
+                Some(question) = questions.recv() => drop(question.send(self.status())),
+                () = sleep_until(wake) => self.tick(),
+            }
+        }
+        let grace = async {
+            while let Some(done) = self.workers.join_next().await {
+                self.wind_up(done.unwrap_or_else(died));
+            }
+        };
+        if timeout(STOP_GRACE, grace).await.is_err() {
+            tracing::warn!("an install is not ended after {STOP_GRACE:?}; the next start ends it");
+            self.workers.detach_all(); // what is on the disk's side cannot be cut short anyway
+        }
+        let installed = self.installed_position();
+        self.audit.note("stopped", installed, None, json!({}));
+    }
+
+    /// Ends what `open` rolled forward.
+    fn resume(&mut self) {
+        let (installer, stop) = (self.installer.clone(), self.stop.clone());
+        let progress = self.progress();
+        self.phase = Phase::Proving;
+        self.workers.spawn(async move {
+            let completed = installer.resume(stop, progress).await;
+            Done::Resumed(completed.map(Box::new))
+        });
+    }
+
+    /// The next moment at which something is due without anybody saying so.
+    fn wake(&self) -> Instant {
+        let now = Instant::now();
+        let mut wake = now + CLOCK_LOOK;
+        let mut due = |at: Option<Instant>| wake = at.map_or(wake, |at| wake.min(at));
+        due(self.slot.deadline());
+        due(self.probing.at);
+        if self.slot.job().is_some() && !self.slot.is_resting() {
+            due(Some(self.progress_at));
+        }
+        if let Some(fresh) = self.fresh.as_ref().filter(|_| !self.stale_said) {
+            let left = fresh.expires.duration_since(Timestamp::now());
+            due(Some(now + Duration::try_from(left).unwrap_or_default()));
+        }
+        wake
+    }
+
+    fn tick(&mut self) {
+        let now = Instant::now();
+        if self.slot.deadline().is_some_and(|at| at <= now) {
+            self.slot_event(SlotEvent::Tick);
+        }
+        if self.probing.at.is_some_and(|at| at <= now) {
+            self.probe();
+        }
+        if self.progress_at <= now {
+            self.report_progress();
+        }
+        let stale = self.stale_since().is_some();
+        if stale && !mem::replace(&mut self.stale_said, stale) {
+            tracing::warn!(
+                "no fresh word from the master for longer than it promised; if it is not reached \
+                 in the meantime, this host's signatures grow old"
+            );
+        }
+    }
+
+    /// When the master's word ran out, if it has.
+    fn stale_since(&self) -> Option<Timestamp> {
+        let expires = self.fresh.as_ref()?.expires;
+        (expires < Timestamp::now()).then_some(expires)
+    }
+
+    // What the master says.
+
+    fn heard(&mut self, event: link::Event) {
+        match event {
+            link::Event::Welcome {
+                welcome,
+                address,
+                outbox,
+                answer,
+            } => match self.judge_welcome(&welcome) {
+                // Without anybody to hear the answer the connection is gone already.
+                Err(why) => drop(answer.send(Err(why))),
+                Ok(()) if answer.send(Ok(())).is_err() => {}
+                Ok(()) => self.connected(*welcome, address.to_string(), outbox),
+            },
+            link::Event::Message(message) => self.message(message),
+            link::Event::Part(part, stream) => self.part(part, stream),
+            link::Event::Disconnected { error } => {
+                let now = Timestamp::now();
+                let since = match &self.master {
+                    Master::Connected { .. } => now,
+                    Master::Away { since, .. } => *since,
+                };
+                self.master = Master::Away {
+                    since,
+                    error: Some(chain(&*error)),
+                };
+                self.slot_event(SlotEvent::Disconnected);
+            }
+        }
+    }
+
+    fn judge_welcome(&mut self, welcome: &Welcome) -> Result<(), String> {
+        let ahead = Timestamp::now().duration_since(welcome.time).as_secs();
+        if ahead.abs() > CLOCK_SKEW_SECS_MAX {
+            tracing::warn!(
+                ahead_secs = ahead,
+                "this host's clock and the master's differ; which one is wrong?"
+            );
+        }
+        welcome
+            .keys
+            .as_ref()
+            .map_or(Ok(()), |keys| self.take_keys(keys))
+    }
+
+    /// Judges a key set and uses it if it is newer. An older one is no reason to quarrel: this
+    /// host goes on with its own, as a master that was restored from a backup must.
+    fn take_keys(&mut self, keys: &Envelope) -> Result<(), String> {
+        match self.trust.offer_keys(keys) {
+            Ok(false) => Ok(()),
+            Ok(true) => {
+                let keys = self.trust.trust().keys();
+                let (version, epoch) = (keys.version, keys.epoch);
+                tracing::info!(version, %epoch, "newer key set");
+                let detail = json!({ "version": version, "epoch": epoch });
+                self.audit.note("keys", None, None, detail);
+                Ok(())
+            }
+            Err(RefusedKeys::Trust(TrustError::Keys(old @ KeySetError::Old { .. }))) => {
+                tracing::warn!(error = chain(&old), "the master has another key set");
+                Ok(())
+            }
+            Err(error) => {
+                let error = chain(&error);
+                tracing::error!(error, "the master's key set is refused");
+                self.refused("keys", None, &error);
+                Err(format!("has a key set that is refused: {error}"))
+            }
+        }
+    }
+
+    fn connected(&mut self, welcome: Welcome, address: String, outbox: Outbox) {
+        let hello = self.hello();
+        let waiting = self.receipts.pending();
+        tracing::debug!(address, receipts = waiting.len(), "hello");
+        let mut sent = send_hello(&outbox, hello);
+        for receipt in waiting {
+            let receipt = receipt.clone();
+            sent = sent.and_then(|()| outbox.send(&ToMaster::Receipt { receipt }));
+        }
+        if let Err(error) = sent {
+            tracing::error!(error = chain(&error), "cannot tell the master everything");
+        }
+        self.master = Master::Connected {
+            address,
+            version: welcome.master_version,
+            since: Timestamp::now(),
+            outbox,
+        };
+    }
+
+    fn hello(&self) -> Hello {
+        let installed = self.installer.installed();
+        let last = self.receipts.last();
+        let hostname = nix::unistd::gethostname().ok();
+        let hostname = hostname.map(|name| name.to_string_lossy().into_owned());
+        Hello {
+            agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+            clamd: self.prover.report(),
+            outcome: last.map(|last| last.outcome),
+            files: installed.as_ref().map_or_else(Vec::new, |i| i.set.files()),
+            foreign: last.map_or_else(Vec::new, |last| last.foreign.clone()),
+            installed: installed.map(|installed| installed.set.envelope),
+            labels: hostname
+                .map(|name| ("hostname".to_owned(), name))
+                .into_iter()
+                .collect(),
+        }
+    }
+
+    fn message(&mut self, message: ToAgent) {
+        match message {
+            ToAgent::Offer(offer) => self.offer(&offer),
+            ToAgent::Fresh { fresh } => {
+                let Some(mark) = self.trust.trust().mark() else {
+                    return; // nothing was accepted here that it could be about
+                };
+                let digest = mark.manifest_sha256;
+                match self.judge_fresh(&fresh, digest) {
+                    Ok(fresh) => self.keep_fresh(&fresh),
+                    Err(error) => {
+                        let message = chain(&error);
+                        tracing::warn!(error = message, "the master's word is not taken");
+                        self.say(&ToMaster::Error {
+                            offer: None,
+                            message,
+                        });
+                    }
+                }
+            }
+            ToAgent::ReceiptAck { seq } => {
+                if let Err(error) = self.receipts.acknowledge(seq) {
+                    tracing::error!(error = chain(&error), "an acknowledged receipt stays");
+                }
+            }
+            ToAgent::Checkpoint { checkpoint } => {
+                if checkpoint.len() > CHECKPOINT_BYTES_MAX {
+                    tracing::warn!(bytes = checkpoint.len(), "checkpoint too long, not kept");
+                    return;
+                }
+                let path = self.state.path().join("checkpoint");
+                if let Err(error) = durable::write(&path, checkpoint.as_bytes(), 0o600) {
+                    tracing::warn!(%error, "the master's checkpoint is not kept");
+                }
+            }
+            ToAgent::Error { message } => tracing::warn!(message, "the master objects"),
+            ToAgent::Welcome(_) => tracing::warn!("the master says welcome twice"),
+        }
+    }
+
+    fn offer(&mut self, offer: &Offer) {
+        let Master::Connected { outbox, .. } = &self.master else {
+            return;
+        };
+        let outbox = outbox.clone();
+        let (manifest, fresh) = match self.judge(offer) {
+            Ok(accepted) => accepted,
+            Err(refusal) => {
+                let message = chain(&refusal);
+                match &refusal {
+                    // Somebody else signs with this fleet's keys: nothing is more urgent.
+                    Refusal::Trust(
+                        TrustError::TwoManifests { .. } | TrustError::TwoPublishers { .. },
+                    ) => tracing::error!(error = message, "ALARM: an offer is refused"),
+                    Refusal::Trust(_) | Refusal::Keys(_) | Refusal::Stale { .. } => {
+                        tracing::warn!(error = message, "an offer is refused");
+                    }
+                }
+                self.refused("offer", None, &message);
+                self.say(&ToMaster::Error {
+                    offer: Some(offer.offer),
+                    message,
+                });
+                return;
+            }
+        };
+        self.refusal = None;
+        self.keep_fresh(&fresh);
+        let position = manifest.position();
+        let known = self.trust.trust().mark().map(|mark| mark.manifest_sha256);
+        if known != Some(manifest.payload_sha256()) || offer.rehash {
+            tracing::info!(%position, forced = offer.rehash, "offer accepted");
+            let detail = json!({
+                "manifest_sha256": manifest.payload_sha256(), "forced": offer.rehash,
+            });
+            self.audit.note("accepted", Some(position), None, detail);
+        }
+        self.accept(&manifest); // if that fails, it is tried again before anything is done
+        let job = Job {
+            offer: offer.offer,
+            manifest,
+            rehash: offer.rehash,
+            full: offer.full,
+            since: Instant::now(),
+            outbox,
+        };
+        self.slot_event(SlotEvent::Offered(Arc::new(job)));
+    }
+
+    fn judge(
+        &mut self,
+        offer: &Offer,
+    ) -> Result<(Verified<Manifest>, Verified<Freshness>), Refusal> {
+        if let Some(keys) = &offer.keys {
+            self.take_keys(keys).map_err(Refusal::Keys)?;
+        }
+        let manifest = self.trust.trust().judge_manifest(&offer.manifest)?;
+        let fresh = self.judge_fresh(&offer.fresh, manifest.payload_sha256())?;
+        let (position, expires) = (manifest.position(), fresh.expires);
+        if expires < Timestamp::now() {
+            if self.stale == Stale::Refuse {
+                return Err(Refusal::Stale { position, expires });
+            }
+            tracing::warn!(%position, %expires, "the word that this is current has run out");
+        }
+        Ok((manifest, fresh))
+    }
+
+    fn judge_fresh(
+        &self,
+        fresh: &Envelope,
+        manifest: Digest,
+    ) -> Result<Verified<Freshness>, TrustError> {
+        let trust = self.trust.trust();
+        trust.judge_fresh(fresh, manifest, Timestamp::now())
+    }
+
+    /// Keeps the word that a generation is current, unless a longer one for it is kept already.
+    fn keep_fresh(&mut self, fresh: &Freshness) {
+        let longer = |kept: &Freshness| {
+            kept.manifest_sha256 == fresh.manifest_sha256 && kept.expires >= fresh.expires
+        };
+        if self.fresh.as_ref().is_some_and(longer) {
+            return;
+        }
+        if let Err(error) = state::save(&fresh_path(&self.state), fresh) {
+            tracing::warn!(error = chain(&error), "the master's word is not kept");
+        }
+        self.fresh = Some(fresh.clone());
+        self.stale_said = false;
+    }
+
+    /// Remembers an accepted manifest before anything is done about it.
+    fn accept(&mut self, manifest: &Verified<Manifest>) -> bool {
+        let kept = self.trust.accept(manifest, Timestamp::now());
+        if let Err(error) = &kept {
+            tracing::error!(error = chain(error), "cannot remember an accepted offer");
+            self.trouble = Some(fault_of("keep", PathBuf::from("mark.json"), chain(error)));
+        }
+        kept.is_ok()
+    }
+
+    /// Notes a refusal, once while it repeats itself.
+    fn refused(&mut self, what: &str, position: Option<Position>, why: &str) {
+        if self.refusal.as_deref() == Some(why) {
+            return;
+        }
+        self.refusal = Some(why.to_owned());
+        let detail = json!({ "what": what, "error": why });
+        self.audit.note("refused", position, None, detail);
+    }
+
+    // What the slot wants.
+
+    fn slot_event(&mut self, event: SlotEvent<Arc<Job>>) {
+        let mut events = VecDeque::from([event]);
+        while let Some(event) = events.pop_front() {
+            let actions = self.slot.handle(event, Instant::now(), rand::random());
+            for action in actions {
+                events.extend(self.perform(action));
+            }
+        }
+        self.schedule_probe();
+    }
+
+    /// Does what the slot wants; returns what it must hear of at once.
+    fn perform(&mut self, action: Action<Arc<Job>>) -> Option<SlotEvent<Arc<Job>>> {
+        match action {
+            Action::Plan { job, full } => {
+                if !self.accept(&job.manifest) {
+                    return Some(SlotEvent::PlanFailed);
+                }
+                self.phase = Phase::Fetching;
+                self.progress_at = Instant::now() + PROGRESS;
+                let installer = self.installer.clone();
+                self.workers.spawn_blocking(move || {
+                    let Job {
+                        manifest, rehash, ..
+                    } = &*job;
+                    if !rehash && let Some(before) = installer.refused_before(manifest) {
+                        return Done::Answered(Box::new(before));
+                    }
+                    Done::Planned(installer.plan(manifest, *rehash, full || job.full))
+                });
+            }
+            Action::Need(job) => {
+                self.transfers = self.stop.child_token();
+                self.trouble = None;
+                let files = self.needs.clone();
+                tracing::debug!(position = %job.manifest.position(), files = files.len(), "need");
+                let need = ToMaster::Need {
+                    offer: job.offer,
+                    files,
+                };
+                if let Err(error) = job.outbox.send(&need) {
+                    tracing::error!(error = chain(&error), "cannot ask for files");
+                }
+            }
+            Action::Abort => self.transfers.cancel(),
+            Action::Wait(job, until) => {
+                self.phase = Phase::Staged;
+                let left = until.saturating_duration_since(Instant::now());
+                tracing::info!(position = %job.manifest.position(), ?left, "staged, waiting");
+                let until = Timestamp::now().checked_add(left).ok();
+                say_progress(&job, Phase::Staged, until);
+                self.progress_at = Instant::now() + PROGRESS.max(left);
+            }
+            Action::Install(job) => {
+                self.phase = Phase::Staged;
+                self.probing.stop.cancel(); // it would keep clamd, and the installer, waiting
+                say_progress(&job, Phase::Staged, None);
+                self.progress_at = Instant::now() + PROGRESS;
+                let (installer, stop) = (self.installer.clone(), self.stop.clone());
+                let progress = self.progress();
+                self.workers.spawn(async move {
+                    let completed = installer.install(&job.manifest, stop, progress).await;
+                    Done::Installed(Box::new(completed), job.since)
+                });
+            }
+            Action::Fault(job) => {
+                let fault = self.trouble.take().unwrap_or_else(|| {
+                    let reason = "the files did not arrive whole, however often".to_owned();
+                    fault_of("receive", PathBuf::from("the generation"), reason)
+                });
+                let installer = self.installer.clone();
+                self.workers.spawn_blocking(move || {
+                    let completed = installer.host_fault(&job.manifest, &fault);
+                    Done::Faulted(Box::new(completed), job.since)
+                });
+            }
+        }
+        None
+    }
+
+    /// A stream with a file: taken if the slot waits for it.
+    fn part(&mut self, part: Part, mut stream: RecvStream) {
+        let job = self.slot.job().filter(|job| job.offer == part.offer);
+        let file = job.and_then(|job| job.manifest.file(&part.name)).cloned();
+        let Some(file) = file.filter(|_| self.slot.begin(&part.name)) else {
+            tracing::debug!(name = %part.name, "a part that nobody waits for");
+            // Fails only if the stream has ended already.
+            let _ = stream.stop(VarInt::from_u32(close::STOPPING));
+            return;
+        };
+        let reader = PartReader::new(stream, self.transfers.clone(), self.received.clone());
+        let installer = self.installer.clone();
+        self.workers.spawn_blocking(move || {
+            let result = installer.receive(&part, &file, reader);
+            Done::Received(part.name, result)
+        });
+    }
+
+    /// Tells of the phases of an install while it runs.
+    fn progress(&self) -> impl Fn(Phase) + Send + Sync + use<> {
+        let phases = self.phases.0.clone();
+        move |phase| {
+            let _ = phases.try_send(phase);
+        }
+    }
+
+    fn entered(&mut self, phase: Phase) {
+        self.phase = phase;
+        self.report_progress();
+    }
+
+    /// Tells the master what is going on, if anything is.
+    fn report_progress(&mut self) {
+        self.progress_at = Instant::now() + PROGRESS;
+        let received = self.received.load(Ordering::Relaxed);
+        let moved = mem::replace(&mut self.reported, received) != received;
+        let Some(job) = self.slot.job().filter(|_| !self.slot.is_resting()) else {
+            return;
+        };
+        // A master that sends nothing must not be told that all is well.
+        if self.phase != Phase::Fetching || moved {
+            say_progress(job, self.phase, None);
+        }
+    }
+
+    // What the workers come back with.
+
+    fn done(&mut self, done: Done) {
+        match done {
+            Done::Planned(Err(fault)) => {
+                tracing::warn!(error = chain(&fault), "cannot plan an install");
+                self.trouble = Some(fault);
+                self.slot_event(SlotEvent::PlanFailed);
+            }
+            Done::Planned(Ok(needs)) => {
+                let missing = needs.iter().map(|need| need.name.clone()).collect();
+                self.needs = needs;
+                // An operator who forces an install does not want it to wait.
+                let forced = self.slot.job().is_none_or(|job| job.rehash);
+                let splay = if forced {
+                    Duration::ZERO
+                } else {
+                    self.prover.splay()
+                };
+                self.slot_event(SlotEvent::Planned { missing, splay });
+            }
+            Done::Answered(completed) => {
+                let since = self.slot.job().map(|job| job.since);
+                self.complete(&completed, since);
+                self.slot_event(SlotEvent::Answered);
+            }
+            Done::Received(name, result) => {
+                let ending = self.received(&name, result);
+                self.slot_event(SlotEvent::PartEnded(name, ending));
+            }
+            Done::Faulted(completed, since) => self.complete(&completed, Some(since)),
+            Done::Installed(completed, since) => {
+                self.complete(&completed, Some(since));
+                self.phase = Phase::Idle;
+                let fault = completed.outcome == Outcome::HostFault;
+                self.slot_event(SlotEvent::Installed { fault });
+            }
+            Done::Resumed(completed) => {
+                if let Some(completed) = completed {
+                    self.complete(&completed, None);
+                }
+                self.phase = Phase::Idle;
+                self.slot_event(SlotEvent::Installed { fault: false });
+            }
+            Done::Probed(completed) => {
+                if let Some(completed) = completed {
+                    self.complete(&completed, None);
+                }
+                self.schedule_probe();
+            }
+        }
+    }
+
+    fn received(&mut self, name: &DatabaseName, result: Result<(), ReceiveError>) -> Ending {
+        let Err(error) = result else {
+            tracing::debug!(%name, "received");
+            return Ending::Good;
+        };
+        if !self.transfers.is_cancelled() {
+            tracing::warn!(error = chain(&error), "a part was not taken");
+        }
+        let receiving =
+            |error: &ReceiveError| fault_of("receive", PathBuf::from(name.as_str()), chain(error));
+        match error {
+            ReceiveError::Host { source, .. } => {
+                self.trouble = Some(source);
+                Ending::Fault
+            }
+            ReceiveError::Interrupted { .. } => {
+                self.trouble = Some(receiving(&error));
+                Ending::Good
+            }
+            ReceiveError::Damaged { .. } | ReceiveError::Unexpected { .. } => {
+                self.trouble = Some(receiving(&error));
+                Ending::Spoilt
+            }
+        }
+    }
+
+    /// At the end: what came of an install is kept; nothing new is begun.
+    fn wind_up(&mut self, done: Done) {
+        match done {
+            Done::Installed(completed, since) | Done::Faulted(completed, since) => {
+                self.complete(&completed, Some(since));
+            }
+            Done::Resumed(Some(completed)) | Done::Probed(Some(completed)) => {
+                self.complete(&completed, None);
+            }
+            Done::Resumed(None)
+            | Done::Probed(None)
+            | Done::Answered(_)
+            | Done::Planned(_)
+            | Done::Received(..) => {}
+        }
+    }
+
+    /// Signs, keeps and sends a receipt. `since`: when the offer was made, if it was in this run.
+    fn complete(&mut self, completed: &Completed, since: Option<Instant>) {
+        let manifest = &completed.set.manifest;
+        let position = manifest.position();
+        let error = completed.error.clone().map(|error| bounded(&error));
+        let now = Timestamp::now();
+        let took = since.map_or_else(
+            || {
+                let accepted = self.trust.accepted();
+                accepted.map_or(0.0, |accepted| now.duration_since(accepted).as_secs_f64())
+            },
+            |since| since.elapsed().as_secs_f64(),
+        );
+        match completed.outcome {
+            Outcome::Live => tracing::info!(%position, took, "live"),
+            Outcome::Installed => tracing::warn!(
+                %position, error, "installed, and clamd has yet to be seen with it"
+            ),
+            Outcome::Refused => tracing::error!(%position, error, "refused by clamd"),
+            Outcome::HostFault => tracing::warn!(%position, error, "this host cannot take it"),
+        }
+        let outcome = Some(completed.outcome.as_str());
+        let detail = json!({ "install": completed.install, "error": error, "took": took });
+        self.audit
+            .note("installed", Some(position), outcome, detail);
+        if completed.outcome == Outcome::Refused {
+            let back = self.installed_position();
+            let detail = json!({ "refused": position.to_string() });
+            self.audit.note("rolled back", back, None, detail);
+        }
+        let (fleet, agent) = (self.fleet.clone(), self.credentials.agent.clone());
+        let receipt = |seq| Receipt {
+            fleet,
+            agent,
+            seq,
+            epoch: manifest.epoch,
+            generation: manifest.generation,
+            manifest_sha256: completed.set.sha256(),
+            install: completed.install,
+            outcome: completed.outcome,
+            files: completed.files.clone(),
+            foreign: completed.foreign.clone(),
+            clamd: completed.clamd.clone(),
+            error,
+            took: took.max(0.0), // the clock may have been set back
+            time: now,
+        };
+        match self.receipts.add(&self.credentials.key.0, receipt) {
+            Ok(receipt) => self.say(&ToMaster::Receipt { receipt }),
+            Err(error) => {
+                // What the master does not hear now it asks with its next offer.
+                let message = chain(&error);
+                tracing::error!(error = message, "cannot keep a receipt");
+                self.say(&ToMaster::Error {
+                    offer: None,
+                    message,
+                });
+            }
+        }
+    }
+
+    // clamd, once more.
+
+    /// Whether the installed set is on disk, and clamd has yet to be seen with it.
+    fn is_unproven(&self) -> bool {
+        let on_disk = match self.installer.phase() {
+            Phase::Idle | Phase::Fetching | Phase::Staged => false,
+            Phase::Swapping | Phase::Reloading | Phase::Proving => true,
+        };
+        on_disk || self.installer.waits_for_clamd()
+    }
+
+    fn schedule_probe(&mut self) {
+        let busy = self.slot.phase() == Phase::Swapping;
+        if busy || !self.is_unproven() {
+            self.probing.at = None;
+            self.probing.backoff.reset();
+        } else if self.probing.at.is_none() {
+            self.probing.at = Some(Instant::now() + self.probing.backoff.next(1.0));
+        }
+    }
+
+    fn probe(&mut self) {
+        self.probing.at = None;
+        self.probing.stop = self.stop.child_token();
+        let (installer, stop) = (self.installer.clone(), self.probing.stop.clone());
+        self.workers.spawn(async move {
+            let completed = installer.probe_on(stop).await;
+            Done::Probed(completed.map(Box::new))
+        });
+    }
+
+    // Who asks.
+
+    fn say(&self, message: &ToMaster) {
+        if let Master::Connected { outbox, .. } = &self.master
+            && let Err(error) = outbox.send(message)
+        {
+            tracing::error!(error = chain(&error), "cannot tell the master");
+        }
+    }
+
+    fn installed_position(&self) -> Option<Position> {
+        let installed = self.installer.installed()?;
+        Some(installed.set.manifest.position())
+    }
+
+    fn status(&self) -> Status {
+        let trust = self.trust.trust();
+        let installed = self.installer.installed();
+        let last = self.receipts.last();
+        let unwell = last.filter(|last| last.outcome != Outcome::Live);
+        Status {
+            fleet: self.fleet.clone(),
+            agent: self.credentials.agent.clone(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            master: self.master.status(),
+            live: installed
+                .as_ref()
+                .is_some_and(|installed| installed.outcome == Outcome::Live),
+            installed: installed.map(InstalledStatus::from),
+            phase: if self.phase == Phase::Idle {
+                self.slot.phase()
+            } else {
+                self.phase
+            },
+            working_on: self.slot.job().map(|job| job.manifest.position()),
+            last: last.map(|last| LastStatus {
+                epoch: last.epoch,
+                generation: last.generation,
+                outcome: last.outcome,
+                error: last.error.clone(),
+                time: last.time,
+            }),
+            fresh_until: self.fresh.as_ref().map(|fresh| fresh.expires),
+            stale: self.stale_since().is_some(),
+            clamd: self.prover.report(),
+            foreign: last.map_or_else(Vec::new, |last| last.foreign.clone()),
+            error: self
+                .refusal
+                .clone()
+                .or_else(|| unwell.and_then(|last| last.error.clone())),
+            receipts_pending: self.receipts.pending().len(),
+            certificate_expires: self.credentials.certificate.not_after,
+            root: trust.root().id(),
+            keys_version: trust.keys().version,
+        }
+    }
+}
+
+impl Master {
+    fn status(&self) -> MasterStatus {
+        match self {
+            Self::Connected {
+                address,
+                version,
+                since,
+                ..
+            } => MasterStatus {
+                connected: true,
+                address: Some(address.clone()),
+                version: Some(version.clone()),
+                since: *since,
+                error: None,
+            },
+            Self::Away { since, error } => MasterStatus {
+                connected: false,
+                address: None,
+                version: None,
+                since: *since,
+                error: error.clone(),
+            },
+        }
+    }
+}
+
+impl From<Installed> for InstalledStatus {
+    fn from(installed: Installed) -> Self {
+        let manifest = installed.set.manifest;
+        Self {
+            epoch: manifest.epoch,
+            generation: manifest.generation,
+            content: manifest.content,
+            published: manifest.created,
+            install: installed.install,
+            files: manifest.files.into_iter().map(|file| file.name).collect(),
+        }
+    }
+}
+
+fn fresh_path(state: &State) -> PathBuf {
+    state.path().join("fresh.json")
+}
+
+/// Says Hello. The largest manifests leave no room for the list of files in the frame; the master
+/// has it in the manifest, too.
+fn send_hello(outbox: &Outbox, mut hello: Hello) -> Result<(), FrameError> {
+    let said = outbox.send(&ToMaster::Hello(Box::new(hello.clone())));
+    if said.is_ok() {
+        return said;
+    }
+    hello.files = Vec::new();
+    outbox.send(&ToMaster::Hello(Box::new(hello)))
+}
+
+fn say_progress(job: &Job, phase: Phase, until: Option<Timestamp>) {
+    let progress = ToMaster::Progress {
+        offer: job.offer,
+        phase,
+        until,
+    };
+    job.outbox.send(&progress).expect("three short fields");
+}
+
+fn fault_of(doing: &'static str, path: PathBuf, reason: String) -> HostFault {
+    HostFault::Io {
+        doing,
+        path,
+        source: io::Error::other(reason),
+    }
+}
+
+/// An error that fits a receipt.
+fn bounded(error: &str) -> String {
+    let end = error.floor_char_boundary(ERROR_BYTES_MAX);
+    error[..end].to_owned()
+}
+
+/// A worker ends only by returning: what it panicked with goes on here.
+fn died(error: tokio::task::JoinError) -> Done {
+    match error.try_into_panic() {
+        Ok(panic) => std::panic::resume_unwind(panic),
+        Err(error) => unreachable!("no worker is aborted: {error}"),
+    }
+}

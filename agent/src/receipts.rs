@@ -1,0 +1,239 @@
+//! Receipts that the master has not acknowledged yet.
+//!
+//! Each is a file `SEQ.json` until then, so it outlives a lost connection, a crash and a master
+//! that was away. `last.json` is what the newest one said, before its file goes: so no number is
+//! ever used twice, none is left out, and the host knows after a restart what it said last.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use clamcast_daemon::durable;
+use clamcast_proto::dsse::{Envelope, sign};
+use clamcast_proto::receipt::Receipt;
+use ed25519_dalek::SigningKey;
+
+use crate::state::{self, StateError};
+
+/// Receipts that wait for the master, at most: a host that is cut off for months writes one for
+/// every install and fault. Of more the oldest are dropped; what came of the last generations is
+/// what counts.
+pub const PENDING_MAX: usize = 256;
+
+const LAST: &str = "last.json";
+
+/// The receipts of one host.
+#[derive(Debug)]
+pub struct Receipts {
+    directory: PathBuf,
+    pending: BTreeMap<u64, Envelope>,
+    highest: u64,
+    last: Option<Receipt>,
+}
+
+impl Receipts {
+    /// Reads what waits in the state directory. A damaged receipt is dropped with a warning: it
+    /// could not be sent.
+    pub fn open(state: &Path) -> Result<Self, StateError> {
+        let directory = state.join("receipts");
+        durable::create_dir(&directory, 0o700).map_err(|source| StateError::Directory {
+            path: directory.clone(),
+            source,
+        })?;
+        let read = |source| StateError::Read {
+            path: directory.clone(),
+            source,
+        };
+        let mut last: Option<Receipt> =
+            state::load(&directory.join(LAST), "numbers start again at 1")?;
+        let mut highest = last.as_ref().map_or(0, |last| last.seq);
+        let mut pending = BTreeMap::new();
+        for entry in fs::read_dir(&directory).map_err(read)? {
+            let path = entry.map_err(read)?.path();
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            let number = name.strip_suffix(".json").map(str::parse::<u64>);
+            let Some(Ok(seq)) = number else { continue };
+            highest = highest.max(seq);
+            match state::load::<Envelope>(&path, "the receipt is lost") {
+                Ok(Some(envelope)) => {
+                    pending.insert(seq, envelope);
+                }
+                Ok(None) => {}
+                Err(error) => {
+                    tracing::warn!(
+                        seq,
+                        error = &error as &dyn std::error::Error,
+                        "receipt dropped"
+                    );
+                }
+            }
+        }
+        if let Some(newest) = pending.last_key_value().map(|(_, newest)| &newest.payload)
+            && let Ok(newest) = serde_json::from_slice::<Receipt>(newest)
+            && last.as_ref().is_none_or(|last| last.seq < newest.seq)
+        {
+            last = Some(newest); // only we write here, so no signature is looked at
+        }
+        Ok(Self {
+            directory,
+            pending,
+            highest,
+            last,
+        })
+    }
+
+    /// What the newest receipt said.
+    pub fn last(&self) -> Option<&Receipt> {
+        self.last.as_ref()
+    }
+
+    /// Numbers, signs and keeps a receipt; it is on disk when this returns.
+    pub fn add(
+        &mut self,
+        key: &SigningKey,
+        receipt: impl FnOnce(u64) -> Receipt,
+    ) -> Result<Envelope, StateError> {
+        while self.pending.len() >= PENDING_MAX {
+            let (&oldest, _) = self.pending.first_key_value().expect("it is full");
+            tracing::warn!(
+                seq = oldest,
+                "receipt dropped: {PENDING_MAX} wait for the master already"
+            );
+            self.forget(oldest)?;
+        }
+        let seq = self.highest + 1;
+        let receipt = sign(receipt(seq), key);
+        let envelope = receipt.envelope().clone();
+        state::save(&self.path(seq), &envelope)?;
+        self.highest = seq;
+        self.last = Some((*receipt).clone());
+        self.pending.insert(seq, envelope.clone());
+        Ok(envelope)
+    }
+
+    /// What waits, oldest first.
+    pub fn pending(&self) -> impl ExactSizeIterator<Item = &Envelope> {
+        self.pending.values()
+    }
+
+    /// The master has it in its audit log.
+    pub fn acknowledge(&mut self, seq: u64) -> Result<(), StateError> {
+        if !self.pending.contains_key(&seq) {
+            return Ok(()); // acknowledged twice: it was sent on two connections
+        }
+        self.forget(seq)
+    }
+
+    /// Crashing between the two leaves a receipt that is sent again, which is harmless.
+    fn forget(&mut self, seq: u64) -> Result<(), StateError> {
+        if let Some(last) = self.last.as_ref().filter(|last| last.seq == seq) {
+            state::save(&self.directory.join(LAST), last)?;
+        }
+        let path = self.path(seq);
+        match fs::remove_file(&path) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                return Err(StateError::Write { path, source });
+            }
+            Ok(()) | Err(_) => {}
+        }
+        self.pending.remove(&seq);
+        Ok(())
+    }
+
+    fn path(&self, seq: u64) -> PathBuf {
+        self.directory.join(format!("{seq}.json"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clamcast_proto::dsse::PublicKey;
+    use clamcast_proto::receipt::{ClamdReport, Outcome};
+    use clamcast_proto::{Digest, Epoch, Generation};
+    use jiff::Timestamp;
+
+    fn key() -> SigningKey {
+        SigningKey::from_bytes(&[1; 32])
+    }
+
+    fn add(receipts: &mut Receipts) {
+        let receipt = |seq| Receipt {
+            fleet: "bank".parse().unwrap(),
+            agent: "web1".parse().unwrap(),
+            seq,
+            epoch: Epoch(1),
+            generation: Generation::FIRST,
+            manifest_sha256: Digest::of(b""),
+            install: 1,
+            outcome: Outcome::Live,
+            files: Vec::new(),
+            foreign: Vec::new(),
+            clamd: ClamdReport::default(),
+            error: None,
+            took: 1.5,
+            time: Timestamp::UNIX_EPOCH,
+        };
+        receipts.add(&key(), receipt).unwrap();
+    }
+
+    #[track_caller]
+    fn check(receipts: &Receipts, expected: &[u64]) {
+        let public = PublicKey::of(&key());
+        let seq = |envelope: &Envelope| envelope.verify::<Receipt>([&public]).unwrap().seq;
+        assert_eq!(receipts.pending().map(seq).collect::<Vec<_>>(), expected);
+    }
+
+    #[test]
+    fn a_receipt_waits_until_it_is_acknowledged_also_over_a_restart() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut receipts = Receipts::open(dir.path()).unwrap();
+        add(&mut receipts);
+        add(&mut receipts);
+        check(&receipts, &[1, 2]);
+        let mut receipts = Receipts::open(dir.path()).unwrap();
+        check(&receipts, &[1, 2]);
+        receipts.acknowledge(1).unwrap();
+        receipts.acknowledge(1).unwrap();
+        receipts.acknowledge(99).unwrap();
+        check(&Receipts::open(dir.path()).unwrap(), &[2]);
+    }
+
+    #[test]
+    fn numbers_go_on_after_everything_was_acknowledged() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut receipts = Receipts::open(dir.path()).unwrap();
+        add(&mut receipts);
+        add(&mut receipts);
+        receipts.acknowledge(2).unwrap();
+        receipts.acknowledge(1).unwrap();
+        let mut receipts = Receipts::open(dir.path()).unwrap();
+        assert_eq!(receipts.last().map(|last| last.seq), Some(2));
+        add(&mut receipts);
+        check(&receipts, &[3]);
+    }
+
+    #[test]
+    fn of_too_many_the_oldest_go() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut receipts = Receipts::open(dir.path()).unwrap();
+        for _ in 0..=PENDING_MAX {
+            add(&mut receipts);
+        }
+        let kept: Vec<_> = (2..=PENDING_MAX as u64 + 1).collect();
+        check(&receipts, &kept);
+    }
+
+    #[test]
+    fn a_damaged_receipt_does_not_stop_the_agent_and_its_number_is_not_used_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut receipts = Receipts::open(dir.path()).unwrap();
+        add(&mut receipts);
+        fs::write(receipts.path(1), "{").unwrap();
+        let mut receipts = Receipts::open(dir.path()).unwrap();
+        check(&receipts, &[]);
+        add(&mut receipts);
+        check(&receipts, &[2]);
+    }
+}

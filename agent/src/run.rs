@@ -1,0 +1,259 @@
+//! The daemon: puts the parts together, and takes them apart in order.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use clamcast_daemon::admin::{AdminError, Listener};
+use clamcast_daemon::exit;
+use clamcast_proto::identity::Certificate;
+use jiff::{SignedDuration, Timestamp};
+use tokio::runtime::Handle;
+use tokio::sync::{Mutex, mpsc};
+use tokio::task::{JoinError, JoinHandle};
+use tokio_util::sync::CancellationToken;
+
+use crate::admin::{self, Commands};
+use crate::audit::{AuditLog, KeyError};
+use crate::clamd::{self, ClamdConf, ConfError, Prover};
+use crate::config::{ClamdConfFile, Config};
+use crate::endpoint::{self, Credentials, CredentialsError};
+use crate::install::{self, HostFault, Installer};
+use crate::keeper::{Begin, Keeper};
+use crate::link::{self, Link};
+use crate::receipts::Receipts;
+use crate::state::{State, StateError};
+use crate::trust::{self, TrustStore};
+
+/// Messages of the link that wait for the keeper; then the master waits.
+const LINK_EVENTS_MAX: usize = 16;
+
+/// Questions of operators that wait for the keeper.
+const QUESTIONS_MAX: usize = 16;
+
+/// A certificate that ends sooner than this is worth a warning at every start.
+const CERTIFICATE_ENDS_SOON: SignedDuration = SignedDuration::from_hours(30 * 24);
+
+/// The daemon does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The state directory.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// What is to be trusted.
+    #[error("cannot establish whom to trust")]
+    Trust(#[from] trust::OpenError),
+    /// Who this host is.
+    #[error("cannot establish who this host is")]
+    Credentials(#[from] CredentialsError),
+    /// clamd's configuration.
+    #[error(
+        "cannot read the configuration of clamd; correct `[clamd] config`, or set it to \"\" and \
+         give `socket`"
+    )]
+    ClamdConf(#[from] ConfError),
+    /// The database directory, or the journal of an install in it.
+    #[error("cannot use the database directory")]
+    Install(#[from] HostFault),
+    /// The key of the local log.
+    #[error("cannot open the local audit log")]
+    Audit(#[from] KeyError),
+    /// The operators' socket.
+    #[error("cannot listen to operators")]
+    Admin(#[from] AdminError),
+    /// The socket to the master.
+    #[error("cannot open a UDP socket")]
+    Socket(#[source] std::io::Error),
+}
+
+impl StartError {
+    /// The exit code that a daemon which does not start ends with.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Trust(trust::OpenError::State(_)) => exit::FAILED,
+            Self::Trust(_) | Self::Credentials(_) | Self::ClamdConf(_) => exit::USAGE,
+            Self::State(_)
+            | Self::Install(_)
+            | Self::Audit(_)
+            | Self::Admin(_)
+            | Self::Socket(_) => exit::FAILED,
+        }
+    }
+}
+
+/// A running agent.
+#[derive(Debug)]
+pub struct Agent {
+    keeper: JoinHandle<()>,
+    keeper_stop: CancellationToken,
+    link: JoinHandle<()>,
+    admin: JoinHandle<()>,
+    stop: CancellationToken,
+}
+
+/// What the disk has to say before the network is touched.
+struct Opened {
+    begin: Begin,
+    credentials: Arc<Credentials>,
+    installer: Installer<Prover>,
+    prover: Prover,
+}
+
+impl Agent {
+    /// Starts everything. When this returns, an install that the last run left in the middle is
+    /// whole on disk, and the daemon is ready; it need not have reached its master.
+    pub async fn start(config: Config) -> Result<Self, StartError> {
+        let (addresses, socket) = (config.master.clone(), config.admin.clone());
+        let opened = tokio::task::spawn_blocking(move || open(config));
+        let opened = opened.await.unwrap_or_else(re_raise)?;
+        let Opened {
+            begin,
+            credentials,
+            installer,
+            prover,
+        } = opened;
+        let listener = Listener::bind(&socket, None)?;
+        let endpoint = endpoint::bind().map_err(StartError::Socket)?;
+
+        let (stop, keeper_stop) = (CancellationToken::new(), CancellationToken::new());
+        let (events, from_link) = mpsc::channel(LINK_EVENTS_MAX);
+        let (questions, asked) = mpsc::channel(QUESTIONS_MAX);
+        let keeper = {
+            let (keeper, runtime) = (Keeper::new(begin, keeper_stop.clone()), Handle::current());
+            // It syncs files between two messages, so it has a thread of its own.
+            tokio::task::spawn_blocking(move || runtime.block_on(keeper.run(from_link, asked)))
+        };
+        let link = Link {
+            endpoint,
+            credentials,
+            addresses,
+            events,
+        };
+        let link = tokio::spawn(link::run(link, stop.clone()));
+        let commands = Commands {
+            questions,
+            installer,
+            prover,
+            reading: Mutex::default(),
+        };
+        let admin = tokio::spawn(admin::serve(listener, commands, stop.clone()));
+        Ok(Self {
+            keeper,
+            keeper_stop,
+            link,
+            admin,
+            stop,
+        })
+    }
+
+    /// Returns if a part of the agent ends by itself, which is a bug: what it died of.
+    pub async fn failed(&mut self) -> String {
+        let (what, ended) = tokio::select! {
+            ended = &mut self.keeper => ("keeper", ended),
+            ended = &mut self.link => ("link", ended),
+            ended = &mut self.admin => ("admin socket", ended),
+        };
+        match ended {
+            Ok(()) => format!("the {what} ended"),
+            Err(error) => format!("the {what} died: {error}"),
+        }
+    }
+
+    /// Stops at a file boundary. The link goes last, so that a receipt that is ready may still
+    /// reach the master.
+    pub async fn stop(self) {
+        self.keeper_stop.cancel();
+        // A part that died has been reported by `failed`.
+        let _ = self.keeper.await;
+        self.stop.cancel();
+        let _ = self.link.await;
+        let _ = self.admin.await;
+    }
+}
+
+/// Opens everything on disk, and ends there what the last run left. Blocking.
+fn open(config: Config) -> Result<Opened, StartError> {
+    let now = Timestamp::now();
+    let state = State::open(&config.state)?;
+    let trust = TrustStore::open(state.path(), &config.keys)?;
+    let credentials = Arc::new(Credentials::load(&config.tls, trust.trust().fleet(), now)?);
+    warn_if_it_ends_soon(&credentials.certificate, now);
+    let audit = AuditLog::open(
+        state.path(),
+        &credentials.fleet,
+        &credentials.agent,
+        rand::random(),
+        now,
+    )?;
+    let receipts = Receipts::open(state.path())?;
+
+    let database = config.clamd.database_directory.clone();
+    let conf = clamd_conf(&config.clamd_conf)?;
+    let (settings, notes) = clamd::Settings::resolve(config.clamd, conf);
+    for note in notes {
+        tracing::warn!("{note}");
+    }
+    let nonce = install::nonce(state.path(), rand::random())?;
+    let prover = Prover::new(settings, nonce);
+    let settings = install::Settings {
+        database,
+        state: state.path().to_owned(),
+    };
+    let installer = Installer::open(&settings, nonce, prover.clone())?;
+    tracing::info!(
+        agent = %credentials.agent,
+        fleet = %credentials.fleet,
+        root = %trust.trust().root().id(),
+        installed = installer.installed().map(|i| i.set.manifest.position().to_string()),
+        "agent {}",
+        env!("CARGO_PKG_VERSION")
+    );
+    let begin = Begin {
+        state,
+        credentials: credentials.clone(),
+        trust,
+        receipts,
+        audit,
+        stale: config.stale,
+        installer: installer.clone(),
+        prover: prover.clone(),
+    };
+    Ok(Opened {
+        begin,
+        credentials,
+        installer,
+        prover,
+    })
+}
+
+fn warn_if_it_ends_soon(certificate: &Certificate, now: Timestamp) {
+    let left = certificate.not_after.duration_since(now);
+    if left < CERTIFICATE_ENDS_SOON {
+        tracing::warn!(
+            not_after = %certificate.not_after,
+            "this host's certificate ends soon; make a new one with `clamcast-certs agent --force`"
+        );
+    }
+}
+
+/// clamd.conf, where one is to be looked at. Only one that was named has to be readable.
+fn clamd_conf(file: &ClamdConfFile) -> Result<Option<ClamdConf>, ConfError> {
+    let path: PathBuf = match file {
+        ClamdConfFile::None => return Ok(None),
+        ClamdConfFile::At(path) => return ClamdConf::read(path).map(Some),
+        ClamdConfFile::Auto => match ClamdConf::find() {
+            None => return Ok(None),
+            Some(path) => path,
+        },
+    };
+    let conf = ClamdConf::read(&path);
+    Ok(conf
+        .inspect_err(|error| tracing::warn!(error = crate::chain(error), "going on without it"))
+        .ok())
+}
+
+fn re_raise<T>(error: JoinError) -> T {
+    match error.try_into_panic() {
+        Ok(panic) => std::panic::resume_unwind(panic),
+        Err(error) => unreachable!("nothing aborts it: {error}"),
+    }
+}

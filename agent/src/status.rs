@@ -1,0 +1,362 @@
+//! What `clamcast-agent status` and `verify` show.
+
+use std::fmt::{self, Write as _};
+use std::time::Duration;
+
+use clamcast_proto::dsse::KeyId;
+use clamcast_proto::receipt::{ClamdReport, ClamdState, FileState, Outcome, Proof};
+use clamcast_proto::wire::Phase;
+use clamcast_proto::{AgentName, DatabaseName, Digest, Epoch, FleetName, Generation, Position};
+use jiff::{SignedDuration, Timestamp};
+use serde::{Deserialize, Serialize};
+
+use crate::install::FileCheck;
+
+/// The agent at one moment. The keys are for scripts and stay as they are.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct Status {
+    /// The fleet.
+    pub fleet: FleetName,
+    /// The host's name in it.
+    pub agent: AgentName,
+    /// The agent's program version.
+    pub version: String,
+    /// The connection.
+    pub master: MasterStatus,
+    /// What is installed.
+    pub installed: Option<InstalledStatus>,
+    /// Whether clamd was seen scanning with it.
+    pub live: bool,
+    /// What is going on.
+    pub phase: Phase,
+    /// The generation that it is going on for.
+    pub working_on: Option<Position>,
+    /// The newest generation that came to an end here.
+    pub last: Option<LastStatus>,
+    /// Until when the master's word holds that the newest accepted generation is current.
+    pub fresh_until: Option<Timestamp>,
+    /// Whether that has run out.
+    pub stale: bool,
+    /// clamd, as it was last seen.
+    pub clamd: ClamdReport,
+    /// Databases in the directory that are not clamcast's.
+    pub foreign: Vec<String>,
+    /// What stands in the way, if anything does.
+    pub error: Option<String>,
+    /// Receipts that the master has not acknowledged.
+    pub receipts_pending: usize,
+    /// Last second of the host certificate's validity.
+    pub certificate_expires: Timestamp,
+    /// The pinned root key.
+    pub root: KeyId,
+    /// Version of the key set in use.
+    pub keys_version: u64,
+}
+
+/// The connection to the master.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct MasterStatus {
+    /// Whether it is there.
+    pub connected: bool,
+    /// Where the master is.
+    pub address: Option<String>,
+    /// Its program version.
+    pub version: Option<String>,
+    /// Since when the connection is there, or is not.
+    pub since: Timestamp,
+    /// Why it is not there.
+    pub error: Option<String>,
+}
+
+/// An installed generation.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct InstalledStatus {
+    /// Its epoch.
+    pub epoch: Epoch,
+    /// Its number.
+    pub generation: Generation,
+    /// Digest of its content.
+    pub content: Digest,
+    /// When it was published.
+    pub published: Timestamp,
+    /// Number of the install.
+    pub install: u64,
+    /// Its databases.
+    pub files: Vec<DatabaseName>,
+}
+
+/// How a generation ended.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct LastStatus {
+    /// Its epoch.
+    pub epoch: Epoch,
+    /// Its number.
+    pub generation: Generation,
+    /// What came of it.
+    pub outcome: Outcome,
+    /// Why it is not live.
+    pub error: Option<String>,
+    /// When.
+    pub time: Timestamp,
+}
+
+impl Status {
+    /// For people; `now` makes ages of times.
+    pub fn text(&self, now: Timestamp) -> String {
+        let mut text = String::new();
+        let mut line = |key: &str, value: &dyn fmt::Display| {
+            writeln!(text, "{key:<13} {value}").expect("a string takes everything");
+        };
+        line(
+            "agent:",
+            &format_args!("{} of fleet {}", self.agent, self.fleet),
+        );
+        let master = &self.master;
+        let since = age(master.since, now);
+        let version = master.version.as_deref().unwrap_or("?");
+        match (&master.address, master.connected) {
+            (Some(address), true) => line(
+                "master:",
+                &format_args!("connected to {address} for {since} (version {version})"),
+            ),
+            (_, _) => line("master:", &format_args!("not connected for {since}")),
+        }
+        if let Some(error) = &master.error {
+            line("", error);
+        }
+        match &self.installed {
+            None => line("installed:", &"nothing yet"),
+            Some(installed) => line(
+                "installed:",
+                &format_args!(
+                    "generation {}.{}, published {} ago, {} databases, install {}",
+                    installed.epoch,
+                    installed.generation,
+                    age(installed.published, now),
+                    installed.files.len(),
+                    installed.install
+                ),
+            ),
+        }
+        if self.installed.is_some() {
+            let live = match (self.live, self.clamd.state, self.clamd.proof) {
+                (true, ClamdState::None, _) => "yes: this host has no clamd by configuration",
+                (true, _, Proof::Canary) => "yes: clamd was seen scanning with it",
+                (true, _, Proof::Version | Proof::None) => "yes: by clamd's VERSION and log",
+                (false, ..) => "no: clamd was not seen scanning with it yet",
+            };
+            line("live:", &live);
+        }
+        if let Some(last) = &self.last {
+            let LastStatus {
+                epoch,
+                generation,
+                outcome,
+                time,
+                ..
+            } = last;
+            let ago = age(*time, now);
+            line(
+                "last:",
+                &format_args!("generation {epoch}.{generation} {outcome}, {ago} ago"),
+            );
+            if let Some(error) = &last.error {
+                line("", error);
+            }
+        }
+        match self.working_on {
+            Some(position) => line("phase:", &format_args!("{} {position}", self.phase)),
+            None => line("phase:", &self.phase),
+        }
+        match (self.fresh_until, self.stale) {
+            (None, _) => line("fresh:", &"no word from the master yet"),
+            (Some(until), false) => {
+                line("fresh:", &format_args!("for another {}", age(now, until)))
+            }
+            (Some(until), true) => line(
+                "fresh:",
+                &format_args!("no: the master's word ran out {} ago", age(until, now)),
+            ),
+        }
+        let version = self.clamd.version.as_deref().unwrap_or("version unknown");
+        match self.clamd.state {
+            ClamdState::Up => line("clamd:", &version),
+            ClamdState::Down => line("clamd:", &"nobody at its socket"),
+            ClamdState::Silent => line("clamd:", &"does not answer"),
+            ClamdState::None => line("clamd:", &"none, by configuration"),
+        }
+        if let Some(note) = &self.clamd.note {
+            line("", note);
+        }
+        if !self.foreign.is_empty() {
+            line("foreign:", &self.foreign.join(", "));
+        }
+        if self.receipts_pending > 0 {
+            line(
+                "receipts:",
+                &format_args!("{} wait for the master", self.receipts_pending),
+            );
+        }
+        let expires = age(now, self.certificate_expires);
+        line("certificate:", &format_args!("valid for another {expires}"));
+        line(
+            "root key:",
+            &format_args!("{}, key set {}", self.root, self.keys_version),
+        );
+        if let Some(error) = &self.error {
+            line("error:", error);
+        }
+        text
+    }
+}
+
+/// From one time to the next in the two largest units; nothing if the order is the other one.
+fn age(from: Timestamp, to: Timestamp) -> String {
+    let duration = to.duration_since(from).max(SignedDuration::ZERO);
+    let secs = duration.as_secs().unsigned_abs();
+    let coarse = match secs {
+        0..3600 => secs,
+        3600..86_400 => secs / 60 * 60,
+        86_400.. => secs / 3600 * 3600,
+    };
+    humantime::format_duration(Duration::from_secs(coarse)).to_string()
+}
+
+/// What `verify` found.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct Verification {
+    /// Whether every database is what the installed generation says.
+    pub ok: bool,
+    /// The installed generation.
+    pub position: Option<Position>,
+    /// Its databases.
+    pub files: Vec<CheckedFile>,
+}
+
+/// One database, compared.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct CheckedFile {
+    /// Its name.
+    pub name: DatabaseName,
+    /// Whether it is what it should be.
+    pub ok: bool,
+    /// What it should be.
+    pub expected: FileState,
+    /// What is there.
+    pub found: Option<FileState>,
+    /// Why it could not be read.
+    pub error: Option<String>,
+}
+
+impl Verification {
+    /// Judges what was found on disk of the generation at `position`.
+    pub fn new(position: Option<Position>, checks: Vec<FileCheck>) -> Self {
+        let files: Vec<_> = checks.into_iter().map(CheckedFile::from).collect();
+        Self {
+            ok: position.is_some() && files.iter().all(|file| file.ok),
+            position,
+            files,
+        }
+    }
+
+    /// For people.
+    pub fn text(&self) -> String {
+        let Some(position) = self.position else {
+            return "nothing is installed yet\n".to_owned();
+        };
+        let mut text = String::new();
+        let mut line = |name: &str, what: &str| {
+            writeln!(text, "{name}: {what}").expect("a string takes everything");
+        };
+        for file in &self.files {
+            let what = match (file.ok, &file.error, &file.found) {
+                (true, ..) => "as published".to_owned(),
+                (false, Some(error), _) => format!("cannot be read: {error}"),
+                (false, None, None) => "missing".to_owned(),
+                (false, None, Some(found)) => format!(
+                    "changed: {} bytes, SHA-256 {}, expected {} bytes, SHA-256 {}",
+                    found.size,
+                    found.sha256.short(),
+                    file.expected.size,
+                    file.expected.sha256.short()
+                ),
+            };
+            line(file.name.as_str(), &what);
+        }
+        let verdict = if self.ok {
+            "conforms"
+        } else {
+            "does not conform"
+        };
+        line(&format!("generation {position}"), verdict);
+        text
+    }
+}
+
+impl From<FileCheck> for CheckedFile {
+    fn from(check: FileCheck) -> Self {
+        Self {
+            name: check.expected.name.clone(),
+            ok: check.is_right(),
+            expected: check.expected,
+            found: check.found,
+            error: check.error,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(found: Result<Option<&[u8]>, &str>) -> Verification {
+        let name: DatabaseName = "daily.cld".parse().unwrap();
+        let state = |content: &[u8]| FileState {
+            name: name.clone(),
+            size: content.len() as u64,
+            sha256: Digest::of(content),
+        };
+        let position = Position {
+            epoch: Epoch(1),
+            generation: Generation::FIRST,
+        };
+        let check = FileCheck {
+            expected: state(b"good"),
+            found: found.ok().flatten().map(state),
+            error: found.err().map(str::to_owned),
+        };
+        Verification::new(Some(position), vec![check])
+    }
+
+    #[test]
+    fn only_the_published_bytes_conform() {
+        assert!(check(Ok(Some(b"good"))).ok);
+        for (found, text) in [
+            (Ok(Some(&b"evil"[..])), "changed"),
+            (Ok(None), "missing"),
+            (Err("Permission denied"), "Permission denied"),
+        ] {
+            let verification = check(found);
+            assert!(!verification.ok);
+            let shown = verification.text();
+            assert!(
+                shown.contains(text) && shown.contains("does not conform"),
+                "{shown}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_host_without_a_generation_does_not_conform() {
+        assert!(!Verification::new(None, Vec::new()).ok);
+    }
+
+    #[test]
+    fn ages_have_two_units() {
+        let at = |secs| Timestamp::from_second(secs).unwrap();
+        assert_eq!(age(at(0), at(59)), "59s");
+        assert_eq!(age(at(0), at(2 * 3600 + 61)), "2h 1m");
+        assert_eq!(age(at(0), at(86_400 + 3700)), "1day 1h");
+        assert_eq!(age(at(5), at(0)), "0s");
+    }
+}
