@@ -21,9 +21,9 @@ use listing::Listing;
 use quiet::{Next, Quiet};
 use watch::Watch;
 
-/// Time between looks where there are no events to rely on: the mirror is missing, or the kernel
-/// has no watch left. Also where the mirror is a symlink: a link further along a chain of links may
-/// be swapped, of which no event comes.
+/// Time between looks where there are no events to rely on: the mirror is missing, the kernel has
+/// no watch left, or a symlink leads to the mirror. A link that is swapped makes an event only if
+/// it is the last one on the way.
 const POLL: Duration = Duration::from_secs(5);
 
 /// After an event others follow within moments. One look serves them all.

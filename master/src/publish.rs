@@ -17,7 +17,7 @@ use jiff::{SignedDuration, Timestamp};
 
 use crate::capture::{CaptureError, capture};
 use crate::chain;
-use crate::check::{Checked, Objection, check};
+use crate::check::{Checked, LoadTestError, Objection, check};
 use crate::config::{Config, Mirror};
 use crate::store::{Store, StoreError};
 
@@ -99,6 +99,9 @@ pub enum PublishError {
     /// The state directory.
     #[error("cannot publish")]
     Store(#[from] StoreError),
+    /// The load test could not be made.
+    #[error("cannot publish")]
+    LoadTest(#[from] LoadTestError),
     /// Somebody used up all numbers.
     #[error("there is no generation after {position}; raise the epoch of the key set")]
     NoNumberLeft {
@@ -280,8 +283,13 @@ impl Publisher {
     pub fn publish(&self, request: &Request, now: Timestamp) -> Result<Published, PublishError> {
         let _one_at_a_time = lock(&self.publishing);
         let published = self.publish_captured(request.accept.is_some(), now);
-        // What was captured and not published is in nobody's way, but takes space.
-        self.store.retain(self.settings.keep)?;
+        // What was captured and not published, or is old, only takes space: no reason to fail.
+        if let Err(error) = self.store.retain(self.settings.keep) {
+            tracing::warn!(
+                error = chain(&error),
+                "cannot remove what is not needed any more"
+            );
+        }
         published
     }
 
@@ -325,6 +333,7 @@ impl Publisher {
         } = match checked {
             Ok(checked) => checked,
             Err(Objection::Store(error)) => return Err(error.into()),
+            Err(Objection::LoadTest(error)) if error.is_ours() => return Err(error.into()),
             Err(objection) => {
                 let kind = if objection.may_be_accepted() {
                     RefusalKind::Held
@@ -354,9 +363,19 @@ impl Publisher {
         let manifest = dsse::sign(manifest, &self.key);
         Manifest::verify(manifest.envelope(), &self.keys.manifest)?;
         let manifest = self.store.add(manifest)?;
+        // The generation is published. What is said of former captures is cleared the next time if
+        // it cannot be now.
         let mut records = self.records();
-        records.clear_refusal(&self.store)?;
-        records.clear_rejection(capture.content, &self.store)?;
+        let cleared = records
+            .clear_refusal(&self.store)
+            .and_then(|()| records.clear_rejection(capture.content, &self.store));
+        if let Err(error) = cleared {
+            tracing::warn!(
+                error = chain(&error),
+                "cannot clear what was held or refused before"
+            );
+        }
+        drop(records);
         Ok(Published::New { manifest, accepted })
     }
 

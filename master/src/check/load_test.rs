@@ -3,6 +3,7 @@
 use std::env;
 use std::fs::{self, File};
 use std::io::{self, Read as _};
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::sync::mpsc;
@@ -10,6 +11,8 @@ use std::thread;
 use std::time::Duration;
 
 use clamcast_proto::{DatabaseName, Digest};
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
 
 use crate::config::LoadTest;
 use crate::store::{Store, StoreError};
@@ -57,6 +60,13 @@ pub enum LoadTestError {
     /// Ours.
     #[error("cannot prepare the load test")]
     Store(#[from] StoreError),
+}
+
+impl LoadTestError {
+    /// Whether it says nothing about the set: worth another try, for a disk may have been full.
+    pub(crate) fn is_ours(&self) -> bool {
+        matches!(self, Self::Run { .. } | Self::Prepare(_) | Self::Store(_))
+    }
 }
 
 /// Runs the test if the rule and what is installed say so.
@@ -120,7 +130,7 @@ fn load(
         Some(status) if status.code().is_none() => Err(LoadTestError::Killed(status)),
         Some(status) => {
             // The directory has another name each time, and one reason must stay one reason.
-            let output = output.replace(&*databases.to_string_lossy(), "");
+            let output = output.replace(&format!("{}/", databases.display()), "");
             Err(LoadTestError::Refused(reason(&output).unwrap_or_else(
                 || format!("it ended with {status} and gave no reason"),
             )))
@@ -133,6 +143,7 @@ fn load(
 fn output(mut command: Command, time_max: Duration) -> io::Result<(Option<ExitStatus>, String)> {
     let (mut said, pipe) = io::pipe()?;
     command
+        .process_group(0) // so that a wrapper's own child ends with it
         .stdin(Stdio::null())
         .stdout(pipe.try_clone()?)
         .stderr(pipe);
@@ -149,7 +160,8 @@ fn output(mut command: Command, time_max: Duration) -> io::Result<(Option<ExitSt
     });
     let in_time = end.recv_timeout(time_max).is_ok();
     if !in_time {
-        child.kill()?;
+        let group = Pid::from_raw(i32::try_from(child.id()).expect("pids fit"));
+        killpg(group, Signal::SIGKILL)?;
     }
     let status = child.wait()?;
     let head = reader.join().unwrap_or_default();
@@ -197,7 +209,8 @@ mod tests {
 
     #[test]
     fn a_program_that_talks_without_end_is_stopped() {
-        let endless = Command::new("yes");
+        let mut endless = Command::new("sh");
+        endless.args(["-c", "yes; true"]); // not by exec: yes is the child of a child
         let (status, said) = output(endless, Duration::from_millis(300)).unwrap();
         assert_eq!((status, said.len() as u64), (None, OUTPUT_BYTES_MAX));
     }

@@ -24,7 +24,8 @@ pub(super) struct Watch {
 #[derive(Debug)]
 struct Watching {
     identity: Identity,
-    is_link: bool,
+    /// Whether no symlink leads to it, anywhere on the path.
+    is_direct: bool,
     broken: Arc<AtomicBool>,
     _watcher: RecommendedWatcher,
 }
@@ -32,7 +33,7 @@ struct Watching {
 impl Watch {
     pub(super) fn new(path: &Path) -> Self {
         Self {
-            path: path.to_owned(),
+            path: path.components().collect(), // a slash at the end would hide a symlink
             events: Arc::default(),
             watching: None,
             warned: false,
@@ -48,7 +49,7 @@ impl Watch {
     pub(super) fn is_reliable(&self) -> bool {
         self.watching
             .as_ref()
-            .is_some_and(|watching| !watching.is_link)
+            .is_some_and(|watching| watching.is_direct)
     }
 
     /// Watches the directory that was listed, if it is not watched already. Returns whether a new
@@ -103,7 +104,7 @@ impl Watch {
         }
         Ok(Watching {
             identity: listing.identity,
-            is_link: link.is_some(),
+            is_direct: std::path::absolute(&self.path)? == listing.directory,
             broken,
             _watcher: watcher,
         })
