@@ -135,6 +135,8 @@ enum Master {
 struct Probing {
     /// When the next look is due; `None` while one is taken, or none is needed.
     at: Option<Instant>,
+    /// Whether one is taken.
+    running: bool,
     backoff: Backoff,
     stop: CancellationToken,
 }
@@ -149,6 +151,7 @@ enum Done {
     Installed(Box<Completed>, Instant),
     Resumed(Option<Box<Completed>>),
     Probed(Option<Box<Completed>>),
+    Looked,
 }
 
 /// What a keeper is made of.
@@ -222,6 +225,7 @@ impl Keeper {
             refusal: None,
             probing: Probing {
                 at: None,
+                running: false,
                 backoff: Backoff::new(PROBE_FIRST, PROBE_LONGEST),
                 stop: stop.child_token(),
             },
@@ -249,6 +253,7 @@ impl Keeper {
         let installed = self.installed_position();
         self.audit.note("started", installed, None, detail);
         self.resume();
+        self.look();
         let stop = self.stop.clone();
         loop {
             let wake = self.wake().into();
@@ -284,6 +289,15 @@ impl Keeper {
         self.workers.spawn(async move {
             let completed = installer.resume(stop, progress).await;
             Done::Resumed(completed.map(Box::new))
+        });
+    }
+
+    /// Asks how clamd is, for Hello.
+    fn look(&mut self) {
+        let (prover, stop) = (self.prover.clone(), self.stop.clone());
+        self.workers.spawn(async move {
+            let _ = stop.run_until_cancelled(prover.look()).await; // the prover remembers it
+            Done::Looked
         });
     }
 
@@ -339,12 +353,15 @@ impl Keeper {
                 address,
                 outbox,
                 answer,
-            } => match self.judge_welcome(&welcome) {
+            } => {
+                let judged = self.judge_welcome(&welcome);
+                if judged.is_ok() {
+                    // Before the link goes on, so that nothing is said before Hello.
+                    self.connected(*welcome, address.to_string(), outbox);
+                }
                 // Without anybody to hear the answer the connection is gone already.
-                Err(why) => drop(answer.send(Err(why))),
-                Ok(()) if answer.send(Ok(())).is_err() => {}
-                Ok(()) => self.connected(*welcome, address.to_string(), outbox),
-            },
+                let _ = answer.send(judged);
+            }
             link::Event::Message(message) => self.message(message),
             link::Event::Part(part, stream) => self.part(part, stream),
             link::Event::Disconnected { error } => {
@@ -370,10 +387,11 @@ impl Keeper {
                 "this host's clock and the master's differ; which one is wrong?"
             );
         }
-        welcome
-            .keys
-            .as_ref()
-            .map_or(Ok(()), |keys| self.take_keys(keys))
+        let Some(keys) = &welcome.keys else {
+            return Ok(());
+        };
+        self.take_keys(keys)
+            .map_err(|error| format!("has keys that are not believed: {error}"))
     }
 
     /// Judges a key set and uses it if it is newer. An older one is no reason to quarrel: this
@@ -397,7 +415,7 @@ impl Keeper {
                 let error = chain(&error);
                 tracing::error!(error, "the master's key set is refused");
                 self.refused("keys", None, &error);
-                Err(format!("has a key set that is refused: {error}"))
+                Err(error)
             }
         }
     }
@@ -764,7 +782,9 @@ impl Keeper {
                 self.phase = Phase::Idle;
                 self.slot_event(SlotEvent::Installed { fault: false });
             }
+            Done::Looked => {}
             Done::Probed(completed) => {
+                self.probing.running = false;
                 if let Some(completed) = completed {
                     self.complete(&completed, None);
                 }
@@ -810,6 +830,7 @@ impl Keeper {
             }
             Done::Resumed(None)
             | Done::Probed(None)
+            | Done::Looked
             | Done::Answered(_)
             | Done::Planned(_)
             | Done::Received(..) => {}
@@ -841,8 +862,8 @@ impl Keeper {
         let detail = json!({ "install": completed.install, "error": error, "took": took });
         self.audit
             .note("installed", Some(position), outcome, detail);
-        if completed.outcome == Outcome::Refused {
-            let back = self.installed_position();
+        let back = self.installed_position().filter(|back| *back != position);
+        if completed.outcome == Outcome::Refused && back.is_some() {
             let detail = json!({ "refused": position.to_string() });
             self.audit.note("rolled back", back, None, detail);
         }
@@ -893,13 +914,14 @@ impl Keeper {
         if busy || !self.is_unproven() {
             self.probing.at = None;
             self.probing.backoff.reset();
-        } else if self.probing.at.is_none() {
+        } else if self.probing.at.is_none() && !self.probing.running {
             self.probing.at = Some(Instant::now() + self.probing.backoff.next(1.0));
         }
     }
 
     fn probe(&mut self) {
         self.probing.at = None;
+        self.probing.running = true;
         self.probing.stop = self.stop.child_token();
         let (installer, stop) = (self.installer.clone(), self.probing.stop.clone());
         self.workers.spawn(async move {

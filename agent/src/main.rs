@@ -125,12 +125,10 @@ async fn daemon(config: Config) -> Result<(), Exit> {
         failure = agent.failed() => Some(failure),
     };
     let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Stopping]);
+    tracing::info!("stopping");
+    agent.stop().await;
     match failure {
-        None => {
-            tracing::info!("stopping");
-            agent.stop().await;
-            Ok(())
-        }
+        None => Ok(()),
         Some(failure) => Err(anyhow::anyhow!("stopped by a bug: {failure}").into()),
     }
 }

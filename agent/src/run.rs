@@ -162,11 +162,17 @@ impl Agent {
     /// reach the master.
     pub async fn stop(self) {
         self.keeper_stop.cancel();
-        // A part that died has been reported by `failed`.
-        let _ = self.keeper.await;
+        ended(self.keeper).await;
         self.stop.cancel();
-        let _ = self.link.await;
-        let _ = self.admin.await;
+        ended(self.link).await;
+        ended(self.admin).await;
+    }
+}
+
+/// Waits for a part of the agent. One that died was reported by [`Agent::failed`].
+async fn ended(part: JoinHandle<()>) {
+    if !part.is_finished() {
+        let _ = part.await;
     }
 }
 
