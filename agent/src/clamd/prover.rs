@@ -650,3 +650,295 @@ fn words(error: &dyn std::error::Error) -> String {
     }
     words
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::io::Write;
+    use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+
+    use super::super::client::Address;
+    use super::super::fake::Fake;
+    use super::*;
+
+    const NONCE: Nonce = Nonce([7; 16]);
+    const VERSION: &[u8] = b"ClamAV 1.4.6/101/Sun Nov 22 06:43:59 2026\0";
+
+    /// A directory with a log and databases, and what is asked of its clamds.
+    struct Host {
+        directory: tempfile::TempDir,
+        proof: ProofBy,
+        deadline: Duration,
+    }
+
+    impl Host {
+        fn new() -> Self {
+            Self {
+                directory: tempfile::tempdir().unwrap(),
+                proof: ProofBy::Canary,
+                deadline: Duration::from_secs(60),
+            }
+        }
+
+        fn log(&self) -> PathBuf {
+            self.directory.path().join("clamav.log")
+        }
+
+        /// The first address is the one whose log we have.
+        fn prover(&self, addresses: &[Address]) -> Prover {
+            let instance = |(index, address): (usize, &Address)| Instance {
+                address: address.clone(),
+                reload: Reload::Command,
+                logs: index == 0,
+            };
+            let settings = Settings {
+                instances: addresses.iter().enumerate().map(instance).collect(),
+                log_file: Some(self.log()),
+                concurrent_reload: true,
+                proof: self.proof,
+                official_only: false,
+                database_directory: self.directory.path().to_owned(),
+                scanner: None,
+                deadline: self.deadline,
+                splay: Duration::ZERO,
+                user: None,
+            };
+            Prover::new(settings, NONCE)
+        }
+
+        async fn prove(&self, addresses: &[Address], n: u64) -> String {
+            let prover = self.prover(addresses);
+            let stop = CancellationToken::new();
+            words_of(&prover.prove(n, prover.mark(), stop).await)
+        }
+    }
+
+    /// Verdict, state, proof and note, or the reason of a refusal.
+    fn words_of(verdict: &Verdict) -> String {
+        let report = verdict.report();
+        let state = format!("{:?} {:?}", report.state, report.proof).to_lowercase();
+        let (word, said) = match verdict {
+            Verdict::Live(_) => ("live", report.note.as_deref()),
+            Verdict::Refused { reason, .. } => ("refused", Some(reason.as_str())),
+            Verdict::Unproven(_) => ("unproven", report.note.as_deref()),
+            Verdict::Absent(_) => ("absent", report.note.as_deref()),
+        };
+        format!("{word}, {state}: {}", said.unwrap_or("-"))
+    }
+
+    /// A clamd that scans with install `n` after it was asked `reloads` times.
+    fn clamd(n: u64, reloads: u64) -> Fake {
+        let asked = AtomicU64::new(0);
+        Fake::new(move |command| {
+            let found = || format!("stream: Clamcast.Install-{n}.UNOFFICIAL FOUND\0");
+            Some(match command {
+                "PING" => b"PONG\0".to_vec(),
+                "VERSION" => VERSION.to_vec(),
+                "RELOAD" => {
+                    asked.fetch_add(1, SeqCst);
+                    b"RELOADING\0".to_vec()
+                }
+                _ if asked.load(SeqCst) >= reloads => found().into_bytes(),
+                _ => b"stream: OK\0".to_vec(),
+            })
+        })
+    }
+
+    #[tokio::test]
+    async fn without_a_clamd_an_install_is_live() {
+        let host = Host::new();
+        assert_eq!(host.prove(&[], 7).await, "live, none none: -");
+    }
+
+    #[tokio::test]
+    async fn a_clamd_that_is_seen_with_the_install_is_live() {
+        let fake = clamd(7, 1);
+        let verdict = Host::new().prove(&[fake.address()], 7).await;
+        assert_eq!(verdict, "live, up canary: -");
+    }
+
+    #[tokio::test]
+    async fn each_of_several_clamds_is_proven_and_none_twice() {
+        let (quick, slow) = (clamd(7, 0), clamd(7, 2));
+        let verdict = Host::new()
+            .prove(&[quick.address(), slow.address()], 7)
+            .await;
+        assert_eq!(verdict, "live, up canary: -");
+        let scans = |fake: &Fake| fake.asked().iter().filter(|c| *c == "INSTREAM").count();
+        assert_eq!(scans(&quick), 1);
+        assert!(scans(&slow) > 1);
+        assert!(!quick.asked().contains(&"RELOAD".to_owned()));
+    }
+
+    #[tokio::test]
+    async fn one_clamd_down_keeps_the_install_from_being_live() {
+        let (up, mut down) = (clamd(7, 0), clamd(7, 0));
+        down.kill().await;
+        let (up, down) = (up.address(), down.address());
+        let mut host = Host::new();
+        host.deadline = Duration::from_millis(50);
+        let verdict = host.prove(&[up, down.clone()], 7).await;
+        let expected = format!(
+            "absent, down none: clamd at {down}: no clamd at {down}: Connection refused (os error 111)"
+        );
+        assert_eq!(verdict, expected);
+    }
+
+    #[tokio::test]
+    async fn another_install_is_not_this_one() {
+        let fake = clamd(6, 0);
+        let mut host = Host::new();
+        host.deadline = Duration::from_millis(50);
+        let verdict = host.prove(&[fake.address()], 7).await;
+        let expected = "unproven, up none: to the sample it said `Clamcast.Install-6.UNOFFICIAL`";
+        assert_eq!(verdict, expected);
+    }
+
+    #[tokio::test]
+    async fn a_silent_clamd_leaves_it_unproven() {
+        let fake = Fake::new(|_| Some(Vec::new()));
+        let mut host = Host::new();
+        host.deadline = Duration::from_millis(50);
+        let verdict = host.prove(&[fake.address()], 7).await;
+        assert!(
+            verdict.starts_with("unproven, silent none: clamd at"),
+            "{verdict}"
+        );
+    }
+
+    #[tokio::test]
+    async fn stopping_ends_the_wait() {
+        let fake = Fake::new(|_| None);
+        let prover = Host::new().prover(&[fake.address()]);
+        let stop = CancellationToken::new();
+        stop.cancel();
+        let verdict = words_of(&prover.prove(7, prover.mark(), stop).await);
+        assert_eq!(
+            verdict,
+            "unproven, silent none: stopped before it was proven"
+        );
+    }
+
+    #[tokio::test]
+    async fn two_failed_loads_in_the_log_are_a_refusal() {
+        let host = Host::new();
+        let log = host.log();
+        let fake = Fake::new(move |command| {
+            Some(match command {
+                "PING" => b"PONG\0".to_vec(),
+                "VERSION" => VERSION.to_vec(),
+                "RELOAD" => {
+                    let mut log = File::options()
+                        .append(true)
+                        .create(true)
+                        .open(&log)
+                        .unwrap();
+                    write!(
+                        log,
+                        "Reading databases from /var/lib/clamav\n\
+                         ERROR: reload_th: Database load failed: Malformed database\n\
+                         WARNING: Database reload failed, keeping the previous instance\n"
+                    )
+                    .unwrap();
+                    b"RELOADING\0".to_vec()
+                }
+                _ => b"stream: OK\0".to_vec(),
+            })
+        });
+        let verdict = host.prove(&[fake.address()], 7).await;
+        assert_eq!(verdict, "refused, up none: clamd: Malformed database");
+        let reloads = fake.asked().iter().filter(|c| *c == "RELOAD").count();
+        assert_eq!(reloads, 2);
+    }
+
+    #[tokio::test]
+    async fn what_was_not_proven_in_time_is_live_when_it_is_seen() {
+        let fake = clamd(7, u64::MAX);
+        let mut host = Host::new();
+        host.deadline = Duration::from_millis(50);
+        let prover = host.prover(&[fake.address()]);
+        let stop = CancellationToken::new();
+        let verdict = prover.prove(7, prover.mark(), stop).await;
+        assert_eq!(words_of(&verdict), "unproven, up none: -");
+        assert_eq!(words_of(&prover.probe(7).await), "unproven, up none: -");
+        let fake = clamd(7, 0);
+        let prover = host.prover(&[fake.address()]);
+        assert_eq!(words_of(&prover.probe(7).await), "live, up canary: -");
+        assert_eq!(
+            prover.report().version.unwrap().as_bytes(),
+            &VERSION[..VERSION.len() - 1]
+        );
+    }
+
+    #[tokio::test]
+    async fn a_look_tells_who_is_there() {
+        let mut fake = clamd(7, 0);
+        let prover = Host::new().prover(&[fake.address()]);
+        assert_eq!(prover.report().state, ClamdState::Down);
+        assert_eq!(prover.look().await.state, ClamdState::Up);
+        assert_eq!(prover.report().state, ClamdState::Up);
+        fake.kill().await;
+        assert_eq!(prover.look().await.state, ClamdState::Down);
+    }
+
+    #[tokio::test]
+    async fn where_the_proof_is_version_it_takes_a_load_in_the_log() {
+        let mut host = Host::new();
+        host.proof = ProofBy::Version;
+        let head = "ClamAV-VDB:22 Nov 2026 06-43 +0000:101:2:90:X:X:lab:1795329839";
+        fs::write(
+            host.directory.path().join("daily.cud"),
+            format!("{head:512}"),
+        )
+        .unwrap();
+        let log = host.log();
+        let fake = Fake::new(move |command| {
+            Some(match command {
+                "PING" => b"PONG\0".to_vec(),
+                "VERSION" => VERSION.to_vec(),
+                "RELOAD" => {
+                    let mut log = File::options()
+                        .append(true)
+                        .create(true)
+                        .open(&log)
+                        .unwrap();
+                    write!(
+                        log,
+                        "Reading databases from /var/lib/clamav\n\
+                         Database correctly reloaded (2 signatures)\n\
+                         Activating the newly loaded database...\n"
+                    )
+                    .unwrap();
+                    b"RELOADING\0".to_vec()
+                }
+                other => panic!("no need for {other}"),
+            })
+        });
+        let verdict = host.prove(&[fake.address()], 7).await;
+        let expected =
+            "live, up version: proof = \"version\": the proof is VERSION and clamd's log";
+        assert_eq!(verdict, expected);
+    }
+
+    #[test]
+    fn version_names_a_database_in_any_time_zone() {
+        let head = |version| {
+            let text =
+                format!("ClamAV-VDB:22 Nov 2026 06-43 +0000:{version}:2:90:X:X:lab:1795329839");
+            Header::parse(format!("{text:512}").as_bytes().try_into().unwrap()).unwrap()
+        };
+        for (version, right) in [
+            ("ClamAV 1.4.6/101/Sun Nov 22 06:43:59 2026", true),
+            ("ClamAV 1.4.6/101/Sun Nov 22 12:28:59 2026", true),
+            ("ClamAV 1.4.6/101/Sat Nov 21 19:43:59 2026", true),
+            ("ClamAV 1.4.6/101/Sun Nov 22 06:44:59 2026", false),
+            ("ClamAV 1.4.6/101/Mon Nov 23 06:43:59 2026", false),
+            ("ClamAV 1.4.6/100/Sun Nov 22 06:43:59 2026", false),
+            ("ClamAV 1.4.6/4294967295/invalid timestam", false),
+            ("ClamAV 1.4.6/101", false),
+            ("ClamAV 1.4.6", false),
+        ] {
+            assert_eq!(names(version, &head(101)), right, "{version}");
+        }
+    }
+}
