@@ -114,7 +114,7 @@ fn a_lossy_and_slow_path_only_takes_longer() {
     let (mut master, mut agent, proxy) = slow_fleet(&fleet);
     let delay = std::time::Duration::from_millis(20);
     proxy.set(Link {
-        loss: 0.05,
+        loss: 0.01,
         delay,
         ..Link::default()
     });
@@ -154,16 +154,18 @@ fn a_full_disk_on_the_agent_keeps_the_old_set_and_says_so() {
         .member("hsb", signatures(0..100))
         .write(&mirror);
     let mut master = fleet.master(&mirror);
-    master.configure("require = []", "require = []\nload_test = \"never\"");
+    master.configure("require = []", "require = []\nload_test = \"never\"\nshrink_max = \"100%\"");
     let mut agent = fleet.agent("web1");
     let _disk = SmallDisk::mount(&agent.database());
     master.start();
     agent.start();
     master.wait_live("web1", 1);
-    large(2).write(&mirror);
+    Container::new("daily", 2)
+        .member("hsb", signatures(0..200_000))
+        .write(&mirror);
     let row = master.wait_agent("web1", "host_fault", |row| row["outcome"] == "host_fault");
     let error = row["error"].as_str().unwrap();
-    assert!(error.contains("space"), "{error}");
+    assert!(error.contains("make room"), "{error}");
     assert_eq!(
         (&row["generation"], &row["live"]),
         (&1.into(), &true.into())
@@ -176,13 +178,15 @@ fn a_full_disk_on_the_agent_keeps_the_old_set_and_says_so() {
     master.wait_live("web1", 3);
 }
 
-/// A tmpfs of a megabyte and a half, unmounted when dropped.
+/// A tmpfs of 24 MiB: a small set fits, with the room that an agent leaves free, a large one does not, unmounted when dropped.
 struct SmallDisk(std::path::PathBuf);
 
 impl SmallDisk {
     fn mount(directory: &Path) -> Self {
         let mut mount = Command::new("mount");
-        mount.args(["-t", "tmpfs", "-o", "size=1536k", "tmpfs"]).arg(directory);
+        mount
+            .args(["-t", "tmpfs", "-o", "size=24m", "tmpfs"])
+            .arg(directory);
         let output = mount.output().expect("root can mount");
         assert!(output.status.success(), "{output:?}");
         Self(directory.into())

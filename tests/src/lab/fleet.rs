@@ -103,7 +103,7 @@ keys = "{pki}/manifest.pub"
 
     /// An agent without a clamd, of a new certificate. It is not started.
     pub fn agent(&self, name: &str) -> Agent {
-        self.agent_with(name, "socket = \"none\"")
+        self.agent_with(name, "config = \"\"\nsocket = \"none\"")
     }
 
     /// An agent whose `[clamd]` table has these lines. It is not started.
@@ -127,7 +127,6 @@ admin = "admin.sock"
 [database]
 path = "db"
 [clamd]
-config = ""
 {clamd}
 "#,
             port = self.port,
@@ -413,9 +412,10 @@ impl std::ops::DerefMut for Agent {
 /// A program of this workspace, as it is now.
 pub fn program(name: &str) -> Command {
     let mut command = Command::new(binaries().join(name));
-    command
-        .env("PATH", search_path())
-        .env("CLAMCAST_LOG", "debug");
+    command.env("PATH", search_path()).env(
+        "CLAMCAST_LOG",
+        "info,clamcast_master=debug,clamcast_agent=debug",
+    );
     command
 }
 
