@@ -38,13 +38,13 @@ use crate::chain;
 use crate::clamd::Prover;
 use crate::config::Stale;
 use crate::endpoint::Credentials;
-use crate::install::{Completed, HostFault, Installed, Installer, ReceiveError};
+use crate::install::{Completed, HostFault, Installer, ReceiveError};
 use crate::link::{self, Outbox};
 use crate::part::PartReader;
 use crate::receipts::Receipts;
 use crate::slot::{Action, Ending, Event as SlotEvent, Slot};
 use crate::state::{self, State};
-use crate::status::{InstalledStatus, LastStatus, MasterStatus, Status};
+use crate::status::{LastStatus, MasterStatus, Status};
 use crate::trust::{RefusedKeys, TrustStore};
 
 /// While something is going on, the master hears of it at least this often.
@@ -948,6 +948,8 @@ impl Keeper {
     fn status(&self) -> Status {
         let trust = self.trust.trust();
         let installed = self.installer.installed();
+        let manifest = installed.as_ref().map(|installed| &installed.set.manifest);
+        let outcome = installed.as_ref().map(|installed| installed.outcome);
         let last = self.receipts.last();
         let unwell = last.filter(|last| last.outcome != Outcome::Live);
         Status {
@@ -955,10 +957,16 @@ impl Keeper {
             agent: self.credentials.agent.clone(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             master: self.master.status(),
-            live: installed
-                .as_ref()
-                .is_some_and(|installed| installed.outcome == Outcome::Live),
-            installed: installed.map(InstalledStatus::from),
+            epoch: manifest.map(|manifest| manifest.epoch),
+            generation: manifest.map(|manifest| manifest.generation),
+            content: manifest.map(|manifest| manifest.content),
+            published: manifest.map(|manifest| manifest.created),
+            install: installed.as_ref().map(|installed| installed.install),
+            files: manifest.map_or_else(Vec::new, |manifest| {
+                manifest.files.iter().map(|f| f.name.clone()).collect()
+            }),
+            live: outcome == Some(Outcome::Live),
+            outcome: last.map(|last| last.outcome).or(outcome),
             phase: if self.phase == Phase::Idle {
                 self.slot.phase()
             } else {
@@ -1010,20 +1018,6 @@ impl Master {
                 since: *since,
                 error: error.clone(),
             },
-        }
-    }
-}
-
-impl From<Installed> for InstalledStatus {
-    fn from(installed: Installed) -> Self {
-        let manifest = installed.set.manifest;
-        Self {
-            epoch: manifest.epoch,
-            generation: manifest.generation,
-            content: manifest.content,
-            published: manifest.created,
-            install: installed.install,
-            files: manifest.files.into_iter().map(|file| file.name).collect(),
         }
     }
 }

@@ -124,12 +124,12 @@ pub enum LinkError {
         address: SocketAddr,
     },
     /// It ended.
-    #[error("{}", said(*address, source))]
+    #[error("{}", said(*address, end))]
     Lost {
         /// The address.
         address: SocketAddr,
-        /// Why.
-        source: ConnectionError,
+        /// Why; the text says what it means.
+        end: ConnectionError,
     },
     /// It is not spoken to any more.
     #[error("the master at {address} {what}")]
@@ -184,7 +184,7 @@ impl LinkError {
     /// Whether it came from a master that will not want this host in a second either.
     fn is_rejection(&self) -> bool {
         let Self::Lost {
-            source: ConnectionError::ApplicationClosed(closed),
+            end: ConnectionError::ApplicationClosed(closed),
             ..
         } = self
         else {
@@ -320,11 +320,11 @@ impl Link {
 
     /// Connects, and waits for the master's first words.
     async fn greet(&self, address: SocketAddr, keep_alive: Duration) -> Result<Greeted, LinkError> {
-        let lost = |source| {
-            if source == ConnectionError::TimedOut {
+        let lost = |end| {
+            if end == ConnectionError::TimedOut {
                 LinkError::NoAnswer { address }
             } else {
-                LinkError::Lost { address, source }
+                LinkError::Lost { address, end }
             }
         };
         let config = self.credentials.client_config(keep_alive);
@@ -451,7 +451,7 @@ impl Link {
         loop {
             let stream = match connection.accept_uni().await {
                 Ok(stream) => stream,
-                Err(source) => return LinkError::Lost { address, source },
+                Err(end) => return LinkError::Lost { address, end },
             };
             while headers.try_join_next().is_some() {}
             let events = self.events.clone();
@@ -507,7 +507,7 @@ async fn next(
             message => Ok(message),
         },
         Some(Err(error)) => match connection.close_reason() {
-            Some(source) => Err(LinkError::Lost { address, source }),
+            Some(end) => Err(LinkError::Lost { address, end }),
             None => broken(format!("broke the control stream ({error})")),
         },
         None => broken("ended the control stream".to_owned()),
@@ -526,7 +526,7 @@ async fn write(
             Ok(Ok(())) => {}
             Ok(Err(error)) => {
                 return match connection.close_reason() {
-                    Some(source) => LinkError::Lost { address, source },
+                    Some(end) => LinkError::Lost { address, end },
                     None => LinkError::Protocol {
                         address,
                         what: format!("does not read any more ({error})"),

@@ -23,10 +23,22 @@ pub struct Status {
     pub version: String,
     /// The connection.
     pub master: MasterStatus,
-    /// What is installed.
-    pub installed: Option<InstalledStatus>,
+    /// The installed generation's epoch.
+    pub epoch: Option<Epoch>,
+    /// The installed generation.
+    pub generation: Option<Generation>,
+    /// Digest of its content.
+    pub content: Option<Digest>,
+    /// When it was published.
+    pub published: Option<Timestamp>,
+    /// Number of the install.
+    pub install: Option<u64>,
+    /// Its databases.
+    pub files: Vec<DatabaseName>,
     /// Whether clamd was seen scanning with it.
     pub live: bool,
+    /// What came of the newest generation that came to an end here.
+    pub outcome: Option<Outcome>,
     /// What is going on.
     pub phase: Phase,
     /// The generation that it is going on for.
@@ -68,23 +80,6 @@ pub struct MasterStatus {
     pub error: Option<String>,
 }
 
-/// An installed generation.
-#[derive(Clone, Debug, Deserialize, Serialize)]
-pub struct InstalledStatus {
-    /// Its epoch.
-    pub epoch: Epoch,
-    /// Its number.
-    pub generation: Generation,
-    /// Digest of its content.
-    pub content: Digest,
-    /// When it was published.
-    pub published: Timestamp,
-    /// Number of the install.
-    pub install: u64,
-    /// Its databases.
-    pub files: Vec<DatabaseName>,
-}
-
 /// How a generation ended.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct LastStatus {
@@ -124,21 +119,21 @@ impl Status {
         if let Some(error) = &master.error {
             line("", error);
         }
-        match &self.installed {
-            None => line("installed:", &"nothing yet"),
-            Some(installed) => line(
+        match (self.epoch, self.generation, self.published) {
+            (Some(epoch), Some(generation), Some(published)) => line(
                 "installed:",
                 &format_args!(
-                    "generation {}.{}, published {} ago, {} databases, install {}",
-                    installed.epoch,
-                    installed.generation,
-                    age(installed.published, now),
-                    installed.files.len(),
-                    installed.install
+                    "generation {epoch}.{generation}, published {} ago, {}",
+                    age(published, now),
+                    match self.files.len() {
+                        1 => "1 database".to_owned(),
+                        count => format!("{count} databases"),
+                    },
                 ),
             ),
+            (_, _, _) => line("installed:", &"nothing yet"),
         }
-        if self.installed.is_some() {
+        if self.generation.is_some() {
             let live = match (self.live, self.clamd.state, self.clamd.proof) {
                 (true, ClamdState::None, _) => "yes: this host has no clamd by configuration",
                 (true, _, Proof::Canary) => "yes: clamd was seen scanning with it",
@@ -213,13 +208,10 @@ impl Status {
 /// From one time to the next in the two largest units; nothing if the order is the other one.
 fn age(from: Timestamp, to: Timestamp) -> String {
     let duration = to.duration_since(from).max(SignedDuration::ZERO);
-    let secs = duration.as_secs().unsigned_abs();
-    let coarse = match secs {
-        0..3600 => secs,
-        3600..86_400 => secs / 60 * 60,
-        86_400.. => secs / 3600 * 3600,
-    };
-    humantime::format_duration(Duration::from_secs(coarse)).to_string()
+    let secs = Duration::from_secs(duration.as_secs().unsigned_abs());
+    let text = humantime::format_duration(secs).to_string();
+    let units: Vec<_> = text.split(' ').take(2).collect();
+    units.join(" ")
 }
 
 /// What `verify` found.
@@ -357,6 +349,7 @@ mod tests {
         assert_eq!(age(at(0), at(59)), "59s");
         assert_eq!(age(at(0), at(2 * 3600 + 61)), "2h 1m");
         assert_eq!(age(at(0), at(86_400 + 3700)), "1day 1h");
+        assert_eq!(age(at(0), at(364 * 86_400 + 3700)), "11months 29days");
         assert_eq!(age(at(5), at(0)), "0s");
     }
 }
