@@ -1,36 +1,60 @@
 //! Puts a generation on disk so that clamd has either the old set or the new one, whatever happens.
+//!
+//! [`Installer`] drives it: `plan` stages what is here and says what is missing, `receive` takes
+//! the rest, `install` swaps, makes clamd prove it, and turns back where clamd refuses. What to do
+//! next is decided by [`machine`], which is pure; [`stage`] and [`swap`] act through
+//! [`disk::Disk`]. A crash at any moment is ended by the next [`Installer::open`].
 
 use std::future::Future;
-use std::io;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard};
 
-use clamcast_proto::dsse::{Envelope, Verified};
+use clamcast_daemon::durable;
+use clamcast_proto::dsse::Verified;
 use clamcast_proto::manifest::{Manifest, ManifestFile};
-use clamcast_proto::receipt::{ClamdReport, FileState, Outcome};
+use clamcast_proto::receipt::{ClamdReport, ClamdState, FileState, Outcome};
 use clamcast_proto::wire::{NeedFile, Part, Phase};
 use clamcast_proto::{DatabaseName, Digest};
+use tokio::sync::OwnedMutexGuard;
 use tokio_util::sync::CancellationToken;
 
-/// A manifest with the envelope it came in. It is kept in files that only the agent writes, and was
-/// verified before; a key that has been rotated since must not make a host forget what it has.
-#[derive(Clone, Debug)]
-pub struct Set {
-    /// The manifest.
-    pub manifest: Manifest,
-    /// As it was signed.
-    pub envelope: Envelope,
-}
+use crate::chain;
+use crate::clamd::proof::Nonce;
+use crate::clamd::{LogMark, Prover, Verdict};
 
-/// What is installed.
+pub mod disk;
+#[cfg(test)]
+mod faults;
+pub mod journal;
+#[cfg(test)]
+mod lab;
+pub mod machine;
+mod stage;
+mod swap;
+#[cfg(test)]
+mod tests;
+
+pub use disk::HostFault;
+pub use journal::{Installed, Set};
+pub use stage::{ReceiveError, SPACE_RESERVE_BYTES};
+
+use disk::{At, Dir, Disk, HostDisk, RECORD_MODE, Tree};
+use journal::{Ending, Journal, Records, Refusal, Step};
+use machine::{Action, Event, Machine};
+use stage::{Known, Receiving, Stage};
+use swap::{Numbers, Swap, SwapFault};
+
+/// File in the state directory with the host's nonce, in hexadecimal digits.
+const NONCE: &str = "nonce";
+
+/// What an installer works on.
 #[derive(Clone, Debug)]
-pub struct Installed {
-    /// The generation.
-    pub set: Set,
-    /// Number of the install.
-    pub install: u64,
-    /// What came of it: `live` or `installed`.
-    pub outcome: Outcome,
+pub struct Settings {
+    /// The database directory.
+    pub database: PathBuf,
+    /// The agent's state directory.
+    pub state: PathBuf,
 }
 
 /// How an install ended: what a receipt says.
@@ -40,11 +64,11 @@ pub struct Completed {
     pub set: Set,
     /// What came of it.
     pub outcome: Outcome,
-    /// Number of the install that the proof was about.
+    /// Number of the install that the proof was about; 0 if it did not get that far.
     pub install: u64,
     /// What is on disk now under a name of the generation.
     pub files: Vec<FileState>,
-    /// Databases in the directory that are not ours.
+    /// Databases in the directory that are not ours, bounded.
     pub foreign: Vec<String>,
     /// The clamd it was proven with.
     pub clamd: ClamdReport,
@@ -55,39 +79,29 @@ pub struct Completed {
 /// One database of the installed generation, compared with the disk.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct FileCheck {
-    /// Its name.
-    pub name: DatabaseName,
     /// What the manifest says.
-    pub expected: (u64, Digest),
-    /// What is there; an error text if it cannot be read.
-    pub found: Result<Option<FileState>, String>,
+    pub expected: FileState,
+    /// What is there; `None` if nothing is.
+    pub found: Option<FileState>,
+    /// Why it could not be read.
+    pub error: Option<String>,
 }
 
-/// What clamd says to an install.
-#[derive(Clone, Debug)]
-pub enum Verdict {
-    /// Seen scanning with it.
-    Live(ClamdReport),
-    /// Evidence that it cannot use the set.
-    Refused {
-        /// clamd's own words.
-        reason: String,
-        /// What is known of clamd.
-        report: ClamdReport,
-    },
-    /// Silent, or the deadline passed.
-    Unproven(ClamdReport),
-    /// Not there.
-    Absent(ClamdReport),
+impl FileCheck {
+    /// Whether the file is as it should be.
+    pub fn is_right(&self) -> bool {
+        self.found.as_ref() == Some(&self.expected)
+    }
 }
 
-/// Where verdicts come from: `clamd::Prover`, or a fake one in tests.
+/// Where verdicts come from: the host's clamds, or a fake in tests.
 pub trait Prove: Send + Sync + 'static {
     /// A place in clamd's log.
-    type Mark: Send + Sync;
-    /// Where clamd's log ends now: after the renames, before the first RELOAD.
+    type Mark: Send;
+    /// Where clamd's log ends now: asked after the renames and before the first RELOAD.
     fn mark(&self) -> Self::Mark;
-    /// Reloads until clamd is seen with install `n`, or until there is evidence that it cannot.
+    /// Makes clamd reload until it is seen with install `n`, or until there is evidence that it
+    /// cannot use the set.
     fn prove(
         &self,
         n: u64,
@@ -96,153 +110,723 @@ pub trait Prove: Send + Sync + 'static {
     ) -> impl Future<Output = Verdict> + Send;
     /// One look, without a reload.
     fn probe(&self, n: u64) -> impl Future<Output = Verdict> + Send;
-    /// Loads a directory with `clamscan`; its own reason if that fails. Only asked where a failed
-    /// load would kill clamd; passes where there is no `clamscan`.
+    /// Whether a set is to be loaded with `clamscan` before clamd gets to see it: where clamd stops
+    /// scanning to reload, a failed load leaves it dead until it is restarted.
+    fn wants_load_test(&self) -> bool;
+    /// Loads a directory with `clamscan`; its own reason if that fails.
     fn load_test(&self, directory: &Path) -> impl Future<Output = Result<(), String>> + Send;
     /// What is known of clamd without asking.
     fn report(&self) -> ClamdReport;
 }
 
-/// Something of the host's own stood in the way.
-#[derive(Debug, thiserror::Error)]
-pub enum HostFault {
-    /// A call failed.
-    #[error("cannot {doing} {path}")]
-    Io {
-        /// What was tried.
-        doing: &'static str,
-        /// On what.
-        path: PathBuf,
-        /// The system's answer.
-        source: io::Error,
-    },
-    /// An install is under way; plan again when it has ended.
-    #[error("an install is under way")]
-    Busy,
+impl Prove for Prover {
+    type Mark = LogMark;
+
+    fn mark(&self) -> LogMark {
+        self.mark()
+    }
+
+    async fn prove(&self, n: u64, mark: LogMark, stop: CancellationToken) -> Verdict {
+        self.prove(n, mark, stop).await
+    }
+
+    async fn probe(&self, n: u64) -> Verdict {
+        self.probe(n).await
+    }
+
+    fn wants_load_test(&self) -> bool {
+        let settings = self.settings();
+        !settings.concurrent_reload && !settings.instances.is_empty()
+    }
+
+    async fn load_test(&self, directory: &Path) -> Result<(), String> {
+        self.load_test(directory).await
+    }
+
+    fn report(&self) -> ClamdReport {
+        self.report()
+    }
 }
 
-/// Why a part was not taken.
-#[derive(Debug, thiserror::Error)]
-pub enum ReceiveError {
-    /// The host's fault: the outcome is `host_fault`.
-    #[error("the host cannot take it")]
-    Host(#[from] HostFault),
-    /// The connection ended early; what came is kept for resuming.
-    #[error("the part of {name} ended early")]
-    Interrupted {
-        /// Which file.
-        name: DatabaseName,
-        /// Why.
-        source: io::Error,
-    },
+/// The host's nonce, made of `random` and kept in the state directory when there is none yet.
+/// Blocking.
+pub fn nonce(state: &Path, random: [u8; 16]) -> Result<Nonce, HostFault> {
+    let path = state.join(NONCE);
+    let kept = match std::fs::read_to_string(&path) {
+        Ok(text) => {
+            let mut bytes = [0; 16];
+            let whole = hex::decode_to_slice(text.trim_end(), &mut bytes);
+            whole.is_ok().then_some(bytes) // a damaged one is replaced: the next install has a new canary
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+        Err(source) => return Err(disk::io_fault("read", &path, source)),
+    };
+    if let Some(bytes) = kept {
+        return Ok(Nonce(bytes));
+    }
+    let text = format!("{}\n", hex::encode(random));
+    durable::write(&path, text.as_bytes(), RECORD_MODE)
+        .map_err(|source| disk::io_fault("write", &path, source))?;
+    Ok(Nonce(random))
 }
 
-/// What the installer works on.
-#[derive(Clone, Debug)]
-pub struct Settings {
-    /// The database directory.
-    pub database: PathBuf,
-    /// The agent's state directory.
-    pub state: PathBuf,
-}
-
-/// The installer. Cheap to clone.
-#[derive(Debug)]
+/// Installs generations on this host, one at a time. Clones share everything.
 pub struct Installer<P> {
-    prover: Arc<P>,
+    shared: Arc<Shared<P>>,
+}
+
+impl<P> Clone for Installer<P> {
+    fn clone(&self) -> Self {
+        Self {
+            shared: Arc::clone(&self.shared),
+        }
+    }
+}
+
+struct Shared<P> {
+    tree: Tree,
+    nonce: Nonce,
+    prover: P,
+    /// Held from the look at the directory to the end of an install.
+    slot: Arc<tokio::sync::Mutex<()>>,
+    machine: Mutex<Machine>,
+    installed: Mutex<Option<Installed>>,
+    /// The manifest of the last plan, and whether an operator forced it.
+    planned: Mutex<Option<(Digest, bool)>>,
+    /// What `open` left for `resume`.
+    opened: Mutex<Option<(Set, Next)>>,
+    known: Known,
+    receiving: Receiving,
+}
+
+/// Where the blocking part of an install ends.
+enum Next {
+    Prove(Box<Journal>),
+    Finish(Ending),
+    Nothing,
+}
+
+/// What an install begins with.
+enum Prepared {
+    Answered(Refusal),
+    /// The files are those that are installed: if clamd still has them, only the number moves.
+    InPlace(Box<Installed>, Box<Journal>),
+    Go(Box<Journal>),
 }
 
 impl<P: Prove> Installer<P> {
-    /// Opens the directories and completes, on disk, an install that a crash interrupted: call it
-    /// before the network is touched. Blocking.
-    pub fn open(settings: Settings, nonce: [u8; 16], prover: P) -> Result<Self, HostFault> {
-        let _ = (settings, nonce);
-        Ok(Self {
-            prover: Arc::new(prover),
-        })
+    /// Opens the directories and ends, on disk, an install that a crash interrupted. Call it before
+    /// the network is touched. Blocking.
+    ///
+    /// # Errors
+    ///
+    /// If the database directory is missing or not the agent's, with the command that mends it.
+    pub fn open(settings: &Settings, nonce: Nonce, prover: P) -> Result<Self, HostFault> {
+        let disk = HostDisk::open(&settings.database, &settings.state)?;
+        Self::with_disk(disk, nonce, prover)
     }
 
-    /// Proves and completes what `open` rolled forward, if anything. Async; call it once.
-    pub async fn resume(&self, stop: CancellationToken) -> Option<Completed> {
-        let _ = (&self.prover, stop);
-        unimplemented!()
+    /// The same on any disk.
+    pub fn with_disk(disk: impl Disk, nonce: Nonce, prover: P) -> Result<Self, HostFault> {
+        let tree = Tree::new(disk);
+        let journal = Records(&tree).journal()?;
+        let installed = Records(&tree).installed()?;
+        let shared = Shared {
+            tree,
+            nonce,
+            prover,
+            slot: Arc::default(),
+            machine: Mutex::default(),
+            installed: Mutex::new(installed),
+            planned: Mutex::default(),
+            opened: Mutex::default(),
+            known: Known::default(),
+            receiving: Receiving::default(),
+        };
+        if let Some(journal) = journal {
+            let set = journal.set.clone();
+            tracing::info!(generation = %set.manifest.position(), step = ?journal.step, "ending an interrupted install");
+            let next = shared.resume(journal)?;
+            *lock(&shared.opened) = Some((set, next));
+        }
+        let shared = Arc::new(shared);
+        Ok(Self { shared })
+    }
+
+    /// Proves and completes what `open` found interrupted, if anything. Call it once, after `open`.
+    pub async fn resume(
+        &self,
+        stop: CancellationToken,
+        progress: impl Fn(Phase) + Send + Sync,
+    ) -> Option<Completed> {
+        let guard = Arc::clone(&self.shared.slot).lock_owned().await;
+        let (set, next) = lock(&self.shared.opened).take()?;
+        self.complete(guard, set, next, stop, &progress).await
     }
 
     /// What is installed.
     pub fn installed(&self) -> Option<Installed> {
-        unimplemented!()
+        lock(&self.shared.installed).clone()
     }
 
-    /// The answer to a manifest that clamd refused before: no transfer, no other try. Blocking.
+    /// What is going on.
+    pub fn phase(&self) -> Phase {
+        lock(&self.shared.machine).phase()
+    }
+
+    /// Whether the installed set has yet to be seen in clamd: then [`Installer::probe_on`] goes on
+    /// asking.
+    pub fn waits_for_clamd(&self) -> bool {
+        lock(&self.shared.machine).waits_for_clamd()
+    }
+
+    /// The answer to a manifest that was refused here before: no transfer, no other try. An offer
+    /// that an operator forced need not ask. Blocking.
     pub fn refused_before(&self, manifest: &Verified<Manifest>) -> Option<Completed> {
-        let _ = manifest;
-        unimplemented!()
+        let refusal = self.shared.refusal(&manifest.payload_sha256())?;
+        Some(self.shared.answer(Set::from(manifest), refusal))
     }
 
-    /// Stages what is on the host already and returns what must be transferred. Blocking.
+    /// Stages what is on the host, read and hashed anew, and says what must be transferred. `rehash`
+    /// (an operator's force) also lets a generation be tried that was refused before; `full` asks
+    /// for no deltas. Blocking: it waits for an install under way to end.
+    ///
+    /// # Errors
+    ///
+    /// `host_fault`: see [`Installer::host_fault`].
     pub fn plan(
         &self,
         manifest: &Verified<Manifest>,
         rehash: bool,
         full: bool,
     ) -> Result<Vec<NeedFile>, HostFault> {
-        let _ = (manifest, rehash, full);
-        unimplemented!()
+        let _guard = self.shared.slot.blocking_lock();
+        self.shared
+            .plan(manifest, manifest.payload_sha256(), rehash, full)
     }
 
-    /// Takes a part. Blocking; several at once for different files.
+    /// Takes a part of a file that a plan asked for. Blocking; several at once for different files.
+    ///
+    /// # Errors
+    ///
+    /// Each says what to do next: resume, ask for the full file, or report a `host_fault`.
     pub fn receive(
         &self,
         part: &Part,
         file: &ManifestFile,
-        bytes: impl io::Read,
+        bytes: impl Read,
     ) -> Result<(), ReceiveError> {
-        let _ = (part, file, bytes);
-        unimplemented!()
+        let installed = self.installed();
+        let installed = installed.as_ref().map(|installed| &installed.set.manifest);
+        self.shared.stage().receive(part, file, installed, bytes)?;
+        lock(&self.shared.machine).handle(Event::Arrived(file.sha256));
+        Ok(())
     }
 
-    /// Installs what is staged: swap, reload, prove, roll back on refusal. Async; does its disk work on
-    /// the blocking pool. `stop` ends only the waiting for clamd; the disk work is always ended.
+    /// Installs what is staged: swap, reload, proof, and back on a refusal. Its disk work is done on
+    /// the blocking pool and is never broken off; `stop` ends the waiting for clamd, and the next
+    /// start goes on with it.
     pub async fn install(
         &self,
         manifest: &Verified<Manifest>,
         stop: CancellationToken,
         progress: impl Fn(Phase) + Send + Sync,
     ) -> Completed {
-        let _ = (manifest, stop, progress);
-        unimplemented!()
+        let set = Set::from(manifest);
+        let guard = Arc::clone(&self.shared.slot).lock_owned().await;
+        self.install_set(guard, set, stop, &progress).await
     }
 
-    /// For outcome `installed`: one look; `Some` once it is live or refused. Async.
+    /// Where the outcome is `installed`: one look at clamd, and a reload if it is up with another
+    /// set. `Some` once it is live, or refused.
     pub async fn probe_on(&self, stop: CancellationToken) -> Option<Completed> {
-        let _ = stop;
-        unimplemented!()
+        let guard = Arc::clone(&self.shared.slot).lock_owned().await;
+        let journal = lock(&self.shared.machine).journal().cloned()?;
+        let set = journal.set.clone();
+        if journal.step != Step::Waiting {
+            // A disk that failed in the middle of something: perhaps it works again.
+            let resumed = self
+                .blocking(guard, move |shared| shared.resume(journal))
+                .await;
+            let (guard, next) = (resumed.0, resumed.1.ok()?);
+            return self.complete(guard, set, next, stop, &|_| ()).await;
+        }
+        let mut verdict = self.shared.prover.probe(journal.install).await;
+        if let Verdict::Unproven(report) = &verdict
+            && report.state == ClamdState::Up
+        {
+            let mark = self.shared.prover.mark();
+            verdict = self
+                .shared
+                .prover
+                .prove(journal.install, mark, stop.clone())
+                .await;
+        }
+        let judged = Event::Judged(verdict);
+        let (guard, next) = self
+            .blocking(guard, move |shared| shared.drive(judged))
+            .await;
+        self.complete(guard, set, next, stop, &|_| ()).await
     }
 
     /// Compares the directory with the installed manifest, reading every byte. Blocking.
     pub fn verify(&self) -> Vec<FileCheck> {
-        unimplemented!()
+        let Some(installed) = self.installed() else {
+            return Vec::new();
+        };
+        let files = installed.set.files().into_iter();
+        files.map(|expected| self.shared.check(expected)).collect()
     }
 
-    /// Puts the installed generation back from its own copies after drift. `Err`: what the master must
-    /// send first. Async.
+    /// Puts the installed generation back after drift, from the host's own copies.
+    ///
+    /// # Errors
+    ///
+    /// With what the master has to send first; or a `host_fault`.
     pub async fn repair(
         &self,
         stop: CancellationToken,
         progress: impl Fn(Phase) + Send + Sync,
-    ) -> Result<Option<Completed>, Vec<NeedFile>> {
-        let _ = (stop, progress);
-        unimplemented!()
+    ) -> Result<Option<Completed>, RepairError> {
+        let guard = Arc::clone(&self.shared.slot).lock_owned().await;
+        let Some(installed) = self.installed() else {
+            return Ok(None);
+        };
+        let set = installed.set.clone();
+        let (guard, planned) = self
+            .blocking(guard, move |shared| {
+                let set = &installed.set;
+                shared.plan(&set.manifest, set.sha256(), true, false)
+            })
+            .await;
+        let needs = planned?;
+        if !needs.is_empty() {
+            return Err(RepairError::Missing(needs));
+        }
+        Ok(Some(self.install_set(guard, set, stop, &progress).await))
     }
 
-    /// Databases in the directory that are not ours, bounded. Blocking.
+    /// Databases in the directory that are not ours, bounded as a receipt is. Blocking.
     pub fn foreign(&self) -> Vec<String> {
-        unimplemented!()
+        self.shared.foreign(None)
+    }
+
+    /// What a receipt says of a generation that this host could not take. Blocking.
+    pub fn host_fault(&self, manifest: &Verified<Manifest>, fault: &HostFault) -> Completed {
+        let ending = Ending {
+            outcome: Outcome::HostFault,
+            install: 0,
+            clamd: self.shared.prover.report(),
+            error: Some(chain(fault)),
+        };
+        self.shared.completed(Set::from(manifest), ending)
+    }
+
+    async fn install_set(
+        &self,
+        guard: OwnedMutexGuard<()>,
+        set: Set,
+        stop: CancellationToken,
+        progress: &(impl Fn(Phase) + Send + Sync),
+    ) -> Completed {
+        let (about, prepared) = (set.clone(), set.clone());
+        let (mut guard, prepared) = self
+            .blocking(guard, move |shared| shared.prepare(&prepared))
+            .await;
+        let event = match prepared {
+            Err(fault) => {
+                let ending = Ending {
+                    outcome: Outcome::HostFault,
+                    install: 0,
+                    clamd: self.shared.prover.report(),
+                    error: Some(chain(&fault)),
+                };
+                return self.ended(guard, set, ending).await;
+            }
+            Ok(Prepared::Answered(refusal)) => {
+                let answer = move |shared: &Shared<P>| shared.answer(set, refusal);
+                return self.blocking(guard, answer).await.1;
+            }
+            Ok(Prepared::InPlace(installed, journal)) => {
+                match self.shared.prover.probe(installed.install).await {
+                    Verdict::Live(report) => Event::Moved(
+                        Box::new(Installed {
+                            set: set.clone(),
+                            ..*installed
+                        }),
+                        report,
+                    ),
+                    Verdict::Refused { .. } | Verdict::Unproven(_) | Verdict::Absent(_) => {
+                        Event::Begin(journal)
+                    }
+                }
+            }
+            Ok(Prepared::Go(journal)) => {
+                let tested;
+                (guard, tested) = self.load_test(guard, &journal).await;
+                match tested {
+                    Ok(()) => Event::Begin(journal),
+                    Err(error) => Event::Unloadable(
+                        Box::new(Refusal {
+                            position: set.manifest.position(),
+                            manifest_sha256: set.sha256(),
+                            install: 0,
+                            error,
+                        }),
+                        self.shared.prover.report(),
+                    ),
+                }
+            }
+        };
+        progress(Phase::Swapping);
+        let (guard, next) = self
+            .blocking(guard, move |shared| shared.drive(event))
+            .await;
+        let completed = self.complete(guard, set, next, stop, progress).await;
+        completed.unwrap_or_else(|| {
+            let ending = Ending {
+                outcome: Outcome::Installed,
+                install: 0,
+                clamd: self.shared.prover.report(),
+                error: None,
+            };
+            self.shared.completed(about, ending)
+        })
+    }
+
+    /// Loads the set with `clamscan` where a bad one would be the end of clamd.
+    async fn load_test(
+        &self,
+        guard: OwnedMutexGuard<()>,
+        journal: &Journal,
+    ) -> (OwnedMutexGuard<()>, Result<(), String>) {
+        if !self.shared.prover.wants_load_test() {
+            return (guard, Ok(()));
+        }
+        let files = journal.files.clone();
+        let (guard, trial) = self
+            .blocking(guard, move |shared| shared.swap().make_trial(&files))
+            .await;
+        match trial {
+            Ok(()) => {
+                let directory = self.shared.tree.directory(Dir::Trial);
+                (guard, self.shared.prover.load_test(&directory).await)
+            }
+            // Without room for links the swap fails too, and that says it as a host's fault.
+            Err(fault) => {
+                tracing::warn!(error = %chain(&fault), "cannot make a load test");
+                (guard, Ok(()))
+            }
+        }
+    }
+
+    /// Goes on until there is an ending: between the blocking parts, clamd is asked.
+    async fn complete(
+        &self,
+        mut guard: OwnedMutexGuard<()>,
+        set: Set,
+        mut next: Next,
+        stop: CancellationToken,
+        progress: &(impl Fn(Phase) + Send + Sync),
+    ) -> Option<Completed> {
+        loop {
+            match next {
+                Next::Nothing => return None,
+                Next::Finish(ending) => return Some(self.ended(guard, set, ending).await),
+                Next::Prove(journal) => {
+                    progress(Phase::Reloading);
+                    let mark = self.shared.prover.mark();
+                    progress(Phase::Proving);
+                    let verdict = self
+                        .shared
+                        .prover
+                        .prove(journal.install, mark, stop.clone())
+                        .await;
+                    if matches!(verdict, Verdict::Refused { .. }) {
+                        progress(Phase::Swapping);
+                    }
+                    let judged = Event::Judged(verdict);
+                    (guard, next) = self
+                        .blocking(guard, move |shared| shared.drive(judged))
+                        .await;
+                }
+            }
+        }
+    }
+
+    async fn ended(&self, guard: OwnedMutexGuard<()>, set: Set, ending: Ending) -> Completed {
+        self.blocking(guard, move |shared| shared.completed(set, ending))
+            .await
+            .1
+    }
+
+    /// Runs disk work off the async threads. The guard goes along, so that work whose caller went
+    /// away is ended before anything else begins.
+    async fn blocking<T: Send + 'static>(
+        &self,
+        guard: OwnedMutexGuard<()>,
+        work: impl FnOnce(&Shared<P>) -> T + Send + 'static,
+    ) -> (OwnedMutexGuard<()>, T) {
+        let shared = Arc::clone(&self.shared);
+        let done = tokio::task::spawn_blocking(move || (guard, work(&shared)));
+        match done.await {
+            Ok(done) => done,
+            Err(error) => match error.try_into_panic() {
+                Ok(panic) => std::panic::resume_unwind(panic),
+                Err(_) => std::future::pending().await, // the runtime is going down
+            },
+        }
     }
 }
 
-/// The host's nonce, made from `random` when there is none yet in the state directory. Blocking.
-pub fn nonce(state: &Path, random: [u8; 16]) -> Result<[u8; 16], HostFault> {
-    let _ = state;
-    Ok(random)
+/// Why drift could not be repaired here.
+#[derive(Debug, thiserror::Error)]
+pub enum RepairError {
+    /// No copy on this host has the right hash.
+    #[error("{} of the installed files have no good copy here; the master has to send them", .0.len())]
+    Missing(Vec<NeedFile>),
+    /// The host.
+    #[error("cannot repair the database directory")]
+    Host(#[from] HostFault),
+}
+
+impl<P: Prove> Shared<P> {
+    fn stage(&self) -> Stage<'_> {
+        Stage {
+            tree: &self.tree,
+            known: &self.known,
+            receiving: &self.receiving,
+        }
+    }
+
+    fn swap(&self) -> Swap<'_> {
+        Swap {
+            tree: &self.tree,
+            stage: self.stage(),
+            nonce: &self.nonce,
+        }
+    }
+
+    fn plan(
+        &self,
+        manifest: &Manifest,
+        sha256: Digest,
+        rehash: bool,
+        full: bool,
+    ) -> Result<Vec<NeedFile>, HostFault> {
+        self.recover()?;
+        self.tree.check_in_place()?;
+        self.known.clear();
+        let installed = lock(&self.installed).clone();
+        let installed = installed.as_ref().map(|installed| &installed.set.manifest);
+        let needs = self.stage().plan(manifest, installed, full)?;
+        let missing = needs.iter().filter_map(|need| manifest.file(&need.name));
+        let missing = missing.map(|file| file.sha256).collect();
+        lock(&self.machine).handle(Event::Planned {
+            manifest: sha256,
+            missing,
+        });
+        *lock(&self.planned) = Some((sha256, rehash));
+        Ok(needs)
+    }
+
+    /// Ends on disk what an earlier install could not: an install begins with a whole set.
+    fn recover(&self) -> Result<(), HostFault> {
+        let open = lock(&self.machine).journal().cloned();
+        match open {
+            Some(journal) if journal.step != Step::Waiting => match self.resume(journal)? {
+                Next::Finish(Ending {
+                    outcome: Outcome::HostFault | Outcome::Refused,
+                    error: Some(reason),
+                    ..
+                }) if self.is_unfinished() => Err(HostFault::Unfinished { reason }),
+                Next::Finish(_) | Next::Prove(_) | Next::Nothing => Ok(()),
+            },
+            Some(_) | None => Ok(()),
+        }
+    }
+
+    fn is_unfinished(&self) -> bool {
+        let machine = lock(&self.machine);
+        machine
+            .journal()
+            .is_some_and(|journal| journal.step == Step::Swapping)
+    }
+
+    fn resume(&self, journal: Journal) -> Result<Next, HostFault> {
+        self.known.clear();
+        let numbers = Numbers::read(&self.tree, &self.nonce)?;
+        let next = numbers.next(Some(&journal), lock(&self.installed).as_ref());
+        Ok(self.drive(Event::Resumed {
+            journal: Box::new(journal),
+            next,
+        }))
+    }
+
+    fn prepare(&self, set: &Set) -> Result<Prepared, HostFault> {
+        let forced = lock(&self.planned).take() == Some((set.sha256(), true));
+        if let (false, Some(refusal)) = (forced, self.refusal(&set.sha256())) {
+            return Ok(Prepared::Answered(refusal));
+        }
+        self.recover()?;
+        self.tree.check_in_place()?;
+        for file in set.files() {
+            if !self.stage().ensure(&file)? {
+                return Err(HostFault::Unstaged {
+                    path: self.tree.path(At(Dir::Databases, file.name.as_str())),
+                    digest: file.sha256,
+                });
+            }
+        }
+        let installed = lock(&self.installed).clone();
+        let open = lock(&self.machine).journal().cloned();
+        let survey = self.swap().survey(set, installed.as_ref(), open.as_ref())?;
+        let journal = Box::new(survey.journal);
+        Ok(match installed {
+            Some(installed)
+                if survey.in_place
+                    && open.is_none()
+                    && installed.outcome == Outcome::Live
+                    && installed.set.manifest.content == set.manifest.content =>
+            {
+                Prepared::InPlace(Box::new(installed), journal)
+            }
+            Some(_) | None => Prepared::Go(journal),
+        })
+    }
+
+    /// Feeds the machine and carries out what it says, up to where clamd has to be asked.
+    fn drive(&self, mut event: Event) -> Next {
+        loop {
+            let actions = lock(&self.machine).handle(event);
+            if actions.is_empty() {
+                return Next::Nothing;
+            }
+            event = Event::Done;
+            for action in actions {
+                match self.perform(action) {
+                    Ok(None) => {}
+                    Ok(Some(next)) => return next,
+                    Err(SwapFault { fault, touched }) => {
+                        let fault = chain(&fault);
+                        tracing::error!(error = fault, "an install met a fault of this host");
+                        event = Event::Failed { fault, touched };
+                        break;
+                    }
+                }
+            }
+        }
+    }
+
+    /// `Some`: here the blocking part ends.
+    fn perform(&self, action: Action) -> Result<Option<Next>, SwapFault> {
+        let records = Records(&self.tree);
+        match action {
+            Action::Prove(journal) => return Ok(Some(Next::Prove(journal))),
+            Action::Finish(ending) => return Ok(Some(Next::Finish(ending))),
+            Action::Save(journal) => records.save(&journal)?,
+            Action::TrySave(journal) => {
+                if let Err(fault) = records.save(&journal) {
+                    let error = chain(&fault);
+                    tracing::error!(error, "cannot keep the journal, going back without");
+                }
+            }
+            Action::Swap(journal) => self.swap().perform(&journal)?,
+            Action::Renumber(install) => self.swap().renumber(install)?,
+            Action::RemoveLater(journal) => self.swap().remove_later(&journal)?,
+            Action::Record(installed) => {
+                records.record(installed.as_deref())?;
+                *lock(&self.installed) = installed.map(|installed| *installed);
+            }
+            Action::Remember(refusal) => records.remember(&refusal)?,
+            Action::Forget => records.forget()?,
+            Action::Clean => self.swap().clean()?,
+        }
+        Ok(None)
+    }
+
+    fn refusal(&self, manifest_sha256: &Digest) -> Option<Refusal> {
+        let refusals = Records(&self.tree).refusals().unwrap_or_default();
+        refusals
+            .into_iter()
+            .find(|refusal| refusal.manifest_sha256 == *manifest_sha256)
+    }
+
+    fn answer(&self, set: Set, refusal: Refusal) -> Completed {
+        let ending = Ending {
+            outcome: Outcome::Refused,
+            install: refusal.install,
+            clamd: self.prover.report(),
+            error: Some(format!("refused before: {}", refusal.error)),
+        };
+        self.completed(set, ending)
+    }
+
+    fn completed(&self, set: Set, ending: Ending) -> Completed {
+        self.known.clear(); // a receipt says what is on disk now
+        let unknown = ending.clamd == ClamdReport::default();
+        Completed {
+            files: self.swap().files_on_disk(&set),
+            foreign: self.foreign(Some(&set)),
+            clamd: if unknown {
+                self.prover.report()
+            } else {
+                ending.clamd
+            },
+            outcome: ending.outcome,
+            install: ending.install,
+            error: ending.error,
+            set,
+        }
+    }
+
+    fn foreign(&self, set: Option<&Set>) -> Vec<String> {
+        let mut ours: Vec<DatabaseName> = Vec::new();
+        let mut know = |files: Vec<FileState>| ours.extend(files.into_iter().map(|file| file.name));
+        if let Some(set) = set {
+            know(set.files());
+        }
+        if let Some(installed) = lock(&self.installed).as_ref() {
+            know(installed.set.files());
+        }
+        if let Some(journal) = lock(&self.machine).journal() {
+            know(journal.files.clone());
+            know(journal.before.files.clone());
+        }
+        self.swap().foreign(&ours).unwrap_or_else(|fault| {
+            tracing::warn!(error = %chain(&fault), "cannot look for databases of others");
+            Vec::new()
+        })
+    }
+
+    fn check(&self, expected: FileState) -> FileCheck {
+        let at = At(Dir::Databases, expected.name.as_str());
+        let read = self.tree.open(at).and_then(|file| {
+            let Some(mut file) = file else {
+                return Ok(None);
+            };
+            self.tree.digest(at, file.as_mut(), |_| Ok(())).map(Some)
+        });
+        let (found, error) = match read {
+            Ok(found) => (found, None),
+            Err(fault) => (None, Some(chain(&fault))),
+        };
+        let found = found.map(|(size, sha256)| FileState {
+            name: expected.name.clone(),
+            size,
+            sha256,
+        });
+        FileCheck {
+            expected,
+            found,
+            error,
+        }
+    }
+}
+
+/// The data behind these locks is whole between any two statements.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
 }

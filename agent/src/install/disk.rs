@@ -1,0 +1,642 @@
+//! Every effect that an install has on a file system.
+//!
+//! An install works below a few directories that are opened once. Names are taken relative to
+//! their descriptors and a symbolic link is never followed, so that one planted in the database
+//! directory by another user leads nowhere. [`Disk`] is the whole surface: tests put a shim there
+//! that fails, or stops the world, at the n-th call.
+
+use std::collections::BTreeSet;
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStringExt as _;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+
+use clamcast_proto::Digest;
+use nix::errno::Errno;
+use nix::fcntl::{AtFlags, OFlag, openat, renameat};
+use nix::sys::stat::{FileStat, Mode, SFlag, fstat, fstatat, mkdirat};
+use nix::sys::statvfs::fstatvfs;
+use nix::unistd::{Uid, UnlinkatFlags, User, geteuid, linkat, unlinkat};
+use sha2::{Digest as _, Sha256};
+
+/// Permissions of a database: clamd runs as another user and silently leaves out a daily database
+/// that it cannot read.
+pub const DATABASE_MODE: u32 = 0o644;
+
+/// Permissions of the agent's own records.
+pub const RECORD_MODE: u32 = 0o600;
+
+/// The hidden directory in the database directory. clamd does not descend into it and freshclam
+/// does not prune it: its name neither ends in a database extension nor contains `.cld` or `.cvd`.
+pub const HIDDEN: &str = ".clamcast";
+
+/// Entries of a directory that are looked at. A database directory has dozens; one with more than
+/// this was filled by mistake or by malice.
+const ENTRIES_MAX: usize = 20_000;
+
+/// Bytes read at a time when hashing and copying: few enough to stay in the cache.
+const BUFFER_BYTES: usize = 128 << 10;
+
+/// A directory that an install works in.
+#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub enum Dir {
+    /// The database directory, which clamd reads.
+    Databases,
+    /// `.clamcast` in it.
+    Hidden,
+    /// `.clamcast/stage`: verified files by digest, and what is still being received.
+    Stage,
+    /// `.clamcast/current`: links to what was installed last.
+    Current,
+    /// `.clamcast/previous`: links to what stood there before that.
+    Previous,
+    /// `.clamcast/adopted`: what others had put where clamcast's files are now.
+    Adopted,
+    /// `.clamcast/trial`: a set under its real names, for a load test.
+    Trial,
+    /// The agent's state directory.
+    State,
+}
+
+/// The directories below `.clamcast`, with their names.
+const BELOW_HIDDEN: [(Dir, &str); 5] = [
+    (Dir::Stage, "stage"),
+    (Dir::Current, "current"),
+    (Dir::Previous, "previous"),
+    (Dir::Adopted, "adopted"),
+    (Dir::Trial, "trial"),
+];
+
+/// A name in a directory.
+#[derive(Clone, Copy, Debug)]
+pub struct At<'n>(pub Dir, pub &'n str);
+
+/// Names a file whatever it is called.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+pub struct Inode {
+    device: u64,
+    number: u64,
+}
+
+/// What is known of a file without reading it.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Facts {
+    /// Two names with the same one are one file.
+    pub inode: Inode,
+    /// Length in bytes.
+    pub size: u64,
+    /// Time of the last change of its content, in nanoseconds.
+    pub modified: i128,
+    /// Permission bits.
+    pub mode: u32,
+    /// Its owner.
+    pub owner: u32,
+    /// A regular file, not a link, directory or device.
+    pub regular: bool,
+}
+
+/// A file being written.
+pub trait Output: Write + Send {
+    /// Waits until its content is on disk.
+    fn sync(&mut self) -> io::Result<()>;
+}
+
+/// A file being read: as a stream, or at any place.
+pub trait Input: Read + Send {
+    /// What is known of it.
+    fn facts(&self) -> io::Result<Facts>;
+    /// Waits until its content is on disk, whoever wrote it.
+    fn sync(&self) -> io::Result<()>;
+    /// The file itself, to be read at any place.
+    fn into_file(self: Box<Self>) -> File;
+}
+
+/// The calls of an install. Each is one effect, so that a test can fail any of them.
+pub trait Disk: Send + Sync + 'static {
+    /// Opens a regular file for reading.
+    fn open(&self, at: At<'_>) -> io::Result<Box<dyn Input>>;
+    /// Makes a new file for writing; one with this name must not be there.
+    fn create(&self, at: At<'_>, mode: u32) -> io::Result<Box<dyn Output>>;
+    /// Opens one of our own files for writing at its end.
+    fn append(&self, at: At<'_>) -> io::Result<Box<dyn Output>>;
+    /// Gives a file a second name, which must not be taken.
+    fn link(&self, from: At<'_>, to: At<'_>) -> io::Result<()>;
+    /// Moves a name over another one.
+    fn rename(&self, from: At<'_>, to: At<'_>) -> io::Result<()>;
+    /// Removes a name.
+    fn remove(&self, at: At<'_>) -> io::Result<()>;
+    /// Looks at a name; a link is looked at itself.
+    fn facts(&self, at: At<'_>) -> io::Result<Facts>;
+    /// The names in a directory.
+    fn list(&self, dir: Dir) -> io::Result<Vec<OsString>>;
+    /// Makes a directory's names durable.
+    fn sync_dir(&self, dir: Dir) -> io::Result<()>;
+    /// Bytes that may still be written where the databases are.
+    fn free_bytes(&self) -> io::Result<u64>;
+    /// Whether the path of the database directory still leads to the directory that was opened.
+    fn in_place(&self) -> io::Result<bool>;
+    /// The path of a name, for messages and other programs.
+    fn path(&self, at: At<'_>) -> PathBuf;
+}
+
+/// Something of the host's own stands in the way: the outcome is `host_fault`.
+#[derive(Debug, thiserror::Error)]
+pub enum HostFault {
+    /// A call failed.
+    #[error("cannot {doing} {path}")]
+    Io {
+        /// What was tried.
+        doing: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// It would not fit.
+    #[error(
+        "{path} has {free} bytes free, {needed} are needed, reserve included; make room on that file system"
+    )]
+    Space {
+        /// Where.
+        path: PathBuf,
+        /// What it takes, in bytes.
+        needed: u64,
+        /// What there is, in bytes.
+        free: u64,
+    },
+    /// There is no such directory.
+    #[error("there is no directory {path}; make it with `install -d -o {user} -m 755 {path}`")]
+    NoDirectory {
+        /// Its path.
+        path: PathBuf,
+        /// The user that this agent runs as.
+        user: String,
+    },
+    /// It belongs to somebody else.
+    #[error("{path} belongs to {owner} and {user} cannot write to it; run `chown {user} {path}`")]
+    NotOurs {
+        /// Its path.
+        path: PathBuf,
+        /// Its owner.
+        owner: String,
+        /// The user that this agent runs as.
+        user: String,
+    },
+    /// Somebody else made the hidden directory, or may write into it.
+    #[error("{path} is not a directory of {user} alone; look what it is, then remove it")]
+    Planted {
+        /// Its path.
+        path: PathBuf,
+        /// The user that this agent runs as.
+        user: String,
+    },
+    /// Another directory stands there now.
+    #[error("{path} is another directory than at start; restart clamcast-agent")]
+    Replaced {
+        /// Its path.
+        path: PathBuf,
+    },
+    /// A file that should be staged is not there with its digest.
+    #[error("{path} is not staged with digest {digest}; it has to be transferred again")]
+    Unstaged {
+        /// Where it should go.
+        path: PathBuf,
+        /// What it should be.
+        digest: Digest,
+    },
+    /// An earlier install could not be ended, and still cannot.
+    #[error("an earlier install is not ended: {reason}")]
+    Unfinished {
+        /// What stands in the way.
+        reason: String,
+    },
+}
+
+/// The host's own file system.
+#[derive(Debug)]
+pub struct HostDisk {
+    database: PathBuf,
+    state: PathBuf,
+    dirs: Vec<(Dir, OwnedFd)>,
+}
+
+impl HostDisk {
+    /// Opens the directories and makes the hidden ones.
+    pub fn open(database: &Path, state: &Path) -> Result<Self, HostFault> {
+        let user = user_name(geteuid());
+        let databases = open_directory(database, &user)?;
+        let hidden_path = database.join(HIDDEN);
+        let hidden = hidden_directory(&databases, HIDDEN, &hidden_path, &user)
+            .map_err(|fault| explain(fault, database, &databases, &user))?;
+        let mut dirs = Vec::new();
+        for (dir, name) in BELOW_HIDDEN {
+            let path = hidden_path.join(name);
+            dirs.push((dir, hidden_directory(&hidden, name, &path, &user)?));
+        }
+        dirs.push((Dir::State, open_directory(state, &user)?));
+        dirs.push((Dir::Databases, databases));
+        dirs.push((Dir::Hidden, hidden));
+        Ok(Self {
+            database: database.to_owned(),
+            state: state.to_owned(),
+            dirs,
+        })
+    }
+
+    fn fd(&self, dir: Dir) -> &OwnedFd {
+        let found = self.dirs.iter().find(|(open, _)| *open == dir);
+        &found.expect("every directory was opened").1
+    }
+}
+
+const DIRECTORY: OFlag = OFlag::O_RDONLY
+    .union(OFlag::O_DIRECTORY)
+    .union(OFlag::O_CLOEXEC);
+
+/// A directory that an operator configured: its path may lead over links.
+fn open_directory(path: &Path, user: &str) -> Result<OwnedFd, HostFault> {
+    let opened = openat(nix::fcntl::AT_FDCWD, path, DIRECTORY, Mode::empty());
+    opened.map_err(|errno| {
+        if errno != Errno::ENOENT {
+            return io_fault("open the directory", path, errno.into());
+        }
+        HostFault::NoDirectory {
+            path: path.to_owned(),
+            user: user.to_owned(),
+        }
+    })
+}
+
+/// Opens one of our hidden directories, making it if need be. It must be ours alone: in a directory
+/// where others may write, one of them could have put a link or a directory of theirs there.
+fn hidden_directory(
+    parent: &OwnedFd,
+    name: &str,
+    path: &Path,
+    user: &str,
+) -> Result<OwnedFd, HostFault> {
+    match mkdirat(parent, name, Mode::from_bits_truncate(0o700)) {
+        Ok(()) | Err(Errno::EEXIST) => {}
+        Err(errno) => return Err(io_fault("make", path, errno.into())),
+    }
+    let planted = || HostFault::Planted {
+        path: path.to_owned(),
+        user: user.to_owned(),
+    };
+    let fd = match openat(parent, name, DIRECTORY | OFlag::O_NOFOLLOW, Mode::empty()) {
+        Ok(fd) => fd,
+        Err(Errno::ELOOP | Errno::ENOTDIR) => return Err(planted()),
+        Err(errno) => return Err(io_fault("open", path, errno.into())),
+    };
+    let stat = fstat(&fd).map_err(|errno| io_fault("look at", path, errno.into()))?;
+    if stat.st_uid != geteuid().as_raw() || stat.st_mode & 0o077 != 0 {
+        return Err(planted());
+    }
+    Ok(fd)
+}
+
+/// Says who owns the database directory and what to do, where that is why it could not be used.
+fn explain(fault: HostFault, path: &Path, fd: &OwnedFd, user: &str) -> HostFault {
+    let denied = matches!(&fault, HostFault::Io { source, .. }
+        if matches!(source.raw_os_error(), Some(libc_errno::EACCES | libc_errno::EPERM)));
+    match fstat(fd) {
+        Ok(stat) if denied => HostFault::NotOurs {
+            path: path.to_owned(),
+            owner: user_name(Uid::from_raw(stat.st_uid)),
+            user: user.to_owned(),
+        },
+        Ok(_) | Err(_) => fault,
+    }
+}
+
+/// The two numbers that mean "not allowed", as raw errors carry them.
+mod libc_errno {
+    pub(super) const EPERM: i32 = super::Errno::EPERM as i32;
+    pub(super) const EACCES: i32 = super::Errno::EACCES as i32;
+}
+
+fn user_name(uid: Uid) -> String {
+    match User::from_uid(uid) {
+        Ok(Some(user)) => user.name,
+        Ok(None) | Err(_) => uid.to_string(),
+    }
+}
+
+pub(super) fn io_fault(doing: &'static str, path: &Path, source: io::Error) -> HostFault {
+    HostFault::Io {
+        doing,
+        path: path.to_owned(),
+        source,
+    }
+}
+
+impl Disk for HostDisk {
+    fn open(&self, At(dir, name): At<'_>) -> io::Result<Box<dyn Input>> {
+        // Without waiting: a planted pipe must not hold us up.
+        let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK;
+        let file = File::from(openat(self.fd(dir), name, flags, Mode::empty())?);
+        if !file.metadata()?.is_file() {
+            let message = "it is not a regular file";
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
+        }
+        Ok(Box::new(file))
+    }
+
+    fn create(&self, At(dir, name): At<'_>, mode: u32) -> io::Result<Box<dyn Output>> {
+        let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_CLOEXEC;
+        let file = File::from(openat(
+            self.fd(dir),
+            name,
+            flags,
+            Mode::from_bits_truncate(0o600),
+        )?);
+        // The umask must not decide what clamd can read.
+        file.set_permissions(std::fs::Permissions::from_mode(mode))?;
+        Ok(Box::new(file))
+    }
+
+    fn append(&self, At(dir, name): At<'_>) -> io::Result<Box<dyn Output>> {
+        let flags = OFlag::O_WRONLY | OFlag::O_APPEND | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let file = File::from(openat(self.fd(dir), name, flags, Mode::empty())?);
+        Ok(Box::new(file))
+    }
+
+    fn link(&self, At(from, old): At<'_>, At(to, new): At<'_>) -> io::Result<()> {
+        // No flag: a symbolic link is linked itself, never what it points to.
+        Ok(linkat(
+            self.fd(from),
+            old,
+            self.fd(to),
+            new,
+            AtFlags::empty(),
+        )?)
+    }
+
+    fn rename(&self, At(from, old): At<'_>, At(to, new): At<'_>) -> io::Result<()> {
+        Ok(renameat(self.fd(from), old, self.fd(to), new)?)
+    }
+
+    fn remove(&self, At(dir, name): At<'_>) -> io::Result<()> {
+        Ok(unlinkat(self.fd(dir), name, UnlinkatFlags::NoRemoveDir)?)
+    }
+
+    fn facts(&self, At(dir, name): At<'_>) -> io::Result<Facts> {
+        let stat = fstatat(self.fd(dir), name, AtFlags::AT_SYMLINK_NOFOLLOW)?;
+        Ok(facts_of(&stat))
+    }
+
+    fn list(&self, dir: Dir) -> io::Result<Vec<OsString>> {
+        let mut open = nix::dir::Dir::openat(self.fd(dir), ".", DIRECTORY, Mode::empty())?;
+        let mut names = BTreeSet::new(); // sorted, so that a repeated run makes the same calls
+        for entry in open.iter() {
+            let name = OsString::from_vec(entry?.file_name().to_bytes().to_vec());
+            if name != "." && name != ".." {
+                names.insert(name);
+            }
+            if names.len() > ENTRIES_MAX {
+                let message = format!("it has more than {ENTRIES_MAX} entries");
+                return Err(io::Error::new(io::ErrorKind::InvalidData, message));
+            }
+        }
+        Ok(names.into_iter().collect())
+    }
+
+    fn sync_dir(&self, dir: Dir) -> io::Result<()> {
+        Ok(nix::unistd::fsync(self.fd(dir))?)
+    }
+
+    fn free_bytes(&self) -> io::Result<u64> {
+        let stat = fstatvfs(self.fd(Dir::Databases))?;
+        Ok(stat.blocks_available().saturating_mul(stat.fragment_size()))
+    }
+
+    fn in_place(&self) -> io::Result<bool> {
+        let opened = fstat(self.fd(Dir::Databases))?;
+        let there = std::fs::metadata(&self.database)?;
+        Ok((there.dev(), there.ino()) == (opened.st_dev, opened.st_ino))
+    }
+
+    fn path(&self, At(dir, name): At<'_>) -> PathBuf {
+        let hidden = self.database.join(HIDDEN);
+        let directory = match dir {
+            Dir::Databases => self.database.clone(),
+            Dir::Hidden => hidden,
+            Dir::State => self.state.clone(),
+            Dir::Stage | Dir::Current | Dir::Previous | Dir::Adopted | Dir::Trial => {
+                let named = BELOW_HIDDEN.iter().find(|(below, _)| *below == dir);
+                hidden.join(named.expect("every hidden directory has a name").1)
+            }
+        };
+        if name.is_empty() {
+            directory
+        } else {
+            directory.join(name)
+        }
+    }
+}
+
+fn facts_of(stat: &FileStat) -> Facts {
+    Facts {
+        inode: Inode {
+            device: stat.st_dev,
+            number: stat.st_ino,
+        },
+        size: u64::try_from(stat.st_size).unwrap_or_default(),
+        modified: i128::from(stat.st_mtime) * 1_000_000_000 + i128::from(stat.st_mtime_nsec),
+        mode: stat.st_mode & 0o7777,
+        owner: stat.st_uid,
+        regular: SFlag::from_bits_truncate(stat.st_mode & SFlag::S_IFMT.bits()) == SFlag::S_IFREG,
+    }
+}
+
+impl Input for File {
+    fn facts(&self) -> io::Result<Facts> {
+        Ok(facts_of(&fstat(self.as_fd())?))
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.sync_all()
+    }
+
+    fn into_file(self: Box<Self>) -> File {
+        *self
+    }
+}
+
+impl Output for File {
+    fn sync(&mut self) -> io::Result<()> {
+        self.sync_all()
+    }
+}
+
+/// The disk, with errors that name what was tried on what.
+#[derive(Clone)]
+pub(super) struct Tree {
+    disk: std::sync::Arc<dyn Disk>,
+}
+
+impl Tree {
+    pub(super) fn new(disk: impl Disk) -> Self {
+        Self {
+            disk: std::sync::Arc::new(disk),
+        }
+    }
+
+    pub(super) fn path(&self, at: At<'_>) -> PathBuf {
+        self.disk.path(at)
+    }
+
+    /// The path of a directory.
+    pub(super) fn directory(&self, dir: Dir) -> PathBuf {
+        self.disk.path(At(dir, ""))
+    }
+
+    fn failed(&self, doing: &'static str, at: At<'_>) -> impl FnOnce(io::Error) -> HostFault {
+        let path = self.path(at);
+        move |source| HostFault::Io {
+            doing,
+            path,
+            source,
+        }
+    }
+
+    /// The database directory must be the one that was opened: in a removed one all work is lost.
+    pub(super) fn check_in_place(&self) -> Result<(), HostFault> {
+        let path = self.directory(Dir::Databases);
+        match self.disk.in_place() {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(HostFault::Replaced { path }),
+            Err(source) => Err(io_fault("look at", &path, source)),
+        }
+    }
+
+    /// Whether `needed` bytes fit.
+    pub(super) fn check_space(&self, needed: u64) -> Result<(), HostFault> {
+        let path = self.directory(Dir::Databases);
+        match self.disk.free_bytes() {
+            Ok(free) if free >= needed => Ok(()),
+            Ok(free) => Err(HostFault::Space { path, needed, free }),
+            Err(source) => Err(io_fault("see the free space of", &path, source)),
+        }
+    }
+
+    /// `None` if there is nothing with this name.
+    pub(super) fn facts(&self, at: At<'_>) -> Result<Option<Facts>, HostFault> {
+        absent_is_none(self.disk.facts(at)).map_err(self.failed("look at", at))
+    }
+
+    /// `None` if there is no regular file with this name.
+    pub(super) fn open(&self, at: At<'_>) -> Result<Option<Box<dyn Input>>, HostFault> {
+        match self.disk.open(at) {
+            // A link or a pipe that somebody planted is not a file that we could use.
+            Err(error)
+                if error.kind() == io::ErrorKind::InvalidInput
+                    || error.raw_os_error() == Some(Errno::ELOOP as i32) =>
+            {
+                Ok(None)
+            }
+            opened => absent_is_none(opened).map_err(self.failed("open", at)),
+        }
+    }
+
+    pub(super) fn create(&self, at: At<'_>, mode: u32) -> Result<Box<dyn Output>, HostFault> {
+        self.disk.create(at, mode).map_err(self.failed("make", at))
+    }
+
+    pub(super) fn append(&self, at: At<'_>) -> Result<Box<dyn Output>, HostFault> {
+        self.disk.append(at).map_err(self.failed("write to", at))
+    }
+
+    pub(super) fn link(&self, from: At<'_>, to: At<'_>) -> Result<(), HostFault> {
+        self.disk
+            .link(from, to)
+            .map_err(self.failed("make the link", to))
+    }
+
+    pub(super) fn rename(&self, from: At<'_>, to: At<'_>) -> Result<(), HostFault> {
+        self.disk
+            .rename(from, to)
+            .map_err(self.failed("rename a file to", to))
+    }
+
+    /// A name that is not there is removed already.
+    pub(super) fn remove(&self, at: At<'_>) -> Result<(), HostFault> {
+        absent_is_none(self.disk.remove(at))
+            .map(drop)
+            .map_err(self.failed("remove", at))
+    }
+
+    pub(super) fn list(&self, dir: Dir) -> Result<Vec<OsString>, HostFault> {
+        self.disk
+            .list(dir)
+            .map_err(self.failed("list", At(dir, "")))
+    }
+
+    pub(super) fn sync_dir(&self, dir: Dir) -> Result<(), HostFault> {
+        self.disk
+            .sync_dir(dir)
+            .map_err(self.failed("sync", At(dir, "")))
+    }
+
+    /// A new file with this content, on disk when this returns; its name is not yet durable.
+    pub(super) fn write_new(&self, at: At<'_>, bytes: &[u8], mode: u32) -> Result<(), HostFault> {
+        self.remove(at)?;
+        let mut file = self.create(at, mode)?;
+        let written = file.write_all(bytes).and_then(|()| file.sync());
+        written.map_err(self.failed("write", at))
+    }
+
+    /// Replaces a file of ours by a rename, durable when this returns.
+    pub(super) fn replace(&self, at: At<'_>, bytes: &[u8], mode: u32) -> Result<(), HostFault> {
+        let beside = format!("{}.new", at.1);
+        self.write_new(At(at.0, &beside), bytes, mode)?;
+        self.rename(At(at.0, &beside), at)?;
+        self.sync_dir(at.0)
+    }
+
+    /// The content of a small file; `None` if there is none or it is longer than `bytes_max`.
+    pub(super) fn read(&self, at: At<'_>, bytes_max: u64) -> Result<Option<Vec<u8>>, HostFault> {
+        let Some(file) = self.open(at)? else {
+            return Ok(None);
+        };
+        let mut bytes = Vec::new();
+        file.take(bytes_max + 1)
+            .read_to_end(&mut bytes)
+            .map_err(self.failed("read", at))?;
+        Ok((bytes.len() as u64 <= bytes_max).then_some(bytes))
+    }
+
+    /// Hashes an open file to its end; `each` sees the bytes on the way.
+    pub(super) fn digest(
+        &self,
+        at: At<'_>,
+        file: &mut dyn Input,
+        mut each: impl FnMut(&[u8]) -> Result<(), HostFault>,
+    ) -> Result<(u64, Digest), HostFault> {
+        let mut hasher = Sha256::new();
+        let mut size = 0;
+        let mut buffer = vec![0; BUFFER_BYTES];
+        loop {
+            let read = match file.read(&mut buffer) {
+                Ok(0) => return Ok((size, Digest::finish(hasher))),
+                Ok(read) => read,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(self.failed("read", at)(error)),
+            };
+            hasher.update(&buffer[..read]);
+            size += read as u64;
+            each(&buffer[..read])?;
+        }
+    }
+}
+
+fn absent_is_none<T>(result: io::Result<T>) -> io::Result<Option<T>> {
+    match result {
+        Ok(value) => Ok(Some(value)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}

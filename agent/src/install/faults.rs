@@ -1,0 +1,299 @@
+//! Every file-system call of an install, failed and stopped at, one after the other.
+//!
+//! The real code works in a real directory through a disk that fails or stops the world at call n,
+//! for all n. Only clamd is a fake: it judges by what is in the directory (`lab.rs`). After each
+//! fault the invariants are checked by reading the directory as clamd would; then the host starts
+//! again on a good disk, and they are checked again.
+
+use std::collections::BTreeSet;
+
+use clamcast_proto::receipt::Outcome;
+use nix::errno::Errno;
+
+use super::lab::{Fault, Files, Host, Mood, Taken, loaded, manifest, set};
+use crate::clamd::proof::{CANARY, GATE, canary_number, gate_number};
+
+/// A host before an offer, and the offer.
+struct Scenario {
+    /// What is installed as generation 1, if anything.
+    old: &'static str,
+    /// What others have in the directory. Under names of the new set it is the old set, too.
+    foreign: &'static str,
+    /// The offer, as generation 2.
+    new: &'static str,
+    mood: Mood,
+}
+
+const UPDATE: Scenario = Scenario {
+    old: "daily.cld@1=daily-one main.cvd@62=main x.ndb=x",
+    foreign: "local.ndb=local",
+    new: "daily.cld@2=daily-two main.cvd@62=main y.ndb=y",
+    mood: Mood::Up,
+};
+
+const OTHER_FORM: Scenario = Scenario {
+    old: "daily.cvd@1=daily-one daily-1.cvd.sign=signed-one",
+    foreign: "",
+    new: "daily.cld@2=daily-two daily-2.cvd.sign=signed-two",
+    mood: Mood::Up,
+};
+
+const LOWER_FORM: Scenario = Scenario {
+    old: "daily.cld@9=daily-nine",
+    foreign: "",
+    new: "daily.cvd@8=daily-eight",
+    mood: Mood::Up,
+};
+
+const FIRST: Scenario = Scenario {
+    old: "",
+    foreign: "",
+    new: "daily.cld@2=daily-two main.cvd@62=main",
+    mood: Mood::Up,
+};
+
+const ADOPTION: Scenario = Scenario {
+    old: "",
+    foreign: "daily.cvd=freshclams main.cvd=main local.ndb=local",
+    new: "daily.cld@2=daily-two main.cvd@62=main",
+    mood: Mood::Up,
+};
+
+const REFUSED: Scenario = Scenario {
+    old: "daily.cvd@1=daily-one x.ndb=x",
+    foreign: "local.ndb=local",
+    new: "daily.cld@2=BAD y.ndb=y",
+    mood: Mood::Up,
+};
+
+const CLAMD_AWAY: Scenario = Scenario {
+    old: "daily.cvd@1=daily-one",
+    foreign: "",
+    new: "daily.cld@2=daily-two",
+    mood: Mood::Away,
+};
+
+/// The faults at call n. Each errno comes round at every call of one scenario or another.
+fn faults(n: u64) -> [Fault; 4] {
+    let errnos = [Errno::EIO, Errno::ENOSPC, Errno::EROFS, Errno::EACCES];
+    let errno = |shift: u64| errnos[usize::try_from((n + shift) % 4).expect("below 4")];
+    [
+        Fault::Stop(n),
+        Fault::Once(n, errno(0)),
+        Fault::After(n, errno(1)),
+        Fault::From(n, errno(2)),
+    ]
+}
+
+impl Scenario {
+    fn host(&self) -> Host {
+        let host = Host::with(1, self.old);
+        host.put(self.foreign);
+        *host.clamd.mood.lock().unwrap() = self.mood;
+        host
+    }
+
+    /// The directory before the offer.
+    fn before(&self) -> Files {
+        set(&format!("{} {}", self.old, self.foreign))
+    }
+
+    /// The directory after it: foreign files stay where the set has no successor for them.
+    fn after(&self) -> Files {
+        let new = set(self.new);
+        let bases: BTreeSet<_> = new.keys().map(|name| base(name)).collect();
+        let mut after = set(self.foreign);
+        after.retain(|name, _| !bases.contains(base(name)));
+        after.extend(new);
+        after
+    }
+
+    /// The directory while clamd has not been seen with the new set: an old form may be beside it.
+    fn waiting(&self) -> Files {
+        let mut waiting = self.after();
+        for (name, content) in set(self.old) {
+            let replaced = base(&name) == "daily" && !waiting.contains_key(&name);
+            if replaced && self.mood == Mood::Away {
+                waiting.insert(name, content);
+            }
+        }
+        waiting
+    }
+}
+
+fn base(name: &str) -> &str {
+    name.split_once('.').unwrap().0
+}
+
+// The invariants.
+
+/// Whoever opens a name that clamd loads finds all of a file that belongs there.
+fn a_database_name_never_holds_a_partial_file(host: &Host, scenario: &Scenario, at: &str) {
+    let old = [scenario.before(), set(scenario.new)];
+    for (name, content) in loaded(&host.database()) {
+        let whole = match name.as_str() {
+            CANARY => canary_number(&content).is_some(),
+            GATE => gate_number(&content).is_some(),
+            _ => old.iter().any(|files| files.get(&name) == Some(&content)),
+        };
+        assert!(whole, "{at}: {name} holds `{content}`");
+    }
+}
+
+/// After a start, clamd would load exactly the old set or exactly the new one, and what is foreign.
+fn the_directory_is_the_old_set_or_the_new_one(host: &Host, scenario: &Scenario, at: &str) {
+    let there = host.there();
+    let sets = [scenario.before(), scenario.after(), scenario.waiting()];
+    assert!(sets.contains(&there), "{at}: {there:?}");
+}
+
+/// Where nothing went wrong any more, the offer ends as it does on a good disk.
+fn the_next_offer_ends_as_it_should(host: &Host, scenario: &Scenario, at: &str) {
+    let installer = host.start();
+    let taken = host.take(&installer, &manifest(2, scenario.new), scenario.new);
+    let completed = taken.unwrap_or_else(|error| panic!("{at}: {error}"));
+    let refused = scenario.new.contains("BAD");
+    let (outcome, sets) = match scenario.mood {
+        _ if refused => (Outcome::Refused, vec![scenario.before()]),
+        Mood::Up => (Outcome::Live, vec![scenario.after()]),
+        // An old form that could not be read was taken for damaged, and went at once.
+        Mood::Away => (
+            Outcome::Installed,
+            vec![scenario.waiting(), scenario.after()],
+        ),
+    };
+    assert_eq!(completed.outcome, outcome, "{at}: {:?}", completed.error);
+    assert!(sets.contains(&host.there()), "{at}: {:?}", host.there());
+    if scenario.mood == Mood::Up {
+        let installed = installer
+            .installed()
+            .map(|i| (i.set.manifest.generation.number(), i.outcome));
+        let generation = if refused { 1 } else { 2 };
+        assert_eq!(installed, Some((generation, Outcome::Live)), "{at}");
+        assert!(!host.state().join("journal.json").exists(), "{at}");
+    }
+}
+
+/// A receipt tells the truth about the directory.
+fn a_receipt_says_what_is_there(host: &Host, scenario: &Scenario, taken: &Taken, at: &str) {
+    let Ok(completed) = taken else {
+        assert_eq!(
+            host.there(),
+            scenario.before(),
+            "{at}: a fault before the install"
+        );
+        return;
+    };
+    let there = host.there();
+    match completed.outcome {
+        Outcome::Live => assert_eq!(host.there(), scenario.after(), "{at}"),
+        Outcome::Installed => assert!(
+            [scenario.after(), scenario.waiting()].contains(&there),
+            "{at}"
+        ),
+        Outcome::Refused | Outcome::HostFault => {
+            assert!(completed.error.is_some(), "{at}");
+            assert_eq!(there, scenario.before(), "{at}: {:?}", completed.error);
+        }
+    }
+}
+
+/// Runs one offer with one fault, starts the host again, and checks.
+fn survive(scenario: &Scenario, fault: Fault, at: &str) {
+    let host = scenario.host();
+    let shim = host.shim(fault);
+    if let Ok((installer, _)) = host.start_on(shim.clone()) {
+        let taken = host.take(&installer, &manifest(2, scenario.new), scenario.new);
+        a_database_name_never_holds_a_partial_file(&host, scenario, at);
+        // A disk that fails for good in the middle may leave its half until it works again.
+        if matches!(fault, Fault::Once(..) | Fault::After(..)) {
+            a_receipt_says_what_is_there(&host, scenario, &taken, at);
+        }
+    }
+    if matches!(fault, Fault::Stop(_)) {
+        shim.lose_unsynced();
+        a_database_name_never_holds_a_partial_file(&host, scenario, at);
+    }
+    drop(host.start());
+    the_directory_is_the_old_set_or_the_new_one(&host, scenario, at);
+    the_next_offer_ends_as_it_should(&host, scenario, at);
+}
+
+fn survive_everything(name: &str, scenario: &Scenario) {
+    let host = scenario.host();
+    let shim = host.shim(Fault::None);
+    let (installer, _) = host.start_on(shim.clone()).unwrap();
+    host.take(&installer, &manifest(2, scenario.new), scenario.new)
+        .unwrap();
+    let calls = shim.calls();
+    let mut tried = 0;
+    for n in 0..calls {
+        for fault in faults(n) {
+            survive(scenario, fault, &format!("{name}, {fault:?} of {calls}"));
+            tried += 1;
+        }
+    }
+    println!("{name}: {calls} calls, {tried} faults tried, {tried} survived");
+}
+
+#[test]
+fn an_update_survives_every_fault() {
+    survive_everything("update", &UPDATE);
+}
+
+#[test]
+fn a_change_of_form_survives_every_fault() {
+    survive_everything("other form", &OTHER_FORM);
+}
+
+#[test]
+fn a_change_to_a_lower_version_in_the_other_form_survives_every_fault() {
+    survive_everything("lower form", &LOWER_FORM);
+}
+
+#[test]
+fn a_first_install_survives_every_fault() {
+    survive_everything("first install", &FIRST);
+}
+
+#[test]
+fn an_adoption_survives_every_fault() {
+    survive_everything("adoption", &ADOPTION);
+}
+
+#[test]
+fn a_refusal_and_the_way_back_survive_every_fault() {
+    survive_everything("refusal", &REFUSED);
+}
+
+#[test]
+fn an_install_without_clamd_survives_every_fault() {
+    survive_everything("clamd away", &CLAMD_AWAY);
+}
+
+#[test]
+fn a_crash_while_ending_a_crash_is_survived() {
+    let host = UPDATE.host();
+    let shim = host.shim(Fault::None);
+    let (installer, _) = host.start_on(shim.clone()).unwrap();
+    host.take(&installer, &manifest(2, UPDATE.new), UPDATE.new)
+        .unwrap();
+    let calls = shim.calls();
+    for first in (0..calls).step_by(7) {
+        for second in (0..calls).step_by(7) {
+            let at = format!("stopped at {first}, then at {second}");
+            let host = UPDATE.host();
+            for stop in [first, second] {
+                let shim = host.shim(Fault::Stop(stop));
+                if let Ok((installer, _)) = host.start_on(shim.clone()) {
+                    let _ = host.take(&installer, &manifest(2, UPDATE.new), UPDATE.new);
+                }
+                shim.lose_unsynced();
+                a_database_name_never_holds_a_partial_file(&host, &UPDATE, &at);
+            }
+            drop(host.start());
+            the_directory_is_the_old_set_or_the_new_one(&host, &UPDATE, &at);
+            the_next_offer_ends_as_it_should(&host, &UPDATE, &at);
+        }
+    }
+}

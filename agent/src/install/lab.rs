@@ -1,0 +1,540 @@
+//! A host for tests: a real database directory, the real installer, a disk that fails on command,
+//! and a fake clamd that loads what is really in the directory.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsString;
+use std::fs;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use clamcast_proto::dsse::{Verified, sign};
+use clamcast_proto::manifest::{ContainerFacts, Manifest, ManifestFile, Publisher, content_digest};
+use clamcast_proto::receipt::{ClamdReport, ClamdState, Outcome, Proof};
+use clamcast_proto::wire::{OfferId, Part, PartEncoding, PartKind};
+use clamcast_proto::{Digest, Epoch, Generation};
+use ed25519_dalek::SigningKey;
+use nix::errno::Errno;
+use tokio_util::sync::CancellationToken;
+
+use super::disk::{At, Dir, Disk, Facts, HostDisk, HostFault, Input, Output};
+use super::swap::looks_like_a_database;
+use super::{Completed, Installer, Prove};
+use crate::clamd::Verdict;
+use crate::clamd::proof::{CANARY, GATE, Nonce, canary_number, gate_number};
+
+/// Files by name, as a test writes them down and as it finds them.
+pub(super) type Files = BTreeMap<String, String>;
+
+/// A set from a line like `daily.cld@27001=new main.cvd@62=main x.ndb=x`.
+pub(super) fn files(line: &str) -> Vec<(String, Option<u64>, String)> {
+    let file = |word: &str| {
+        let (name, content) = word.split_once('=').expect("NAME[@VERSION]=CONTENT");
+        let (name, version) = match name.split_once('@') {
+            Some((name, version)) => (name, Some(version.parse().expect("a number"))),
+            None => (name, None),
+        };
+        (name.to_owned(), version, content.to_owned())
+    };
+    line.split_whitespace().map(file).collect()
+}
+
+/// The same as it stands in a directory.
+pub(super) fn set(line: &str) -> Files {
+    let files = files(line).into_iter();
+    files.map(|(name, _, content)| (name, content)).collect()
+}
+
+/// A signed manifest of these files.
+pub(super) fn manifest(generation: u64, line: &str) -> Verified<Manifest> {
+    let file = |(name, version, content): (String, Option<u64>, String)| ManifestFile {
+        name: name.parse().expect("a database name"),
+        size: content.len() as u64,
+        sha256: Digest::of(content.as_bytes()),
+        container: version.map(|version| ContainerFacts {
+            version,
+            signatures: 1,
+            built: None,
+            signed_by: None,
+        }),
+    };
+    let files: Vec<_> = files(line).into_iter().map(file).collect();
+    let manifest = Manifest {
+        fleet: "example".parse().expect("a fleet name"),
+        epoch: Epoch(1),
+        generation: Generation::new(generation).expect("not zero"),
+        publisher: Publisher("publisher".into()),
+        created: jiff::Timestamp::UNIX_EPOCH,
+        previous: None,
+        rollback_of: None,
+        content: content_digest(files.iter().map(|f| (&f.name, f.size, &f.sha256))),
+        files,
+    };
+    sign(manifest, &SigningKey::from_bytes(&[7; 32]))
+}
+
+/// What goes wrong with the disk.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Fault {
+    /// Nothing.
+    None,
+    /// Call n fails without an effect.
+    Once(u64, Errno),
+    /// Call n has its effect and fails nonetheless.
+    After(u64, Errno),
+    /// From call n on nothing can be written.
+    From(u64, Errno),
+    /// The machine stops at call n: neither it nor any later one has an effect. What was written
+    /// by then and not synced is lost in part.
+    Stop(u64),
+}
+
+/// The real disk, with a fault. It counts every call and syncs nothing, but knows what was synced.
+#[derive(Clone)]
+pub(super) struct Shim {
+    disk: Arc<HostDisk>,
+    state: Arc<Mutex<ShimState>>,
+}
+
+struct ShimState {
+    fault: Fault,
+    calls: u64,
+    unsynced: BTreeSet<PathBuf>,
+}
+
+#[derive(Clone, Copy, Eq, PartialEq)]
+enum Kind {
+    Read,
+    Write,
+}
+
+impl Shim {
+    fn new(disk: HostDisk, fault: Fault) -> Self {
+        let state = ShimState {
+            fault,
+            calls: 0,
+            unsynced: BTreeSet::new(),
+        };
+        Self {
+            disk: Arc::new(disk),
+            state: Arc::new(Mutex::new(state)),
+        }
+    }
+
+    pub(super) fn calls(&self) -> u64 {
+        self.state.lock().unwrap().calls
+    }
+
+    pub(super) fn set_fault(&self, fault: Fault) {
+        let mut state = self.state.lock().unwrap();
+        state.fault = fault;
+        state.calls = 0;
+    }
+
+    /// Counts a call. `Err`: it fails before its effect. `Ok(Some)`: it fails after it.
+    fn step(&self, kind: Kind) -> io::Result<Option<Errno>> {
+        let mut state = self.state.lock().unwrap();
+        let now = state.calls;
+        state.calls += 1;
+        match state.fault {
+            Fault::Once(n, errno) if n == now => Err(errno.into()),
+            Fault::From(n, errno) if now >= n && kind == Kind::Write => Err(errno.into()),
+            Fault::Stop(n) if now >= n => Err(io::Error::other("the machine has stopped")),
+            Fault::After(n, errno) if n == now => Ok(Some(errno)),
+            Fault::None | Fault::Once(..) | Fault::After(..) | Fault::From(..) | Fault::Stop(_) => {
+                Ok(None)
+            }
+        }
+    }
+
+    fn run<T>(&self, kind: Kind, effect: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        let after = self.step(kind)?;
+        let done = effect()?;
+        match after {
+            Some(errno) => Err(errno.into()),
+            None => Ok(done),
+        }
+    }
+
+    /// What a power cut leaves of files that were not synced: the name, and half of the content.
+    pub(super) fn lose_unsynced(&self) {
+        for path in &self.state.lock().unwrap().unsynced {
+            if let Ok(bytes) = fs::read(path) {
+                fs::write(path, &bytes[..bytes.len() / 2]).unwrap();
+            }
+        }
+    }
+}
+
+struct ShimFile<T> {
+    shim: Shim,
+    path: PathBuf,
+    file: T,
+}
+
+impl Write for ShimFile<Box<dyn Output>> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let shim = self.shim.clone();
+        shim.run(Kind::Write, || self.file.write(bytes))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
+}
+
+impl Output for ShimFile<Box<dyn Output>> {
+    fn sync(&mut self) -> io::Result<()> {
+        self.shim.clone().run(Kind::Write, || {
+            self.shim.state.lock().unwrap().unsynced.remove(&self.path);
+            Ok(())
+        })
+    }
+}
+
+impl io::Read for ShimFile<Box<dyn Input>> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let shim = self.shim.clone();
+        shim.run(Kind::Read, || self.file.read(buffer))
+    }
+}
+
+impl Input for ShimFile<Box<dyn Input>> {
+    fn facts(&self) -> io::Result<Facts> {
+        self.file.facts()
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.shim.run(Kind::Write, || Ok(()))
+    }
+
+    fn into_file(self: Box<Self>) -> fs::File {
+        self.file.into_file()
+    }
+}
+
+impl Disk for Shim {
+    fn open(&self, at: At<'_>) -> io::Result<Box<dyn Input>> {
+        let file = self.run(Kind::Read, || self.disk.open(at))?;
+        let (shim, path) = (self.clone(), self.path(at));
+        Ok(Box::new(ShimFile { shim, path, file }))
+    }
+
+    fn create(&self, at: At<'_>, mode: u32) -> io::Result<Box<dyn Output>> {
+        let file = self.run(Kind::Write, || self.disk.create(at, mode))?;
+        let (shim, path) = (self.clone(), self.path(at));
+        self.state.lock().unwrap().unsynced.insert(path.clone());
+        Ok(Box::new(ShimFile { shim, path, file }))
+    }
+
+    fn append(&self, at: At<'_>) -> io::Result<Box<dyn Output>> {
+        let file = self.run(Kind::Write, || self.disk.append(at))?;
+        let (shim, path) = (self.clone(), self.path(at));
+        Ok(Box::new(ShimFile { shim, path, file }))
+    }
+
+    fn link(&self, from: At<'_>, to: At<'_>) -> io::Result<()> {
+        self.run(Kind::Write, || self.disk.link(from, to))
+    }
+
+    fn rename(&self, from: At<'_>, to: At<'_>) -> io::Result<()> {
+        self.run(Kind::Write, || {
+            self.disk.rename(from, to)?;
+            let mut state = self.state.lock().unwrap();
+            let (old, new) = (self.disk.path(from), self.disk.path(to));
+            state.unsynced.remove(&new);
+            if state.unsynced.remove(&old) {
+                state.unsynced.insert(new);
+            }
+            Ok(())
+        })
+    }
+
+    fn remove(&self, at: At<'_>) -> io::Result<()> {
+        self.run(Kind::Write, || self.disk.remove(at))
+    }
+
+    fn facts(&self, at: At<'_>) -> io::Result<Facts> {
+        self.run(Kind::Read, || self.disk.facts(at))
+    }
+
+    fn list(&self, dir: Dir) -> io::Result<Vec<OsString>> {
+        self.run(Kind::Read, || self.disk.list(dir))
+    }
+
+    fn sync_dir(&self, _: Dir) -> io::Result<()> {
+        self.run(Kind::Write, || Ok(()))
+    }
+
+    fn free_bytes(&self) -> io::Result<u64> {
+        self.run(Kind::Read, || self.disk.free_bytes())
+    }
+
+    fn in_place(&self) -> io::Result<bool> {
+        self.run(Kind::Read, || self.disk.in_place())
+    }
+
+    fn path(&self, at: At<'_>) -> PathBuf {
+        self.disk.path(at)
+    }
+}
+
+/// What the fake clamd does when it is asked.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Mood {
+    /// Loads the directory; refuses a file that contains `BAD`.
+    Up,
+    /// Nobody at the socket.
+    Away,
+}
+
+/// A clamd that is none: it looks at the directory, as a reload would, and remembers every number
+/// that it was seen with. It judges by the content `BAD` instead of parsing signatures.
+#[derive(Clone)]
+pub(super) struct FakeClamd {
+    directory: PathBuf,
+    pub(super) mood: Arc<Mutex<Mood>>,
+    pub(super) proven: Arc<Mutex<Vec<u64>>>,
+    pub(super) load_test: bool,
+}
+
+impl FakeClamd {
+    fn look(&self, n: u64) -> Verdict {
+        let report = |state, proof| ClamdReport {
+            state,
+            proof,
+            ..ClamdReport::default()
+        };
+        if *self.mood.lock().unwrap() == Mood::Away {
+            return Verdict::Absent(report(ClamdState::Down, Proof::None));
+        }
+        let there = loaded(&self.directory);
+        if let Some((name, _)) = there.iter().find(|(_, content)| content.contains("BAD")) {
+            let reason = format!("{name}: Malformed database");
+            return Verdict::Refused {
+                reason,
+                report: report(ClamdState::Up, Proof::None),
+            };
+        }
+        let text = |name| there.get(name).map_or("", String::as_str);
+        let canary = canary_number(text(CANARY));
+        assert_eq!(
+            gate_number(text(GATE)),
+            canary,
+            "proven with a gate of another install"
+        );
+        if canary != Some(n) {
+            return Verdict::Unproven(report(ClamdState::Up, Proof::None));
+        }
+        self.proven.lock().unwrap().push(n);
+        Verdict::Live(report(ClamdState::Up, Proof::Canary))
+    }
+}
+
+impl Prove for FakeClamd {
+    type Mark = ();
+
+    fn mark(&self) {}
+
+    async fn prove(&self, n: u64, (): (), _: CancellationToken) -> Verdict {
+        self.look(n)
+    }
+
+    async fn probe(&self, n: u64) -> Verdict {
+        self.look(n)
+    }
+
+    fn wants_load_test(&self) -> bool {
+        self.load_test
+    }
+
+    async fn load_test(&self, directory: &Path) -> Result<(), String> {
+        match loaded(directory).iter().find(|(_, c)| c.contains("BAD")) {
+            Some((name, _)) => Err(format!("{name}: Malformed database")),
+            None => Ok(()),
+        }
+    }
+
+    fn report(&self) -> ClamdReport {
+        ClamdReport::default()
+    }
+}
+
+/// What clamd would load from a directory: everything whose name ends as a database's does.
+pub(super) fn loaded(directory: &Path) -> Files {
+    let mut files = Files::new();
+    for entry in fs::read_dir(directory).unwrap() {
+        let entry = entry.unwrap();
+        let name = entry.file_name().into_string().unwrap();
+        if looks_like_a_database(&name) {
+            files.insert(name, fs::read_to_string(entry.path()).unwrap());
+        }
+    }
+    files
+}
+
+/// A host with its directories.
+pub(super) struct Host {
+    root: tempfile::TempDir,
+    pub(super) clamd: FakeClamd,
+    runtime: tokio::runtime::Runtime,
+}
+
+pub(super) type FakeInstaller = Installer<FakeClamd>;
+
+/// What an offer ended with: the completed install, or the fault that kept it from beginning.
+pub(super) type Taken = Result<Completed, String>;
+
+impl Host {
+    pub(super) fn new() -> Self {
+        // In memory where that is possible: a test makes thousands of small hosts.
+        let memory = Path::new("/dev/shm");
+        let root = match memory.is_dir() {
+            true => tempfile::tempdir_in(memory),
+            false => tempfile::tempdir(),
+        };
+        let root = root.unwrap();
+        for name in ["db", "state"] {
+            fs::create_dir(root.path().join(name)).unwrap();
+        }
+        let clamd = FakeClamd {
+            directory: root.path().join("db"),
+            mood: Arc::new(Mutex::new(Mood::Up)),
+            proven: Arc::default(),
+            load_test: false,
+        };
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .build()
+            .unwrap();
+        Self {
+            root,
+            clamd,
+            runtime,
+        }
+    }
+
+    /// With this generation installed and live, unless the line is empty.
+    pub(super) fn with(generation: u64, line: &str) -> Self {
+        let host = Self::new();
+        if !line.is_empty() {
+            let taken = host
+                .take(&host.start(), &manifest(generation, line), line)
+                .unwrap();
+            assert_eq!(taken.outcome, Outcome::Live, "{:?}", taken.error);
+        }
+        host
+    }
+
+    pub(super) fn database(&self) -> PathBuf {
+        self.root.path().join("db")
+    }
+
+    pub(super) fn state(&self) -> PathBuf {
+        self.root.path().join("state")
+    }
+
+    pub(super) fn hidden(&self, path: &str) -> PathBuf {
+        self.database().join(super::disk::HIDDEN).join(path)
+    }
+
+    /// What somebody else puts there.
+    pub(super) fn put(&self, line: &str) {
+        for (name, _, content) in files(line) {
+            let path = self.database().join(name);
+            let _ = fs::remove_file(&path);
+            fs::write(path, content).unwrap();
+        }
+    }
+
+    /// Databases in the directory, proof files aside.
+    pub(super) fn there(&self) -> Files {
+        let mut there = loaded(&self.database());
+        there.remove(CANARY);
+        there.remove(GATE);
+        there
+    }
+
+    pub(super) fn shim(&self, fault: Fault) -> Shim {
+        let disk = HostDisk::open(&self.database(), &self.state()).unwrap();
+        Shim::new(disk, fault)
+    }
+
+    /// A start on a good disk; what was interrupted is ended.
+    pub(super) fn start(&self) -> FakeInstaller {
+        let (installer, _) = self.start_on(self.shim(Fault::None)).unwrap();
+        installer
+    }
+
+    pub(super) fn start_on(
+        &self,
+        shim: Shim,
+    ) -> Result<(FakeInstaller, Option<Completed>), HostFault> {
+        let installer = Installer::with_disk(shim, Nonce([3; 16]), self.clamd.clone())?;
+        let resumed = self
+            .runtime
+            .block_on(installer.resume(CancellationToken::new(), |_| ()));
+        Ok((installer, resumed))
+    }
+
+    /// Takes an offer from the plan to its end; the master's side sends whole files of `line`.
+    pub(super) fn take(
+        &self,
+        installer: &FakeInstaller,
+        manifest: &Verified<Manifest>,
+        line: &str,
+    ) -> Taken {
+        let contents = set(line);
+        let needs = installer
+            .plan(manifest, false, false)
+            .map_err(|e| crate::chain(&e))?;
+        for need in needs {
+            let file = manifest.file(&need.name).unwrap();
+            let content = contents[need.name.as_str()].as_bytes();
+            let part = full(file);
+            let part = Part {
+                offset: need.resume_at,
+                ..part
+            };
+            let bytes = &content[usize::try_from(need.resume_at).unwrap()..];
+            installer
+                .receive(&part, file, bytes)
+                .map_err(|e| crate::chain(&e))?;
+        }
+        Ok(self.install(installer, manifest))
+    }
+
+    pub(super) fn install(
+        &self,
+        installer: &FakeInstaller,
+        manifest: &Verified<Manifest>,
+    ) -> Completed {
+        let install = installer.install(manifest, CancellationToken::new(), |_| ());
+        self.runtime.block_on(install)
+    }
+
+    pub(super) fn probe_on(&self, installer: &FakeInstaller) -> Option<Completed> {
+        self.runtime
+            .block_on(installer.probe_on(CancellationToken::new()))
+    }
+
+    pub(super) fn repair(&self, installer: &FakeInstaller) -> Result<Option<Completed>, String> {
+        let repair = installer.repair(CancellationToken::new(), |_| ());
+        self.runtime.block_on(repair).map_err(|e| crate::chain(&e))
+    }
+}
+
+/// The header of a whole file, as it is.
+pub(super) fn full(file: &ManifestFile) -> Part {
+    Part {
+        offer: OfferId(1),
+        name: file.name.clone(),
+        encoding: PartEncoding {
+            kind: PartKind::Full,
+            zstd: false,
+            from: None,
+            to: file.sha256,
+            length: file.size,
+        },
+        offset: 0,
+    }
+}

@@ -1,0 +1,914 @@
+//! Decides what an install does next.
+//!
+//! Pure: no files, no clamd, no clock. What drives it feeds events in and carries out the actions
+//! that come back, in order; the first that fails is the next event. The journal is the machine's
+//! memory across a crash, and [`Action::Save`] stands before every effect that it speaks of. A
+//! replay begins at the start of the swap, whatever had been done of it, under a new number: every
+//! part of the swap is harmless when repeated, and a number that a half-done swap may have shown to
+//! clamd proves nothing any more.
+
+use std::collections::BTreeSet;
+
+use clamcast_proto::Digest;
+use clamcast_proto::receipt::{ClamdReport, Outcome};
+use clamcast_proto::wire::Phase;
+
+use super::journal::{Before, Cause, Ending, Installed, Journal, Refusal, Step, Way};
+use crate::clamd::Verdict;
+
+/// What an install is told.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// A manifest was compared with the disk: these digests are missing. The newest one wins.
+    Planned {
+        /// The manifest.
+        manifest: Digest,
+        /// What must be transferred.
+        missing: BTreeSet<Digest>,
+    },
+    /// A file is staged.
+    Arrived(Digest),
+    /// Everything is staged and the directory was looked at: go.
+    Begin(Box<Journal>),
+    /// The files are those that are installed, and clamd still has them: only the number moves.
+    Moved(Box<Installed>, ClamdReport),
+    /// `clamscan` cannot load the staged set. Nothing was touched.
+    Unloadable(Box<Refusal>, ClamdReport),
+    /// All actions were carried out.
+    Done,
+    /// An action failed.
+    Failed {
+        /// What happened.
+        fault: String,
+        /// Whether something in the database directory may have been changed by then.
+        touched: bool,
+    },
+    /// clamd was asked.
+    Judged(Verdict),
+    /// There is a journal that was not ended: from a crash, or from a disk that failed.
+    Resumed {
+        /// The journal.
+        journal: Box<Journal>,
+        /// A number above all that the journal, the canary and the gate on disk show.
+        next: u64,
+    },
+}
+
+/// What is to be done.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Action {
+    /// Make the journal durable.
+    Save(Box<Journal>),
+    /// The same, where a failure must not keep the old set from coming back: a replay from the
+    /// journal that is on disk ends well too.
+    TrySave(Box<Journal>),
+    /// Put all files in place, then canary and gate.
+    Swap(Box<Journal>),
+    /// Put only the next canary and gate in place.
+    Renumber(u64),
+    /// Make clamd reload and ask it for this journal's number.
+    Prove(Box<Journal>),
+    /// Remove the names that go after the proof.
+    RemoveLater(Box<Journal>),
+    /// Record what is installed.
+    Record(Option<Box<Installed>>),
+    /// Remember a refusal.
+    Remember(Box<Refusal>),
+    /// Remove the journal.
+    Forget,
+    /// Empty the stage.
+    Clean,
+    /// This is what came of it.
+    Finish(Ending),
+}
+
+/// One host's install slot.
+#[derive(Clone, Debug, Default)]
+pub struct Machine {
+    slot: Slot,
+    journal: Option<Box<Journal>>,
+    /// A set that waits for clamd and goes on waiting if the install that followed comes to nothing.
+    waiting: Option<Box<Journal>>,
+    /// What to say when the actions at hand are done and no journal holds it.
+    ending: Option<Ending>,
+    /// How often in a row the way back, or tidying up, has failed.
+    failures: u8,
+}
+
+/// The way back and tidying up are tried so often: one hiccup of a disk must not leave a host with
+/// a set that clamd refuses. A disk that goes on failing is tried again with the next install,
+/// probe or start.
+const TRIES_MAX: u8 = 3;
+
+#[derive(Clone, Debug, Default)]
+enum Slot {
+    #[default]
+    Idle,
+    Fetching {
+        manifest: Digest,
+        missing: BTreeSet<Digest>,
+    },
+    Staged {
+        manifest: Digest,
+    },
+}
+
+impl Machine {
+    /// What is going on, in the words of the wire.
+    pub fn phase(&self) -> Phase {
+        match self.journal.as_ref().map(|journal| &journal.step) {
+            Some(Step::Swapping) => Phase::Swapping,
+            Some(Step::Proving) => Phase::Proving,
+            Some(Step::Waiting | Step::Settling(_)) | None => match self.slot {
+                Slot::Idle => Phase::Idle,
+                Slot::Fetching { .. } => Phase::Fetching,
+                Slot::Staged { .. } => Phase::Staged,
+            },
+        }
+    }
+
+    /// The manifest that files are being staged for, or are staged for.
+    pub fn staging(&self) -> Option<Digest> {
+        match self.slot {
+            Slot::Idle => None,
+            Slot::Fetching { manifest, .. } | Slot::Staged { manifest } => Some(manifest),
+        }
+    }
+
+    /// The journal of an install that has not ended.
+    pub fn journal(&self) -> Option<&Journal> {
+        self.journal.as_deref()
+    }
+
+    /// Whether the set is on disk and clamd has yet to be seen with it.
+    pub fn waits_for_clamd(&self) -> bool {
+        matches!(self.journal(), Some(journal) if journal.step == Step::Waiting)
+    }
+
+    /// Takes one event and returns what to do about it, in order.
+    pub fn handle(&mut self, event: Event) -> Vec<Action> {
+        match event {
+            Event::Planned { manifest, missing } => {
+                self.slot = match missing.is_empty() {
+                    true => Slot::Staged { manifest },
+                    false => Slot::Fetching { manifest, missing },
+                };
+                Vec::new()
+            }
+            Event::Arrived(digest) => {
+                self.arrived(digest);
+                Vec::new()
+            }
+            Event::Begin(journal) => {
+                self.slot = Slot::Idle;
+                self.failures = 0;
+                self.waiting = self.journal.take().filter(|old| old.step == Step::Waiting);
+                self.save_and_swap(journal)
+            }
+            Event::Moved(installed, clamd) => {
+                self.slot = Slot::Idle;
+                self.ending = Some(Ending {
+                    outcome: Outcome::Live,
+                    install: installed.install,
+                    clamd,
+                    error: None,
+                });
+                vec![Action::Record(Some(installed)), Action::Clean]
+            }
+            Event::Unloadable(refusal, clamd) => {
+                self.slot = Slot::Idle;
+                self.ending = Some(Ending {
+                    outcome: Outcome::Refused,
+                    install: refusal.install,
+                    clamd,
+                    error: Some(refusal.error.clone()),
+                });
+                vec![Action::Remember(refusal), Action::Clean]
+            }
+            Event::Resumed { journal, next } => self.resumed(journal, next),
+            Event::Done => self.done(),
+            Event::Failed { fault, touched } => self.failed(fault, touched),
+            Event::Judged(verdict) => self.judged(verdict),
+        }
+    }
+
+    fn arrived(&mut self, digest: Digest) {
+        if let Slot::Fetching { manifest, missing } = &mut self.slot {
+            missing.remove(&digest);
+            if missing.is_empty() {
+                self.slot = Slot::Staged {
+                    manifest: *manifest,
+                };
+            }
+        }
+    }
+
+    fn save_and_swap(&mut self, journal: Box<Journal>) -> Vec<Action> {
+        self.ending = None;
+        self.journal = Some(journal.clone());
+        vec![save(journal.clone()), Action::Swap(journal)]
+    }
+
+    fn resumed(&mut self, mut journal: Box<Journal>, next: u64) -> Vec<Action> {
+        self.failures = 0;
+        if let Step::Settling(ending) = journal.step.clone() {
+            return self.settle(journal, ending);
+        }
+        journal.step = Step::Swapping;
+        journal.install = next;
+        journal.pass = 1;
+        journal.touched = true;
+        self.save_and_swap(journal)
+    }
+
+    /// What comes after the actions of a step.
+    fn done(&mut self) -> Vec<Action> {
+        let Some(mut journal) = self.journal.take() else {
+            return self.ending.take().map(Action::Finish).into_iter().collect();
+        };
+        match journal.step.clone() {
+            Step::Swapping => {
+                journal.step = Step::Proving;
+                journal.touched = true;
+                self.journal = Some(journal.clone());
+                vec![save(journal.clone()), Action::Prove(journal)]
+            }
+            Step::Settling(ending) => vec![Action::Finish(ending)],
+            Step::Proving | Step::Waiting => {
+                self.journal = Some(journal);
+                self.ending.take().map(Action::Finish).into_iter().collect()
+            }
+        }
+    }
+
+    fn failed(&mut self, fault: String, touched: bool) -> Vec<Action> {
+        let Some(journal) = self.journal.take() else {
+            // The records could not be written, and nothing else was to be done.
+            let mut ending = self.ending.take().unwrap_or_else(|| host_fault(0, &fault));
+            ending.error = Some(joined(ending.error.take(), &fault));
+            return vec![Action::Finish(ending)];
+        };
+        match (&journal.way, &journal.step) {
+            // Decided: what is not tidy by now is tried again with the next install or start.
+            (_, Step::Settling(ending)) => {
+                let mut ending = ending.clone();
+                if self.may_try_again() {
+                    return self.settle(journal, ending);
+                }
+                ending.error = Some(joined(ending.error.take(), &fault));
+                self.journal = Some(journal);
+                vec![Action::Finish(ending)]
+            }
+            (_, Step::Waiting) => {
+                self.journal = Some(journal);
+                let ending = self.ending.take();
+                ending.map(Action::Finish).into_iter().collect()
+            }
+            (Way::Forward, Step::Swapping) if !journal.touched && !touched => {
+                let ending = host_fault(journal.install, &fault);
+                self.nothing_happened(journal, ending)
+            }
+            (Way::Forward, Step::Swapping | Step::Proving) => {
+                self.turn_back(journal, Cause::HostFault(fault))
+            }
+            (Way::Back { .. }, Step::Swapping | Step::Proving) if self.may_try_again() => {
+                let mut journal = journal;
+                journal.install += 1;
+                journal.pass = 1;
+                journal.passes = 2; // nobody knows which gate is in place
+                journal.step = Step::Swapping;
+                self.save_and_swap(journal)
+            }
+            (Way::Back { cause, tried }, Step::Swapping | Step::Proving) => {
+                let ending = Ending {
+                    outcome: outcome_of(cause),
+                    install: *tried,
+                    clamd: ClamdReport::default(),
+                    error: Some(format!(
+                        "{}; the previous set is not back yet: {fault}",
+                        reason_of(cause)
+                    )),
+                };
+                self.journal = Some(journal);
+                vec![Action::Finish(ending)]
+            }
+        }
+    }
+
+    fn may_try_again(&mut self) -> bool {
+        self.failures += 1;
+        self.failures < TRIES_MAX
+    }
+
+    fn judged(&mut self, verdict: Verdict) -> Vec<Action> {
+        self.failures = 0;
+        let waiting = self.waits_for_clamd();
+        let Some(mut journal) = self.journal.take() else {
+            return Vec::new();
+        };
+        match (&journal.step, verdict) {
+            (Step::Swapping | Step::Settling(_), _) => {
+                self.journal = Some(journal); // a straggler: nobody is being asked
+                Vec::new()
+            }
+            (Step::Proving | Step::Waiting, Verdict::Live(_)) if journal.pass < journal.passes => {
+                journal.pass += 1;
+                journal.install += 1;
+                journal.step = Step::Swapping;
+                self.journal = Some(journal.clone());
+                let number = journal.install;
+                vec![save(journal), Action::Renumber(number)]
+            }
+            (Step::Proving | Step::Waiting, Verdict::Live(clamd)) => self.live(journal, clamd),
+            (Step::Proving | Step::Waiting, Verdict::Refused { reason, report }) => {
+                self.refused(journal, reason, report)
+            }
+            (Step::Proving | Step::Waiting, Verdict::Unproven(_) | Verdict::Absent(_))
+                if waiting =>
+            {
+                self.journal = Some(journal);
+                Vec::new()
+            }
+            (Step::Proving | Step::Waiting, Verdict::Unproven(clamd) | Verdict::Absent(clamd)) => {
+                self.unproven(journal, clamd)
+            }
+        }
+    }
+
+    fn live(&mut self, journal: Box<Journal>, clamd: ClamdReport) -> Vec<Action> {
+        let install = journal.install;
+        let ending = match &journal.way {
+            Way::Forward => Ending {
+                outcome: Outcome::Live,
+                install,
+                clamd,
+                error: None,
+            },
+            Way::Back { cause, tried } => Ending {
+                outcome: outcome_of(cause),
+                install: *tried,
+                clamd,
+                error: Some(format!(
+                    "{}; the previous set is back and live as install {install}",
+                    reason_of(cause)
+                )),
+            },
+        };
+        self.settle(journal, ending)
+    }
+
+    fn refused(
+        &mut self,
+        journal: Box<Journal>,
+        reason: String,
+        clamd: ClamdReport,
+    ) -> Vec<Action> {
+        match &journal.way {
+            Way::Forward if journal.before.files.is_empty() => {
+                // clamd does not even start without databases: nothing is taken away.
+                let ending = Ending {
+                    outcome: Outcome::Refused,
+                    install: journal.install,
+                    clamd,
+                    error: Some(format!("{reason}; there is no previous set to go back to")),
+                };
+                self.settle(journal, ending)
+            }
+            Way::Forward => self.turn_back(journal, Cause::Refused(reason)),
+            Way::Back { cause, tried } => {
+                let ending = Ending {
+                    outcome: outcome_of(cause),
+                    install: *tried,
+                    clamd,
+                    error: Some(format!(
+                        "{}; the previous set is back, and clamd does not load it either: {reason}",
+                        reason_of(cause)
+                    )),
+                };
+                self.wait_with_the_old_set(journal, ending)
+            }
+        }
+    }
+
+    fn unproven(&mut self, mut journal: Box<Journal>, clamd: ClamdReport) -> Vec<Action> {
+        if let Way::Back { cause, tried } = &journal.way {
+            let ending = Ending {
+                outcome: outcome_of(cause),
+                install: *tried,
+                clamd,
+                error: Some(format!(
+                    "{}; the previous set is back, not yet proven",
+                    reason_of(cause)
+                )),
+            };
+            return self.wait_with_the_old_set(journal, ending);
+        }
+        self.ending = Some(Ending {
+            outcome: Outcome::Installed,
+            install: journal.install,
+            error: clamd.note.clone(),
+            clamd,
+        });
+        journal.step = Step::Waiting;
+        let installed = Installed {
+            set: journal.set.clone(),
+            install: journal.install,
+            outcome: Outcome::Installed,
+        };
+        self.journal = Some(journal.clone());
+        vec![
+            Action::Save(journal),
+            Action::Record(Some(Box::new(installed))),
+        ]
+    }
+
+    /// The outcome is decided and what it means for the records follows from the journal.
+    fn settle(&mut self, journal: Box<Journal>, ending: Ending) -> Vec<Action> {
+        if journal.way == Way::Forward && ending.outcome == Outcome::HostFault {
+            return self.nothing_happened(journal, ending);
+        }
+        let install = journal.install;
+        let installed = match (&journal.way, ending.outcome) {
+            (Way::Forward, outcome) => Some(Installed {
+                set: journal.set.clone(),
+                install,
+                outcome,
+            }),
+            (Way::Back { .. }, _) => journal.before.installed.clone().map(|before| Installed {
+                install,
+                outcome: Outcome::Live,
+                ..before
+            }),
+        };
+        let mut first = Vec::new();
+        if ending.outcome == Outcome::Live {
+            first.push(Action::RemoveLater(journal.clone()));
+        }
+        first.extend(
+            refusal_of(&journal, &ending).map(|refusal| Action::Remember(Box::new(refusal))),
+        );
+        self.settle_with(journal, ending, installed, first)
+    }
+
+    fn settle_with(
+        &mut self,
+        mut journal: Box<Journal>,
+        ending: Ending,
+        installed: Option<Installed>,
+        first: Vec<Action>,
+    ) -> Vec<Action> {
+        journal.step = Step::Settling(ending);
+        self.journal = Some(journal.clone());
+        let mut actions = vec![Action::Save(journal)];
+        actions.extend(first);
+        actions.push(Action::Record(installed.map(Box::new)));
+        actions.push(Action::Forget);
+        if matches!(self.slot, Slot::Idle) {
+            actions.push(Action::Clean); // else it would take away what a newer offer has staged
+        }
+        actions
+    }
+
+    /// Ends an install that failed before it changed anything. The journal on disk, if it got there,
+    /// is of no use any more; one that stays because it cannot be removed either makes the next
+    /// start install this set, which is whole.
+    fn nothing_happened(&mut self, mut journal: Box<Journal>, ending: Ending) -> Vec<Action> {
+        if let Some(waiting) = self.waiting.take() {
+            self.ending = Some(ending);
+            self.journal = Some(waiting.clone());
+            return vec![Action::Save(waiting)];
+        }
+        journal.step = Step::Settling(ending);
+        self.journal = Some(journal);
+        vec![Action::Forget]
+    }
+
+    fn turn_back(&mut self, forward: Box<Journal>, cause: Cause) -> Vec<Action> {
+        let stays = |name: &_| forward.before.files.iter().any(|file| file.name == *name);
+        let withdraw: Vec<_> = forward
+            .files
+            .iter()
+            .map(|file| file.name.clone())
+            .filter(|name| !stays(name))
+            .collect();
+        // Where the gate of the number before may not have been in place, or names vanish, one
+        // proof is not enough.
+        let sure = withdraw.is_empty() && forward.passes == 1 && matches!(cause, Cause::Refused(_));
+        let journal = Box::new(Journal {
+            install: forward.install + 1,
+            pass: 1,
+            passes: if sure { 1 } else { 2 },
+            way: Way::Back {
+                cause,
+                tried: forward.install,
+            },
+            step: Step::Swapping,
+            touched: true,
+            files: forward.before.files.clone(),
+            adopt: Vec::new(),
+            withdraw,
+            later: Vec::new(),
+            ..*forward
+        });
+        self.save_and_swap(journal)
+    }
+
+    /// Ends the way back where clamd has not been seen with the old set: probing goes on with that.
+    fn wait_with_the_old_set(&mut self, journal: Box<Journal>, ending: Ending) -> Vec<Action> {
+        let refusal =
+            refusal_of(&journal, &ending).map(|refusal| Action::Remember(Box::new(refusal)));
+        let mut actions: Vec<_> = refusal.into_iter().collect();
+        let Some(old) = journal.before.installed.clone() else {
+            // What others had left: there is no generation to report on.
+            return self.settle_with(journal, ending, None, actions);
+        };
+        let old = Installed {
+            install: journal.install,
+            outcome: Outcome::Installed,
+            ..old
+        };
+        let waiting = Box::new(Journal {
+            set: old.set.clone(),
+            way: Way::Forward,
+            step: Step::Waiting,
+            // If clamd refuses this one too, there is nothing further back.
+            before: Before::default(),
+            withdraw: Vec::new(),
+            ..*journal
+        });
+        self.ending = Some(ending);
+        self.journal = Some(waiting.clone());
+        actions.push(Action::Save(waiting));
+        actions.push(Action::Record(Some(Box::new(old))));
+        actions
+    }
+}
+
+/// The way back does not depend on the journal: a replay of the one on disk ends well too.
+fn save(journal: Box<Journal>) -> Action {
+    match journal.way {
+        Way::Forward => Action::Save(journal),
+        Way::Back { .. } => Action::TrySave(journal),
+    }
+}
+
+fn host_fault(install: u64, fault: &str) -> Ending {
+    Ending {
+        outcome: Outcome::HostFault,
+        install,
+        clamd: ClamdReport::default(),
+        error: Some(fault.to_owned()),
+    }
+}
+
+fn outcome_of(cause: &Cause) -> Outcome {
+    match cause {
+        Cause::Refused(_) => Outcome::Refused,
+        Cause::HostFault(_) => Outcome::HostFault,
+    }
+}
+
+fn reason_of(cause: &Cause) -> &str {
+    match cause {
+        Cause::Refused(reason) | Cause::HostFault(reason) => reason,
+    }
+}
+
+/// A refusal is remembered; a host's fault may be mended, and then the same set is good.
+fn refusal_of(journal: &Journal, ending: &Ending) -> Option<Refusal> {
+    (ending.outcome == Outcome::Refused).then(|| Refusal {
+        position: journal.set.manifest.position(),
+        manifest_sha256: journal.set.sha256(),
+        install: ending.install,
+        error: ending.error.clone().unwrap_or_default(),
+    })
+}
+
+fn joined(error: Option<String>, fault: &str) -> String {
+    match error {
+        Some(error) => format!("{error}; {fault}"),
+        None => fault.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::lab::manifest;
+    use super::*;
+    use crate::install::journal::Set;
+    use clamcast_proto::receipt::FileState;
+
+    /// So many choices follow one another: enough for an install, its way back and a restart.
+    const CHOICES: usize = 6;
+
+    /// One way through an install, and what has been seen on it.
+    #[derive(Clone, Debug)]
+    struct Path {
+        machine: Machine,
+        trace: Vec<String>,
+        /// The number that the journal on disk holds.
+        saved: u64,
+        /// How often clamd was seen with it since the last swap.
+        proofs: usize,
+        passes: usize,
+        finished: usize,
+        /// Sets that stood in the directory.
+        swapped: BTreeSet<Digest>,
+    }
+
+    fn journal(before: bool) -> Box<Journal> {
+        let set = |generation, line: &str| Set::from(&manifest(generation, line));
+        let new = set(2, "daily.cld=two");
+        let old = set(1, "daily.cvd=one");
+        let before = match before {
+            true => Before {
+                files: old.files(),
+                installed: Some(Installed {
+                    set: old,
+                    install: 1,
+                    outcome: Outcome::Live,
+                }),
+            },
+            false => Before::default(),
+        };
+        let passes = if before.files.is_empty() { 2 } else { 1 };
+        let files: Vec<FileState> = new.files();
+        Box::new(Journal {
+            set: new,
+            install: 2,
+            pass: 1,
+            passes,
+            way: Way::Forward,
+            step: Step::Swapping,
+            touched: false,
+            files,
+            before,
+            adopt: Vec::new(),
+            withdraw: Vec::new(),
+            later: Vec::new(),
+        })
+    }
+
+    /// Walks every way of `choices` choices that begins with this event.
+    fn walk(mut path: Path, event: Event, choices: usize, seen: &mut usize) {
+        *seen += 1;
+        path.trace
+            .push(format!("{event:?}").chars().take(60).collect());
+        if let Event::Judged(verdict) = &event {
+            path.proofs += usize::from(matches!(verdict, Verdict::Live(_)));
+        }
+        let actions = path.machine.handle(event);
+        let mut asked = false;
+        for (at, action) in actions.iter().enumerate() {
+            the_journal_is_saved_before_the_directory_changes(&path, &actions[..at], action);
+            a_set_is_called_live_only_after_its_proofs(&path, action);
+            nothing_is_taken_away_where_nothing_was(&path, action);
+            only_what_is_on_disk_is_recorded_as_installed(&path, action);
+            if choices > 0
+                && !matches!(
+                    action,
+                    Action::Prove(_) | Action::Finish(_) | Action::TrySave(_)
+                )
+            {
+                for touched in [false, true] {
+                    let fault = "fault".to_owned();
+                    walk(
+                        path.clone(),
+                        Event::Failed { fault, touched },
+                        choices - 1,
+                        seen,
+                    );
+                }
+            }
+            match action {
+                Action::Save(journal) | Action::TrySave(journal) => {
+                    numbers_only_rise(&path, journal);
+                    path.saved = journal.install;
+                }
+                Action::Swap(journal) => {
+                    path.proofs = 0;
+                    path.passes = usize::from(journal.passes);
+                    path.swapped.insert(journal.set.sha256());
+                }
+                Action::Prove(_) => asked = true,
+                Action::Finish(_) => path.finished += 1,
+                Action::Renumber(_)
+                | Action::RemoveLater(_)
+                | Action::Record(_)
+                | Action::Remember(_)
+                | Action::Forget
+                | Action::Clean => {}
+            }
+        }
+        if choices == 0 {
+            return;
+        }
+        let report = ClamdReport::default;
+        let over = matches!(actions.last(), None | Some(Action::Finish(_)));
+        if asked || path.machine.waits_for_clamd() && over {
+            for verdict in [
+                Verdict::Live(report()),
+                Verdict::Refused {
+                    reason: "bad".into(),
+                    report: report(),
+                },
+                Verdict::Unproven(report()),
+                Verdict::Absent(report()),
+            ] {
+                walk(path.clone(), Event::Judged(verdict), choices - 1, seen);
+            }
+        } else if !over {
+            walk(path.clone(), Event::Done, choices, seen);
+        }
+        if let Some(journal) = path.machine.journal().cloned() {
+            let (journal, next) = (Box::new(journal), path.saved + 1);
+            path.machine = Machine::default(); // what a crash leaves is the journal alone
+            walk(path, Event::Resumed { journal, next }, choices - 1, seen);
+        }
+    }
+
+    fn the_journal_is_saved_before_the_directory_changes(
+        path: &Path,
+        done: &[Action],
+        action: &Action,
+    ) {
+        let number = match action {
+            Action::Swap(journal) | Action::RemoveLater(journal) => journal.install,
+            Action::Renumber(install) => *install,
+            Action::Save(_)
+            | Action::TrySave(_)
+            | Action::Prove(_)
+            | Action::Record(_)
+            | Action::Remember(_)
+            | Action::Forget
+            | Action::Clean
+            | Action::Finish(_) => return,
+        };
+        let saved = done.iter().any(|action| {
+            matches!(action, Action::Save(journal) | Action::TrySave(journal) if journal.install == number)
+        });
+        assert!(saved, "{path:#?}\n{action:?}");
+    }
+
+    fn numbers_only_rise(path: &Path, journal: &Journal) {
+        assert!(journal.install >= path.saved, "{path:#?}");
+    }
+
+    fn a_set_is_called_live_only_after_its_proofs(path: &Path, action: &Action) {
+        if let Action::Finish(ending) = action
+            && ending.outcome == Outcome::Live
+        {
+            assert!(path.proofs >= path.passes && path.passes > 0, "{path:#?}");
+        }
+    }
+
+    /// Half a set is no set: after a fault of the disk it goes, whatever was there before. A whole
+    /// one that clamd refuses stays where there is no other.
+    fn nothing_is_taken_away_where_nothing_was(path: &Path, action: &Action) {
+        if let Action::Swap(journal) = action
+            && let Way::Back { cause, .. } = &journal.way
+        {
+            let faulted = matches!(cause, Cause::HostFault(_));
+            assert!(faulted || !journal.files.is_empty(), "{path:#?}");
+        }
+    }
+
+    fn only_what_is_on_disk_is_recorded_as_installed(path: &Path, action: &Action) {
+        if let Action::Record(Some(installed)) = action {
+            let proven = path.proofs >= path.passes && path.passes > 0;
+            let right = match installed.outcome {
+                Outcome::Live => proven,
+                Outcome::Installed | Outcome::Refused => true,
+                Outcome::HostFault => false,
+            };
+            assert!(
+                right && path.swapped.contains(&installed.set.sha256()),
+                "{path:#?}"
+            );
+        }
+    }
+
+    #[test]
+    fn every_way_through_an_install_keeps_the_rules() {
+        let mut seen = 0;
+        for before in [true, false] {
+            let path = Path {
+                machine: Machine::default(),
+                trace: Vec::new(),
+                saved: 0,
+                proofs: 0,
+                passes: 0,
+                finished: 0,
+                swapped: [Set::from(&manifest(1, "daily.cvd=one")).sha256()].into(),
+            };
+            walk(path, Event::Begin(journal(before)), CHOICES, &mut seen);
+        }
+        println!("{seen} events");
+    }
+
+    fn check(events: Vec<Event>, finish: &str) {
+        let mut machine = Machine::default();
+        let mut said = String::new();
+        for event in events {
+            let mut event = Some(event);
+            while let Some(now) = event.take() {
+                for action in machine.handle(now) {
+                    event = Some(Event::Done);
+                    match action {
+                        Action::Prove(_) => event = None,
+                        Action::Finish(ending) => {
+                            event = None;
+                            said = format!("{} {}", ending.outcome, ending.install);
+                        }
+                        Action::Save(_)
+                        | Action::TrySave(_)
+                        | Action::Swap(_)
+                        | Action::Renumber(_)
+                        | Action::RemoveLater(_)
+                        | Action::Record(_)
+                        | Action::Remember(_)
+                        | Action::Forget
+                        | Action::Clean => {}
+                    }
+                }
+            }
+        }
+        assert_eq!(said, finish);
+    }
+
+    fn begin(before: bool) -> Event {
+        Event::Begin(journal(before))
+    }
+
+    fn judged(verdict: fn(ClamdReport) -> Verdict) -> Event {
+        Event::Judged(verdict(ClamdReport::default()))
+    }
+
+    fn refused(report: ClamdReport) -> Verdict {
+        let reason = "bad".into();
+        Verdict::Refused { reason, report }
+    }
+
+    #[test]
+    fn each_outcome_is_what_the_design_says() {
+        check(vec![begin(true), judged(Verdict::Live)], "live 2");
+        check(vec![begin(true), judged(Verdict::Absent)], "installed 2");
+        check(vec![begin(true), judged(Verdict::Unproven)], "installed 2");
+        check(vec![begin(true), judged(refused)], "");
+        check(
+            vec![
+                begin(true),
+                judged(refused),
+                judged(Verdict::Live),
+                judged(Verdict::Live),
+            ],
+            "refused 2",
+        );
+        check(
+            vec![begin(true), judged(refused), judged(Verdict::Absent)],
+            "refused 2",
+        );
+    }
+
+    #[test]
+    fn without_a_gate_it_is_proven_twice() {
+        check(vec![begin(false), judged(Verdict::Live)], "");
+        check(
+            vec![begin(false), judged(Verdict::Live), judged(Verdict::Live)],
+            "live 3",
+        );
+    }
+
+    #[test]
+    fn a_refused_first_set_stays() {
+        check(vec![begin(false), judged(refused)], "refused 2");
+    }
+
+    #[test]
+    fn an_installed_set_becomes_live_when_clamd_comes() {
+        check(
+            vec![begin(true), judged(Verdict::Absent), judged(Verdict::Live)],
+            "live 2",
+        );
+    }
+
+    #[test]
+    fn the_newest_plan_wins() {
+        let mut machine = Machine::default();
+        let digest = |text: &str| Digest::of(text.as_bytes());
+        let plan = |manifest: &str, missing: &[&str]| Event::Planned {
+            manifest: digest(manifest),
+            missing: missing.iter().map(|text| digest(text)).collect(),
+        };
+        machine.handle(plan("one", &["a", "b"]));
+        machine.handle(plan("two", &["b"]));
+        assert_eq!(
+            (machine.phase(), machine.staging()),
+            (Phase::Fetching, Some(digest("two")))
+        );
+        machine.handle(Event::Arrived(digest("a"))); // of the first one
+        assert_eq!(machine.phase(), Phase::Fetching);
+        machine.handle(Event::Arrived(digest("b")));
+        assert_eq!(machine.phase(), Phase::Staged);
+    }
+}

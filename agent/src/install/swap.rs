@@ -1,0 +1,523 @@
+//! Puts a staged set under the names that clamd reads, and looks at what stands there.
+//!
+//! Every name changes by one rename, so whoever opens it gets a whole file. The swap can be
+//! repeated from its start at any time: links that are there already are seen by their inode, the
+//! stage keeps every file until the outcome is decided, and what is gone need not be removed again.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use clamcast_proto::DatabaseName;
+use clamcast_proto::manifest::{Manifest, ManifestFile};
+use clamcast_proto::names::{DATABASE_EXTENSIONS, DatabaseKind};
+use clamcast_proto::receipt::{FOREIGN_MAX, FileState};
+
+use super::disk::{At, DATABASE_MODE, Dir, HostFault, Tree};
+use super::journal::{Before, Installed, Journal, Set, Step, Way};
+use super::stage::{PLACE, Stage, state_of};
+use crate::clamd::proof::{
+    CANARY, GATE, GATE_SPAN, Nonce, PROOF_FILE_BYTES_MAX, canary, canary_number, gate, gate_number,
+};
+
+/// Where canary and gate are written: on disk before the first database is renamed, so that a full
+/// disk is noticed while nothing has happened.
+const NEW_CANARY: At<'_> = At(Dir::Hidden, "canary");
+const NEW_GATE: At<'_> = At(Dir::Hidden, "gate");
+
+const CANARY_AT: At<'_> = At(Dir::Databases, CANARY);
+const GATE_AT: At<'_> = At(Dir::Databases, GATE);
+
+/// A swap failed, perhaps halfway.
+pub(super) struct SwapFault {
+    pub(super) fault: HostFault,
+    /// Whether the database directory may have been changed.
+    pub(super) touched: bool,
+}
+
+impl From<HostFault> for SwapFault {
+    /// Nothing was changed yet, or the journal knows that something was.
+    fn from(fault: HostFault) -> Self {
+        Self {
+            fault,
+            touched: false,
+        }
+    }
+}
+
+/// What canary and gate on disk say.
+pub(super) struct Numbers {
+    canary: Option<u64>,
+    gate: Option<u64>,
+    /// Whether both are the ones of this host for this number.
+    whole: Option<u64>,
+}
+
+impl Numbers {
+    pub(super) fn read(tree: &Tree, nonce: &Nonce) -> Result<Self, HostFault> {
+        let text = |at| -> Result<String, HostFault> {
+            let bytes = tree.read(at, PROOF_FILE_BYTES_MAX)?.unwrap_or_default();
+            Ok(String::from_utf8_lossy(&bytes).into_owned())
+        };
+        let (canary_text, gate_text) = (text(CANARY_AT)?, text(GATE_AT)?);
+        let (canary_there, gate_there) = (canary_number(&canary_text), gate_number(&gate_text));
+        let whole = canary_there.filter(|n| canary_text == canary(nonce, *n));
+        Ok(Self {
+            canary: canary_there,
+            gate: gate_there,
+            whole: whole.filter(|_| canary_there == gate_there),
+        })
+    }
+
+    /// Above everything that was ever shown to clamd.
+    pub(super) fn next(&self, journal: Option<&Journal>, installed: Option<&Installed>) -> u64 {
+        let seen = [
+            self.canary,
+            self.gate,
+            journal.map(|journal| journal.install),
+            installed.map(|installed| installed.install),
+        ];
+        // GATE_SPAN numbers above it are written into the gate.
+        seen.into_iter()
+            .flatten()
+            .max()
+            .unwrap_or(0)
+            .min(u64::MAX - 2 * GATE_SPAN)
+            + 1
+    }
+
+    /// Whether the gate that clamd has hides install `n`: only then is one proof enough.
+    fn hides(&self, n: u64) -> bool {
+        self.gate
+            .is_some_and(|gate| (gate + 1..=gate + GATE_SPAN).contains(&n))
+    }
+}
+
+/// What an install has to do, seen without touching anything.
+pub(super) struct Survey {
+    pub(super) journal: Journal,
+    /// Every file stands there already and nothing has to go: only the number would move.
+    pub(super) in_place: bool,
+}
+
+/// The swap and everything around it.
+pub(super) struct Swap<'a> {
+    pub(super) tree: &'a Tree,
+    pub(super) stage: Stage<'a>,
+    pub(super) nonce: &'a Nonce,
+}
+
+impl Swap<'_> {
+    /// Compares the directory with a staged set.
+    pub(super) fn survey(
+        &self,
+        set: &Set,
+        installed: Option<&Installed>,
+        open: Option<&Journal>,
+    ) -> Result<Survey, HostFault> {
+        let numbers = Numbers::read(self.tree, self.nonce)?;
+        let install = numbers.next(open, installed);
+        let files = set.files();
+        let present = self.databases()?;
+        let ours = names_of_ours(installed, open);
+
+        let mut adopt = Vec::new();
+        let mut in_place = true;
+        for file in &files {
+            let Some(name) = present.get(file.name.as_str()) else {
+                in_place = false;
+                continue;
+            };
+            if !self.is_placed(file)? {
+                in_place = false;
+                let at = At(Dir::Databases, name.as_str());
+                if !ours.contains(name) && self.stage.holds(at, file)?.is_none() {
+                    adopt.push(name.clone());
+                }
+            }
+        }
+        // A set that waits for clamd may still have the old forms of the one before it beside it.
+        let waiting = open.and_then(|journal| journal.before.installed.as_ref());
+        let known: Vec<_> = installed.into_iter().chain(waiting).collect();
+        let (mut withdraw, mut later) = (Vec::new(), Vec::new());
+        for name in present.values() {
+            if set.manifest.file(name).is_some() {
+                continue;
+            }
+            if ours.contains(name) {
+                match self.may_stay_till_the_proof(name, &set.manifest, &known)? {
+                    true => later.push(name.clone()),
+                    false => withdraw.push(name.clone()),
+                }
+            } else if succeeds(&set.manifest, name) {
+                adopt.push(name.clone());
+                withdraw.push(name.clone());
+            }
+        }
+        in_place &= withdraw.is_empty() && later.is_empty();
+        in_place &= installed.is_some_and(|installed| numbers.whole == Some(installed.install));
+
+        let touched: BTreeSet<_> = files.iter().map(|file| file.name.clone()).collect();
+        let touched = touched.iter().chain(&withdraw).chain(&later);
+        let before = Before {
+            installed: installed.cloned(),
+            files: self.before(touched, installed)?,
+        };
+        // Names may have gone before a proof that is still to come.
+        let unproven = open.is_some_and(|journal| journal.pass < journal.passes);
+        let sure = withdraw.is_empty() && !unproven && numbers.hides(install);
+        Ok(Survey {
+            journal: Journal {
+                set: set.clone(),
+                install,
+                pass: 1,
+                passes: if sure { 1 } else { 2 },
+                way: Way::Forward,
+                step: Step::Swapping,
+                touched: false,
+                files,
+                before,
+                adopt,
+                withdraw,
+                later,
+            },
+            in_place,
+        })
+    }
+
+    /// Regular files in the database directory whose names could be in a manifest.
+    fn databases(&self) -> Result<BTreeMap<String, DatabaseName>, HostFault> {
+        let mut databases = BTreeMap::new();
+        for name in self.tree.list(Dir::Databases)? {
+            let parsed = name
+                .to_str()
+                .and_then(|name| name.parse::<DatabaseName>().ok());
+            let Some(name) = parsed else { continue };
+            let facts = self.tree.facts(At(Dir::Databases, name.as_str()))?;
+            if facts.is_some_and(|facts| facts.regular) {
+                databases.insert(name.as_str().to_owned(), name);
+            }
+        }
+        Ok(databases)
+    }
+
+    /// An old form that clamd ranks below the new one, and that is known to be whole, does no harm
+    /// beside it. Removed before the proof it could: a load that had listed the directory before
+    /// the new name came would find neither. Detached signatures are not loaded at all.
+    fn may_stay_till_the_proof(
+        &self,
+        name: &DatabaseName,
+        target: &Manifest,
+        known: &[&Installed],
+    ) -> Result<bool, HostFault> {
+        if name.kind() == DatabaseKind::Sign {
+            return Ok(true);
+        }
+        let old = known.iter().find_map(|known| known.set.manifest.file(name));
+        let new = name
+            .other_form()
+            .and_then(|form| target.file(&form).cloned());
+        let (Some(old), Some(new)) = (old, new) else {
+            return Ok(false);
+        };
+        let version = |file: &ManifestFile| file.container.as_ref().map(|facts| facts.version);
+        if version(old).is_none() || version(old) >= version(&new) {
+            return Ok(false);
+        }
+        // A damaged one makes the whole load fail, outranked or not.
+        let at = At(Dir::Databases, name.as_str());
+        Ok(self.stage.holds(at, &state_of(old))?.is_some())
+    }
+
+    /// What stands under these names: the content that belongs there where the host still has it,
+    /// else what really is there.
+    fn before<'n>(
+        &self,
+        names: impl Iterator<Item = &'n DatabaseName>,
+        installed: Option<&Installed>,
+    ) -> Result<Vec<FileState>, HostFault> {
+        let mut files = Vec::new();
+        for name in names {
+            let good = installed.and_then(|installed| installed.set.manifest.file(name));
+            let good = good.map(state_of);
+            let mut found = None;
+            if let Some(good) = good {
+                for dir in [Dir::Databases, Dir::Current, Dir::Previous] {
+                    if found.is_none() && self.stage.holds(At(dir, name.as_str()), &good)?.is_some()
+                    {
+                        found = Some(good.clone());
+                    }
+                }
+            }
+            if found.is_none() {
+                let there = self.stage.state(At(Dir::Databases, name.as_str()))?;
+                found = there.map(|(facts, sha256)| FileState {
+                    name: name.clone(),
+                    size: facts.size,
+                    sha256,
+                });
+            }
+            files.extend(found);
+        }
+        files.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(files)
+    }
+
+    /// Carries out a journal's swap.
+    pub(super) fn perform(&self, journal: &Journal) -> Result<(), SwapFault> {
+        let touched = |fault| SwapFault {
+            fault,
+            touched: true,
+        };
+        let forward = journal.way == Way::Forward;
+        if forward {
+            self.fill_previous(&journal.before.files)?;
+        }
+        for file in &journal.files {
+            self.must_be_staged(file)?;
+        }
+        self.tree.sync_dir(Dir::Stage)?;
+        if forward {
+            self.prepare_proof(journal.install)?;
+            self.adopt(&journal.adopt)?;
+        }
+        self.place(&journal.files, &journal.withdraw)
+            .map_err(touched)?;
+        if !forward {
+            // The old set comes first: it needs no room, and these two may find none.
+            self.prepare_proof(journal.install).map_err(touched)?;
+        }
+        self.show_proof().map_err(touched)?;
+        self.tree.sync_dir(Dir::Databases).map_err(touched)?;
+        self.fill_current(&journal.files).map_err(touched)
+    }
+
+    /// Puts only the next canary and gate in place.
+    pub(super) fn renumber(&self, install: u64) -> Result<(), HostFault> {
+        self.prepare_proof(install)?;
+        self.show_proof()?;
+        self.tree.sync_dir(Dir::Databases)
+    }
+
+    /// Links to everything that stands there, so that there is a way back.
+    fn fill_previous(&self, files: &[FileState]) -> Result<(), HostFault> {
+        for file in files {
+            let previous = At(Dir::Previous, file.name.as_str());
+            if self.stage.holds(previous, file)?.is_some() {
+                continue;
+            }
+            self.must_be_staged(file)?;
+            self.link_over(file, previous)?;
+        }
+        self.keep_only(Dir::Previous, files)?;
+        self.tree.sync_dir(Dir::Previous)
+    }
+
+    fn fill_current(&self, files: &[FileState]) -> Result<(), HostFault> {
+        for file in files {
+            self.link_over(file, At(Dir::Current, file.name.as_str()))?;
+        }
+        self.keep_only(Dir::Current, files)?;
+        self.tree.sync_dir(Dir::Current)
+    }
+
+    fn keep_only(&self, dir: Dir, files: &[FileState]) -> Result<(), HostFault> {
+        for name in self.tree.list(dir)? {
+            let name = name.to_string_lossy();
+            if !files.iter().any(|file| file.name.as_str() == name) {
+                self.tree.remove(At(dir, &name))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn must_be_staged(&self, file: &FileState) -> Result<(), HostFault> {
+        if self.stage.ensure(file)? {
+            return Ok(());
+        }
+        Err(HostFault::Unstaged {
+            path: self.tree.path(At(Dir::Databases, file.name.as_str())),
+            digest: file.sha256,
+        })
+    }
+
+    /// Gives the staged file this name. A rename between two links to one file does nothing and
+    /// leaves both, hence the look first.
+    fn link_over(&self, file: &FileState, to: At<'_>) -> Result<(), HostFault> {
+        let hex = file.sha256.to_string();
+        let staged = At(Dir::Stage, &hex);
+        let inode =
+            |at| -> Result<_, HostFault> { Ok(self.tree.facts(at)?.map(|facts| facts.inode)) };
+        if inode(to)? == inode(staged)? {
+            return Ok(());
+        }
+        self.tree.remove(PLACE)?;
+        self.tree.link(staged, PLACE)?;
+        self.tree.rename(PLACE, to)
+    }
+
+    fn is_placed(&self, file: &FileState) -> Result<bool, HostFault> {
+        let hex = file.sha256.to_string();
+        let staged = self.tree.facts(At(Dir::Stage, &hex))?;
+        let placed = self.tree.facts(At(Dir::Databases, file.name.as_str()))?;
+        Ok(matches!((staged, placed), (Some(staged), Some(placed)) if staged.inode == placed.inode))
+    }
+
+    fn prepare_proof(&self, install: u64) -> Result<(), HostFault> {
+        let canary = canary(self.nonce, install);
+        self.tree
+            .write_new(NEW_CANARY, canary.as_bytes(), DATABASE_MODE)?;
+        self.tree
+            .write_new(NEW_GATE, gate(install).as_bytes(), DATABASE_MODE)
+    }
+
+    /// The gate last: whoever has read it finds everything else in place.
+    fn show_proof(&self) -> Result<(), HostFault> {
+        self.tree.rename(NEW_CANARY, CANARY_AT)?;
+        self.tree.rename(NEW_GATE, GATE_AT)
+    }
+
+    /// Keeps what others had put there, once for each name.
+    fn adopt(&self, names: &[DatabaseName]) -> Result<(), HostFault> {
+        for name in names {
+            // `previous/` has it, and as a file of ours, which may be linked.
+            let (there, kept) = (
+                At(Dir::Previous, name.as_str()),
+                At(Dir::Adopted, name.as_str()),
+            );
+            if self.tree.facts(there)?.is_some() && self.tree.facts(kept)?.is_none() {
+                self.tree.link(there, kept)?;
+            }
+        }
+        self.tree.sync_dir(Dir::Adopted)
+    }
+
+    /// Detached signatures before the containers that they belong to.
+    fn place(&self, files: &[FileState], withdraw: &[DatabaseName]) -> Result<(), HostFault> {
+        let signs = |file: &&FileState| file.name.kind() == DatabaseKind::Sign;
+        let (first, then): (Vec<_>, Vec<_>) = files.iter().partition(signs);
+        for file in first.into_iter().chain(then) {
+            self.link_over(file, At(Dir::Databases, file.name.as_str()))?;
+        }
+        self.remove(withdraw)
+    }
+
+    /// Takes names away; `previous/` holds what stood there.
+    fn remove(&self, names: &[DatabaseName]) -> Result<(), HostFault> {
+        for name in names {
+            self.tree.remove(At(Dir::Databases, name.as_str()))?;
+        }
+        Ok(())
+    }
+
+    /// Removes the old forms once the new ones are live.
+    pub(super) fn remove_later(&self, journal: &Journal) -> Result<(), HostFault> {
+        self.remove(&journal.later)?;
+        self.tree.sync_dir(Dir::Databases)
+    }
+
+    /// Links to a staged set under its real names, for a load test.
+    pub(super) fn make_trial(&self, files: &[FileState]) -> Result<(), HostFault> {
+        for file in files {
+            self.must_be_staged(file)?;
+            self.link_over(file, At(Dir::Trial, file.name.as_str()))?;
+        }
+        self.keep_only(Dir::Trial, files)
+    }
+
+    /// Removes what an ended install leaves behind.
+    pub(super) fn clean(&self) -> Result<(), HostFault> {
+        self.tree.remove(PLACE)?;
+        self.keep_only(Dir::Trial, &[])?;
+        for name in self.tree.list(Dir::Stage)? {
+            let name = name.to_string_lossy();
+            // Spools of a newer offer go by their own plan.
+            if !name.contains('.') {
+                self.tree.remove(At(Dir::Stage, &name))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What is on disk under the names of a set, by reading it.
+    pub(super) fn files_on_disk(&self, set: &Set) -> Vec<FileState> {
+        let mut files = Vec::new();
+        for file in &set.manifest.files {
+            match self.stage.state(At(Dir::Databases, file.name.as_str())) {
+                Ok(Some((facts, sha256))) => files.push(FileState {
+                    name: file.name.clone(),
+                    size: facts.size,
+                    sha256,
+                }),
+                Ok(None) => {}
+                Err(fault) => {
+                    tracing::warn!(error = %crate::chain(&fault), "cannot report on a file")
+                }
+            }
+        }
+        files
+    }
+
+    /// Databases in the directory that belong to nobody's set, as clamd would load them: it looks
+    /// at how a name ends, whatever it starts with and in whatever case.
+    pub(super) fn foreign(&self, ours: &[DatabaseName]) -> Result<Vec<String>, HostFault> {
+        let mut foreign = Vec::new();
+        for name in self.tree.list(Dir::Databases)? {
+            let name = name.to_string_lossy();
+            let ours =
+                name == CANARY || name == GATE || ours.iter().any(|known| known.as_str() == name);
+            if !ours && looks_like_a_database(&name) {
+                foreign.push(
+                    name.chars()
+                        .map(|c| if c.is_control() { '?' } else { c })
+                        .collect(),
+                );
+            }
+        }
+        if foreign.len() > FOREIGN_MAX {
+            let more = foreign.len() - (FOREIGN_MAX - 1);
+            foreign.truncate(FOREIGN_MAX - 1);
+            foreign.push(format!("(and {more} more)"));
+        }
+        Ok(foreign)
+    }
+}
+
+/// Whether clamd would load a file of this name.
+pub(super) fn looks_like_a_database(name: &str) -> bool {
+    let name = name.to_ascii_lowercase();
+    DATABASE_EXTENSIONS.iter().any(|extension| {
+        name.strip_suffix(extension)
+            .is_some_and(|stem| stem.ends_with('.'))
+    })
+}
+
+/// Names that are clamcast's from earlier installs, proven or not.
+fn names_of_ours(installed: Option<&Installed>, open: Option<&Journal>) -> BTreeSet<DatabaseName> {
+    let installed = installed.map(|installed| installed.set.files());
+    let open = open.map(|journal| [journal.files.clone(), journal.before.files.clone()].concat());
+    let files = installed.into_iter().chain(open).flatten();
+    files.map(|file| file.name).collect()
+}
+
+/// Whether the manifest has a successor for another's file: the other form of a container, or the
+/// detached signature of one of another version.
+fn succeeds(manifest: &Manifest, name: &DatabaseName) -> bool {
+    let stem = stem(name);
+    let signed = name.kind() == DatabaseKind::Sign;
+    manifest.files.iter().any(|file| {
+        (name.other_form().as_ref() == Some(&file.name))
+            || (signed && self::stem(&file.name) == stem)
+    })
+}
+
+/// `daily` for `daily.cld` and for `daily-27001.cvd.sign`.
+fn stem(name: &DatabaseName) -> &str {
+    let base = name.base();
+    match (name.kind(), base.rsplit_once('-')) {
+        (DatabaseKind::Sign, Some((stem, version)))
+            if version.bytes().all(|b| b.is_ascii_digit()) =>
+        {
+            stem
+        }
+        _ => base,
+    }
+}
