@@ -5,16 +5,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clamcast_daemon::admin::{AdminError, Finish, Listener, Session};
-use clamcast_daemon::{audit, exit};
-use clamcast_proto::FleetName;
+use clamcast_daemon::audit::{self, Draft};
+use clamcast_daemon::exit;
 use clamcast_proto::manifest::Manifest;
+use clamcast_proto::{AgentName, FleetName, Position};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::hub::{Hub, Stopping, View};
+use crate::force::{News, Selection, Work};
+use crate::hub::{Event, Hub, Stopping, View};
 use crate::pipeline::Pipeline;
 use crate::publish::{Published, Request as PublishRequest};
 use crate::recorder::Recorder;
@@ -46,6 +49,21 @@ pub enum Request {
     Agents,
     /// The generations that are kept.
     Generations,
+    /// Drive these agents to the current generation, re-hashing what they have.
+    ForceSync {
+        /// Which ones.
+        selection: Selection,
+        /// Without a delta.
+        full: bool,
+        /// The generation that the operator means; refused if it is not the current one.
+        generation: Option<u64>,
+        /// Why, for the audit log.
+        accept: Option<String>,
+        /// Return when the agents are done.
+        wait: bool,
+        /// Seconds after which an agent that is not done has failed.
+        timeout: u64,
+    },
     /// Records of the audit log.
     AuditShow {
         /// Which ones.
@@ -115,7 +133,7 @@ impl Commands {
                 .finish(Finish::because(exit::REFUSED, message))
                 .await;
         }
-        let request = match session.request().await {
+        let request: Request = match session.request().await {
             Ok(request) => request,
             Err(error @ (AdminError::Request(_) | AdminError::RequestLine)) => {
                 let message = crate::chain(&error);
@@ -123,7 +141,7 @@ impl Commands {
             }
             Err(error) => return Err(error),
         };
-        let finish = match request {
+        let finish = match request.clone() {
             Request::Publish { wait, accept } => {
                 self.publish(&mut session, wait, accept, &stop).await?
             }
@@ -134,6 +152,7 @@ impl Commands {
                 .await
                 .map_or_else(stopping, |view| Finish::done(view.rows)),
             Request::Generations => Finish::done(self.generations()),
+            Request::ForceSync { .. } => return self.force_sync(session, request, &stop).await,
             Request::AuditShow { filter } => self.audit_show(&mut session, filter).await?,
         };
         session.finish(finish).await
@@ -211,6 +230,147 @@ impl Commands {
                 () = session.gone() => return Ok(Finish::done(result)), // nobody hears it
                 changed = hub.changed() => if changed.is_err() { return Ok(stopping(Stopping)) },
                 () = tokio::time::sleep(LOOK) => {}
+            }
+        }
+    }
+
+    /// Once it has begun it goes on to its end, whether the operator still listens or not: what was
+    /// ordered is carried out and its outcome stands in the audit log.
+    async fn force_sync(
+        &self,
+        session: Session,
+        request: Request,
+        stop: &CancellationToken,
+    ) -> Result<(), AdminError> {
+        let Request::ForceSync {
+            selection,
+            full,
+            generation,
+            accept,
+            wait,
+            timeout,
+        } = request
+        else {
+            unreachable!("called for no other")
+        };
+        let operator = session.operator.clone();
+        let (position, agents) = match self.forced(&selection, generation).await {
+            Ok(forced) => forced,
+            Err(finish) => return session.finish(finish).await,
+        };
+        let note = |event: &str, outcome: Option<&str>, detail: Value| Draft {
+            event: event.to_owned(),
+            actor: operator.to_string(),
+            subject: "fleet".to_owned(),
+            position: Some(position),
+            outcome: outcome.map(str::to_owned),
+            detail,
+        };
+        let detail = json!({
+            "agents": agents, "full": full, "reason": accept, "login_uid": operator.login_uid,
+        });
+        self.recorder.note(note("force-sync", None, detail)).await;
+        tracing::info!(%operator, agents = agents.len(), full, "force-sync");
+
+        let (reply, forced) = oneshot::channel();
+        let event = Event::Force {
+            agents,
+            full,
+            reply,
+        };
+        let told = self.hub.tell(event).await;
+        let (Ok(()), Ok(forced)) = (told, forced.await) else {
+            return session.finish(stopping(Stopping)).await;
+        };
+        let (mut work, first) = Work::new(forced.offers, forced.offline);
+        let mut listener = Some(session);
+        tell(&mut listener, &first).await;
+        if !wait && let Some(session) = listener.take() {
+            // Whoever did not wait does not hear more, and nothing depends on it.
+            let _ = session.finish(Finish::done(ends(&work, position))).await;
+        }
+        let end = self.follow(&mut work, &mut listener, timeout, stop).await;
+
+        let failed: Vec<_> = work.ended().iter().filter(|end| !end.conformant).collect();
+        let outcome = match end {
+            Err(Stopping) => "interrupted",
+            Ok(()) if failed.is_empty() => "done",
+            Ok(()) => "failed",
+        };
+        let names: Vec<_> = failed.iter().map(|end| &end.agent).collect();
+        let detail = json!({ "done": work.ended().len() - failed.len(), "failed": names });
+        self.recorder
+            .note(note("force-sync-end", Some(outcome), detail))
+            .await;
+        let Some(session) = listener else {
+            return Ok(());
+        };
+        let finish = match end {
+            Err(stop) => stopping(stop),
+            Ok(()) => Finish {
+                exit: if failed.is_empty() {
+                    exit::DONE
+                } else {
+                    exit::NOT_CONFORMANT
+                },
+                result: ends(&work, position),
+                message: (!failed.is_empty())
+                    .then(|| format!("{} of {} agents failed", failed.len(), work.ended().len())),
+            },
+        };
+        session.finish(finish).await
+    }
+
+    /// The generation and the agents of a `force-sync`, or why there is nothing to do.
+    async fn forced(
+        &self,
+        selection: &Selection,
+        generation: Option<u64>,
+    ) -> Result<(Position, Vec<AgentName>), Finish> {
+        let view = self.hub.view().await.map_err(stopping)?;
+        let Some(current) = view.current.as_ref().map(|manifest| manifest.position()) else {
+            let message = "no generation is published yet; `publish` makes one";
+            return Err(Finish::because(exit::FAILED, message));
+        };
+        if generation.is_some_and(|number| number != current.generation.number()) {
+            let message = format!(
+                "only the current generation, {current}, can be forced: agents never go back to a \
+                 lower number"
+            );
+            return Err(Finish::because(exit::REFUSED, message));
+        }
+        match selection.resolve(&view.rows) {
+            Ok(agents) => Ok((current, Vec::from_iter(agents))),
+            Err(error) => Err(Finish::because(exit::USAGE, crate::chain(&error))),
+        }
+    }
+
+    /// Follows the agents until each is done or the time is over.
+    async fn follow(
+        &self,
+        work: &mut Work,
+        listener: &mut Option<Session>,
+        timeout: u64,
+        stop: &CancellationToken,
+    ) -> Result<(), Stopping> {
+        let mut hub = self.hub.clone();
+        let deadline = tokio::time::sleep(Duration::from_secs(timeout));
+        tokio::pin!(deadline);
+        loop {
+            let view = self.hub.view().await?;
+            tell(listener, &work.look(&view.rows)).await;
+            if deadline.is_elapsed() {
+                tell(listener, &work.time_out(&view.rows)).await;
+            }
+            if work.is_done() {
+                return Ok(());
+            }
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => return Err(Stopping),
+                changed = hub.changed() => changed?,
+                () = &mut deadline => {}
+                () = hang_up(listener) => *listener = None,
             }
         }
     }
@@ -298,6 +458,30 @@ impl Commands {
             Err(error) => Finish::because(exit::FAILED, crate::chain(&error)),
         })
     }
+}
+
+/// Tells whoever still listens. One that does not is as good as gone: the work goes on.
+async fn tell(listener: &mut Option<Session>, news: &[News]) {
+    for news in news {
+        if let Some(session) = listener
+            && session.progress(news).await.is_err()
+        {
+            *listener = None;
+        }
+    }
+}
+
+/// Returns when the command hangs up; never if nobody listens.
+async fn hang_up(listener: &mut Option<Session>) {
+    match listener {
+        Some(session) => session.gone().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// What `force-sync` answers.
+fn ends(work: &Work, position: Position) -> Value {
+    json!({ "epoch": position.epoch, "generation": position.generation, "agents": work.ended() })
 }
 
 /// What `status` and `publish` say of a generation.

@@ -14,7 +14,7 @@ use clamcast_proto::identity::Serial;
 use clamcast_proto::manifest::Manifest;
 use clamcast_proto::receipt::{ClamdReport, ClamdState, FileState, Outcome, Proof, Receipt};
 use clamcast_proto::revocation::RevocationList;
-use clamcast_proto::wire::Phase;
+use clamcast_proto::wire::{OfferId, Phase};
 use clamcast_proto::{AgentName, Digest, GroupName, Position};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -113,11 +113,15 @@ pub struct Link {
     pub certificate_ends: Timestamp,
     /// What it was offered and how far it is.
     pub offer: Option<Offered>,
+    /// The last offer that a receipt answered.
+    pub answered: Option<OfferId>,
 }
 
 /// An offer under way.
 #[derive(Clone, Debug)]
 pub struct Offered {
+    /// Its name.
+    pub id: OfferId,
     /// The generation.
     pub position: Position,
     /// What the agent last said that it is doing.
@@ -171,6 +175,12 @@ pub struct Row {
     /// When its certificate ends.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub certificate_ends: Option<Timestamp>,
+    /// The offer that is under way.
+    #[serde(skip)]
+    pub offered: Option<OfferId>,
+    /// The last offer that a receipt answered.
+    #[serde(skip)]
+    pub answered: Option<OfferId>,
 }
 
 /// How many agents stand where.
@@ -269,9 +279,17 @@ impl Fleet {
     }
 
     /// An agent was offered a generation.
-    pub fn offered(&mut self, name: &AgentName, id: LinkId, position: Position, now: Timestamp) {
+    pub fn offered(
+        &mut self,
+        name: &AgentName,
+        id: LinkId,
+        offer: OfferId,
+        position: Position,
+        now: Timestamp,
+    ) {
         if let Some(link) = self.link(name, id) {
             link.offer = Some(Offered {
+                id: offer,
                 position,
                 phase: Phase::Idle,
                 progress: now,
@@ -343,12 +361,9 @@ impl Fleet {
             }
         }
         if let Some(link) = &mut agent.link
-            && link
-                .offer
-                .as_ref()
-                .is_some_and(|offer| offer.position == position)
+            && let Some(offer) = link.offer.take_if(|offer| offer.position == position)
         {
-            link.offer = None;
+            link.answered = Some(offer.id);
         }
         true
     }
@@ -436,6 +451,8 @@ impl Fleet {
                 foreign: record.foreign.clone(),
                 address: agent.link.as_ref().map(|link| link.address),
                 certificate_ends: agent.link.as_ref().map(|link| link.certificate_ends),
+                offered: offer.map(|offer| offer.id),
+                answered: agent.link.as_ref().and_then(|link| link.answered),
             }
         };
         self.agents.iter().map(row).collect()
@@ -582,6 +599,7 @@ mod tests {
             serial: Serial("01".into()),
             certificate_ends: at(1 << 30),
             offer: None,
+            answered: None,
         }
     }
 
@@ -671,7 +689,13 @@ mod tests {
     fn silence_past_the_deadline_counts_as_failure() {
         let name = "web1".parse().unwrap();
         let mut fleet = fleet(8, &[(7, Outcome::Live)]);
-        fleet.offered(&name, LinkId(1), manifest(8).position(), at(1000));
+        fleet.offered(
+            &name,
+            LinkId(1),
+            OfferId(1),
+            manifest(8).position(),
+            at(1000),
+        );
         assert_eq!(fleet.standing(&name, at(1900), DEADLINE), Standing::Behind);
         assert_eq!(fleet.standing(&name, at(1901), DEADLINE), Standing::Failed);
         fleet.progress(&name, LinkId(1), Phase::Fetching, at(1901));

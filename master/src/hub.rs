@@ -88,6 +88,15 @@ pub enum Event {
     },
     /// A generation was published or vouched for anew.
     Current(Box<Current>),
+    /// An operator wants these agents at the current generation, whatever they say they have.
+    Force {
+        /// Which ones.
+        agents: Vec<AgentName>,
+        /// Without a delta.
+        full: bool,
+        /// Gets what was offered to whom; nothing if no generation is published.
+        reply: oneshot::Sender<Forced>,
+    },
     /// A newer revocation list is in force.
     Revoked(RevocationList),
     /// Somebody asks.
@@ -136,6 +145,26 @@ pub struct Current {
     pub fresh: Verified<Freshness>,
 }
 
+/// What came of [`Event::Force`] at first.
+#[derive(Debug)]
+pub struct Forced {
+    /// The generation.
+    pub position: Position,
+    /// The offers made.
+    pub offers: Vec<(AgentName, OfferId)>,
+    /// Agents that are not connected.
+    pub offline: Vec<AgentName>,
+}
+
+/// How a generation is offered.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Manner {
+    /// The agent hashes what is really on its disk first.
+    pub rehash: bool,
+    /// No delta is used.
+    pub full: bool,
+}
+
 /// What the hub tells a connection's task.
 #[derive(Clone, Debug)]
 pub enum Command {
@@ -149,6 +178,8 @@ pub enum Command {
         current: Box<Current>,
         /// The key set.
         keys: Arc<Verified<KeySet>>,
+        /// How.
+        manner: Manner,
     },
     /// The generation is still current.
     Fresh(Envelope),
@@ -316,6 +347,11 @@ impl Running {
                 self.task.fleet.disconnected(&name, id, now);
             }
             Event::Current(current) => self.current(*current, now).await,
+            Event::Force {
+                agents,
+                full,
+                reply,
+            } => self.force(agents, full, reply, now).await,
             Event::Revoked(list) => self.revoked(list).await,
         }
         self.tick.send_modify(|tick| *tick += 1);
@@ -367,6 +403,7 @@ impl Running {
             serial: certificate.serial.clone(),
             certificate_ends: certificate.not_after,
             offer: None,
+            answered: None,
         };
         let (new, replaced) = self.task.fleet.connected(&name, groups, link);
         if let Some(old) = replaced.and_then(|old| self.links.remove(&old)) {
@@ -419,7 +456,7 @@ impl Running {
         if has_it && standing == Standing::Conformant {
             self.send(id, Command::Fresh(current.fresh.envelope().clone()));
         } else {
-            self.offer(id, current, now).await;
+            self.offer(id, current, Manner::default(), now).await;
         }
     }
 
@@ -440,27 +477,28 @@ impl Running {
     }
 
     /// Offers the generation on one connection, once the audit log has it.
-    async fn offer(&mut self, id: LinkId, current: Current, now: Timestamp) {
-        let Some(OpenLink { line, .. }) = self.links.get(&id) else {
-            return;
-        };
+    async fn offer(
+        &mut self,
+        id: LinkId,
+        current: Current,
+        manner: Manner,
+        now: Timestamp,
+    ) -> Option<OfferId> {
+        let OpenLink { line, .. } = self.links.get(&id)?;
         self.offers_made += 1;
-        let position = current.manifest.position();
-        self.task.fleet.offered(&line.name, id, position, now);
-        let draft = draft(
-            "offer",
-            "master",
-            &line.name,
-            Some(position),
-            None,
-            json!({}),
-        );
-        let keys = self.task.keys.clone();
         let offer = OfferId(self.offers_made);
+        let position = current.manifest.position();
+        self.task
+            .fleet
+            .offered(&line.name, id, offer, position, now);
+        let detail = json!({ "forced": manner.rehash });
+        let draft = draft("offer", "master", &line.name, Some(position), None, detail);
+        let keys = self.task.keys.clone();
         let command = Command::Offer {
             offer,
             current: Box::new(current),
             keys,
+            manner,
         };
         let job = Job {
             draft: Some(draft),
@@ -468,6 +506,42 @@ impl Running {
             ..Job::default()
         };
         self.task.recorder.write(job).await;
+        Some(offer)
+    }
+
+    async fn force(
+        &mut self,
+        agents: Vec<AgentName>,
+        full: bool,
+        reply: oneshot::Sender<Forced>,
+        now: Timestamp,
+    ) {
+        let Some(current) = self.task.current.clone() else {
+            return; // dropping `reply` says so
+        };
+        let by_name: HashMap<_, _> = self
+            .links
+            .iter()
+            .map(|(id, link)| (link.line.name.clone(), *id))
+            .collect();
+        let mut forced = Forced {
+            position: current.manifest.position(),
+            offers: Vec::new(),
+            offline: Vec::new(),
+        };
+        let manner = Manner { rehash: true, full };
+        for name in agents {
+            let offer = match by_name.get(&name) {
+                Some(id) => self.offer(*id, current.clone(), manner, now).await,
+                None => None,
+            };
+            match offer {
+                Some(offer) => forced.offers.push((name, offer)),
+                None => forced.offline.push(name),
+            }
+        }
+        // The operator may have gone; the offers are made all the same.
+        let _ = reply.send(forced);
     }
 
     async fn receipt(&mut self, id: LinkId, receipt: &Verified<Receipt>) {
@@ -521,7 +595,8 @@ impl Running {
         let links: Vec<_> = self.links.keys().copied().collect();
         for id in links {
             if newer {
-                self.offer(id, current.clone(), now).await;
+                self.offer(id, current.clone(), Manner::default(), now)
+                    .await;
             } else {
                 self.send(id, Command::Fresh(current.fresh.envelope().clone()));
             }

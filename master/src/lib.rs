@@ -7,6 +7,7 @@ pub mod check;
 pub mod config;
 pub mod endpoint;
 pub mod fleet;
+pub mod force;
 pub mod hub;
 pub mod link;
 pub mod mirror;

@@ -308,6 +308,7 @@ struct Link<'a> {
 struct Offering {
     id: OfferId,
     manifest: Arc<Verified<Manifest>>,
+    full: bool,
     needs: u32,
 }
 
@@ -408,6 +409,7 @@ impl Link<'_> {
                 offer,
                 current,
                 keys,
+                manner,
             } => {
                 // The newest offer counts; what was on its way for an older one is reset.
                 self.parts.shutdown().await;
@@ -417,12 +419,13 @@ impl Link<'_> {
                     manifest: manifest.envelope().clone(),
                     fresh: current.fresh.envelope().clone(),
                     keys: Some(keys.envelope().clone()),
-                    rehash: false,
-                    full: false,
+                    rehash: manner.rehash,
+                    full: manner.full,
                 }));
                 self.offer = Some(Offering {
                     id: offer,
                     manifest,
+                    full: manner.full,
                     needs: 0,
                 });
                 message
@@ -511,7 +514,7 @@ impl Link<'_> {
             return Err(LinkError::TooManyNeeds);
         }
         self.parts.shutdown().await;
-        let manifest = offering.manifest.clone();
+        let (manifest, full) = (offering.manifest.clone(), offering.full);
         let mut needs = HashMap::new();
         for file in files {
             // A name that is not in the manifest is nothing that we could send.
@@ -533,7 +536,7 @@ impl Link<'_> {
                 let target = manifest.file(&need.name).expect("looked up above");
                 match shared
                     .pusher
-                    .push(&connection, offer, need, target, false)
+                    .push(&connection, offer, need, target, full)
                     .await
                 {
                     Ok(bytes) => {

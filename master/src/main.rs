@@ -4,13 +4,16 @@ mod show;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clamcast_daemon::admin::{self, Finish};
 use clamcast_daemon::exit::{self, Exit, OrExit as _};
 use clamcast_daemon::{audit, logging};
 use clamcast_master::admin::Request;
 use clamcast_master::config::{self, Config};
+use clamcast_master::force::Selection;
 use clamcast_master::serve::{self, Master};
+use clamcast_proto::GroupName;
 use clap::{ArgAction, Args, Parser, Subcommand};
 use jiff::Timestamp;
 use tokio::signal::unix::{SignalKind, signal};
@@ -86,9 +89,47 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Drive agents to the current generation, now
+    ///
+    /// They re-hash what is really on their disks first, fetch what is missing or damaged, install
+    /// it at once and prove it. An agent that is not connected is named at once. What was ordered is
+    /// carried out also if this command is interrupted; its outcome stands in the audit log. Exit 1
+    /// if an agent failed.
+    ForceSync(ForceSync),
     /// The log of what happened
     #[command(subcommand)]
     Audit(Audit),
+}
+
+#[derive(Args)]
+struct ForceSync {
+    /// Agents: names, or patterns like 'db-*'
+    #[arg(value_name = "AGENT_OR_GLOB", required_unless_present_any = ["groups", "all"])]
+    agents: Vec<String>,
+    /// The agents of a group; may be repeated
+    #[arg(long = "group", value_name = "GROUP")]
+    groups: Vec<GroupName>,
+    /// Every agent
+    #[arg(long, conflicts_with_all = ["agents", "groups"])]
+    all: bool,
+    /// Send whole files, no deltas
+    #[arg(long)]
+    full: bool,
+    /// Only if this is the generation that is current
+    #[arg(long, value_name = "N", conflicts_with = "all", requires = "accept")]
+    generation: Option<u64>,
+    /// Why, for the audit log
+    #[arg(long, value_name = "REASON")]
+    accept: Option<String>,
+    /// Return once the agents are told
+    #[arg(long)]
+    no_wait: bool,
+    /// How long to wait for them
+    #[arg(long, value_name = "TIME", default_value = "10m", value_parser = humantime::parse_duration)]
+    timeout: Duration,
+    /// Print JSON, one object a line
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Subcommand)]
@@ -163,6 +204,7 @@ fn run(cli: Cli) -> Result<(), Exit> {
         Command::Generations { json } => {
             show::end(ask(socket, &Request::Generations)?, json, show::generations)
         }
+        Command::ForceSync(args) => force_sync(socket, args),
         Command::Audit(Audit::Show { filter, json }) => {
             let Filter {
                 since,
@@ -187,6 +229,51 @@ fn run(cli: Cli) -> Result<(), Exit> {
             json,
         }) => verify(&config, state, keys, json),
     }
+}
+
+fn force_sync(socket: &Path, args: ForceSync) -> Result<(), Exit> {
+    let json = args.json;
+    let selection = Selection {
+        names: args.agents,
+        groups: args.groups,
+        all: args.all,
+    };
+    let request = Request::ForceSync {
+        selection,
+        full: args.full,
+        generation: args.generation,
+        accept: args.accept,
+        wait: !args.no_wait,
+        timeout: args.timeout.as_secs().max(1),
+    };
+    let hosts = show::Hosts::new(json);
+    let finish = call(socket, &request, |news| hosts.show(&news))?;
+    hosts.clear();
+    // With --json the table was printed line by line.
+    let Finish {
+        exit,
+        result,
+        message,
+    } = finish;
+    let result = if json {
+        serde_json::Value::Null
+    } else {
+        result
+    };
+    let table = if args.no_wait {
+        show::ordered
+    } else {
+        show::synced
+    };
+    show::end(
+        Finish {
+            exit,
+            result,
+            message,
+        },
+        false,
+        table,
+    )
 }
 
 fn ask(socket: &Path, request: &Request) -> Result<Finish, Exit> {

@@ -1,12 +1,13 @@
 //! What the commands print: results on stdout, talk on stderr.
 
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 
 use clamcast_daemon::admin::Finish;
 use clamcast_daemon::audit::Verification;
 use clamcast_daemon::exit::{self, Exit};
 use clamcast_daemon::table::Table;
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use jiff::{SignedDuration, Timestamp};
 use serde_json::Value;
 
@@ -251,6 +252,88 @@ impl Progress {
     }
 }
 
+/// What became of each agent of a `force-sync`.
+pub(crate) fn synced(result: &Value) {
+    let mut table = Table::new(["NAME", "OUTCOME", "GENERATION", "CONFORMANT", "ERROR"]);
+    for end in result["agents"].as_array().into_iter().flatten() {
+        table.row([
+            text(&end["agent"]),
+            text(&end["outcome"]),
+            or_dash(text(&end["generation"])),
+            if end["conformant"] == true {
+                "yes"
+            } else {
+                "no"
+            }
+            .to_owned(),
+            or_dash(text(&end["error"])),
+        ]);
+    }
+    println!("{table}");
+}
+
+/// What `force-sync --no-wait` can say.
+pub(crate) fn ordered(result: &Value) {
+    println!("ordered; `agents` and `audit show --event force-sync-end` tell the rest");
+    if result["agents"]
+        .as_array()
+        .is_some_and(|offline| !offline.is_empty())
+    {
+        synced(result); // those that are not connected
+    }
+}
+
+/// Lines on the terminal for as long as `force-sync` waits: one for each agent that is at it, and
+/// above them those that are done.
+pub(crate) struct Hosts {
+    json: bool,
+    lines: MultiProgress,
+    bars: RefCell<BTreeMap<String, ProgressBar>>,
+}
+
+/// Agents with a line of their own at a time; a terminal has few more lines.
+const LINES_MAX: usize = 16;
+
+impl Hosts {
+    pub(crate) fn new(json: bool) -> Self {
+        let lines = MultiProgress::new(); // draws on a terminal only
+        let bars = RefCell::default();
+        Self { json, lines, bars }
+    }
+
+    pub(crate) fn show(&self, news: &Value) {
+        if self.json {
+            println!("{news}");
+            return;
+        }
+        let agent = text(&news["agent"]);
+        let mut bars = self.bars.borrow_mut();
+        if let Some(phase) = news.get("phase") {
+            if bars.len() < LINES_MAX && !bars.contains_key(&agent) {
+                let style = ProgressStyle::with_template("{spinner} {msg}").expect("a template");
+                let bar = self.lines.add(ProgressBar::new_spinner().with_style(style));
+                bar.enable_steady_tick(std::time::Duration::from_millis(200));
+                bars.insert(agent.clone(), bar);
+            }
+            if let Some(bar) = bars.get(&agent) {
+                bar.set_message(format!("{agent}  {}", text(phase)));
+            }
+            return;
+        }
+        if let Some(bar) = bars.remove(&agent) {
+            bar.finish_and_clear();
+        }
+        // Fails only if the terminal is gone; without one it prints nothing.
+        let _ = self
+            .lines
+            .println(format!("{agent}  {}", text(&news["outcome"])));
+    }
+
+    pub(crate) fn clear(&self) {
+        let _ = self.lines.clear(); // fails only if the terminal is gone
+    }
+}
+
 fn counts(agents: &Value) -> String {
     let number = |key: &str| agents[key].as_u64().unwrap_or(0);
     format!(
@@ -279,11 +362,14 @@ fn age(value: &Value) -> String {
         return "-".to_owned();
     };
     let seconds = Timestamp::now().duration_since(time).as_secs().max(0);
-    match seconds {
-        ..120 => format!("{seconds}s"),
-        ..7_200 => format!("{}m", seconds / 60),
-        ..172_800 => format!("{}h", seconds / 3600),
-        _ => format!("{}d", seconds / 86_400),
+    if seconds < 120 {
+        format!("{seconds}s")
+    } else if seconds < 2 * 3600 {
+        format!("{}m", seconds / 60)
+    } else if seconds < 2 * 86_400 {
+        format!("{}h", seconds / 3600)
+    } else {
+        format!("{}d", seconds / 86_400)
     }
 }
 
