@@ -74,11 +74,12 @@ const CLAMD_AWAY: Scenario = Scenario {
 };
 
 /// The faults at call n. Each errno comes round at every call of one scenario or another.
-fn faults(n: u64) -> [Fault; 4] {
+fn faults(n: u64) -> [Fault; 5] {
     let errnos = [Errno::EIO, Errno::ENOSPC, Errno::EROFS, Errno::EACCES];
     let errno = |shift: u64| errnos[usize::try_from((n + shift) % 4).expect("below 4")];
     [
         Fault::Stop(n),
+        Fault::PowerCut(n),
         Fault::Once(n, errno(0)),
         Fault::After(n, errno(1)),
         Fault::From(n, errno(2)),
@@ -138,6 +139,30 @@ fn a_database_name_never_holds_a_partial_file(host: &Host, scenario: &Scenario, 
         };
         assert!(whole, "{at}: {name} holds `{content}`");
     }
+}
+
+/// Databases first, then the canary, then the gate: who sees a new canary finds a whole set.
+fn the_canary_comes_after_every_database_and_the_gate_last(
+    host: &Host,
+    old: u64,
+    scenario: &Scenario,
+    at: &str,
+) {
+    let there = loaded(&host.database());
+    let text = |name| there.get(name).map_or("", String::as_str);
+    let canary = canary_number(text(CANARY)).unwrap_or(0);
+    let gate = gate_number(text(GATE)).unwrap_or(0);
+    assert!(gate <= canary, "{at}: gate {gate} before canary {canary}");
+    let has = |files: Files| {
+        files
+            .iter()
+            .all(|(name, content)| there.get(name) == Some(content))
+    };
+    let whole = has(set(scenario.new)) || has(scenario.before());
+    assert!(
+        canary == old || whole,
+        "{at}: canary {canary} before {there:?}"
+    );
 }
 
 /// After a start, clamd would load exactly the old set or exactly the new one, and what is foreign.
@@ -201,6 +226,7 @@ fn a_receipt_says_what_is_there(host: &Host, scenario: &Scenario, taken: &Taken,
 /// Runs one offer with one fault, starts the host again, and checks.
 fn survive(scenario: &Scenario, fault: Fault, at: &str) {
     let host = scenario.host();
+    let old = host.canary();
     let shim = host.shim(fault);
     if let Ok((installer, _)) = host.start_on(shim.clone()) {
         let taken = host.take(&installer, &manifest(2, scenario.new), scenario.new);
@@ -210,8 +236,9 @@ fn survive(scenario: &Scenario, fault: Fault, at: &str) {
             a_receipt_says_what_is_there(&host, scenario, &taken, at);
         }
     }
-    if matches!(fault, Fault::Stop(_)) {
-        shim.lose_unsynced();
+    the_canary_comes_after_every_database_and_the_gate_last(&host, old, scenario, at);
+    if matches!(fault, Fault::PowerCut(_)) {
+        shim.cut_power();
         a_database_name_never_holds_a_partial_file(&host, scenario, at);
     }
     drop(host.start());
@@ -281,14 +308,14 @@ fn a_crash_while_ending_a_crash_is_survived() {
     let calls = shim.calls();
     for first in (0..calls).step_by(7) {
         for second in (0..calls).step_by(7) {
-            let at = format!("stopped at {first}, then at {second}");
+            let at = format!("no power at {first}, then at {second}");
             let host = UPDATE.host();
             for stop in [first, second] {
-                let shim = host.shim(Fault::Stop(stop));
+                let shim = host.shim(Fault::PowerCut(stop));
                 if let Ok((installer, _)) = host.start_on(shim.clone()) {
                     let _ = host.take(&installer, &manifest(2, UPDATE.new), UPDATE.new);
                 }
-                shim.lose_unsynced();
+                shim.cut_power();
                 a_database_name_never_holds_a_partial_file(&host, &UPDATE, &at);
             }
             drop(host.start());

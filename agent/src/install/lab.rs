@@ -84,12 +84,14 @@ pub(super) enum Fault {
     After(u64, Errno),
     /// From call n on nothing can be written.
     From(u64, Errno),
-    /// The machine stops at call n: neither it nor any later one has an effect. What was written
-    /// by then and not synced is lost in part.
+    /// The process is killed at call n: neither it nor any later one has an effect.
     Stop(u64),
+    /// The power fails at call n: what was not synced by then is lost, names and content.
+    PowerCut(u64),
 }
 
-/// The real disk, with a fault. It counts every call and syncs nothing, but knows what was synced.
+/// The real disk, with a fault. It counts every call, syncs nothing, and remembers what a sync would
+/// have saved.
 #[derive(Clone)]
 pub(super) struct Shim {
     disk: Arc<HostDisk>,
@@ -100,7 +102,23 @@ struct ShimState {
     fault: Fault,
     calls: u64,
     unsynced: BTreeSet<PathBuf>,
+    /// How to take back changes of names that no sync has made durable, the oldest first.
+    undo: Vec<Undo>,
+    kept: u64,
 }
+
+/// Takes back one change of a name. File systems with a journal lose the last changes, never one in
+/// the middle, and a sync of one directory saves the changes of all that came before.
+struct Undo {
+    dir: Dir,
+    /// The name that was made, and where it came from if it was moved.
+    made: Option<(PathBuf, Option<PathBuf>)>,
+    /// What had the name before, and where that is kept.
+    lost: Option<(PathBuf, PathBuf)>,
+}
+
+/// Where the shim keeps what a power cut brings back.
+const KEPT: &str = "kept";
 
 #[derive(Clone, Copy, Eq, PartialEq)]
 enum Kind {
@@ -110,10 +128,15 @@ enum Kind {
 
 impl Shim {
     fn new(disk: HostDisk, fault: Fault) -> Self {
+        let kept = disk.path(At(Dir::State, KEPT));
+        let _ = fs::remove_dir_all(&kept); // of the start before
+        fs::create_dir(kept).unwrap();
         let state = ShimState {
             fault,
             calls: 0,
             unsynced: BTreeSet::new(),
+            undo: Vec::new(),
+            kept: 0,
         };
         Self {
             disk: Arc::new(disk),
@@ -139,11 +162,16 @@ impl Shim {
         match state.fault {
             Fault::Once(n, errno) if n == now => Err(errno.into()),
             Fault::From(n, errno) if now >= n && kind == Kind::Write => Err(errno.into()),
-            Fault::Stop(n) if now >= n => Err(io::Error::other("the machine has stopped")),
-            Fault::After(n, errno) if n == now => Ok(Some(errno)),
-            Fault::None | Fault::Once(..) | Fault::After(..) | Fault::From(..) | Fault::Stop(_) => {
-                Ok(None)
+            Fault::Stop(n) | Fault::PowerCut(n) if now >= n => {
+                Err(io::Error::other("the machine has stopped"))
             }
+            Fault::After(n, errno) if n == now => Ok(Some(errno)),
+            Fault::None
+            | Fault::Once(..)
+            | Fault::After(..)
+            | Fault::From(..)
+            | Fault::Stop(_)
+            | Fault::PowerCut(_) => Ok(None),
         }
     }
 
@@ -156,9 +184,56 @@ impl Shim {
         }
     }
 
-    /// What a power cut leaves of files that were not synced: the name, and half of the content.
-    pub(super) fn lose_unsynced(&self) {
-        for path in &self.state.lock().unwrap().unsynced {
+    /// Changes a name, and remembers how that is taken back.
+    fn change<T>(
+        &self,
+        name: At<'_>,
+        made: Option<Option<PathBuf>>,
+        effect: impl FnOnce() -> io::Result<T>,
+    ) -> io::Result<T> {
+        let path = self.disk.path(name);
+        let kept = {
+            let mut state = self.state.lock().unwrap();
+            state.kept += 1;
+            let kept = self.disk.path(At(Dir::State, KEPT));
+            kept.join(state.kept.to_string())
+        };
+        let lost = fs::hard_link(&path, &kept).is_ok();
+        let done = effect()?;
+        let mut state = self.state.lock().unwrap();
+        if let Some(Some(from)) = &made
+            && state.unsynced.remove(from)
+        {
+            state.unsynced.insert(path.clone());
+        }
+        state.undo.push(Undo {
+            dir: name.0,
+            made: made.map(|from| (path.clone(), from)),
+            lost: lost.then_some((path, kept)),
+        });
+        Ok(done)
+    }
+
+    /// What a power cut leaves: names as they were at the last sync, and half of a content that was
+    /// not synced.
+    pub(super) fn cut_power(&self) {
+        let mut state = self.state.lock().unwrap();
+        for undo in std::mem::take(&mut state.undo).into_iter().rev() {
+            match undo.made {
+                Some((now, Some(before))) => {
+                    fs::rename(&now, &before).unwrap();
+                    if state.unsynced.remove(&now) {
+                        state.unsynced.insert(before);
+                    }
+                }
+                Some((now, None)) => fs::remove_file(now).unwrap(),
+                None => {}
+            }
+            if let Some((name, kept)) = undo.lost {
+                fs::hard_link(kept, name).unwrap();
+            }
+        }
+        for path in &state.unsynced {
             if let Ok(bytes) = fs::read(path) {
                 fs::write(path, &bytes[..bytes.len() / 2]).unwrap();
             }
@@ -221,8 +296,10 @@ impl Disk for Shim {
     }
 
     fn create(&self, at: At<'_>, mode: u32) -> io::Result<Box<dyn Output>> {
-        let file = self.run(Kind::Write, || self.disk.create(at, mode))?;
         let (shim, path) = (self.clone(), self.path(at));
+        let file = self.run(Kind::Write, || {
+            self.change(at, Some(None), || self.disk.create(at, mode))
+        })?;
         self.state.lock().unwrap().unsynced.insert(path.clone());
         Ok(Box::new(ShimFile { shim, path, file }))
     }
@@ -234,24 +311,26 @@ impl Disk for Shim {
     }
 
     fn link(&self, from: At<'_>, to: At<'_>) -> io::Result<()> {
-        self.run(Kind::Write, || self.disk.link(from, to))
+        self.run(Kind::Write, || {
+            self.change(to, Some(None), || self.disk.link(from, to))
+        })
     }
 
     fn rename(&self, from: At<'_>, to: At<'_>) -> io::Result<()> {
         self.run(Kind::Write, || {
-            self.disk.rename(from, to)?;
-            let mut state = self.state.lock().unwrap();
-            let (old, new) = (self.disk.path(from), self.disk.path(to));
-            state.unsynced.remove(&new);
-            if state.unsynced.remove(&old) {
-                state.unsynced.insert(new);
+            let inode = |at| self.disk.facts(at).ok().map(|facts| facts.inode);
+            if inode(from) == inode(to) {
+                return self.disk.rename(from, to); // which changes nothing
             }
-            Ok(())
+            let before = Some(Some(self.disk.path(from)));
+            self.change(to, before, || self.disk.rename(from, to))
         })
     }
 
     fn remove(&self, at: At<'_>) -> io::Result<()> {
-        self.run(Kind::Write, || self.disk.remove(at))
+        self.run(Kind::Write, || {
+            self.change(at, None, || self.disk.remove(at))
+        })
     }
 
     fn facts(&self, at: At<'_>) -> io::Result<Facts> {
@@ -262,8 +341,14 @@ impl Disk for Shim {
         self.run(Kind::Read, || self.disk.list(dir))
     }
 
-    fn sync_dir(&self, _: Dir) -> io::Result<()> {
-        self.run(Kind::Write, || Ok(()))
+    fn sync_dir(&self, dir: Dir) -> io::Result<()> {
+        self.run(Kind::Write, || {
+            // The state directory may be on a file system of its own.
+            let mut state = self.state.lock().unwrap();
+            let other = |undo: &Undo| (undo.dir == Dir::State) != (dir == Dir::State);
+            state.undo.retain(other);
+            Ok(())
+        })
     }
 
     fn free_bytes(&self) -> io::Result<u64> {
@@ -452,6 +537,12 @@ impl Host {
         there.remove(CANARY);
         there.remove(GATE);
         there
+    }
+
+    /// The number of the canary in the directory; 0 if there is none.
+    pub(super) fn canary(&self) -> u64 {
+        let text = fs::read_to_string(self.database().join(CANARY));
+        text.ok().and_then(|text| canary_number(&text)).unwrap_or(0)
     }
 
     pub(super) fn shim(&self, fault: Fault) -> Shim {

@@ -657,7 +657,12 @@ mod tests {
         if let Event::Judged(verdict) = &event {
             path.proofs += usize::from(matches!(verdict, Verdict::Live(_)));
         }
+        let resumed = matches!(event, Event::Resumed { .. });
+        let shown = path.saved;
         let actions = path.machine.handle(event);
+        if resumed {
+            a_replay_has_a_number_that_clamd_was_never_shown(&path, &actions, shown);
+        }
         let mut asked = false;
         for (at, action) in actions.iter().enumerate() {
             the_journal_is_saved_before_the_directory_changes(&path, &actions[..at], action);
@@ -748,6 +753,18 @@ mod tests {
             matches!(action, Action::Save(journal) | Action::TrySave(journal) if journal.install == number)
         });
         assert!(saved, "{path:#?}\n{action:?}");
+    }
+
+    fn a_replay_has_a_number_that_clamd_was_never_shown(
+        path: &Path,
+        actions: &[Action],
+        shown: u64,
+    ) {
+        for action in actions {
+            if let Action::Swap(journal) = action {
+                assert!(journal.install > shown, "{path:#?}");
+            }
+        }
     }
 
     fn numbers_only_rise(path: &Path, journal: &Journal) {

@@ -11,7 +11,7 @@ use nix::errno::Errno;
 
 use super::lab::{Fault, Host, Mood, full, loaded, manifest, set};
 use super::*;
-use crate::clamd::proof::{CANARY, GATE, canary_number, gate_number};
+use crate::clamd::proof::{CANARY, GATE, gate_number};
 
 /// Offers `new` to a host that has `old` live and `foreign` lying around.
 fn check(old: &str, foreign: &str, new: &str, outcome: Outcome, there: &str) -> (Host, Completed) {
@@ -132,18 +132,14 @@ fn a_refused_set_is_remembered_unless_an_operator_forces_it() {
     host.take(&installer, &offer, line).unwrap();
     drop(installer);
     let installer = host.start();
-    let tries = canary_number(&loaded(&host.database())[CANARY]);
+    let tries = host.canary();
     assert_eq!(
         installer.refused_before(&offer).unwrap().outcome,
         Outcome::Refused
     );
     let again = host.take(&installer, &offer, line).unwrap();
     assert!(again.error.unwrap().starts_with("refused before: "));
-    assert_eq!(
-        canary_number(&loaded(&host.database())[CANARY]),
-        tries,
-        "not tried again"
-    );
+    assert_eq!(host.canary(), tries, "not tried again");
     let needs = installer.plan(&offer, true, false).unwrap();
     for need in needs {
         let file = offer.file(&need.name).unwrap();
@@ -225,7 +221,7 @@ fn foreign_databases_are_listed_as_clamd_sees_them_and_bounded() {
 fn a_lost_state_directory_costs_neither_a_transfer_nor_a_number() {
     let line = "daily.cld@1=one main.cvd@62=main";
     let host = Host::with(1, line);
-    let number = canary_number(&loaded(&host.database())[CANARY]).unwrap();
+    let number = host.canary();
     fs::remove_dir_all(host.state()).unwrap();
     fs::create_dir(host.state()).unwrap();
     let installer = host.start();
