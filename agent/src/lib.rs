@@ -17,14 +17,4 @@ pub mod state;
 pub mod status;
 pub mod trust;
 
-/// An error with its sources, as one line for the master and for receipts.
-fn chain(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    text
-}
+use clamcast_daemon::chain;

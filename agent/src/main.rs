@@ -13,12 +13,12 @@ use clamcast_agent::status::{Status, Verification};
 use clamcast_daemon::admin::{self, Finish};
 use clamcast_daemon::exit::{self, Exit, OrExit as _};
 use clamcast_daemon::logging;
+use clamcast_daemon::service::{self, Service};
 use clap::{ArgAction, Parser, Subcommand};
 use indicatif::ProgressBar;
 use jiff::Timestamp;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tokio::signal::unix::{SignalKind, signal};
 
 /// Keeps this host's ClamAV databases at the generation that the fleet's master offers: fetches
 /// what is missing, swaps the files in, makes clamd reload, and signs a receipt once clamd was seen
@@ -82,12 +82,8 @@ fn run(cli: Cli) -> Result<(), Exit> {
     match cli.command {
         Command::Run { config } => {
             logging::start(cli.verbose);
-            let config = Config::load(&config).or_exit(exit::USAGE)?;
-            for key in &config.without_effect {
-                tracing::warn!("{key} has no effect in this version");
-            }
             let runtime = tokio::runtime::Runtime::new()?;
-            let result = runtime.block_on(daemon(config));
+            let result = runtime.block_on(service::run::<Daemon>(|| load(&config)));
             // What the grace period did not end is ended by the next start.
             runtime.shutdown_background();
             result
@@ -107,30 +103,34 @@ fn run(cli: Cli) -> Result<(), Exit> {
     }
 }
 
-async fn daemon(config: Config) -> Result<(), Exit> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let started = tokio::select! {
-        started = Agent::start(config) => started,
-        // The journal holds what is being replayed.
-        _ = terminate.recv() => return Ok(()),
-        _ = interrupt.recv() => return Ok(()),
-    };
-    let mut agent = started.map_err(|error| Exit::new(error.exit_code(), error))?;
-    // Without systemd there is nobody to tell.
-    let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Ready]);
-    let failure = tokio::select! {
-        _ = terminate.recv() => None,
-        _ = interrupt.recv() => None,
-        failure = agent.failed() => Some(failure),
-    };
-    let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Stopping]);
-    tracing::info!("stopping");
-    agent.stop().await;
-    match failure {
-        None => Ok(()),
-        Some(failure) => Err(anyhow::anyhow!("stopped by a bug: {failure}").into()),
+/// The daemon's life is the same for master and agent.
+struct Daemon(Agent);
+
+impl Service for Daemon {
+    type Config = Config;
+
+    async fn start(config: Config) -> Result<Self, Exit> {
+        let started = Agent::start(config).await;
+        started
+            .map(Self)
+            .map_err(|error| Exit::new(error.exit_code(), error))
     }
+
+    async fn failed(&mut self) -> String {
+        self.0.failed().await
+    }
+
+    async fn stop(self) {
+        self.0.stop().await;
+    }
+}
+
+fn load(path: &Path) -> Result<Config, Exit> {
+    let config = Config::load(path).or_exit(exit::USAGE)?;
+    for key in &config.without_effect {
+        tracing::warn!("{key} has no effect in this version");
+    }
+    Ok(config)
 }
 
 fn call(socket: &Path, request: &Request) -> Result<Finish, Exit> {

@@ -7,4 +7,18 @@ pub mod config;
 pub mod durable;
 pub mod exit;
 pub mod logging;
+pub mod service;
 pub mod table;
+
+/// An error with its sources, as one line: `cannot start: cannot read /srv/m.toml: Permission
+/// denied`.
+pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}

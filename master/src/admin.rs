@@ -9,13 +9,14 @@ use clamcast_daemon::audit::{self, Draft};
 use clamcast_daemon::exit;
 use clamcast_proto::manifest::Manifest;
 use clamcast_proto::{AgentName, FleetName, Position};
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use crate::fleet::Row;
 use crate::force::{News, Selection, Work};
 use crate::hub::{Event, Hub, Stopping, View};
 use crate::pipeline::Pipeline;
@@ -28,6 +29,21 @@ const SESSIONS_MAX: usize = 64;
 
 /// While it waits, `publish` looks again at least this often, for silence is no event.
 const LOOK: Duration = Duration::from_secs(5);
+
+/// Signatures older than this are an alarm: Talos publishes daily, so the mirror is stuck.
+const SIGNATURES_OLD: SignedDuration = SignedDuration::from_hours(24);
+
+/// Signatures older than this break the rule that auditors apply.
+const SIGNATURES_AUDITED: SignedDuration = SignedDuration::from_hours(7 * 24);
+
+/// A certificate that ends within this time is named.
+const CERTIFICATE_SOON: SignedDuration = SignedDuration::from_hours(30 * 24);
+
+/// Time between looks for new records by `audit show --follow`.
+const FOLLOW: Duration = Duration::from_millis(300);
+
+/// After a change others follow within moments. One look serves them all.
+const CHANGES_SETTLE: Duration = Duration::from_millis(50);
 
 /// Records of the audit log sent with one line of progress.
 const AUDIT_CHUNK: usize = 500;
@@ -68,6 +84,8 @@ pub enum Request {
     AuditShow {
         /// Which ones.
         filter: audit::Filter,
+        /// Go on with those that are still to come.
+        follow: bool,
     },
 }
 
@@ -88,6 +106,8 @@ pub struct Commands {
     pub audit: PathBuf,
     /// Silence that counts as failure.
     pub deadline: Duration,
+    /// When the master's own certificate ends.
+    pub certificate_ends: Timestamp,
 }
 
 /// Serves operators until `stop` fires.
@@ -153,7 +173,9 @@ impl Commands {
                 .map_or_else(stopping, |view| Finish::done(view.rows)),
             Request::Generations => Finish::done(self.generations()),
             Request::ForceSync { .. } => return self.force_sync(session, request, &stop).await,
-            Request::AuditShow { filter } => self.audit_show(&mut session, filter).await?,
+            Request::AuditShow { filter, follow } => {
+                self.audit_show(&mut session, filter, follow, &stop).await?
+            }
         };
         session.finish(finish).await
     }
@@ -228,7 +250,10 @@ impl Commands {
                 biased;
                 () = stop.cancelled() => return Ok(stopping(Stopping)),
                 () = session.gone() => return Ok(Finish::done(result)), // nobody hears it
-                changed = hub.changed() => if changed.is_err() { return Ok(stopping(Stopping)) },
+                changed = hub.changed() => match changed {
+                    Ok(()) => tokio::time::sleep(CHANGES_SETTLE).await,
+                    Err(stop) => return Ok(stopping(stop)),
+                },
                 () = tokio::time::sleep(LOOK) => {}
             }
         }
@@ -368,19 +393,26 @@ impl Commands {
             tokio::select! {
                 biased;
                 () = stop.cancelled() => return Err(Stopping),
-                changed = hub.changed() => changed?,
+                changed = hub.changed() => {
+                    changed?;
+                    tokio::time::sleep(CHANGES_SETTLE).await;
+                }
                 () = &mut deadline => {}
                 () = hang_up(listener) => *listener = None,
             }
         }
     }
 
+    /// The three questions of a morning: what is the fleet at, who is not there and why, and how
+    /// old are its signatures; and what will be a question of some morning soon.
     async fn status(&self) -> Result<Finish, Stopping> {
         let view = self.hub.view().await?;
+        let now = Timestamp::now();
         let mut result = json!({ "fleet": self.fleet, "generation": null });
         let fields = result.as_object_mut().expect("made as one");
         if let Some(manifest) = &view.current {
             describe(fields, manifest);
+            fields.insert("signatures".to_owned(), signatures(manifest, now));
         }
         if let Some(refusal) = self.pipeline.refusal() {
             let refused = json!({
@@ -397,11 +429,25 @@ impl Commands {
             (Some(_), false) => "running",
             (Some(_), true) => "complete",
         };
-        fields.insert(
-            "rollout".to_owned(),
-            json!({ "state": state, "wave": 1, "waves": 1 }),
-        );
+        let rollout = json!({ "state": state, "wave": 1, "waves": 1 });
+        fields.insert("rollout".to_owned(), rollout);
         fields.insert("agents".to_owned(), json!(view.counts));
+        let lagging = view.rows.iter().filter(|row| !row.conformant).map(|row| {
+            json!({
+                "name": row.name, "connected": row.connected, "outcome": row.outcome,
+                "since": row.since, "error": row.error,
+            })
+        });
+        fields.insert("lagging".to_owned(), lagging.collect());
+        let soon = |ends: Timestamp| ends.duration_since(now) < CERTIFICATE_SOON;
+        let own = soon(self.certificate_ends)
+            .then(|| json!({ "name": "master", "ends": self.certificate_ends }));
+        let agents = view.rows.iter().filter(|row| soon(row.certificate_ends));
+        let agents = agents.map(|row| json!({ "name": row.name, "ends": row.certificate_ends }));
+        fields.insert(
+            "certificates".to_owned(),
+            own.into_iter().chain(agents).collect(),
+        );
         Ok(Finish::done(result))
     }
 
@@ -433,26 +479,42 @@ impl Commands {
         &self,
         session: &mut Session,
         filter: audit::Filter,
+        follow: bool,
+        stop: &CancellationToken,
     ) -> Result<Finish, AdminError> {
         // Read in a thread, sent in pieces: the log of years does not fit in memory.
         let (pieces, mut read) = tokio::sync::mpsc::channel(2);
         let directory = self.audit.clone();
         let reading = tokio::task::spawn_blocking(move || {
-            let mut piece = Vec::new();
-            for record in audit::read(&directory, filter)? {
-                piece.push(record?);
-                if piece.len() == AUDIT_CHUNK
-                    && pieces.blocking_send(std::mem::take(&mut piece)).is_err()
-                {
-                    return Ok(()); // nobody reads any more
+            let mut records = audit::read(&directory, filter)?;
+            while !pieces.is_closed() {
+                let piece: Vec<_> = records
+                    .by_ref()
+                    .take(AUDIT_CHUNK)
+                    .collect::<Result<_, _>>()?;
+                if piece.is_empty() && !follow {
+                    break;
+                }
+                if piece.is_empty() {
+                    std::thread::sleep(FOLLOW);
+                } else if pieces.blocking_send(piece).is_err() {
+                    break; // nobody reads any more
                 }
             }
-            let _ = pieces.blocking_send(piece); // as above
             Ok::<_, audit::AuditError>(())
         });
-        while let Some(piece) = read.recv().await {
-            session.progress(&piece).await?;
+        loop {
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => break,
+                () = session.gone() => break,
+                piece = read.recv() => match piece {
+                    Some(piece) => session.progress(&piece).await?,
+                    None => break,
+                },
+            }
         }
+        drop(read);
         Ok(match reading.await.expect("reading does not panic") {
             Ok(()) => Finish::done(Value::Null),
             Err(error) => Finish::because(exit::FAILED, crate::chain(&error)),
@@ -484,6 +546,29 @@ fn ends(work: &Work, position: Position) -> Value {
     json!({ "epoch": position.epoch, "generation": position.generation, "agents": work.ended() })
 }
 
+/// The age of what changes daily: the database `daily`, or the one that was built last.
+fn signatures(manifest: &Manifest, now: Timestamp) -> Value {
+    let built = manifest.files.iter().filter_map(|file| {
+        let container = file.container.as_ref()?;
+        Some((
+            file.name.base() == "daily",
+            container.built?,
+            container.version,
+            &file.name,
+        ))
+    });
+    let Some((_, built, version, name)) = built.max() else {
+        return Value::Null;
+    };
+    let age = now.duration_since(built);
+    let alarm = match age {
+        age if age > SIGNATURES_AUDITED => Some("7d"),
+        age if age > SIGNATURES_OLD => Some("24h"),
+        _ => None,
+    };
+    json!({ "name": name, "version": version, "built": built, "alarm": alarm })
+}
+
 /// What `status` and `publish` say of a generation.
 fn describe(fields: &mut serde_json::Map<String, Value>, manifest: &Manifest) {
     fields.insert("epoch".to_owned(), json!(manifest.epoch));
@@ -496,22 +581,28 @@ fn progress(view: &View) -> Value {
     json!({ "agents": view.counts, "unsettled": view.unsettled, "time": Timestamp::now() })
 }
 
-/// The end of `publish --wait`: every connected agent has settled, well or not.
+/// The end of `publish --wait`: every connected agent has answered, well or not.
 fn settled(mut result: Value, view: &View) -> Finish {
-    let fields = result.as_object_mut().expect("made as one");
-    fields.insert("agents".to_owned(), json!(view.counts));
-    fields.insert("failed".to_owned(), json!(view.failed));
-    if view.failed.is_empty() {
-        return Finish::done(result);
-    }
-    let failed = view
+    let lagging = view
         .rows
         .iter()
-        .filter(|row| view.failed.contains(&row.name))
-        .map(|row| format!("{}: {}", row.name, row.error.as_deref().unwrap_or("failed")));
-    let message = Some(failed.collect::<Vec<_>>().join("\n"));
+        .filter(|row| row.connected && !row.conformant);
+    let lagging: Vec<_> = lagging.collect();
+    let fields = result.as_object_mut().expect("made as one");
+    fields.insert("agents".to_owned(), json!(view.counts));
+    let names: Vec<_> = lagging.iter().map(|row| &row.name).collect();
+    fields.insert("failed".to_owned(), json!(names));
+    if lagging.is_empty() {
+        return Finish::done(result);
+    }
+    let line = |row: &&Row| {
+        let error = row.error.as_deref().unwrap_or("not there yet");
+        format!("{}: {}: {error}", row.name, row.outcome)
+    };
+    let message = Some(lagging.iter().map(line).collect::<Vec<_>>().join("\n"));
+    let exit = exit::NOT_CONFORMANT;
     Finish {
-        exit: exit::NOT_CONFORMANT,
+        exit,
         result,
         message,
     }

@@ -54,6 +54,8 @@ pub struct Record {
     pub seen: Timestamp,
     /// Serial number of the certificate that it last came with.
     pub serial: Serial,
+    /// When that certificate ends.
+    pub certificate_ends: Timestamp,
     /// What it last said is in its database directory.
     pub installed: Option<Installed>,
     /// The last generation that it could not take.
@@ -113,8 +115,10 @@ pub struct Link {
     pub certificate_ends: Timestamp,
     /// What it was offered and how far it is.
     pub offer: Option<Offered>,
-    /// The last offer that a receipt answered.
+    /// The last offer that was answered, by a receipt or by declining it.
     pub answered: Option<OfferId>,
+    /// Why the last offer was declined.
+    pub declined: Option<String>,
 }
 
 /// An offer under way.
@@ -172,9 +176,8 @@ pub struct Row {
     /// Where it connects from.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub address: Option<SocketAddr>,
-    /// When its certificate ends.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub certificate_ends: Option<Timestamp>,
+    /// When the certificate that it last came with ends.
+    pub certificate_ends: Timestamp,
     /// The offer that is under way.
     #[serde(skip)]
     pub offered: Option<OfferId>,
@@ -240,6 +243,7 @@ impl Fleet {
                 enrolled: now,
                 seen: now,
                 serial: link.serial.clone(),
+                certificate_ends: link.certificate_ends,
                 installed: None,
                 failed: None,
                 clamd: ClamdReport::default(),
@@ -251,6 +255,7 @@ impl Fleet {
         agent.record.groups = groups;
         agent.record.seen = now;
         agent.record.serial = link.serial.clone();
+        agent.record.certificate_ends = link.certificate_ends;
         (new, agent.link.replace(link).map(|old| old.id))
     }
 
@@ -288,6 +293,7 @@ impl Fleet {
         now: Timestamp,
     ) {
         if let Some(link) = self.link(name, id) {
+            link.declined = None;
             link.offer = Some(Offered {
                 id: offer,
                 position,
@@ -406,16 +412,27 @@ impl Fleet {
         counts
     }
 
-    /// Connected agents that are still on their way to the wanted generation.
-    pub fn unsettled(&self, now: Timestamp, deadline: Duration) -> Vec<AgentName> {
-        let away = |(name, agent): &(&AgentName, &Agent)| {
-            agent.link.is_some() && self.standing(name, now, deadline) == Standing::Behind
+    /// Connected agents that have not answered their offer yet and still give signs of progress.
+    pub fn unsettled(
+        &self,
+        now: Timestamp,
+        deadline: Duration,
+    ) -> impl Iterator<Item = &AgentName> {
+        let on_its_way = move |(_, agent): &(&AgentName, &Agent)| {
+            let offer = agent.link.as_ref().and_then(|link| link.offer.as_ref());
+            offer.is_some_and(|offer| !is_silent(offer, now, deadline))
         };
-        self.agents
-            .iter()
-            .filter(away)
-            .map(|(name, _)| name.clone())
-            .collect()
+        self.agents.iter().filter(on_its_way).map(|(name, _)| name)
+    }
+
+    /// An agent does not take its offer.
+    pub fn declined(&mut self, name: &AgentName, id: LinkId, message: String) {
+        if let Some(link) = self.link(name, id)
+            && let Some(offer) = link.offer.take()
+        {
+            link.answered = Some(offer.id);
+            link.declined = Some(message);
+        }
     }
 
     /// The table of agents.
@@ -425,13 +442,6 @@ impl Fleet {
             let installed = record.installed.as_ref();
             let offer = agent.link.as_ref().and_then(|link| link.offer.as_ref());
             let standing = self.standing(name, now, deadline);
-            let outcome = match (&record.failed, offer, installed) {
-                (_, Some(offer), _) => offer.phase.to_string(),
-                (Some(failed), None, _) => failed.outcome.to_string(),
-                (None, None, Some(installed)) if installed.live => Outcome::Live.to_string(),
-                (None, None, Some(_)) => Outcome::Installed.to_string(),
-                (None, None, None) => "none".to_owned(),
-            };
             let times = [
                 installed.map(|i| i.time),
                 record.failed.as_ref().map(|f| f.time),
@@ -444,13 +454,13 @@ impl Fleet {
                 epoch: installed.map(|installed| installed.position.epoch.0),
                 live: installed.is_some_and(|installed| installed.live),
                 conformant: standing == Standing::Conformant && installed.is_some(),
-                outcome,
-                error: agent.error(standing, offer, deadline),
+                outcome: agent.outcome(),
+                error: agent.error(standing, deadline),
                 since: times.into_iter().flatten().max().unwrap_or(record.seen),
                 clamd: record.clamd.clone(),
                 foreign: record.foreign.clone(),
                 address: agent.link.as_ref().map(|link| link.address),
-                certificate_ends: agent.link.as_ref().map(|link| link.certificate_ends),
+                certificate_ends: record.certificate_ends,
                 offered: offer.map(|offer| offer.id),
                 answered: agent.link.as_ref().and_then(|link| link.answered),
             }
@@ -487,28 +497,61 @@ impl Agent {
         if self.record.failed.as_ref().is_some_and(failed) && offer.is_none() {
             return Standing::Failed;
         }
+        let declined = self
+            .link
+            .as_ref()
+            .is_some_and(|link| link.declined.is_some());
         match offer {
             Some(offer) if is_silent(offer, now, deadline) => Standing::Failed,
+            None if declined => Standing::Failed,
             Some(_) | None => Standing::Behind,
         }
     }
 
-    fn error(
-        &self,
-        standing: Standing,
-        offer: Option<&Offered>,
-        deadline: Duration,
-    ) -> Option<String> {
-        match (standing, &self.record.failed, offer) {
-            (Standing::Failed, _, Some(offer)) => Some(format!(
-                "no sign of progress with {} for {}",
-                offer.position,
-                humantime::format_duration(deadline)
-            )),
-            (Standing::Failed | Standing::Behind, Some(failed), None) => {
-                Some(format!("{}: {}", failed.position, failed.error))
+    /// What it is doing, or what came of the last thing it did.
+    fn outcome(&self) -> String {
+        let link = self.link.as_ref();
+        if let Some(offer) = link.and_then(|link| link.offer.as_ref()) {
+            return offer.phase.to_string();
+        }
+        if link.is_some_and(|link| link.declined.is_some()) {
+            return "declined".to_owned();
+        }
+        match (&self.record.failed, &self.record.installed) {
+            (Some(failed), _) => failed.outcome.to_string(),
+            (None, Some(installed)) if installed.live => Outcome::Live.to_string(),
+            (None, Some(_)) => Outcome::Installed.to_string(),
+            (None, None) => "none".to_owned(),
+        }
+    }
+
+    /// Why it is not conformant, as far as it or its silence says.
+    fn error(&self, standing: Standing, deadline: Duration) -> Option<String> {
+        if standing == Standing::Conformant {
+            return None;
+        }
+        let link = self.link.as_ref();
+        if let Some(offer) = link.and_then(|link| link.offer.as_ref()) {
+            let deadline = humantime::format_duration(deadline);
+            let silent = format!("no sign of progress with {} for {deadline}", offer.position);
+            return (standing == Standing::Failed).then_some(silent);
+        }
+        if let Some(message) = link.and_then(|link| link.declined.as_ref()) {
+            return Some(message.clone());
+        }
+        if let Some(failed) = &self.record.failed {
+            return Some(format!("{}: {}", failed.position, failed.error));
+        }
+        let installed = self.record.installed.as_ref()?;
+        let clamd = &self.record.clamd;
+        match (installed.live, installed.intact, clamd.state) {
+            (_, false, _) => Some("a file on its disk is not the published one".to_owned()),
+            (true, true, _) => None, // behind, and on its way
+            (false, true, ClamdState::Down) => Some("nobody answers at clamd's socket".to_owned()),
+            (false, true, ClamdState::Up | ClamdState::Silent | ClamdState::None) => {
+                let note = clamd.note.clone();
+                Some(note.unwrap_or_else(|| "clamd has not shown that it scans with it".to_owned()))
             }
-            (Standing::Failed | Standing::Behind | Standing::Conformant, _, _) => None,
         }
     }
 }
@@ -600,6 +643,7 @@ mod tests {
             certificate_ends: at(1 << 30),
             offer: None,
             answered: None,
+            declined: None,
         }
     }
 

@@ -280,7 +280,7 @@ mod tests {
                 clamd: ClamdReport::default(),
                 foreign: vec![],
                 address: None,
-                certificate_ends: None,
+                certificate_ends: Timestamp::UNIX_EPOCH,
                 offered: number(),
                 answered: number(),
             }

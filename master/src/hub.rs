@@ -38,6 +38,9 @@ const EVENTS_MAX: usize = 1024;
 /// with this many unread ones is disconnected and starts over.
 const COMMANDS_MAX: usize = 64;
 
+/// Time between checkpoints that agents are told of, beside those at the end of a rollout.
+const CHECKPOINTS: Duration = Duration::from_secs(3600);
+
 /// Agents that the master knows, at most: each is a file and a row. A fleet of this size needs a
 /// second master.
 pub const AGENTS_MAX: usize = 20_000;
@@ -76,6 +79,8 @@ pub enum Event {
     Declined {
         /// Who.
         name: AgentName,
+        /// On which connection.
+        id: LinkId,
         /// Why, in its words.
         message: String,
     },
@@ -185,6 +190,8 @@ pub enum Command {
     Fresh(Envelope),
     /// A receipt is in the audit log.
     Acknowledge(u64),
+    /// The signed head of the audit log.
+    Checkpoint(String),
 }
 
 /// The fleet at one moment, for whoever asks.
@@ -194,10 +201,8 @@ pub struct View {
     pub current: Option<Arc<Verified<Manifest>>>,
     /// Who stands where, in numbers.
     pub counts: Counts,
-    /// Connected agents on their way to the current generation.
+    /// Connected agents that have not answered their offer yet.
     pub unsettled: Vec<AgentName>,
-    /// Agents that failed it.
-    pub failed: Vec<AgentName>,
     /// The table.
     pub rows: Vec<Row>,
 }
@@ -310,11 +315,16 @@ impl Line {
 
 impl Running {
     async fn run(mut self, mut inbox: mpsc::Receiver<Event>, stop: CancellationToken) {
+        let mut checkpoints = tokio::time::interval(CHECKPOINTS);
         loop {
             let event = tokio::select! {
                 biased;
                 () = stop.cancelled() => break,
                 event = inbox.recv() => event,
+                _ = checkpoints.tick() => {
+                    self.checkpoint().await;
+                    continue;
+                }
             };
             let Some(event) = event else { break };
             self.handle(event, Timestamp::now()).await;
@@ -332,7 +342,8 @@ impl Running {
             Event::Hello { name, id, hello } => self.hello(&name, id, *hello, now).await,
             Event::Progress { name, id, phase } => self.task.fleet.progress(&name, id, phase, now),
             Event::Receipt { id, receipt } => self.receipt(id, &receipt).await,
-            Event::Declined { name, message } => {
+            Event::Declined { name, id, message } => {
+                self.task.fleet.declined(&name, id, message.clone());
                 tracing::warn!(agent = %name, message, "an agent does not take its offer");
                 let position = self
                     .task
@@ -359,14 +370,17 @@ impl Running {
 
     fn view(&self, now: Timestamp) -> View {
         let (fleet, deadline) = (&self.task.fleet, self.task.deadline);
-        let failed = |name: &&AgentName| fleet.standing(name, now, deadline) == Standing::Failed;
         View {
             current: fleet.current().cloned(),
             counts: fleet.counts(now, deadline),
-            unsettled: fleet.unsettled(now, deadline),
-            failed: fleet.names().filter(failed).cloned().collect(),
+            unsettled: fleet.unsettled(now, deadline).cloned().collect(),
             rows: fleet.rows(now, deadline),
         }
+    }
+
+    fn is_settled(&self) -> bool {
+        let (now, deadline) = (Timestamp::now(), self.task.deadline);
+        self.task.fleet.unsettled(now, deadline).next().is_none()
     }
 
     async fn connected(&mut self, connected: Connected, now: Timestamp) {
@@ -404,6 +418,7 @@ impl Running {
             certificate_ends: certificate.not_after,
             offer: None,
             answered: None,
+            declined: None,
         };
         let (new, replaced) = self.task.fleet.connected(&name, groups, link);
         if let Some(old) = replaced.and_then(|old| self.links.remove(&old)) {
@@ -509,6 +524,16 @@ impl Running {
         Some(offer)
     }
 
+    /// Tells every agent the head of the audit log, so that a log that is rewritten later can be
+    /// told from the one they saw.
+    async fn checkpoint(&self) {
+        let job = Job {
+            checkpoint_to: self.links.values().map(|link| link.line.clone()).collect(),
+            ..Job::default()
+        };
+        self.task.recorder.write(job).await;
+    }
+
     async fn force(
         &mut self,
         agents: Vec<AgentName>,
@@ -549,6 +574,7 @@ impl Running {
             return;
         };
         let acknowledge = Command::Acknowledge(receipt.seq);
+        let under_way = !self.is_settled();
         if !self.task.fleet.receipt(receipt) {
             line.send(acknowledge);
             return;
@@ -581,6 +607,9 @@ impl Running {
             ..Job::default()
         };
         self.task.recorder.write(job).await;
+        if under_way && self.is_settled() {
+            self.checkpoint().await; // the end of a rollout
+        }
     }
 
     async fn current(&mut self, current: Current, now: Timestamp) {

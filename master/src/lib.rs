@@ -20,14 +20,4 @@ pub mod revoked;
 pub mod serve;
 pub mod store;
 
-/// An error with its sources, as one line for a log.
-fn chain(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    text
-}
+use clamcast_daemon::chain;

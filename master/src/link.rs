@@ -405,6 +405,7 @@ impl Link<'_> {
             Command::Welcome(welcome) => ToAgent::Welcome(*welcome),
             Command::Fresh(fresh) => ToAgent::Fresh { fresh },
             Command::Acknowledge(seq) => ToAgent::ReceiptAck { seq },
+            Command::Checkpoint(checkpoint) => ToAgent::Checkpoint { checkpoint },
             Command::Offer {
                 offer,
                 current,
@@ -485,7 +486,11 @@ impl Link<'_> {
                     return Ok(()); // about an offer that is no longer ours
                 }
                 let message = message.chars().take(1000).collect();
-                Event::Declined { name, message }
+                Event::Declined {
+                    name,
+                    id: self.id,
+                    message,
+                }
             }
             ToMaster::Error {
                 offer: None,

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use clamcast_daemon::admin::{self, Finish};
 use clamcast_daemon::exit::{self, Exit, OrExit as _};
+use clamcast_daemon::service::{self, Service};
 use clamcast_daemon::{audit, logging};
 use clamcast_master::admin::Request;
 use clamcast_master::config::{self, Config};
@@ -16,7 +17,6 @@ use clamcast_master::serve::{self, Master};
 use clamcast_proto::GroupName;
 use clap::{ArgAction, Args, Parser, Subcommand};
 use jiff::Timestamp;
-use tokio::signal::unix::{SignalKind, signal};
 
 /// Publishes the ClamAV databases of a mirror directory to a fleet of agents, and shows what came
 /// of it on every host.
@@ -44,6 +44,9 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Run the daemon in the foreground until SIGTERM or SIGINT
+    ///
+    /// SIGHUP reads configuration, keys and certificates again; on an error the old ones stay in
+    /// use. Agents reconnect by themselves.
     Serve {
         /// Its configuration
         #[arg(long, value_name = "FILE", default_value = config::DEFAULT_PATH)]
@@ -71,8 +74,11 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// What the fleet is at
+    /// What the fleet is at, who is not there and why, and how old its signatures are
     Status {
+        /// Show it again and again, until Ctrl-C
+        #[arg(long)]
+        watch: bool,
         /// Print JSON
         #[arg(long)]
         json: bool,
@@ -138,6 +144,9 @@ enum Audit {
     Show {
         #[command(flatten)]
         filter: Filter,
+        /// Go on with new records as they come, until Ctrl-C
+        #[arg(long)]
+        follow: bool,
         /// Print JSON, one record a line
         #[arg(long)]
         json: bool,
@@ -178,6 +187,9 @@ struct Filter {
     operator: Option<String>,
 }
 
+/// Time between two looks of `status --watch`.
+const WATCH: Duration = Duration::from_secs(2);
+
 fn main() -> ExitCode {
     let cli = Cli::parse();
     exit::end("clamcast-master", run(cli))
@@ -188,8 +200,18 @@ fn run(cli: Cli) -> Result<(), Exit> {
     match cli.command {
         Command::Serve { config } => {
             logging::start(cli.verbose);
-            let config = load(&config)?;
-            tokio::runtime::Runtime::new()?.block_on(daemon(config))
+            let load = || {
+                let config = load(&config)?;
+                for key in &config.without_effect {
+                    tracing::warn!("{key} has no effect in this version");
+                }
+                Ok(config)
+            };
+            let runtime = tokio::runtime::Runtime::new()?;
+            let ended = runtime.block_on(service::run::<Daemon>(load));
+            // A load test or a hash that is under way holds nothing that must be kept.
+            runtime.shutdown_background();
+            ended
         }
         Command::CheckConfig { config } => check_config(&config),
         Command::Publish { wait, accept, json } => {
@@ -199,13 +221,24 @@ fn run(cli: Cli) -> Result<(), Exit> {
             progress.clear();
             show::end(finish, json, show::published)
         }
-        Command::Status { json } => show::end(ask(socket, &Request::Status)?, json, show::status),
+        Command::Status { watch: false, json } => {
+            show::end(ask(socket, &Request::Status)?, json, show::status)
+        }
+        Command::Status { watch: true, json } => loop {
+            let finish = ask(socket, &Request::Status)?;
+            show::again(finish, json)?;
+            std::thread::sleep(WATCH);
+        },
         Command::Agents { json } => show::end(ask(socket, &Request::Agents)?, json, show::agents),
         Command::Generations { json } => {
             show::end(ask(socket, &Request::Generations)?, json, show::generations)
         }
         Command::ForceSync(args) => force_sync(socket, args),
-        Command::Audit(Audit::Show { filter, json }) => {
+        Command::Audit(Audit::Show {
+            filter,
+            follow,
+            json,
+        }) => {
             let Filter {
                 since,
                 agent,
@@ -218,7 +251,7 @@ fn run(cli: Cli) -> Result<(), Exit> {
                 event,
                 operator,
             };
-            let request = Request::AuditShow { filter };
+            let request = Request::AuditShow { filter, follow };
             let finish = call(socket, &request, |records| show::records(records, json))?;
             show::end(finish, false, |_| {})
         }
@@ -288,39 +321,36 @@ fn call(
     admin::call(socket, request, progress).map_err(|error| Exit::new(error.exit_code(), error))
 }
 
-fn load(path: &Path) -> Result<Config, Exit> {
-    let config = Config::load(path).or_exit(exit::USAGE)?;
-    for key in &config.without_effect {
-        tracing::warn!("{key} has no effect in this version");
+/// The daemon's life is the same for master and agent.
+struct Daemon(Master);
+
+impl Service for Daemon {
+    type Config = Config;
+
+    async fn start(config: Config) -> Result<Self, Exit> {
+        Ok(Self(Master::start(config).await?))
     }
-    Ok(config)
+
+    async fn failed(&mut self) -> String {
+        self.0.failed().await
+    }
+
+    async fn stop(self) {
+        self.0.stop().await;
+    }
 }
 
-async fn daemon(config: Config) -> Result<(), Exit> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut master = Master::start(config).await?;
-    // Without systemd there is nobody to tell.
-    let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Ready]);
-    let failure = tokio::select! {
-        _ = terminate.recv() => None,
-        _ = interrupt.recv() => None,
-        failure = master.failed() => Some(failure),
-    };
-    let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Stopping]);
-    tracing::info!("stopping");
-    master.stop().await;
-    match failure {
-        None => Ok(()),
-        Some(failure) => Err(anyhow::anyhow!("stopped by a bug: {failure}").into()),
-    }
+/// The configuration, and a look at every file that it names.
+fn load(path: &Path) -> Result<Config, Exit> {
+    let config = Config::load(path).or_exit(exit::USAGE)?;
+    let keys = serve::load_keys(&config.signing.keys).or_exit(exit::USAGE)?;
+    serve::check_files(&config, &keys).or_exit(exit::USAGE)?;
+    Ok(config)
 }
 
 /// Everything that `serve` would stumble over, without taking the lock or a port.
 fn check_config(path: &Path) -> Result<(), Exit> {
-    let config = Config::load(path).or_exit(exit::USAGE)?;
-    let keys = serve::load_keys(&config.signing.keys).or_exit(exit::USAGE)?;
-    serve::check_files(&config, &keys).or_exit(exit::USAGE)?;
+    let config = load(path)?;
     println!("{}: good", path.display());
     for key in &config.without_effect {
         println!("{key} has no effect in this version");

@@ -41,6 +41,8 @@ pub struct Job {
     pub forget: Option<AgentName>,
     /// What is said, and to whom, once all that is on disk.
     pub then: Option<(Line, Command)>,
+    /// Who is told the signed head of the audit log, once all that is on disk.
+    pub checkpoint_to: Vec<Line>,
     /// Told once all that is on disk.
     pub done: Option<oneshot::Sender<()>>,
 }
@@ -131,6 +133,9 @@ impl Writer {
             for job in batch.drain(..) {
                 if let Some((line, command)) = job.then {
                     line.send(command);
+                }
+                for line in job.checkpoint_to {
+                    line.send(Command::Checkpoint(self.log.checkpoint()));
                 }
                 if let Some(done) = job.done {
                     let _ = done.send(()); // whoever asked may have gone

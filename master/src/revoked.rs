@@ -101,7 +101,7 @@ impl Revocations {
             (Stamp::Missing, None) => return Look::Same, // nobody was ever revoked
             (Stamp::Missing, Some(_)) => Err("it is gone".to_owned()),
             (Stamp::File { .. } | Stamp::Unreadable(_), _) => {
-                read(&self.path, &self.fleet, &self.ca).map_err(|error| chain(&error))
+                read(&self.path, &self.fleet, &self.ca).map_err(|error| crate::chain(&error))
             }
         };
         let newer = newer.and_then(|newer| match &self.list {
@@ -165,16 +165,6 @@ fn read(
         return Err(RevokedError::Fleet(list.fleet.clone()));
     }
     Ok(list)
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    text
 }
 
 #[cfg(test)]

@@ -361,6 +361,7 @@ impl Master {
             recorder: recorder.clone(),
             audit: audit_dir,
             deadline: config.deadline,
+            certificate_ends: own.not_after,
         };
         tasks.spawn(admin::serve(listener, commands, stop.clone()));
         tracing::info!(%address, fleet = %config.fleet, mirror = %config.mirror.path.display(), "ready");

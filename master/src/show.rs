@@ -64,27 +64,109 @@ pub(crate) fn published(result: &Value) {
     }
 }
 
+/// Agents that `status` names; `agents` has them all.
+const NAMED_MAX: usize = 20;
+
 pub(crate) fn status(result: &Value) {
-    println!("fleet       {}", text(&result["fleet"]));
+    println!("fleet        {}", text(&result["fleet"]));
     if result["generation"].is_null() {
-        println!("generation  none published yet");
+        println!("generation   none published yet");
     } else {
         let content = text(&result["content"]);
         let short = content.get(..12).unwrap_or(&content);
-        println!("generation  {} (content {short})", position(result));
+        let published = age(&result["published"]);
         println!(
-            "published   {} ({} ago)",
-            time(&result["published"]),
-            age(&result["published"])
+            "generation   {}, published {published} ago (content {short})",
+            position(result)
         );
     }
-    println!("agents      {}", counts(&result["agents"]));
+    signatures(&result["signatures"]);
+    println!("agents       {}", counts(&result["agents"]));
     if let Some(refused) = result.get("refused") {
-        println!("{}: {}", text(&refused["kind"]), text(&refused["reason"]));
+        alarm(&format!(
+            "{}: {}",
+            text(&refused["kind"]),
+            text(&refused["reason"])
+        ));
     }
-    if let Some(alarm) = result.get("alarm") {
-        println!("alarm: {}", text(alarm));
+    if let Some(reason) = result.get("alarm") {
+        alarm(&format!("alarm: {}", text(reason)));
     }
+    for certificate in result["certificates"].as_array().into_iter().flatten() {
+        let (name, ends) = (text(&certificate["name"]), time(&certificate["ends"]));
+        let command = if name == "master" { "master" } else { "agent" };
+        alarm(&format!(
+            "certificate of {name} ends {ends}; `clamcast-certs {command} --force` makes a new one"
+        ));
+    }
+    let lagging: Vec<_> = result["lagging"].as_array().into_iter().flatten().collect();
+    if lagging.is_empty() {
+        return;
+    }
+    println!();
+    let mut table = Table::new(["NOT CONFORMANT", "LINK", "OUTCOME", "SINCE", "WHY"]);
+    for row in lagging.iter().take(NAMED_MAX) {
+        table.row([
+            text(&row["name"]),
+            link(row),
+            text(&row["outcome"]),
+            age(&row["since"]),
+            or_dash(text(&row["error"])),
+        ]);
+    }
+    println!("{table}");
+    if lagging.len() > NAMED_MAX {
+        println!(
+            "and {} more; `agents` has them all",
+            lagging.len() - NAMED_MAX
+        );
+    }
+}
+
+/// Prints `status` in place of the one before, on a terminal; one after the other elsewhere.
+pub(crate) fn again(finish: Finish, json: bool) -> Result<(), Exit> {
+    let terminal = console::Term::stdout();
+    if json {
+        println!("{}", finish.result);
+        return Ok(());
+    }
+    if terminal.is_term() {
+        terminal.clear_screen()?;
+    }
+    end(finish, json, status)?;
+    if !terminal.is_term() {
+        println!();
+    }
+    Ok(())
+}
+
+/// How old the signatures are, with the auditors' limits.
+fn signatures(signatures: &Value) {
+    if signatures.is_null() {
+        return;
+    }
+    let [name, version] = ["name", "version"].map(|key| text(&signatures[key]));
+    let age = age(&signatures["built"]);
+    println!("signatures   {name} version {version}, built {age} ago");
+    match signatures["alarm"].as_str() {
+        Some("7d") => alarm("alarm: signatures older than the 7 days that auditors allow"),
+        Some(_) => alarm("alarm: signatures older than 24 h; does freshclam run on the mirror?"),
+        None => {}
+    }
+}
+
+/// A line that must be seen; in colour where a terminal wants it.
+fn alarm(line: &str) {
+    println!("{}", console::style(line).red().bold());
+}
+
+fn link(row: &Value) -> String {
+    if row["connected"] == true {
+        "up"
+    } else {
+        "down"
+    }
+    .to_owned()
 }
 
 pub(crate) fn agents(result: &Value) {
@@ -108,12 +190,7 @@ pub(crate) fn agents(result: &Value) {
         table.row([
             text(&row["name"]),
             or_dash(groups.collect::<Vec<_>>().join(",")),
-            if row["connected"] == true {
-                "up"
-            } else {
-                "down"
-            }
-            .to_owned(),
+            link(row),
             if row["generation"].is_null() {
                 "-".to_owned()
             } else {

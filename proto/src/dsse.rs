@@ -173,6 +173,7 @@ pub struct Signature {
 pub struct Verified<T> {
     value: T,
     envelope: Envelope,
+    payload_sha256: Digest,
     signer: KeyId,
 }
 
@@ -241,6 +242,7 @@ pub fn sign<T: Statement>(statement: T, key: &SigningKey) -> Verified<T> {
         .sign(&pre_authentication_encoding(T::TYPE, &payload))
         .to_bytes()
         .to_vec();
+    let payload_sha256 = Digest::of(&payload);
     let envelope = Envelope {
         payload_type: T::TYPE.to_owned(),
         payload,
@@ -249,6 +251,7 @@ pub fn sign<T: Statement>(statement: T, key: &SigningKey) -> Verified<T> {
     Verified {
         value: statement,
         envelope,
+        payload_sha256,
         signer,
     }
 }
@@ -308,6 +311,7 @@ impl Envelope {
         Ok(Verified {
             value,
             envelope: self.clone(),
+            payload_sha256: Digest::of(&self.payload),
             signer,
         })
     }
@@ -342,7 +346,7 @@ impl<T> Verified<T> {
 
     /// SHA-256 of the payload: the statement's name.
     pub fn payload_sha256(&self) -> Digest {
-        Digest::of(&self.envelope.payload)
+        self.payload_sha256
     }
 }
 
