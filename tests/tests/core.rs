@@ -176,7 +176,10 @@ fn a_set_that_clamd_refuses_is_rolled_back_and_proven() {
     let (mut agent, mut clamd) = agent_with_clamd(&fleet, "web1");
     let mut master = fleet.master(&mirror);
     // The master's own load test would keep it out.
-    master.configure("require = []", "require = []\nload_test = \"never\"\nshrink_max = \"100%\"");
+    master.configure(
+        "require = []",
+        "require = []\nload_test = \"never\"\nshrink_max = \"100%\"",
+    );
     master.start();
     agent.start();
     master.wait_agent("web1", "installed", |row| row["outcome"] == "installed");

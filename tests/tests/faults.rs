@@ -154,7 +154,10 @@ fn a_full_disk_on_the_agent_keeps_the_old_set_and_says_so() {
         .member("hsb", signatures(0..100))
         .write(&mirror);
     let mut master = fleet.master(&mirror);
-    master.configure("require = []", "require = []\nload_test = \"never\"\nshrink_max = \"100%\"");
+    master.configure(
+        "require = []",
+        "require = []\nload_test = \"never\"\nshrink_max = \"100%\"",
+    );
     let mut agent = fleet.agent("web1");
     let _disk = SmallDisk::mount(&agent.database());
     master.start();
