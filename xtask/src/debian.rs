@@ -1,19 +1,20 @@
-//! Programs that tests run, from Debian's packages where the system does not have them.
+//! Programs that tests and the demo run, from Debian's packages where the system does not have them.
 //!
 //! They are unpacked in `target/debian`, never installed: nothing outside the build changes, no
 //! daemon starts, and an ordinary user can do it. apt works on lists and a cache of its own there,
 //! and reads what is installed, so that it brings just the libraries that are not.
 
+use std::env;
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::{env, iter};
 
 use anyhow::{Context, bail, ensure};
 
-/// Each program that tests run, and the package that has it.
-const PROGRAMS: [(&str, &str); 6] = [
+/// Each program that is run, and the package that has it.
+pub(crate) const PROGRAMS: [(&str, &str); 6] = [
     ("clamd", "clamav-daemon"),
     ("clamscan", "clamav"),
     ("freshclam", "clamav-freshclam"),
@@ -22,13 +23,29 @@ const PROGRAMS: [(&str, &str); 6] = [
     ("rdiff", "rdiff"),
 ];
 
-/// Where programs are started that were unpacked; the lab of `tests/` looks here, too.
-pub(crate) fn bin(target: &Path) -> PathBuf {
-    target.join("debian/bin")
+/// Where a program is: on `PATH`, among the programs of the system, which an ordinary user may not
+/// have on it, or unpacked. The lab of `tests/` looks in the same places.
+pub(crate) fn find(name: &str, target: &Path) -> Option<PathBuf> {
+    directories(target)
+        .map(|directory| directory.join(name))
+        .find(|program| program.is_file())
 }
 
-/// Makes the programs that the system lacks available in [`bin`]. Fails with what to install.
-pub(crate) fn provide(target: &Path) -> anyhow::Result<()> {
+/// `PATH` with all directories where [`find`] looks.
+pub(crate) fn search_path(target: &Path) -> anyhow::Result<OsString> {
+    Ok(env::join_paths(directories(target))?)
+}
+
+fn directories(target: &Path) -> impl Iterator<Item = PathBuf> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    let path: Vec<_> = env::split_paths(&path).collect();
+    path.into_iter()
+        .chain(["/usr/local/sbin", "/usr/sbin"].map(PathBuf::from))
+        .chain([target.join("debian/bin")])
+}
+
+/// Unpacks those of the programs `wanted` that [`find`] does not find. Fails with what to install.
+pub(crate) fn provide(target: &Path, wanted: &[&str]) -> anyhow::Result<()> {
     let debian = target.join("debian");
     fs::create_dir_all(&debian)?;
     // Another run in this workspace may be at it.
@@ -36,7 +53,7 @@ pub(crate) fn provide(target: &Path) -> anyhow::Result<()> {
     lock.lock()?;
     let missing: Vec<_> = PROGRAMS
         .into_iter()
-        .filter(|(name, _)| !is_here(name, target))
+        .filter(|(name, _)| wanted.contains(name) && find(name, target).is_none())
         .collect();
     if missing.is_empty() {
         return Ok(());
@@ -58,16 +75,6 @@ pub(crate) fn provide(target: &Path) -> anyhow::Result<()> {
             packages.join(" "),
         )
     })
-}
-
-/// Whether tests will find the program: on `PATH`, among the programs of the system, which an
-/// ordinary user may not have on it, or unpacked.
-fn is_here(name: &str, target: &Path) -> bool {
-    let path = env::var_os("PATH").unwrap_or_default();
-    env::split_paths(&path)
-        .chain(["/usr/local/sbin", "/usr/sbin"].map(PathBuf::from))
-        .chain(iter::once(bin(target)))
-        .any(|directory| directory.join(name).is_file())
 }
 
 /// Gets `packages` and what they need that is not installed, and unpacks it in `debian/root`.

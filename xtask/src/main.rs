@@ -1,23 +1,27 @@
 //! `cargo xtask`: what developers and CI run.
 
 mod debian;
+mod demo;
 mod test;
 
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode, Stdio};
 use std::{env, path};
 
+use anyhow::{Context, bail};
 use clap::Parser;
 
 /// What developers and CI run.
 #[derive(Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask")]
 enum Xtask {
+    Demo(demo::Arguments),
     Test(test::Arguments),
 }
 
 fn main() -> ExitCode {
     let done = match Xtask::parse() {
+        Xtask::Demo(arguments) => demo::run(&arguments),
         Xtask::Test(arguments) => test::run(&arguments),
     };
     match done {
@@ -43,4 +47,25 @@ fn target() -> anyhow::Result<PathBuf> {
         || workspace().join("target"),
         PathBuf::from,
     ))?)
+}
+
+fn cargo(arguments: &[&str]) -> anyhow::Result<()> {
+    finish(&mut command(arguments))
+}
+
+fn command(arguments: &[&str]) -> Command {
+    let mut command = Command::new("cargo");
+    command
+        .args(arguments)
+        .current_dir(workspace())
+        .stdin(Stdio::null());
+    command
+}
+
+fn finish(command: &mut Command) -> anyhow::Result<()> {
+    let status = command.status().context("cannot run cargo")?;
+    if !status.success() {
+        bail!("cargo ended with {status}");
+    }
+    Ok(())
 }

@@ -1,6 +1,5 @@
 //! `cargo xtask test`: everything that has to hold before a change is done.
 
-use std::ffi::OsString;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -9,7 +8,7 @@ use std::{env, fs, io};
 
 use anyhow::{Context, bail};
 
-use crate::{debian, target, workspace};
+use crate::{cargo, command, debian, finish, target};
 
 /// Format, lints, documentation and all tests.
 ///
@@ -31,7 +30,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
         cargo(&["fmt", "--all", "--check"]).context("run `cargo fmt --all`, or install rustfmt")
     })?;
     step("programs that tests run", || {
-        match debian::provide(&target) {
+        match debian::provide(&target, &debian::PROGRAMS.map(|(name, _)| name)) {
             Err(error) if env::var_os("CI").is_none_or(|ci| ci != "true") => {
                 eprintln!("{error:#}\ntests that need them will be skipped");
                 Ok(())
@@ -78,7 +77,7 @@ fn step(name: &str, work: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result
 /// examples in the documentation, so that they go first, and its summary comes last.
 fn tests(arguments: &Arguments, target: &Path) -> anyhow::Result<()> {
     let prepare = |mut test: Command| -> anyhow::Result<Command> {
-        test.env("PATH", search_path(target)?)
+        test.env("PATH", debian::search_path(target)?)
             .env("CARGO_TARGET_DIR", target);
         test.env("CLAMCAST_LONG", if arguments.long { "1" } else { "0" });
         Ok(test)
@@ -101,13 +100,6 @@ fn tests(arguments: &Arguments, target: &Path) -> anyhow::Result<()> {
             "--no-fail-fast",
         ]))?)
     }
-}
-
-/// `PATH` with the programs that were unpacked, for the code that looks for them by name.
-fn search_path(target: &Path) -> anyhow::Result<OsString> {
-    let path = env::var_os("PATH").unwrap_or_default();
-    let unpacked = std::iter::once(debian::bin(target));
-    Ok(env::join_paths(env::split_paths(&path).chain(unpacked))?)
 }
 
 /// Runs `cargo test`, which ends with one summary for each program, and adds these up.
@@ -172,25 +164,4 @@ fn names(directory: &Path) -> anyhow::Result<Vec<String>> {
         .collect::<io::Result<Vec<_>>>()?;
     names.sort();
     Ok(names)
-}
-
-fn cargo(arguments: &[&str]) -> anyhow::Result<()> {
-    finish(&mut command(arguments))
-}
-
-fn command(arguments: &[&str]) -> Command {
-    let mut command = Command::new("cargo");
-    command
-        .args(arguments)
-        .current_dir(workspace())
-        .stdin(Stdio::null());
-    command
-}
-
-fn finish(command: &mut Command) -> anyhow::Result<()> {
-    let status = command.status().context("cannot run cargo")?;
-    if !status.success() {
-        bail!("cargo ended with {status}");
-    }
-    Ok(())
 }
