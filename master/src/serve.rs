@@ -314,6 +314,7 @@ impl Master {
                     "quic": address.to_string(),
                     "keys": keys.version,
                     "epoch": keys.epoch,
+                    "certificate": own.fingerprint,
                     "certificate_ends": own.not_after,
                 }),
             })

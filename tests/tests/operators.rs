@@ -173,6 +173,99 @@ fn a_daemon_that_is_not_there_is_exit_three_with_the_next_step() {
 }
 
 #[test]
+fn a_reload_takes_what_is_good_and_keeps_the_old_on_an_error() {
+    let (fleet, mut master, mut agents) = fleet_of(&["web1"]);
+    master.configure("quiet = \"300ms\"", "quite = \"1s\"");
+    master.reload();
+    until(PATIENCE, "the error is logged", || {
+        master.log().contains("did you mean `quiet`?")
+    });
+    assert_eq!(
+        master.agent("web1").unwrap()["connected"],
+        true,
+        "nothing else happened"
+    );
+
+    // A new certificate and another quiet time.
+    fleet.certs(&["master", "--host", "127.0.0.1", "--force"]);
+    master.configure("quite = \"1s\"", "quiet = \"100ms\"");
+    master.reload();
+    until(PATIENCE, "it starts anew", || {
+        master.audit("started").len() == 2
+    });
+    agents[0].reload();
+    Container::new("daily", 2)
+        .member("hsb", signatures(0..1100))
+        .write(&fleet.join("mirror"));
+    master.wait_live("web1", 2);
+    let certificate = |record: &Value| record["detail"]["certificate"].clone();
+    let started = master.audit("started");
+    assert_ne!(
+        ends(&started[0]),
+        ends(&started[1]),
+        "the new certificate is in use"
+    );
+    assert!(agents[0].stop().success() && master.stop().success());
+}
+
+#[test]
+fn status_names_who_is_not_conformant_and_the_age_of_the_signatures() {
+    let (_fleet, master, mut agents) = fleet_of(&["web1", "web2"]);
+    agents[1].stop();
+    fs::remove_dir_all(agents[1].directory().join("state")).unwrap();
+    until(PATIENCE, "web2 is gone", || {
+        master.agent("web2").unwrap()["connected"] == false
+    });
+    let shown = text(&master.command(&["status"]).stdout);
+    // The lab's databases were built in 2023.
+    assert!(shown.contains("older than the 7 days"), "{shown}");
+    assert!(!shown.contains('\x1b'), "no colour into a pipe: {shown}");
+    let status = master.json(&["status"]).unwrap();
+    assert_eq!(status["agents"]["connected"], 1, "{status}");
+    assert_eq!(status["signatures"]["alarm"], "7d", "{status}");
+}
+
+#[test]
+fn audit_show_follows_and_filters() {
+    let (fleet, master, _agents) = fleet_of(&["web1"]);
+    let mut follow = clamcast_tests::lab::program("clamcast-master");
+    follow.arg("--socket").arg(master.socket());
+    follow.args([
+        "audit",
+        "show",
+        "--follow",
+        "--event",
+        "published",
+        "--json",
+    ]);
+    let out = fs::File::create(fleet.join("followed")).unwrap();
+    let mut follow = follow.stdout(out).stderr(Stdio::null()).spawn().unwrap();
+    let followed = |lines| {
+        until(PATIENCE, "the records arrive", || {
+            fs::read_to_string(fleet.join("followed"))
+                .unwrap()
+                .lines()
+                .count()
+                == lines
+        });
+    };
+    followed(1);
+    Container::new("daily", 2)
+        .member("hsb", signatures(0..1100))
+        .write(&fleet.join("mirror"));
+    followed(2);
+    follow.kill().unwrap();
+    follow.wait().unwrap();
+    let show = |filter: &[&str]| {
+        let output = master.command(&[&["audit", "show", "--json"], filter].concat());
+        text(&output.stdout).lines().count()
+    };
+    assert_eq!(show(&["--since", "2999-01-01T00:00:00Z"]), 0);
+    assert!(show(&["--agent", "web1"]) >= 3);
+    assert_eq!(show(&["--operator", "nobody"]), 0);
+}
+
+#[test]
 fn check_config_names_line_and_nearest_key() {
     let fleet = Fleet::new();
     let master = fleet.master(&fleet.join("mirror"));

@@ -252,9 +252,18 @@ impl Daemon {
 
     /// Asks it to stop and waits for that.
     pub fn stop(&mut self) -> ExitStatus {
-        let pid = i32::try_from(self.pid()).expect("a process id");
-        kill(Pid::from_raw(pid), Signal::SIGTERM).expect("it is ours");
+        self.signal(Signal::SIGTERM);
         self.wait_ended()
+    }
+
+    /// Asks it to read its configuration again.
+    pub fn reload(&self) {
+        self.signal(Signal::SIGHUP);
+    }
+
+    fn signal(&self, signal: Signal) {
+        let pid = i32::try_from(self.pid()).expect("a process id");
+        kill(Pid::from_raw(pid), signal).expect("it is ours");
     }
 
     /// Waits until it has ended by itself.
