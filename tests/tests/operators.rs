@@ -201,8 +201,8 @@ fn a_reload_takes_what_is_good_and_keeps_the_old_on_an_error() {
     let certificate = |record: &Value| record["detail"]["certificate"].clone();
     let started = master.audit("started");
     assert_ne!(
-        ends(&started[0]),
-        ends(&started[1]),
+        certificate(&started[0]),
+        certificate(&started[1]),
         "the new certificate is in use"
     );
     assert!(agents[0].stop().success() && master.stop().success());
