@@ -542,6 +542,9 @@ impl Agent {
         if let Some(failed) = &self.record.failed {
             return Some(format!("{}: {}", failed.position, failed.error));
         }
+        if link.is_none() {
+            return Some("not connected; it catches up when it comes back".to_owned());
+        }
         let installed = self.record.installed.as_ref()?;
         let clamd = &self.record.clamd;
         match (installed.live, installed.intact, clamd.state) {
