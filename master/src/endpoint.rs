@@ -21,13 +21,6 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::config::Tls;
 
-/// Seconds between an agent's keep-alives: shorter than the UDP timeouts of NAT routers (30 s in
-/// the strictest). 2,000 agents at this rate cost the master a hundredth of a core.
-pub const KEEP_ALIVE_SECS: u64 = 15;
-
-/// A connection without any packet for this long is over: four keep-alives.
-const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
-
 /// The UDP receive buffer asked for, in bytes. When a whole fleet reconnects, it is this buffer
 /// that overflows, not the CPU: an Initial occupies 2.3 KiB of it, and nobody drains the socket
 /// while a handshake's keys are computed.
@@ -187,7 +180,8 @@ pub fn server_config(
 
 fn transport() -> TransportConfig {
     let mut transport = TransportConfig::default();
-    let idle = IDLE_TIMEOUT.try_into().expect("a minute fits");
+    let idle = Duration::from_secs(wire::IDLE_TIMEOUT_SECS);
+    let idle = idle.try_into().expect("a minute fits");
     // Agents open no streams: the control stream and all bulk streams are the master's.
     transport
         .max_idle_timeout(Some(idle))

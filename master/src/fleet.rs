@@ -14,14 +14,13 @@ use clamcast_proto::identity::Serial;
 use clamcast_proto::manifest::Manifest;
 use clamcast_proto::receipt::{ClamdReport, ClamdState, FileState, Outcome, Proof, Receipt};
 use clamcast_proto::revocation::RevocationList;
-use clamcast_proto::wire::{OfferId, Phase};
+use clamcast_proto::wire::{self, OfferId, Phase};
 use clamcast_proto::{AgentName, Digest, GroupName, Position};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-/// Receipts remembered by digest, so that one that is sent again is not taken for a new one. An
-/// agent sends again only what was never acknowledged, which is one or two.
-const RECEIPTS_REMEMBERED: usize = 64;
+/// Receipts remembered by digest, so that one that is sent again is not taken for a new one.
+const RECEIPTS_REMEMBERED: usize = wire::RECEIPTS_PENDING_MAX;
 
 /// Names one connection for as long as the daemon runs.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]

@@ -26,7 +26,6 @@ use serde_json::{Value, json};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
-use crate::endpoint::KEEP_ALIVE_SECS;
 use crate::fleet::{Counts, Fleet, Link, LinkId, Row, Standing};
 use crate::publish::Publisher;
 use crate::recorder::{Job, Recorder};
@@ -34,9 +33,10 @@ use crate::recorder::{Job, Recorder};
 /// Messages that wait for the hub; senders wait when it is full, and with them their agents.
 const EVENTS_MAX: usize = 1024;
 
-/// Messages that wait for one connection. Its task writes them as fast as the agent reads; an agent
-/// with this many unread ones is disconnected and starts over.
-const COMMANDS_MAX: usize = 64;
+/// Messages that wait for one connection: acknowledgements of all receipts that an agent may hold,
+/// and as much again. Its task writes them as fast as the agent reads; an agent with this many
+/// unread ones is disconnected and starts over.
+const COMMANDS_MAX: usize = 2 * wire::RECEIPTS_PENDING_MAX;
 
 /// Time between checkpoints that agents are told of, beside those at the end of a rollout.
 const CHECKPOINTS: Duration = Duration::from_secs(3600);
@@ -435,7 +435,7 @@ impl Running {
             fleet: self.task.keys.fleet.clone(),
             master_version: env!("CARGO_PKG_VERSION").to_owned(),
             time: now,
-            keep_alive: KEEP_ALIVE_SECS,
+            keep_alive: wire::KEEP_ALIVE_SECS,
             keys: Some(self.task.keys.envelope().clone()),
         };
         let line = Line {
@@ -576,7 +576,13 @@ impl Running {
         let acknowledge = Command::Acknowledge(receipt.seq);
         let under_way = !self.is_settled();
         if !self.task.fleet.receipt(receipt) {
-            line.send(acknowledge);
+            // Known is not yet on disk: the job of its first arrival may still wait before this one.
+            let then = Some((line.clone(), acknowledge));
+            let job = Job {
+                then,
+                ..Job::default()
+            };
+            self.task.recorder.write(job).await;
             return;
         }
         if !self.accepted && matches!(receipt.outcome, Outcome::Live | Outcome::Installed) {

@@ -16,6 +16,9 @@ use crate::Digest;
 /// hostile envelope can ask for.
 pub const SIGNATURES_MAX: usize = 4;
 
+/// Longest signature in bytes that is kept: room for an algorithm after Ed25519, whose have 64.
+pub const SIGNATURE_BYTES_MAX: usize = 8 << 10;
+
 /// Names an Ed25519 public key: SHA-256 of its 32 bytes.
 #[derive(Clone, Copy, Deserialize, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize)]
 #[serde(transparent)]
@@ -45,7 +48,8 @@ struct RawPublicKey {
     public: String,
 }
 
-const ED25519: &str = "ed25519";
+/// The one algorithm that this version knows.
+pub(crate) const ED25519: &str = "ed25519";
 
 /// The bytes are not a public key that we can use.
 #[derive(Debug, thiserror::Error)]
@@ -204,6 +208,12 @@ pub enum EnvelopeError {
         /// How many.
         found: usize,
     },
+    /// A signature longer than any of an algorithm that we can imagine.
+    #[error("a signature of {bytes} bytes, at most {SIGNATURE_BYTES_MAX} are allowed")]
+    LongSignature {
+        /// Its length.
+        bytes: usize,
+    },
     /// No signature by a key that counts.
     #[error("the {kind} is not signed by a key that is trusted for it (signed by {signers})")]
     Untrusted {
@@ -281,6 +291,14 @@ impl Envelope {
             return Err(EnvelopeError::TooManySignatures {
                 found: self.signatures.len(),
             });
+        }
+        let longest = self
+            .signatures
+            .iter()
+            .map(|signature| signature.sig.len())
+            .max();
+        if let Some(bytes) = longest.filter(|bytes| *bytes > SIGNATURE_BYTES_MAX) {
+            return Err(EnvelopeError::LongSignature { bytes });
         }
         let message = pre_authentication_encoding(T::TYPE, &self.payload);
         let signer = self.signatures.iter().find_map(|signature| {

@@ -5,9 +5,11 @@
 //! holds the root key.
 
 use jiff::Timestamp;
-use serde::{Deserialize, Serialize};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::Value;
 
-use crate::dsse::{Envelope, EnvelopeError, KeyId, PublicKey, Statement, Verified};
+use crate::dsse::{ED25519, Envelope, EnvelopeError, KeyId, PublicKey, Statement, Verified};
 use crate::{Epoch, FleetName};
 
 /// Keys of one role in a set: the current ones and a few that are being brought in.
@@ -27,14 +29,26 @@ pub struct KeySet {
     /// The root key itself, so that a set can be pinned as it is.
     pub root: PublicKey,
     /// Keys that sign manifests and freshness statements.
+    #[serde(deserialize_with = "known_algorithms")]
     pub manifest: Vec<PublicKey>,
     /// Keys that sign audit checkpoints.
+    #[serde(deserialize_with = "known_algorithms")]
     pub audit: Vec<PublicKey>,
 }
 
 impl Statement for KeySet {
     const TYPE: &'static str = "application/vnd.clamcast.keys+json";
     const BYTES_MAX: usize = 32 << 10; // two roles of KEYS_MAX keys of 200 bytes, with room
+}
+
+/// Keys of algorithms that this version does not know are left out: a set that brings a new
+/// algorithm in beside the old one must be taken by hosts that nobody upgrades at once.
+fn known_algorithms<'de, D: Deserializer<'de>>(input: D) -> Result<Vec<PublicKey>, D::Error> {
+    let keys = Vec::<Value>::deserialize(input)?;
+    let known = keys.into_iter().filter(|key| key["algorithm"] == ED25519);
+    known
+        .map(|key| serde_json::from_value(key).map_err(D::Error::custom))
+        .collect()
 }
 
 /// Why a key set was not taken.
@@ -206,6 +220,20 @@ mod tests {
             accept(&current, &set(1, "shop", 6, 2))
                 .unwrap_err()
                 .contains("shop")
+        );
+    }
+
+    #[test]
+    fn keys_of_unknown_algorithms_are_left_out_and_the_set_is_taken() {
+        let mut json = serde_json::to_value(&*set(1, "bank", 1, 1)).unwrap();
+        let newer = serde_json::json!({ "id": "x", "algorithm": "ml-dsa-44", "public": "?" });
+        json["manifest"].as_array_mut().unwrap().insert(0, newer);
+        let read: KeySet = serde_json::from_value(json.clone()).unwrap();
+        assert_eq!(read, *set(1, "bank", 1, 1));
+        json["manifest"][1]["public"] = "00".into();
+        assert!(
+            serde_json::from_value::<KeySet>(json).is_err(),
+            "a damaged known one"
         );
     }
 

@@ -4,6 +4,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::dsse::Statement;
+use crate::manifest::MANIFEST_BYTES_MAX;
 use crate::{AgentName, DatabaseName, Digest, Epoch, FleetName, Generation, Position};
 
 /// Longest error text in a receipt, in bytes: clamd's own reason and the chain around it.
@@ -48,7 +49,7 @@ pub struct Receipt {
 
 impl Statement for Receipt {
     const TYPE: &'static str = "application/vnd.clamcast.receipt+json";
-    const BYTES_MAX: usize = 512 << 10; // lists as many files as a manifest can, without their facts
+    const BYTES_MAX: usize = MANIFEST_BYTES_MAX; // it lists the files that a manifest lists
 }
 
 impl Receipt {

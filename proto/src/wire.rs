@@ -19,6 +19,17 @@ pub const ALPN: &[u8] = b"clamcast/1";
 /// The port that the master listens on unless told otherwise, UDP.
 pub const PORT: u16 = 7310;
 
+/// Seconds between an agent's keep-alives: shorter than the UDP timeouts of NAT routers (30 s in
+/// the strictest). 2,000 agents at this rate cost the master a hundredth of a core.
+pub const KEEP_ALIVE_SECS: u64 = 15;
+
+/// A connection without any packet for this many seconds is over: four keep-alives.
+pub const IDLE_TIMEOUT_SECS: u64 = 60;
+
+/// Receipts that an agent keeps until they are acknowledged. The master remembers as many to know
+/// one that is sent again.
+pub const RECEIPTS_PENDING_MAX: usize = 256;
+
 /// Longest frame in bytes, the length itself aside: a manifest of the largest size in base64, with
 /// a key set and a freshness statement beside it.
 pub const FRAME_BYTES_MAX: usize = 1 << 20;
