@@ -6,7 +6,7 @@
 //! objects/SHA256              a captured file, 0444, never changed
 //! generations/EPOCH-NUMBER.json   a published manifest in its envelope
 //! keys/VERSION.json           every key set that manifests were published under
-//! deltas/FROM-TO.v1           how to make one object from another
+//! deltas/FROM-TO.vVERSION     how to make one object from another
 //! fulls/SHA256.zst            an object, compressed
 //! tmp/                        files in the making; emptied at start
 //! ```
@@ -351,10 +351,8 @@ impl Store {
                 .is_some_and(|digest| needed.contains(digest))
         })?;
         self.sweep("deltas", |name| {
-            let pair = name
-                .strip_suffix(".v1")
-                .and_then(|pair| pair.split_once('-'));
-            pair.is_some_and(|(from, to)| needed.contains(from) && needed.contains(to))
+            encode::delta_pair(name)
+                .is_some_and(|(from, to)| needed.contains(from) && needed.contains(to))
         })?;
         self.encoder
             .retain(|digest| needed.contains(&digest.to_string()));

@@ -5,6 +5,7 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
 use clamcast_daemon::config::Percent;
+use clamcast_proto::delta::VERSION;
 use clamcast_proto::dsse::sign;
 use clamcast_proto::manifest::content_digest;
 use nix::sys::stat::Mode;
@@ -691,15 +692,18 @@ fn retention_keeps_what_the_kept_generations_need_and_nothing_else() {
     assert_eq!(names("objects"), objects);
     assert_eq!(names("generations"), ["1-3.json", "1-4.json"]);
     let [old, new] = [0, 1].map(|at: usize| manifests[at].files[0].sha256);
-    assert_eq!(names("deltas"), [format!("{old}-{new}.v1")]);
+    assert_eq!(names("deltas"), [format!("{old}-{new}.v{VERSION}")]);
     drop(publisher);
 
     // What a crash left behind is gone after the next start.
     fs::write(state.join("tmp/half"), "x").unwrap();
     fs::create_dir(state.join("tmp/load")).unwrap();
     fs::write(state.join("objects").join("0".repeat(64)), "x").unwrap();
+    let other_version = format!("deltas/{old}-{new}.v{}", VERSION + 1);
+    fs::write(state.join(other_version), "x").unwrap();
     let publisher = lab.publisher("state");
     assert_eq!(names("objects"), objects);
+    assert_eq!(names("deltas"), [format!("{old}-{new}.v{VERSION}")]);
     assert!(names("tmp").is_empty());
     check(&publisher, "unchanged");
 }

@@ -127,10 +127,7 @@ impl Store {
 
     /// The delta between two objects; the whole file where that is not larger.
     fn delta(&self, from: Digest, to: Digest) -> Result<Encoded, StoreError> {
-        let path = self
-            .directory
-            .join("deltas")
-            .join(format!("{from}-{to}.v{VERSION}"));
+        let path = self.directory.join("deltas").join(delta_name(from, to));
         let encoded = |length, path| Encoded {
             encoding: PartEncoding {
                 kind: PartKind::Delta,
@@ -239,6 +236,22 @@ impl Store {
         self.keep(temporary, &compressed)?;
         Ok(encoded(true, length, compressed))
     }
+}
+
+/// The name of a delta's file in `deltas/`. One of another format version has another name, and so
+/// is never sent by a master that was updated.
+pub(super) fn delta_name(from: Digest, to: Digest) -> String {
+    format!("{from}-{to}{}", delta_suffix())
+}
+
+/// The objects that the file of a delta is named after; `None` if it is not named like one of the
+/// format in use.
+pub(super) fn delta_pair(file_name: &str) -> Option<(&str, &str)> {
+    file_name.strip_suffix(&delta_suffix())?.split_once('-')
+}
+
+fn delta_suffix() -> String {
+    format!(".v{VERSION}")
 }
 
 /// A delta that was made and does what it should.
