@@ -680,7 +680,9 @@ impl Keeper {
             }
             Action::Fault(job) => {
                 let fault = self.trouble.take().unwrap_or_else(|| {
-                    let reason = "the files did not arrive whole, however often".to_owned();
+                    let reason =
+                        "the files did not arrive whole, however often they were asked for"
+                            .to_owned();
                     fault_of("receive", PathBuf::from("the generation"), reason)
                 });
                 let installer = self.installer.clone();
@@ -810,7 +812,7 @@ impl Keeper {
             }
             ReceiveError::Interrupted { .. } => {
                 self.trouble = Some(receiving(&error));
-                Ending::Good
+                Ending::Interrupted
             }
             ReceiveError::Damaged { .. } | ReceiveError::Unexpected { .. } => {
                 self.trouble = Some(receiving(&error));

@@ -22,6 +22,12 @@ pub const ROUNDS_MAX: u32 = 3;
 const FAULT_FIRST: Duration = Duration::from_secs(30);
 const FAULT_LONGEST: Duration = Duration::from_secs(15 * 60);
 
+/// When nothing arrives for this long, the master is asked again: it may have given up without a
+/// word. Much longer than a delta takes to make, or 64 transfers on a slow line before ours; and a
+/// third of the time after which the master counts a silent host as failed, so that asking again
+/// still helps.
+const QUIET_MAX: Duration = Duration::from_secs(5 * 60);
+
 /// The one place for work of kind `J`.
 #[derive(Debug)]
 pub struct Slot<J> {
@@ -46,6 +52,9 @@ enum State<J> {
         round: u32,
         missing: BTreeSet<DatabaseName>,
         spoilt: bool,
+        /// When the master is asked again, unless something arrives then. What arrives ends by
+        /// itself, if only because its stream stalls.
+        quiet_until: Instant,
     },
     /// Waits for transfers to end that were cut short; with a job, because the host failed it.
     Draining {
@@ -99,8 +108,10 @@ pub enum Event<J> {
 /// How a transfer ended.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Ending {
-    /// What came is good: the file is there, or a beginning of it that is kept.
+    /// The file is there.
     Good,
+    /// It was cut off; the beginning of the file that came is kept.
+    Interrupted,
     /// What came is not the file.
     Spoilt,
     /// The host could not write it.
@@ -179,9 +190,9 @@ impl<J: Clone> Slot<J> {
     pub fn deadline(&self) -> Option<Instant> {
         match self.state {
             State::Staged { until, .. } | State::Resting { until, .. } => Some(until),
+            State::Fetching { quiet_until, .. } => self.receiving.is_empty().then_some(quiet_until),
             State::Idle
             | State::Planning { .. }
-            | State::Fetching { .. }
             | State::Draining { .. }
             | State::Installing { .. } => None,
         }
@@ -250,6 +261,16 @@ impl<J: Clone> Slot<J> {
                 }
             }
             Event::Tick => match &self.state {
+                State::Fetching {
+                    job,
+                    round,
+                    spoilt,
+                    quiet_until,
+                    ..
+                } if self.receiving.is_empty() && *quiet_until <= now => {
+                    let (job, round, spoilt) = (job.clone(), *round, *spoilt);
+                    self.plan(job, round + 1, spoilt)
+                }
                 State::Staged { job, until } if *until <= now => {
                     let job = job.clone();
                     self.install(job)
@@ -312,6 +333,7 @@ impl<J: Clone> Slot<J> {
                 round,
                 missing: missing.into_iter().collect(),
                 spoilt: false,
+                quiet_until: now + QUIET_MAX,
             };
             return vec![Action::Need(job)];
         }
@@ -364,10 +386,13 @@ impl<J: Clone> Slot<J> {
                 round,
                 mut missing,
                 spoilt,
+                quiet_until: _,
             } => {
                 missing.remove(name);
                 let spoilt = spoilt || ending == Ending::Spoilt;
-                if missing.is_empty() {
+                // After a stream that ended early a master sends no more of them until it is asked.
+                let given_up = ending != Ending::Good && self.receiving.is_empty();
+                if missing.is_empty() || given_up {
                     // Only the disk says what is still missing, if anything is.
                     return self.plan(job, round + 1, spoilt);
                 }
@@ -376,6 +401,7 @@ impl<J: Clone> Slot<J> {
                     round,
                     missing,
                     spoilt,
+                    quiet_until: now + QUIET_MAX,
                 };
                 Vec::new()
             }
@@ -427,7 +453,7 @@ mod tests {
 
     /// Runs a script of events, and compares what was done about each, `;` between the steps:
     /// `offer J`, `plan [FILE ...]`, `plan fails`, `answered`, `splay SECS`, `begin FILE`,
-    /// `FILE ENDING`, `installed`, `fault`, `lost`, `SECSs` (time passes).
+    /// `FILE ENDING`, `installed`, `fault`, `lost`, `SECSs` (time passes, and a tick if one is due).
     #[track_caller]
     fn check(script: &str, expected: &str) {
         let mut slot = Slot::new(false);
@@ -460,6 +486,7 @@ mod tests {
                 [file, ending] => {
                     let ending = match ending {
                         "good" => Ending::Good,
+                        "cut" => Ending::Interrupted,
                         "spoilt" => Ending::Spoilt,
                         "unwritable" => Ending::Fault,
                         _ => panic!("{ending}"),
@@ -543,9 +570,39 @@ mod tests {
     #[test]
     fn what_was_cut_off_is_asked_for_again_and_what_was_spoilt_in_full() {
         check(
-            "offer 1; plan a.ndb; begin a.ndb; a.ndb good; plan a.ndb; begin a.ndb; \
+            "offer 1; plan a.ndb; begin a.ndb; a.ndb cut; plan a.ndb; begin a.ndb; \
              a.ndb spoilt; plan a.ndb; begin a.ndb; a.ndb good; plan",
             "plan 1; need 1; yes; plan 1; need 1; yes; plan 1 full; need 1; yes; plan 1; install 1",
+        );
+    }
+
+    #[test]
+    fn a_master_that_gave_up_on_the_rest_is_asked_again_at_once() {
+        check(
+            "offer 1; plan a.ndb b.ndb; begin a.ndb; a.ndb cut; plan a.ndb b.ndb",
+            "plan 1; need 1; yes; plan 1; need 1",
+        );
+        check(
+            "offer 1; plan a.ndb b.ndb; begin a.ndb; a.ndb spoilt; plan a.ndb b.ndb",
+            "plan 1; need 1; yes; plan 1 full; need 1",
+        );
+        // While something still arrives it has not given up.
+        check(
+            "offer 1; plan a.ndb b.ndb c.ndb; begin a.ndb; begin b.ndb; a.ndb cut; b.ndb good",
+            "plan 1; need 1; yes; yes; ; ",
+        );
+    }
+
+    #[test]
+    fn a_master_that_says_nothing_for_long_is_asked_again_and_then_it_is_a_fault() {
+        check(
+            "offer 1; plan a.ndb; 299s; 1s; plan a.ndb; 300s; plan a.ndb; 300s; plan a.ndb",
+            "plan 1; need 1; ; plan 1; need 1; plan 1; need 1; plan 1; fault 1",
+        );
+        // A file that arrives takes as long as it takes; the silence begins after it.
+        check(
+            "offer 1; plan a.ndb b.ndb; 200s; begin a.ndb; 999s; a.ndb good; 299s; 1s; plan b.ndb",
+            "plan 1; need 1; ; yes; ; ; ; plan 1; need 1",
         );
     }
 

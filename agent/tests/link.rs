@@ -287,6 +287,30 @@ async fn a_stream_that_is_reset_is_no_file_and_is_asked_for_again_from_where_it_
 }
 
 #[tokio::test]
+async fn files_that_never_come_after_one_that_was_cut_off_are_asked_for_again() {
+    let lab = Lab::new();
+    let master = lab.master("bank");
+    let agent = lab.start(&master).await;
+    let mut talk = master.greet().await;
+    let large = vec![b'x'; 3 << 20];
+    let files: [(&str, &[u8]); 3] = [("a.ndb", &large), ("b.ndb", b"two"), ("c.ndb", b"three")];
+    talk.say(&ToAgent::Offer(lab.offer(1, &files))).await;
+    assert_eq!(talk.need().await.len(), 3);
+    // As a master does whose disk fails: it breaks the first off and opens no other stream.
+    let mut stream = talk.part(1, "a.ndb", &large, 0).await;
+    stream.write_all(&large[..2 << 20]).await.unwrap();
+    lab.until_spooled(1 << 20).await;
+    stream.reset(VarInt::from_u32(0)).unwrap();
+
+    assert_eq!(names(&talk.need().await), ["a.ndb", "b.ndb", "c.ndb"]);
+    for (name, content) in files {
+        talk.push(1, name, content).await;
+    }
+    assert_eq!(talk.receipt(&lab).await.outcome, Outcome::Live);
+    agent.stop().await;
+}
+
+#[tokio::test]
 async fn what_comes_out_wrong_is_never_installed_and_is_a_fault_after_the_last_round() {
     let lab = Lab::new();
     let master = lab.master("bank");
