@@ -7,7 +7,6 @@ use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use bytes::BytesMut;
-use clamcast_proto::Digest;
 use clamcast_proto::manifest::ManifestFile;
 use clamcast_proto::wire::{self, Have, NeedFile, OfferId, Part};
 use quinn::{Connection, SendStream, VarInt};
@@ -16,7 +15,7 @@ use tokio::io::{AsyncReadExt as _, AsyncSeekExt as _};
 use tokio::sync::{OnceCell, Semaphore};
 use tokio::time::timeout;
 
-use crate::store::{Encoded, Store, StoreError};
+use crate::store::{Encoded, Pair, Store, StoreError};
 
 /// Bytes read and handed to QUIC at a time.
 const CHUNK_BYTES: usize = 64 << 10;
@@ -34,9 +33,6 @@ pub struct Pusher {
     /// time costs one computation and no thread each.
     making: Mutex<HashMap<Pair, Weak<OnceCell<Encoded>>>>,
 }
-
-/// What an encoding is from, what it is to, and whether it must be the full file.
-type Pair = (Option<Digest>, Digest, bool);
 
 /// A file could not be sent.
 #[derive(Debug, thiserror::Error)]
@@ -163,12 +159,7 @@ impl Pusher {
         target: &ManifestFile,
         full: bool,
     ) -> Result<Encoded, StoreError> {
-        let from = if let Have::Sha256(digest) = have {
-            Some(*digest)
-        } else {
-            None
-        };
-        let pair = (from, target.sha256, full);
+        let pair = self.store.pair(have, target, full);
         let cell = {
             let mut making = self.making.lock().expect("nothing panics with it");
             if let Some(cell) = making.get(&pair).and_then(Weak::upgrade) {

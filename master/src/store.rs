@@ -39,6 +39,7 @@ use crate::chain;
 
 pub use encode::Encoded;
 use encode::Encoder;
+pub(crate) use encode::Pair;
 
 /// Longest file of ours that is read whole: the envelope of the largest manifest, indented.
 const RECORD_BYTES_MAX: u64 = 2 << 20;

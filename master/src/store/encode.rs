@@ -46,7 +46,7 @@ pub struct Encoded {
 
 /// Which encoding: from an old object, or of the whole file.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
-struct Pair {
+pub(crate) struct Pair {
     from: Option<Digest>,
     to: Digest,
 }
@@ -83,14 +83,7 @@ impl Store {
         target: &ManifestFile,
         full: bool,
     ) -> Result<Encoded, StoreError> {
-        let to = target.sha256;
-        let from = match have {
-            Have::Sha256(from) if !full && *from != to && self.object(from).is_file() => {
-                Some(*from)
-            }
-            Have::Sha256(_) | Have::Search | Have::Ranges(_) | Have::Nothing => None,
-        };
-        let pair = Pair { from, to };
+        let pair = self.pair(have, target, full);
         let encoded = self.made_once(pair)?;
         if encoded.path.is_file() {
             return Ok(encoded);
@@ -98,6 +91,19 @@ impl Store {
         // Retention took it, and somebody asks again: it is made again if its objects are there.
         self.encoder.forget(pair);
         self.made_once(pair)
+    }
+
+    /// Which encoding that is. What an agent claims to have counts only if it is in the store: else
+    /// each unknown digest would be an encoding of its own, and all of them the same file.
+    pub(crate) fn pair(&self, have: &Have, target: &ManifestFile, full: bool) -> Pair {
+        let to = target.sha256;
+        let from = match have {
+            Have::Sha256(from) if !full && *from != to && self.object(from).is_file() => {
+                Some(*from)
+            }
+            Have::Sha256(_) | Have::Search | Have::Ranges(_) | Have::Nothing => None,
+        };
+        Pair { from, to }
     }
 
     /// The first asker makes it and the others wait. If it fails, all of them hear why, and the

@@ -89,6 +89,21 @@ fn an_agent_with_an_old_object_gets_a_delta_and_one_without_the_file_compressed(
 }
 
 #[test]
+fn bases_that_are_not_in_the_store_are_one_encoding() {
+    let root = tempfile::tempdir().unwrap();
+    let store = open_store(root.path());
+    let [old, new] = [1, 2].map(|version| import(&store, &signatures(10, version)));
+    let known = Have::Sha256(old.sha256);
+    let claims = [&b"a"[..], b"b", b"c"].map(|claim| Have::Sha256(Digest::of(claim)));
+    let whole = store.pair(&Have::Nothing, &new, false);
+    for have in claims.iter().chain([&Have::Search]) {
+        assert_eq!(store.pair(have, &new, false), whole);
+    }
+    assert_eq!(store.pair(&known, &new, true), whole);
+    assert_ne!(store.pair(&known, &new, false), whole);
+}
+
+#[test]
 fn what_does_not_compress_travels_as_it_is() {
     let root = tempfile::tempdir().unwrap();
     let store = open_store(root.path());
