@@ -42,7 +42,7 @@ use crate::install::{Completed, HostFault, Installer, ReceiveError};
 use crate::link::{self, Outbox};
 use crate::part::PartReader;
 use crate::receipts::Receipts;
-use crate::slot::{Action, Ending, Event as SlotEvent, Slot};
+use crate::slot::{Action, Ending, Event as SlotEvent, Slot, Work};
 use crate::state::{self, State};
 use crate::status::{LastStatus, MasterStatus, Status};
 use crate::trust::{RefusedKeys, TrustStore};
@@ -115,6 +115,12 @@ struct Job {
     since: Instant,
     /// The connection that it was made on: its number means nothing on another.
     outbox: Outbox,
+}
+
+impl Work for Arc<Job> {
+    fn is_same(&self, other: &Self) -> bool {
+        self.manifest.payload_sha256() == other.manifest.payload_sha256()
+    }
 }
 
 #[derive(Debug)]

@@ -28,10 +28,19 @@ const FAULT_LONGEST: Duration = Duration::from_secs(15 * 60);
 /// still helps.
 const QUIET_MAX: Duration = Duration::from_secs(5 * 60);
 
+/// What a slot works on.
+pub trait Work: Clone {
+    /// Whether both install the same, though they may have been offered on two connections.
+    fn is_same(&self, other: &Self) -> bool;
+}
+
 /// The one place for work of kind `J`.
 #[derive(Debug)]
 pub struct Slot<J> {
     state: State<J>,
+    /// What was staged last, and until when it waits: a host that loses its connection again and
+    /// again and is offered the same again and again must still come to its turn.
+    turn: Option<(J, Instant)>,
     /// The newest offer, which waits for what cannot be cut short.
     next: Option<J>,
     /// Files that are being written at this moment.
@@ -141,7 +150,7 @@ pub enum Action<J> {
     Fault(J),
 }
 
-impl<J: Clone> Slot<J> {
+impl<J: Work> Slot<J> {
     /// Nothing to do. `resuming`: an install of the last run is being ended, and
     /// [`Event::Installed`] will say so.
     pub fn new(resuming: bool) -> Self {
@@ -151,6 +160,7 @@ impl<J: Clone> Slot<J> {
             } else {
                 State::Idle
             },
+            turn: None,
             next: None,
             receiving: BTreeSet::new(),
             faults: Backoff::new(FAULT_FIRST, FAULT_LONGEST),
@@ -347,10 +357,14 @@ impl<J: Clone> Slot<J> {
     }
 
     fn staged(&mut self, job: J, splay: Duration, now: Instant) -> Vec<Action<J>> {
-        if splay.is_zero() {
+        let until = match &self.turn {
+            Some((staged, until)) if staged.is_same(&job) => *until,
+            Some(_) | None => now + splay,
+        };
+        if splay.is_zero() || until <= now {
             return self.install(job);
         }
-        let until = now + splay;
+        self.turn = Some((job.clone(), until));
         self.state = State::Staged {
             job: job.clone(),
             until,
@@ -359,6 +373,7 @@ impl<J: Clone> Slot<J> {
     }
 
     fn install(&mut self, job: J) -> Vec<Action<J>> {
+        self.turn = None;
         self.state = State::Installing {
             job: Some(job.clone()),
         };
@@ -450,6 +465,12 @@ impl<J: Clone> Slot<J> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    impl Work for String {
+        fn is_same(&self, other: &Self) -> bool {
+            self == other
+        }
+    }
 
     /// Runs a script of events, and compares what was done about each, `;` between the steps:
     /// `offer J`, `plan [FILE ...]`, `plan fails`, `answered`, `splay SECS`, `begin FILE`,
@@ -653,17 +674,34 @@ mod tests {
     }
 
     #[test]
+    fn the_same_offered_again_does_not_wait_from_the_beginning() {
+        check(
+            "splay 60; offer 1; plan; 50s; lost; offer 1; plan; 10s",
+            "plan 1; need 1 wait 60; ; ; plan 1; need 1 wait 10; install 1",
+        );
+        // Its turn came while the disk was looked at.
+        check(
+            "splay 60; offer 1; plan; 50s; lost; offer 1; 10s; plan",
+            "plan 1; need 1 wait 60; ; ; plan 1; ; need 1 install 1",
+        );
+        // An operator does not want it to wait, and the next time is another time.
+        check(
+            "splay 60; offer 1; plan; 50s; splay 0; offer 1; plan; installed; splay 60; offer 1; plan",
+            "plan 1; need 1 wait 60; ; plan 1; need 1 install 1; ; plan 1; need 1 wait 60",
+        );
+        check(
+            "splay 60; offer 1; plan; 50s; offer 2; plan",
+            "plan 1; need 1 wait 60; ; plan 2; need 2 wait 60",
+        );
+    }
+
+    #[test]
     fn an_offer_waits_for_the_end_of_what_the_last_run_left() {
         let mut slot = Slot::new(true);
         let now = Instant::now();
-        assert_eq!(slot.handle(Event::Offered(1), now, 0.0), []);
+        let job = "1".to_owned();
+        assert_eq!(slot.handle(Event::Offered(job.clone()), now, 0.0), []);
         let planned = slot.handle(Event::Installed { fault: true }, now, 0.0);
-        assert_eq!(
-            planned,
-            [Action::Plan {
-                job: 1,
-                full: false
-            }]
-        );
+        assert_eq!(planned, [Action::Plan { job, full: false }]);
     }
 }
