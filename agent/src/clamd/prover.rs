@@ -23,6 +23,7 @@ use super::proof::{Nonce, found_number, sample};
 use super::scanner::{self, LOAD_TEST_TIMEOUT};
 use super::settings::{Instance, ProofBy, Reload, Settings};
 use super::signal;
+use crate::chain;
 
 /// So long `clamscan` may take to say why, when it is certain already that clamd refuses: meanwhile
 /// the host keeps a set that clamd could not start with.
@@ -225,7 +226,7 @@ impl Prover {
             let clamd = Clamd::new(instance.address.clone());
             let (state, trouble) = match clamd.ping().await {
                 Ok(()) => (ClamdState::Up, None),
-                Err(error) => (state_of(&error), Some(words(&error))),
+                Err(error) => (state_of(&error), Some(chain(&error))),
             };
             findings.push(
                 self.shared
@@ -398,7 +399,7 @@ impl Courier {
             match signal::reload(pid_file) {
                 Ok(()) => return Asked::Taken,
                 Err(error) => {
-                    let error = words(&error);
+                    let error = chain(&error);
                     tracing::warn!(error, "clamd gets RELOAD over its socket instead");
                 }
             }
@@ -406,8 +407,8 @@ impl Courier {
         match self.clamd.reload().await {
             Ok(()) => Asked::Taken,
             Err(ClamdError::Unavailable { .. }) => Asked::NotAllowed,
-            Err(error @ ClamdError::Absent { .. }) => Asked::Absent(words(&error)),
-            Err(error) => Asked::Failed(words(&error)),
+            Err(error @ ClamdError::Absent { .. }) => Asked::Absent(chain(&error)),
+            Err(error) => Asked::Failed(chain(&error)),
         }
     }
 
@@ -608,13 +609,13 @@ fn is_somewhere(local: &str, time: jiff::Timestamp) -> bool {
 }
 
 fn sight_of(error: ClamdError) -> Sight {
-    let words = words(&error);
+    let said = chain(&error);
     match error {
-        ClamdError::Absent { .. } => Sight::Absent(words),
-        ClamdError::Forbidden { .. } => Sight::Forbidden(words),
+        ClamdError::Absent { .. } => Sight::Absent(said),
+        ClamdError::Forbidden { .. } => Sight::Forbidden(said),
         ClamdError::Silent { .. }
         | ClamdError::Unavailable { .. }
-        | ClamdError::Unexpected { .. } => Sight::Silent(words),
+        | ClamdError::Unexpected { .. } => Sight::Silent(said),
     }
 }
 
@@ -638,17 +639,6 @@ fn sight_state(sight: &Sight) -> ClamdState {
         | Sight::VersionWrong(_)
         | Sight::VersionUnknown => ClamdState::Up,
     }
-}
-
-/// An error and its causes on one line, for a receipt.
-fn words(error: &dyn std::error::Error) -> String {
-    let mut words = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        write!(words, ": {error}").expect("a string takes everything");
-        cause = error.source();
-    }
-    words
 }
 
 #[cfg(test)]
