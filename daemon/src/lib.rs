@@ -1,8 +1,9 @@
 //! What both daemons need of their own host: configuration files, durable files, the admin socket,
-//! the audit log on disk, and the manners of a command line.
+//! the audit log on disk, a clamscan to load databases with, and the manners of a command line.
 
 pub mod admin;
 pub mod audit;
+pub mod clamscan;
 pub mod config;
 pub mod durable;
 pub mod exit;

@@ -1,0 +1,351 @@
+//! Loads a directory of databases as clamd would: with the real `clamscan`, which has the same
+//! loader and says what clamd's log keeps to itself.
+
+use std::env;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::{ExitStatus, Stdio};
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
+use tokio::io::{AsyncRead, AsyncReadExt as _};
+use tokio::process::{Child, Command};
+use tokio::time::timeout;
+
+/// So much of what it says is kept, in bytes. The reason comes last, after a warning for every odd
+/// line; the rest is thrown away.
+const SAID_BYTES_MAX: usize = 16 << 10;
+
+/// So many of its errors make a reason: the line, the file, the kind.
+const ERRORS_MAX: usize = 3;
+
+/// How long a reason is at most, in characters. It goes into audit lines and receipts.
+const REASON_CHARS_MAX: usize = 400;
+
+/// Reasons of libclamav (`cl_strerror` in libclamav/others.c) that are the host's trouble and say
+/// nothing about the databases: rights, space, memory.
+const HOSTS_TROUBLE: [&str; 11] = [
+    "Can't open file or directory",
+    "Can't create new file",
+    "Can't unlink file",
+    "Can't get file status",
+    "Can't read file",
+    "Can't write to file",
+    "Can't access file",
+    "Can't create temporary",
+    "Can't map file into memory",
+    "Can't allocate memory",
+    "Mutex lock failed",
+];
+
+/// Why databases were not loaded. Only [`LoadError::Refused`] says anything about them.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// The databases are at fault; libclamav's own words.
+    #[error("clamscan cannot load the databases: {reason}")]
+    Refused {
+        /// The file and what is wrong with it.
+        reason: String,
+    },
+    /// This host is at fault; libclamav's own words.
+    #[error("clamscan met trouble of this host: {reason}")]
+    Hindered {
+        /// Memory, space or rights.
+        reason: String,
+    },
+    /// It was killed, or failed without a word.
+    #[error(
+        "clamscan gave no reason ({status}); is there memory for one more copy of the signatures?"
+    )]
+    NoReason {
+        /// How it ended.
+        status: ExitStatus,
+    },
+    /// It was not done in time, and was killed.
+    #[error("clamscan was not done after {limit:?}")]
+    TimedOut {
+        /// The time it had.
+        limit: Duration,
+    },
+    /// It could not be run.
+    #[error("cannot run {program}")]
+    Run {
+        /// The program.
+        program: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// `clamscan` on the search path, or where Debian, Red Hat and a build from source put it, which a
+/// service's path need not have.
+pub fn find() -> Option<PathBuf> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    let usual = ["/usr/bin", "/usr/local/bin"].map(PathBuf::from);
+    env::split_paths(&path)
+        .chain(usual)
+        .map(|directory| directory.join("clamscan"))
+        .find(|program| program.is_file())
+}
+
+/// Loads `databases` with `program`, a clamscan; as a clamd with `OfficialDatabaseOnly` would if
+/// `official_only`. That takes as much memory as clamd needs for them.
+///
+/// Only files with the extension of a database are loaded; others are skipped in silence. When the
+/// time is up, or the future is dropped, clamscan and all that it started are killed.
+pub async fn load(
+    program: &Path,
+    databases: &Path,
+    official_only: bool,
+    limit: Duration,
+) -> Result<(), LoadError> {
+    let mut command = Command::new(program);
+    command.env("LC_ALL", "C").arg("--no-summary");
+    if official_only {
+        command.arg("--official-db-only=yes");
+    }
+    command.arg("--database").arg(databases);
+    // An empty list of files: it ends when everything is loaded.
+    command.arg("--file-list=/dev/null");
+    command.stdin(Stdio::null()).stdout(Stdio::null());
+    command.stderr(Stdio::piped());
+    let ended = timeout(limit, async {
+        let mut clamscan = Group::spawn(command)?;
+        let stderr = clamscan.0.stderr.take().expect("it was asked for");
+        let said = last_of(stderr).await?;
+        io::Result::Ok((clamscan.0.wait().await?, said))
+    });
+    let (status, said) = ended
+        .await
+        .map_err(|_| LoadError::TimedOut { limit })?
+        .map_err(|source| LoadError::Run {
+            program: program.to_owned(),
+            source,
+        })?;
+    if status.success() {
+        return Ok(());
+    }
+    // Where they stand is not what is wrong with them, and one reason stays one reason.
+    let said = said.replace(&format!("{}/", databases.display()), "");
+    Err(match reason(&said) {
+        Some(reason) if is_hosts_trouble(&reason) => LoadError::Hindered { reason },
+        Some(reason) => LoadError::Refused { reason },
+        None => LoadError::NoReason { status },
+    })
+}
+
+/// Whether `reason` of libclamav is the host's trouble, not the databases'.
+pub fn is_hosts_trouble(reason: &str) -> bool {
+    HOSTS_TROUBLE.iter().any(|known| reason.contains(known))
+}
+
+/// A process in a group of its own, so that a wrapper's own children end with it.
+struct Group(Child);
+
+impl Group {
+    fn spawn(mut command: Command) -> io::Result<Self> {
+        command
+            .process_group(0)
+            .kill_on_drop(true)
+            .spawn()
+            .map(Self)
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        // Once it was waited for there is no id, which another process may have by then.
+        if let Some(id) = self.0.id() {
+            let group = Pid::from_raw(i32::try_from(id).expect("process ids fit"));
+            // An error means that nobody is left of it.
+            let _ = killpg(group, Signal::SIGKILL);
+        }
+    }
+}
+
+/// The end of what is written, however much it is.
+async fn last_of(mut stream: impl AsyncRead + Unpin) -> io::Result<String> {
+    let mut kept = Vec::new();
+    while stream.read_buf(&mut kept).await? > 0 {
+        if kept.len() > 2 * SAID_BYTES_MAX {
+            kept.drain(..kept.len() - SAID_BYTES_MAX);
+        }
+    }
+    Ok(String::from_utf8_lossy(&kept).into_owned())
+}
+
+/// What libclamav gave as the reason of a failed load, which ends with a line `ERROR: ...`.
+fn reason(said: &str) -> Option<String> {
+    let last = said.lines().rev().find_map(|l| l.strip_prefix("ERROR: "))?;
+    let errors: Vec<_> = said
+        .lines()
+        .filter_map(|line| line.strip_prefix("LibClamAV Error: "))
+        // Says the same as the line before it, without the kind.
+        .filter(|error| !error.starts_with("cli_loaddbdir: error loading"))
+        .collect();
+    let mut errors = errors[errors.len().saturating_sub(ERRORS_MAX)..].to_vec();
+    if !errors.iter().any(|error| error.contains(last)) {
+        errors.push(last);
+    }
+    let text = errors.join("; ");
+    let printable = text.chars().map(|c| if c.is_control() { '?' } else { c });
+    Some(printable.take(REASON_CHARS_MAX).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt as _;
+
+    /// Plenty: only a test that fails waits so long.
+    const PATIENCE: Duration = Duration::from_secs(60);
+
+    #[track_caller]
+    fn check(said: &str, expected: Option<&str>) {
+        assert_eq!(reason(said).as_deref(), expected, "{said}");
+    }
+
+    /// Loads a directory with a shell script in the place of clamscan, which is a fake that says
+    /// and does what the real one does only under conditions that a test cannot make.
+    async fn load_with(script: &str, limit: Duration) -> Result<(), LoadError> {
+        let root = tempfile::tempdir().unwrap();
+        let program = root.path().join("clamscan");
+        fs::write(&program, format!("#!/bin/sh\n{script}\n")).unwrap();
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+        // A test beside this one may be about to start a process that still has the script open.
+        loop {
+            match load(&program, root.path(), false, limit).await {
+                Err(LoadError::Run { source, .. })
+                    if source.kind() == io::ErrorKind::ExecutableFileBusy => {}
+                ended => return ended,
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn only_what_libclamav_says_of_the_databases_counts_against_them() {
+        load_with("exit 0", PATIENCE).await.unwrap();
+        let refused = load_with("echo 'ERROR: Malformed database' >&2; exit 2", PATIENCE).await;
+        assert!(
+            matches!(&refused, Err(LoadError::Refused { reason }) if reason == "Malformed database"),
+            "{refused:?}"
+        );
+        let script = "echo \"ERROR: Can't allocate memory\" >&2; exit 2";
+        let hindered = load_with(script, PATIENCE).await;
+        assert!(
+            matches!(hindered, Err(LoadError::Hindered { .. })),
+            "{hindered:?}"
+        );
+        for silent in ["exit 2", "kill -KILL $$"] {
+            let ended = load_with(silent, PATIENCE).await;
+            assert!(
+                matches!(ended, Err(LoadError::NoReason { .. })),
+                "{ended:?}"
+            );
+        }
+    }
+
+    #[tokio::test]
+    async fn where_the_databases_stand_is_no_part_of_the_reason() {
+        let script = "echo \"LibClamAV Error: Can't load $3/x.hdb: Malformed database\" >&2; \
+                      echo 'ERROR: Malformed database' >&2; exit 2";
+        let refused = load_with(script, PATIENCE).await.unwrap_err();
+        assert_eq!(
+            refused.to_string(),
+            "clamscan cannot load the databases: Can't load x.hdb: Malformed database"
+        );
+    }
+
+    #[tokio::test]
+    async fn a_program_that_talks_without_end_is_stopped_with_its_children() {
+        // Not by exec: `yes` is the child of a child, and has the pipe, too.
+        let ended = load_with("yes >&2; true", Duration::from_millis(300)).await;
+        assert!(
+            matches!(ended, Err(LoadError::TimedOut { .. })),
+            "{ended:?}"
+        );
+    }
+
+    #[tokio::test]
+    async fn nothing_is_left_running_when_nobody_waits_for_it_any_more() {
+        let root = tempfile::tempdir().unwrap();
+        let started = root.path().join("started");
+        let script = format!(
+            "sleep 1000 & echo $! > {0}.new; mv {0}.new {0}; wait",
+            started.display()
+        );
+        let loading = load_with(&script, PATIENCE);
+        let child = async {
+            let mut looks = tokio::time::interval(Duration::from_millis(5));
+            loop {
+                looks.tick().await;
+                if let Ok(pid) = fs::read_to_string(&started) {
+                    return Pid::from_raw(pid.trim().parse().unwrap());
+                }
+            }
+        };
+        let child = tokio::select! {
+            child = child => child, // and `loading` is dropped
+            ended = loading => panic!("{ended:?}"),
+        };
+        let gone = async {
+            let mut looks = tokio::time::interval(Duration::from_millis(5));
+            // Whoever adopted it may not have reaped it yet.
+            while is_running(child) {
+                looks.tick().await;
+            }
+        };
+        timeout(PATIENCE, gone).await.expect("it is killed");
+    }
+
+    fn is_running(pid: Pid) -> bool {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat"));
+        // proc_pid_stat(5): the state follows the name in brackets; a zombie runs no more.
+        stat.is_ok_and(|stat| !stat.contains(") Z"))
+    }
+
+    #[tokio::test]
+    async fn a_program_that_cannot_be_run_is_named() {
+        let program = Path::new("/nowhere/clamscan");
+        let error = load(program, program, false, PATIENCE).await.unwrap_err();
+        assert_eq!(error.to_string(), "cannot run /nowhere/clamscan");
+    }
+
+    #[test]
+    fn the_reason_names_the_file() {
+        check(
+            "LibClamAV Error: Problem parsing database at line 1\n\
+             LibClamAV Error: Can't load db/bad.ndb: Malformed database\n\
+             LibClamAV Error: cli_loaddbdir: error loading database db/bad.ndb\n\
+             ERROR: Malformed database\n",
+            Some("Problem parsing database at line 1; Can't load db/bad.ndb: Malformed database"),
+        );
+        check(
+            "LibClamAV Error: cli_loaddbdir: No supported database files found in db\n\
+             ERROR: Can't open file or directory\n",
+            Some(
+                "cli_loaddbdir: No supported database files found in db; \
+                 Can't open file or directory",
+            ),
+        );
+        check(
+            "ERROR: Can't allocate memory\n",
+            Some("Can't allocate memory"),
+        );
+    }
+
+    #[test]
+    fn without_an_error_at_the_end_there_is_no_reason() {
+        check("", None);
+        check("LibClamAV Warning: something odd\nKilled\n", None);
+    }
+
+    #[test]
+    fn a_reason_is_short_and_printable() {
+        check("ERROR: Malformed\u{7}\n", Some("Malformed?"));
+        let endless = format!("ERROR: {}\n", "x".repeat(10_000));
+        check(&endless, Some(&"x".repeat(REASON_CHARS_MAX)));
+    }
+}
