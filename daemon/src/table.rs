@@ -42,7 +42,7 @@ impl Table {
 }
 
 /// An agent's error text must not be able to move the cursor or to begin a line of its own.
-fn printable(text: &str) -> String {
+pub fn printable(text: &str) -> String {
     text.chars()
         .map(|c| if c.is_control() { ' ' } else { c })
         .collect()

@@ -7,6 +7,7 @@ use std::time::Duration;
 use clamcast_daemon::admin::{AdminError, Finish, Listener, Session};
 use clamcast_daemon::audit::{self, Draft};
 use clamcast_daemon::exit;
+use clamcast_daemon::table::printable;
 use clamcast_proto::manifest::Manifest;
 use clamcast_proto::{AgentName, FleetName, Position};
 use jiff::{SignedDuration, Timestamp};
@@ -597,7 +598,7 @@ fn settled(mut result: Value, view: &View) -> Finish {
     }
     let line = |row: &&Row| {
         let error = row.error.as_deref().unwrap_or("not there yet");
-        format!("{}: {}: {error}", row.name, row.outcome)
+        printable(&format!("{}: {}: {error}", row.name, row.outcome))
     };
     let message = Some(lagging.iter().map(line).collect::<Vec<_>>().join("\n"));
     let exit = exit::NOT_CONFORMANT;

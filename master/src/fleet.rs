@@ -12,15 +12,21 @@ use std::time::Duration;
 use clamcast_proto::dsse::Verified;
 use clamcast_proto::identity::Serial;
 use clamcast_proto::manifest::Manifest;
-use clamcast_proto::receipt::{ClamdReport, ClamdState, FileState, Outcome, Proof, Receipt};
+use clamcast_proto::names::DATABASE_NAME_BYTES_MAX;
+use clamcast_proto::receipt::{
+    ClamdReport, ClamdState, ERROR_BYTES_MAX, FOREIGN_MAX, FileState, Outcome, Proof, Receipt,
+};
 use clamcast_proto::revocation::RevocationList;
 use clamcast_proto::wire::{self, OfferId, Phase};
 use clamcast_proto::{AgentName, Digest, GroupName, Position};
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
 /// Receipts remembered by digest, so that one that is sent again is not taken for a new one.
 const RECEIPTS_REMEMBERED: usize = wire::RECEIPTS_PENDING_MAX;
+
+/// Longest silence that an agent may announce: a splay over a working day.
+const SILENCE_MAX: SignedDuration = SignedDuration::from_hours(12);
 
 /// Names one connection for as long as the daemon runs.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
@@ -118,6 +124,18 @@ pub struct Link {
     pub answered: Option<OfferId>,
     /// Why the last offer was declined.
     pub declined: Option<String>,
+}
+
+/// What a new connection means.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Arrival {
+    /// The agent is new to the fleet.
+    pub new: bool,
+    /// What is kept of it has changed.
+    pub changed: bool,
+    /// The connection that this one replaces: after a crash of the host the old one may linger for
+    /// a minute.
+    pub replaced: Option<LinkId>,
 }
 
 /// An offer under way.
@@ -225,14 +243,8 @@ impl Fleet {
         self.current.as_ref()
     }
 
-    /// An agent is connected. Returns whether it is new to the fleet, and the connection that this
-    /// one replaces: after a crash of the host the old one may linger for a minute.
-    pub fn connected(
-        &mut self,
-        name: &AgentName,
-        groups: Vec<GroupName>,
-        link: Link,
-    ) -> (bool, Option<LinkId>) {
+    /// An agent is connected.
+    pub fn connected(&mut self, name: &AgentName, groups: Vec<GroupName>, link: Link) -> Arrival {
         let now = link.since;
         let new = !self.agents.contains_key(name);
         let agent = self.agents.entry(name.clone()).or_insert_with(|| Agent {
@@ -251,11 +263,18 @@ impl Fleet {
             },
             link: None,
         });
-        agent.record.groups = groups;
-        agent.record.seen = now;
-        agent.record.serial = link.serial.clone();
-        agent.record.certificate_ends = link.certificate_ends;
-        (new, agent.link.replace(link).map(|old| old.id))
+        let record = &mut agent.record;
+        let changed = new || record.groups != groups || record.serial != link.serial;
+        record.groups = groups;
+        record.seen = now;
+        record.serial = link.serial.clone();
+        record.certificate_ends = link.certificate_ends;
+        let replaced = agent.link.replace(link).map(|old| old.id);
+        Arrival {
+            new,
+            changed,
+            replaced,
+        }
     }
 
     /// A connection ended. One that was replaced says nothing about its agent any more.
@@ -302,20 +321,33 @@ impl Fleet {
         }
     }
 
-    /// An agent gave a sign of progress with its offer.
-    pub fn progress(&mut self, name: &AgentName, id: LinkId, phase: Phase, now: Timestamp) {
+    /// An agent gave a sign of progress with its offer, and may have said until when it will be
+    /// silent: at most [`SILENCE_MAX`] of that is believed.
+    pub fn progress(
+        &mut self,
+        name: &AgentName,
+        id: LinkId,
+        phase: Phase,
+        until: Option<Timestamp>,
+        now: Timestamp,
+    ) {
         if let Some(offer) = self.link(name, id).and_then(|link| link.offer.as_mut()) {
+            let latest = now.saturating_add(SILENCE_MAX).unwrap_or(Timestamp::MAX);
             offer.phase = phase;
-            offer.progress = now;
+            offer.progress = until.map_or(now, |until| until.clamp(now, latest));
         }
     }
 
-    /// What an agent's Hello says of its clamd.
-    pub fn hello(&mut self, name: &AgentName, clamd: ClamdReport, foreign: Vec<String>) {
-        if let Some(agent) = self.agents.get_mut(name) {
-            agent.record.clamd = clamd;
-            agent.record.foreign = foreign;
-        }
+    /// What an agent's Hello says of its clamd. Returns whether it is news.
+    pub fn hello(&mut self, name: &AgentName, clamd: ClamdReport, foreign: Vec<String>) -> bool {
+        let Some(agent) = self.agents.get_mut(name) else {
+            return false;
+        };
+        let (clamd, foreign) = (bounded(clamd), bounded_list(foreign));
+        let news = agent.record.clamd != clamd || agent.record.foreign != foreign;
+        agent.record.clamd = clamd;
+        agent.record.foreign = foreign;
+        news
     }
 
     /// Takes a receipt whose signature was checked. `false`: it is known already.
@@ -333,8 +365,8 @@ impl Fleet {
         if record.receipts.len() > RECEIPTS_REMEMBERED {
             record.receipts.pop_front();
         }
-        record.clamd = receipt.clamd.clone();
-        record.foreign.clone_from(&receipt.foreign);
+        record.clamd = bounded(receipt.clamd.clone());
+        record.foreign = bounded_list(receipt.foreign.clone());
         let (position, manifest_sha256) = (receipt.position(), receipt.manifest_sha256);
         match receipt.outcome {
             Outcome::Live | Outcome::Installed => {
@@ -360,7 +392,7 @@ impl Fleet {
                     position,
                     manifest_sha256,
                     outcome: receipt.outcome,
-                    error: receipt.error.clone().unwrap_or_default(),
+                    error: clipped(receipt.error.clone().unwrap_or_default()),
                     time: receipt.time,
                 });
             }
@@ -424,14 +456,13 @@ impl Fleet {
         self.agents.iter().filter(on_its_way).map(|(name, _)| name)
     }
 
-    /// An agent does not take its offer.
-    pub fn declined(&mut self, name: &AgentName, id: LinkId, message: String) {
-        if let Some(link) = self.link(name, id)
-            && let Some(offer) = link.offer.take()
-        {
-            link.answered = Some(offer.id);
-            link.declined = Some(message);
-        }
+    /// An agent does not take its offer. Returns which one, unless it was answered before.
+    pub fn declined(&mut self, name: &AgentName, id: LinkId, message: String) -> Option<Position> {
+        let link = self.link(name, id)?;
+        let offer = link.offer.take()?;
+        link.answered = Some(offer.id);
+        link.declined = Some(message);
+        Some(offer.position)
     }
 
     /// The table of agents.
@@ -560,6 +591,30 @@ impl Agent {
 
 fn is_silent(offer: &Offered, now: Timestamp, deadline: Duration) -> bool {
     now.duration_since(offer.progress).unsigned_abs() > deadline && now > offer.progress
+}
+
+/// A text of an agent, cut to what a table or a log has use for.
+fn clipped(text: String) -> String {
+    if text.len() <= ERROR_BYTES_MAX {
+        return text;
+    }
+    let end = text.floor_char_boundary(ERROR_BYTES_MAX);
+    text[..end].to_owned()
+}
+
+fn bounded(clamd: ClamdReport) -> ClamdReport {
+    ClamdReport {
+        version: clamd.version.map(clipped),
+        note: clamd.note.map(clipped),
+        ..clamd
+    }
+}
+
+fn bounded_list(names: Vec<String>) -> Vec<String> {
+    let first = names.into_iter().take(FOREIGN_MAX);
+    first
+        .filter(|name| name.len() <= DATABASE_NAME_BYTES_MAX)
+        .collect()
 }
 
 /// Whether what an agent found on its disk is the manifest's set.
@@ -744,18 +799,27 @@ mod tests {
         );
         assert_eq!(fleet.standing(&name, at(1900), DEADLINE), Standing::Behind);
         assert_eq!(fleet.standing(&name, at(1901), DEADLINE), Standing::Failed);
-        fleet.progress(&name, LinkId(1), Phase::Fetching, at(1901));
+        fleet.progress(&name, LinkId(1), Phase::Fetching, None, at(1901));
         assert_eq!(fleet.standing(&name, at(1902), DEADLINE), Standing::Behind);
+        fleet.progress(&name, LinkId(1), Phase::Staged, Some(at(9000)), at(1902));
+        let announced = fleet.standing(&name, at(9000), DEADLINE);
+        assert_eq!(
+            announced,
+            Standing::Behind,
+            "it said that it would be silent"
+        );
     }
 
     #[test]
     fn a_new_connection_replaces_the_old_one_whose_end_then_means_nothing() {
         let name = "web1".parse().unwrap();
         let mut fleet = fleet(7, &[]);
-        assert_eq!(
-            fleet.connected(&name, vec![], link(2)),
-            (false, Some(LinkId(1)))
-        );
+        let arrival = Arrival {
+            new: false,
+            changed: false,
+            replaced: Some(LinkId(1)),
+        };
+        assert_eq!(fleet.connected(&name, vec![], link(2)), arrival);
         fleet.disconnected(&name, LinkId(1), at(5));
         assert_eq!(fleet.counts(at(5), DEADLINE).connected, 1);
         fleet.disconnected(&name, LinkId(2), at(6));

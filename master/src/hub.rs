@@ -8,7 +8,7 @@
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clamcast_daemon::audit::Draft;
 use clamcast_proto::dsse::{Envelope, Verified};
@@ -26,7 +26,7 @@ use serde_json::{Value, json};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
-use crate::fleet::{Counts, Fleet, Link, LinkId, Row, Standing};
+use crate::fleet::{Arrival, Counts, Fleet, Link, LinkId, Row, Standing};
 use crate::publish::Publisher;
 use crate::recorder::{Job, Recorder};
 
@@ -40,6 +40,9 @@ const COMMANDS_MAX: usize = 2 * wire::RECEIPTS_PENDING_MAX;
 
 /// Time between checkpoints that agents are told of, beside those at the end of a rollout.
 const CHECKPOINTS: Duration = Duration::from_secs(3600);
+
+/// Shortest time between two of them.
+const CHECKPOINTS_MIN: Duration = Duration::from_secs(60);
 
 /// Agents that the master knows, at most: each is a file and a row. A fleet of this size needs a
 /// second master.
@@ -67,6 +70,8 @@ pub enum Event {
         id: LinkId,
         /// What it is doing.
         phase: Phase,
+        /// Until when it means to be silent.
+        until: Option<Timestamp>,
     },
     /// It sent a receipt whose signature was checked.
     Receipt {
@@ -232,6 +237,11 @@ impl Hub {
         view.await.map_err(|_| Stopping)
     }
 
+    /// Returns when the hub has ended.
+    pub async fn ended(&self) {
+        self.events.closed().await;
+    }
+
     /// Returns after the next change of the fleet. Clone first: a clone starts from what its
     /// original has seen.
     pub async fn changed(&mut self) -> Result<(), Stopping> {
@@ -270,6 +280,7 @@ pub fn start(task: Task, stop: CancellationToken) -> (Hub, tokio::task::JoinHand
         links_made: 0,
         offers_made: 0,
         accepted: false,
+        told: None,
         tick,
     };
     let handle = tokio::spawn(running.run(inbox, stop));
@@ -282,6 +293,8 @@ struct Running {
     links_made: u64,
     offers_made: u64,
     accepted: bool,
+    /// When agents were last told the audit log's head.
+    told: Option<Instant>,
     tick: watch::Sender<u64>,
 }
 
@@ -340,18 +353,21 @@ impl Running {
             }
             Event::Connected(connected) => self.connected(*connected, now).await,
             Event::Hello { name, id, hello } => self.hello(&name, id, *hello, now).await,
-            Event::Progress { name, id, phase } => self.task.fleet.progress(&name, id, phase, now),
+            Event::Progress {
+                name,
+                id,
+                phase,
+                until,
+            } => self.task.fleet.progress(&name, id, phase, until, now),
             Event::Receipt { id, receipt } => self.receipt(id, &receipt).await,
             Event::Declined { name, id, message } => {
-                self.task.fleet.declined(&name, id, message.clone());
-                tracing::warn!(agent = %name, message, "an agent does not take its offer");
-                let position = self
-                    .task
-                    .fleet
-                    .current()
-                    .map(|manifest| manifest.position());
-                let detail = json!({ "message": message });
-                self.note("declined", &name, position, None, detail).await;
+                // Said twice of one offer it is nothing new.
+                if let Some(position) = self.task.fleet.declined(&name, id, message.clone()) {
+                    tracing::warn!(agent = %name, said = message, "an agent does not take its offer");
+                    let detail = json!({ "said": message });
+                    self.note("declined", &name, Some(position), None, detail)
+                        .await;
+                }
             }
             Event::Disconnected { name, id } => {
                 self.links.remove(&id);
@@ -420,7 +436,11 @@ impl Running {
             answered: None,
             declined: None,
         };
-        let (new, replaced) = self.task.fleet.connected(&name, groups, link);
+        let Arrival {
+            new,
+            changed,
+            replaced,
+        } = self.task.fleet.connected(&name, groups, link);
         if let Some(old) = replaced.and_then(|old| self.links.remove(&old)) {
             old.line.close(wire::close::REPLACED, "a newer connection");
         }
@@ -445,7 +465,9 @@ impl Running {
         };
         line.send(Command::Welcome(Box::new(welcome)));
         self.links.insert(id, OpenLink { certificate, line });
-        self.keep(&name).await;
+        if changed {
+            self.keep(&name).await;
+        }
         // The task may have ended meanwhile; then its end is the next event.
         let _ = reply.send(Ok((id, inbox)));
     }
@@ -454,8 +476,9 @@ impl Running {
         if !self.links.contains_key(&id) {
             return; // replaced meanwhile
         }
-        self.task.fleet.hello(name, hello.clamd, hello.foreign);
-        self.keep(name).await;
+        if self.task.fleet.hello(name, hello.clamd, hello.foreign) {
+            self.keep(name).await;
+        }
         if let Some(installed) = &hello.installed {
             self.is_ahead(installed);
         }
@@ -526,7 +549,15 @@ impl Running {
 
     /// Tells every agent the head of the audit log, so that a log that is rewritten later can be
     /// told from the one they saw.
-    async fn checkpoint(&self) {
+    async fn checkpoint(&mut self) {
+        let now = Instant::now();
+        if self
+            .told
+            .is_some_and(|told| now.duration_since(told) < CHECKPOINTS_MIN)
+        {
+            return; // an agent that settles again and again must not make work for all
+        }
+        self.told = Some(now);
         let job = Job {
             checkpoint_to: self.links.values().map(|link| link.line.clone()).collect(),
             ..Job::default()

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clamcast_proto::dsse::{EnvelopeError, Verified};
 use clamcast_proto::identity::{Certificate, CertificateError, Role};
@@ -93,6 +93,10 @@ enum LinkError {
     Frame(#[from] FrameError),
     #[error("the agent asked {NEEDS_MAX} times for the files of one offer")]
     TooManyNeeds,
+    #[error("the agent sends receipts without end")]
+    TooManyReceipts,
+    #[error("the agent said {0}")]
+    Order(&'static str),
     #[error("the certificate cannot be archived")]
     Archive(#[source] std::io::Error),
 }
@@ -105,7 +109,9 @@ impl LinkError {
             Self::Unwanted(Unwanted::Revoked { .. }) => wire::close::REVOKED,
             Self::Unwanted(Unwanted::Full) | Self::Archive(_) => wire::close::BUSY,
             Self::HandshakeTimeout | Self::Stalled | Self::NoHello => wire::close::TIMEOUT,
-            Self::Frame(_) | Self::TooManyNeeds => wire::close::PROTOCOL,
+            Self::Frame(_) | Self::TooManyNeeds | Self::TooManyReceipts | Self::Order(_) => {
+                wire::close::PROTOCOL
+            }
             Self::Stopping
             | Self::Handshake(_)
             | Self::Connection(_)
@@ -122,7 +128,7 @@ impl LinkError {
                 matches!(error, quinn::ConnectionError::TransportError(_))
             }
             Self::Certificate(_) | Self::NotAnAgent(_) | Self::Unwanted(_) => true,
-            Self::Frame(_) | Self::TooManyNeeds => true,
+            Self::Frame(_) | Self::TooManyNeeds | Self::TooManyReceipts | Self::Order(_) => true,
             Self::HandshakeTimeout
             | Self::Stopping
             | Self::Connection(_)
@@ -206,8 +212,9 @@ async fn converse(
     drop(handshake);
     let result = admit(&connection, &shared, &stop).await;
     if let Err(error) = result {
-        rejected(&shared, address, &error).await;
+        // Closed first: the audit log may have to wait for its disk.
         connection.close(VarInt::from_u32(error.code()), error.to_string().as_bytes());
+        rejected(&shared, address, &error).await;
     }
 }
 
@@ -277,8 +284,10 @@ async fn admit(
         .map_err(|_| LinkError::Stopping)?;
     let (id, commands) = admitted.await.map_err(|_| LinkError::Stopping)??;
     let name = name.clone();
-    let result = {
-        let (send, recv) = connection.open_bi().await?;
+    let converse = async {
+        let (send, recv) = timeout(HANDSHAKE, connection.open_bi())
+            .await
+            .map_err(|_| LinkError::NoHello)??;
         let mut link = Link {
             connection,
             shared,
@@ -287,9 +296,12 @@ async fn admit(
             send,
             offer: None,
             parts: JoinSet::new(),
+            receipts: Budget::new(Instant::now()),
         };
         link.run(recv, commands, stop).await
     };
+    let result = converse.await;
+    // From here on the hub must hear of the end, whatever it was.
     let _ = shared.hub.tell(Event::Disconnected { name, id }).await; // it may be gone already
     result
 }
@@ -302,6 +314,48 @@ struct Link<'a> {
     send: SendStream,
     offer: Option<Offering>,
     parts: JoinSet<()>,
+    receipts: Budget,
+}
+
+/// What came of reading a frame.
+enum Heard {
+    Message(ToMaster),
+    Unknown,
+    End,
+}
+
+/// Bounds what one agent can make the master write down: a token bucket. Pure.
+#[derive(Debug)]
+struct Budget {
+    left: u32,
+    refilled: Instant,
+}
+
+/// Receipts that an agent may send at once: all that it may hold, and as many new ones.
+const RECEIPTS_AT_ONCE: u32 = 2 * wire::RECEIPTS_PENDING_MAX as u32;
+
+/// Time in which an agent earns another receipt. An honest one needs a few a day.
+const RECEIPT_EARNED: Duration = Duration::from_secs(10);
+
+impl Budget {
+    fn new(now: Instant) -> Self {
+        Self {
+            left: RECEIPTS_AT_ONCE,
+            refilled: now,
+        }
+    }
+
+    /// Takes one, if there is one.
+    fn spend(&mut self, now: Instant) -> bool {
+        let earned = now.duration_since(self.refilled).as_secs() / RECEIPT_EARNED.as_secs();
+        if let Some(earned) = u32::try_from(earned).ok().filter(|earned| *earned > 0) {
+            self.left = self.left.saturating_add(earned).min(RECEIPTS_AT_ONCE);
+            self.refilled += RECEIPT_EARNED * earned;
+        }
+        let spent = self.left.checked_sub(1);
+        self.left = spent.unwrap_or(0);
+        spent.is_some()
+    }
 }
 
 /// The offer that this agent was made last.
@@ -328,23 +382,27 @@ impl Link<'_> {
         }
         let hello = timeout(HANDSHAKE, self.next(&mut frames));
         match hello.await.map_err(|_| LinkError::NoHello)?? {
-            Some(message) => self.hear(message).await?,
+            Some(ToMaster::Hello(hello)) => {
+                let (name, id) = (self.name.clone(), self.id);
+                self.tell(Event::Hello { name, id, hello }).await?;
+            }
+            Some(_) => return Err(LinkError::Order("something else before Hello")),
             None => return Ok(()),
         }
         loop {
             tokio::select! {
                 biased;
                 () = stop.cancelled() => return Ok(()),
-                Some(_) = self.parts.join_next() => {}
+                Some(ended) = self.parts.join_next() => report(ended),
                 command = commands.recv() => match command {
                     Some(command) => self.obey(command).await?,
                     None => return Ok(()), // replaced, revoked, or the daemon stops
                 },
                 // Cancel-safe: what was read of a frame stays in the codec's buffer.
                 frame = frames.next() => match self.read(frame).await? {
-                    Some(Some(message)) => self.hear(message).await?,
-                    Some(None) => {}
-                    None => return Ok(()),
+                    Heard::Message(message) => self.hear(message).await?,
+                    Heard::Unknown => {}
+                    Heard::End => return Ok(()),
                 },
             }
         }
@@ -358,20 +416,21 @@ impl Link<'_> {
         loop {
             let frame = frames.next().await;
             match self.read(frame).await? {
-                Some(Some(message)) => return Ok(Some(message)),
-                Some(None) => {}
-                None => return Ok(None),
+                Heard::Message(message) => return Ok(Some(message)),
+                Heard::Unknown => {}
+                Heard::End => return Ok(None),
             }
         }
     }
 
-    /// A frame's message: `None` at the end of the stream, `Some(None)` for one that this version
-    /// does not know, which is answered and survived.
+    /// A frame's message. One that this version does not know is answered and survived.
     async fn read(
         &mut self,
         frame: Option<Result<bytes::BytesMut, std::io::Error>>,
-    ) -> Result<Option<Option<ToMaster>>, LinkError> {
-        let Some(frame) = frame else { return Ok(None) };
+    ) -> Result<Heard, LinkError> {
+        let Some(frame) = frame else {
+            return Ok(Heard::End);
+        };
         let frame = frame.map_err(|error| {
             if error.kind() == std::io::ErrorKind::InvalidData {
                 let limit = FRAME_BYTES_MAX;
@@ -384,14 +443,14 @@ impl Link<'_> {
             }
         })?;
         match wire::parse(&frame) {
-            Ok(message) => Ok(Some(Some(message))),
+            Ok(message) => Ok(Heard::Message(message)),
             Err(error @ FrameError::Message { .. }) => {
                 tracing::debug!(agent = %self.name, %error, "answered with an error");
                 self.say(&ToAgent::Error {
                     message: crate::chain(&error),
                 })
                 .await?;
-                Ok(Some(None))
+                Ok(Heard::Unknown)
             }
             Err(error @ (FrameError::Json { .. } | FrameError::TooLong { .. })) => {
                 Err(error.into())
@@ -439,18 +498,18 @@ impl Link<'_> {
     async fn hear(&mut self, message: ToMaster) -> Result<(), LinkError> {
         let name = self.name.clone();
         let event = match message {
-            ToMaster::Hello(hello) => Event::Hello {
-                name,
-                id: self.id,
-                hello,
-            },
-            ToMaster::Progress { phase, .. } => Event::Progress {
+            ToMaster::Hello(_) => return Err(LinkError::Order("a second Hello")),
+            ToMaster::Progress { phase, until, .. } => Event::Progress {
                 name,
                 id: self.id,
                 phase,
+                until,
             },
             ToMaster::Need { offer, files } => return self.need(offer, files).await,
             ToMaster::Receipt { receipt } => {
+                if !self.receipts.spend(Instant::now()) {
+                    return Err(LinkError::TooManyReceipts);
+                }
                 let keys = {
                     let archive = self.shared.archive.lock().expect("nothing panics with it");
                     archive.keys(&name)
@@ -469,7 +528,7 @@ impl Link<'_> {
                     }
                     Err(error) => {
                         let message = crate::chain(&error);
-                        tracing::warn!(agent = %name, message, "a receipt is not believed");
+                        tracing::warn!(agent = %name, error = message, "a receipt is not believed");
                         return self.say(&ToAgent::Error { message }).await;
                     }
                 }
@@ -497,15 +556,16 @@ impl Link<'_> {
                 message,
             } => {
                 let message: String = message.chars().take(1000).collect();
-                tracing::warn!(agent = %name, message, "the agent did not understand");
+                tracing::warn!(agent = %name, said = message, "the agent did not understand");
                 return Ok(());
             }
         };
-        self.shared
-            .hub
-            .tell(event)
-            .await
-            .map_err(|_| LinkError::Stopping)
+        self.tell(event).await
+    }
+
+    async fn tell(&self, event: Event) -> Result<(), LinkError> {
+        let told = self.shared.hub.tell(event).await;
+        told.map_err(|_| LinkError::Stopping)
     }
 
     /// Sends the files of the current offer that the agent lacks. A new Need replaces the one
@@ -551,6 +611,7 @@ impl Link<'_> {
                             name: name.clone(),
                             id,
                             phase,
+                            until: None,
                         };
                         if shared.hub.tell(event).await.is_err() {
                             return; // the daemon stops
@@ -558,8 +619,8 @@ impl Link<'_> {
                     }
                     Err(error) => {
                         let error = crate::chain(&error);
+                        // The others may fare better; the agent asks for this one again.
                         tracing::warn!(agent = %name, file = %need.name, error, "not sent");
-                        return; // the agent asks again
                     }
                 }
             }
@@ -573,5 +634,23 @@ impl Link<'_> {
             .await
             .map_err(|_| LinkError::Stalled)??;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn receipts_without_end_run_out_and_honest_ones_do_not() {
+        let start = Instant::now();
+        let mut budget = Budget::new(start);
+        let spent = (0..10_000).filter(|_| budget.spend(start)).count();
+        assert_eq!(spent, RECEIPTS_AT_ONCE as usize);
+        assert!(!budget.spend(start + RECEIPT_EARNED / 2));
+        assert!(budget.spend(start + RECEIPT_EARNED));
+        assert!(!budget.spend(start + RECEIPT_EARNED));
+        let day = start + Duration::from_secs(86_400);
+        assert!((0..100).all(|_| budget.spend(day)));
     }
 }

@@ -8,14 +8,16 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
 use clamcast_daemon::audit::{self, Draft};
 use clamcast_daemon::durable;
-use clamcast_proto::AgentName;
+use clamcast_proto::{AgentName, Digest};
 use jiff::Timestamp;
+use serde_json::json;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::fleet::Record;
@@ -26,6 +28,10 @@ const JOBS_MAX: usize = 4096;
 
 /// Jobs written together: what the audit log syncs at once.
 const BATCH_MAX: usize = audit::BATCH_MAX;
+
+/// Longest detail of a record in bytes of JSON: with the rest it fits a line of the audit log. Of a
+/// longer one (a `force-sync` of 20,000 named agents) the digest is kept.
+const DETAIL_BYTES_MAX: usize = 1_000_000;
 
 /// Time between two tries when the disk refuses.
 const RETRY: Duration = Duration::from_secs(1);
@@ -52,6 +58,7 @@ pub struct Job {
 pub struct Recorder {
     jobs: mpsc::Sender<Job>,
     alarm: Arc<Mutex<Option<String>>>,
+    give_up: Arc<AtomicBool>,
 }
 
 impl Recorder {
@@ -59,16 +66,23 @@ impl Recorder {
     pub fn start(log: audit::Log, agents: PathBuf) -> (Self, thread::JoinHandle<()>) {
         let (jobs, inbox) = mpsc::channel(JOBS_MAX);
         let alarm = Arc::new(Mutex::new(None));
+        let give_up = Arc::new(AtomicBool::new(false));
         let writer = Writer {
             log,
             agents,
             alarm: alarm.clone(),
+            give_up: give_up.clone(),
         };
         let thread = thread::Builder::new()
             .name("recorder".to_owned())
             .spawn(move || writer.run(inbox))
             .expect("a thread can be started");
-        (Self { jobs, alarm }, thread)
+        let recorder = Self {
+            jobs,
+            alarm,
+            give_up,
+        };
+        (recorder, thread)
     }
 
     /// Queues a job.
@@ -87,6 +101,17 @@ impl Recorder {
         })
         .await;
         let _ = written.await;
+    }
+
+    /// Returns when the thread has ended, which it does before its last sender only by a panic.
+    pub async fn ended(&self) {
+        self.jobs.closed().await;
+    }
+
+    /// To be set when the daemon stops and has waited long enough: what the disk refuses from then
+    /// on is not tried again. Nobody was told of it, so the agents will send it again.
+    pub fn give_up(&self) -> Arc<AtomicBool> {
+        self.give_up.clone()
     }
 
     /// Why nothing can be written at the moment.
@@ -118,6 +143,7 @@ struct Writer {
     log: audit::Log,
     agents: PathBuf,
     alarm: Arc<Mutex<Option<String>>>,
+    give_up: Arc<AtomicBool>,
 }
 
 impl Writer {
@@ -129,7 +155,9 @@ impl Writer {
                 let Ok(next) = inbox.try_recv() else { break };
                 batch.push(next);
             }
-            self.write(&mut batch);
+            if !self.write(&mut batch) {
+                batch.clear(); // not on disk, and so nobody is told
+            }
             for job in batch.drain(..) {
                 if let Some((line, command)) = job.then {
                     line.send(command);
@@ -144,12 +172,10 @@ impl Writer {
         }
     }
 
-    /// Tries until the disk takes it: nothing is said that is not in the log.
-    fn write(&mut self, batch: &mut [Job]) {
-        let mut drafts: Vec<_> = batch
-            .iter_mut()
-            .filter_map(|job| job.draft.take())
-            .collect();
+    /// Tries until the disk takes it: nothing is said that is not in the log. Returns whether it did.
+    fn write(&mut self, batch: &mut [Job]) -> bool {
+        let drafts = batch.iter_mut().filter_map(|job| job.draft.take());
+        let mut drafts: Vec<_> = drafts.map(shortened).collect();
         let mut records = BTreeMap::new(); // of several jobs about one agent the last one counts
         for job in &mut *batch {
             if let Some(record) = job.keep.take() {
@@ -159,7 +185,7 @@ impl Writer {
                 records.insert(name, None);
             }
         }
-        self.until_written("the audit log", |writer| {
+        let logged = self.until_written("the audit log", |writer| {
             let before = writer.log.records();
             let written = writer.log.append_all(drafts.clone(), Timestamp::now());
             if writer.log.records() > before {
@@ -169,8 +195,9 @@ impl Writer {
                 .map(|_| ())
                 .map_err(|error| io::Error::other(crate::chain(&error)))
         });
+        let mut kept = true;
         for (name, record) in records {
-            self.until_written("an agent's record", |writer| {
+            kept &= self.until_written("an agent's record", |writer| {
                 let path = writer.agents.join(format!("{name}.json"));
                 match &record {
                     Some(record) => {
@@ -185,14 +212,91 @@ impl Writer {
             });
         }
         *self.alarm.lock().expect("nothing panics with it") = None;
+        logged && kept
     }
 
-    fn until_written(&mut self, what: &str, mut write: impl FnMut(&mut Self) -> io::Result<()>) {
+    fn until_written(
+        &mut self,
+        what: &str,
+        mut write: impl FnMut(&mut Self) -> io::Result<()>,
+    ) -> bool {
         while let Err(error) = write(self) {
             tracing::error!(%error, "cannot write {what}; nothing is offered or acknowledged until it works");
             *self.alarm.lock().expect("nothing panics with it") =
                 Some(format!("cannot write {what}: {error}"));
+            if self.give_up.load(Ordering::Relaxed) {
+                return false;
+            }
             thread::sleep(RETRY);
         }
+        true
+    }
+}
+
+/// A draft that fits a line of the audit log.
+fn shortened(draft: Draft) -> Draft {
+    let detail = draft.detail.to_string();
+    if detail.len() <= DETAIL_BYTES_MAX {
+        return draft;
+    }
+    let (sha256, bytes) = (Digest::of(detail.as_bytes()), detail.len());
+    let detail = json!({ "too_long": { "sha256": sha256, "bytes": bytes } });
+    Draft { detail, ..draft }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ed25519_dalek::SigningKey;
+
+    fn draft(detail: serde_json::Value) -> Draft {
+        Draft {
+            event: "test".to_owned(),
+            actor: "master".to_owned(),
+            subject: "test".to_owned(),
+            position: None,
+            outcome: None,
+            detail,
+        }
+    }
+
+    fn start(dir: &Path) -> (Recorder, thread::JoinHandle<()>) {
+        let key = SigningKey::from_bytes(&[1; 32]);
+        let log = audit::Log::open(dir, key, "clamcast/bank".to_owned()).unwrap();
+        Recorder::start(log, dir.to_owned())
+    }
+
+    #[tokio::test]
+    async fn a_record_that_fits_no_line_stops_nobody() {
+        let dir = tempfile::tempdir().unwrap();
+        let (recorder, thread) = start(dir.path());
+        for detail in [json!({ "long": "x".repeat(2_000_000) }), json!({})] {
+            recorder.note(draft(detail)).await;
+        }
+        drop(recorder);
+        thread.join().unwrap();
+        let text = fs::read_to_string(dir.path().join(audit::LOG)).unwrap();
+        let lines: Vec<_> = text.lines().collect();
+        assert_eq!(lines.len(), 2);
+        assert!(lines[0].contains("too_long") && lines[0].len() < 500);
+    }
+
+    #[tokio::test]
+    async fn a_disk_that_refuses_does_not_hold_up_the_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let (recorder, thread) = start(dir.path());
+        // As good as a disk that refuses: somebody else wrote to the log.
+        fs::write(dir.path().join(audit::LOG), "forged\n").unwrap();
+        let noting = {
+            let recorder = recorder.clone();
+            tokio::spawn(async move { recorder.note(draft(json!({}))).await })
+        };
+        while recorder.alarm().is_none() {
+            tokio::task::yield_now().await;
+        }
+        recorder.give_up().store(true, Ordering::Relaxed);
+        noting.await.unwrap();
+        drop(recorder);
+        thread.join().unwrap();
     }
 }

@@ -4,6 +4,7 @@ use std::fs;
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
@@ -31,13 +32,16 @@ use crate::mirror;
 use crate::pipeline::{self, Pipeline};
 use crate::publish::{self, Publisher};
 use crate::push::Pusher;
-use crate::recorder::{self, Recorder};
+use crate::recorder::{self, Job, Recorder};
 use crate::rejections::Rejections;
 use crate::revoked::{Look, Revocations};
 use crate::store::{Store, StoreError};
 
 /// Time between looks at the revocation list; a revoked agent is cut off within 5 s.
 const REVOKED_LOOK: Duration = Duration::from_secs(1);
+
+/// How long a stopping daemon waits for a disk that refuses the audit log.
+const DISK_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Manifests of agents that are ahead of this master and wait to be looked at.
 const FORGOTTEN_MAX: usize = 16;
@@ -270,7 +274,8 @@ impl Master {
             config.fleet.clone(),
             ca.key.clone(),
         );
-        say(&mut revocations, &recorder).await;
+        let look = revocations.look();
+        note_look(&look, &revocations, &recorder).await;
         let fleet = Fleet::new(
             records,
             current.as_ref().map(|current| current.manifest.clone()),
@@ -390,6 +395,11 @@ impl Master {
 
     /// Stops in order: no new agents, open connections end, then the fleet's state, then the log.
     pub async fn stop(mut self) {
+        let give_up = self.recorder.give_up();
+        let patience = tokio::spawn(async move {
+            tokio::time::sleep(DISK_PATIENCE).await;
+            give_up.store(true, Ordering::Relaxed);
+        });
         self.stop.cancel();
         while let Some(ended) = self.tasks.join_next().await {
             if let Err(error) = ended {
@@ -417,14 +427,19 @@ impl Master {
         if !matches!(joined, Ok(Ok(()))) {
             tracing::error!("the recorder panicked; this is a bug");
         }
+        patience.abort();
     }
 
     /// Returns when one of the daemon's tasks has ended by itself, which none does but by a bug.
     pub async fn failed(&mut self) -> String {
-        match self.tasks.join_next().await {
-            Some(Err(error)) => error.to_string(),
-            Some(Ok(())) => "a task ended".to_owned(),
-            None => std::future::pending().await,
+        tokio::select! {
+            ended = self.tasks.join_next() => match ended {
+                Some(Err(error)) => error.to_string(),
+                Some(Ok(())) => "a task ended".to_owned(),
+                None => std::future::pending().await,
+            },
+            () = self.recorder.ended() => "the recorder ended".to_owned(),
+            () = self.hub.ended() => "the hub ended".to_owned(),
         }
     }
 }
@@ -441,29 +456,28 @@ async fn watch_revocations(
             () = stop.cancelled() => return,
             () = tokio::time::sleep(REVOKED_LOOK) => {}
         }
-        if say(&mut revocations, &recorder).await
-            && let Some(list) = revocations.list()
-        {
-            let _ = hub.tell(Event::Revoked(list.clone())).await;
+        // A look is a stat of one file, and a read of it when it changed.
+        let look = tokio::task::block_in_place(|| revocations.look());
+        // First the connections are closed, then it is written down: a full disk must not keep a
+        // stolen host in.
+        if let (Look::Newer, Some(list)) = (&look, revocations.list()) {
+            let _ = hub.tell(Event::Revoked(list.clone())).await; // if it has stopped, so do we
         }
+        note_look(&look, &revocations, &recorder).await;
     }
 }
 
-/// Looks at the list and writes down what it brought; whether a newer one is in force.
-async fn say(revocations: &mut Revocations, recorder: &Recorder) -> bool {
-    // A look is a stat of one file, and a read of it when it changed.
-    let (event, detail) = match tokio::task::block_in_place(|| revocations.look()) {
-        Look::Same => return false,
+/// Writes down what a look at the list brought.
+async fn note_look(look: &Look, revocations: &Revocations, recorder: &Recorder) {
+    let (event, detail) = match look {
+        Look::Same => return,
         Look::Newer => {
             let list = revocations.list().expect("just taken");
-            tracing::info!(
-                version = list.version,
-                revoked = list.revoked.len(),
-                "revocation list"
-            );
+            let (version, revoked) = (list.version, list.revoked.len());
+            tracing::info!(version, revoked, "revocation list");
             (
                 "revocation_list",
-                json!({ "version": list.version, "revoked": list.revoked.len() }),
+                json!({ "version": version, "revoked": revoked }),
             )
         }
         Look::Alarm(reason) => {
@@ -471,17 +485,17 @@ async fn say(revocations: &mut Revocations, recorder: &Recorder) -> bool {
             ("alarm", json!({ "reason": reason }))
         }
     };
-    let subject = "revoked.json".to_owned();
-    let (event, actor) = (event.to_owned(), "master".to_owned());
-    recorder
-        .note(Draft {
-            event: event.clone(),
-            actor,
-            subject,
-            position: None,
-            outcome: None,
-            detail,
-        })
-        .await;
-    event == "revocation_list"
+    let draft = Draft {
+        event: event.to_owned(),
+        actor: "master".to_owned(),
+        subject: "revoked.json".to_owned(),
+        position: None,
+        outcome: None,
+        detail,
+    };
+    let job = Job {
+        draft: Some(draft),
+        ..Job::default()
+    };
+    recorder.write(job).await;
 }

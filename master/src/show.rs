@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use clamcast_daemon::admin::Finish;
 use clamcast_daemon::audit::Verification;
 use clamcast_daemon::exit::{self, Exit};
-use clamcast_daemon::table::Table;
+use clamcast_daemon::table::{Table, printable};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use jiff::{SignedDuration, Timestamp};
 use serde_json::Value;
@@ -242,7 +242,7 @@ pub(crate) fn records(records: Value, json: bool) {
             position(record)
         };
         let outcome = or_dash(text(&record["outcome"]));
-        println!(
+        let line = format!(
             "{:>6} {} {:<12} {:<20} {:<20} {:<8} {:<10} {}",
             text(&record["seq"]),
             time(&record["time"]),
@@ -253,6 +253,7 @@ pub(crate) fn records(records: Value, json: bool) {
             outcome,
             detail(&record["detail"]),
         );
+        println!("{}", printable(&line));
     }
 }
 
@@ -393,7 +394,7 @@ impl Hosts {
                 bars.insert(agent.clone(), bar);
             }
             if let Some(bar) = bars.get(&agent) {
-                bar.set_message(format!("{agent}  {}", text(phase)));
+                bar.set_message(printable(&format!("{agent}  {}", text(phase))));
             }
             return;
         }
@@ -401,9 +402,8 @@ impl Hosts {
             bar.finish_and_clear();
         }
         // Fails only if the terminal is gone; without one it prints nothing.
-        let _ = self
-            .lines
-            .println(format!("{agent}  {}", text(&news["outcome"])));
+        let line = format!("{agent}  {}", text(&news["outcome"]));
+        let _ = self.lines.println(printable(&line));
     }
 
     pub(crate) fn clear(&self) {
