@@ -500,7 +500,8 @@ impl Keeper {
                     tracing::warn!(%error, "the master's checkpoint is not kept");
                 }
             }
-            ToAgent::Error { message } => tracing::warn!(message, "the master objects"),
+            // Not as `message`: that would be printed as it is, line breaks and all.
+            ToAgent::Error { message } => tracing::warn!(said = message, "the master objects"),
             ToAgent::Welcome(_) => tracing::warn!("the master says welcome twice"),
         }
     }

@@ -19,6 +19,7 @@ use tokio_util::codec::{FramedRead, LengthDelimitedCodec};
 use tokio_util::sync::CancellationToken;
 
 use crate::backoff::Backoff;
+use crate::chain;
 use crate::config::MASTERS_MAX;
 use crate::endpoint::{Credentials, SERVER_NAME};
 use crate::receipts::PENDING_MAX;
@@ -228,7 +229,7 @@ pub async fn run(link: Link, stop: CancellationToken) {
         let text = visit.error.to_string();
         // A master that is away for a weekend is one line in the log, not one a minute.
         if visit.welcomed || text != complaint {
-            let error = &*visit.error as &dyn std::error::Error;
+            let error = chain(&*visit.error); // a peer's words may be in it: text is quoted
             tracing::warn!(error, "no connection to the master");
             complaint = text;
         }
@@ -421,7 +422,7 @@ impl Link {
                 Ok(Ok(message)) => message,
                 Ok(Err(error)) => {
                     tracing::warn!(
-                        error = &error as &dyn std::error::Error,
+                        error = chain(&error),
                         "a message of the master is not understood"
                     );
                     let answer = ToMaster::Error {
@@ -460,7 +461,7 @@ impl Link {
                     // Nobody hears it only when the agent stops.
                     Ok(Ok((part, stream))) => drop(events.send(Event::Part(part, stream)).await),
                     Ok(Err(error)) => {
-                        let error = &error as &dyn std::error::Error;
+                        let error = chain(&error);
                         tracing::warn!(error, "a stream of the master has no part in it");
                     }
                     Err(_) => tracing::warn!("a stream of the master stays empty"),

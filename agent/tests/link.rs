@@ -243,6 +243,33 @@ async fn a_message_of_a_newer_master_is_answered_and_survived() {
 }
 
 #[tokio::test]
+async fn what_a_peer_says_begins_no_line_of_the_log() {
+    let lab = Lab::new();
+    let log = lab.path("log");
+    tracing_subscriber::fmt()
+        .with_ansi(false)
+        .with_writer(Arc::new(fs::File::create(&log).unwrap()))
+        .init();
+    let master = lab.master("bank");
+    let agent = lab.start(&master).await;
+    let mut talk = master.greet().await;
+    let message = "no\nERROR forged once".to_owned();
+    talk.say(&ToAgent::Error { message }).await;
+    talk.answered().await;
+    talk.connection
+        .close(VarInt::from_u32(99), b"bye\nERROR forged twice");
+    master.greet().await;
+    agent.stop().await;
+
+    let log = fs::read_to_string(log).unwrap();
+    for said in ["forged once", "forged twice"] {
+        let mut lines = log.lines().filter(|line| line.contains(said));
+        assert!(lines.all(|line| !line.starts_with("ERROR")), "{log}");
+        assert!(log.contains(said), "{log}");
+    }
+}
+
+#[tokio::test]
 async fn a_broken_frame_ends_the_connection_and_the_agent_comes_back() {
     let lab = Lab::new();
     let master = lab.master("bank");

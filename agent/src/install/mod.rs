@@ -514,7 +514,7 @@ impl<P: Prove> Installer<P> {
             }
             // Without room for links the swap fails too, and that says it as a host's fault.
             Err(fault) => {
-                tracing::warn!(error = %chain(&fault), "cannot make a load test");
+                tracing::warn!(error = chain(&fault), "cannot make a load test");
                 (guard, Ok(()))
             }
         }
@@ -794,7 +794,7 @@ impl<P: Prove> Shared<P> {
             know(journal.before.files.clone());
         }
         self.swap().foreign(&ours).unwrap_or_else(|fault| {
-            tracing::warn!(error = %chain(&fault), "cannot look for databases of others");
+            tracing::warn!(error = chain(&fault), "cannot look for databases of others");
             Vec::new()
         })
     }
