@@ -67,8 +67,8 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
 }
 
 /// Builds what the demo runs, in the profile and the selection that the tests build too, so that
-/// whoever tries one has most of the other. The release profile takes longer, and would win
-/// nothing here.
+/// whoever runs one need not wait for most of the other. Nothing here is big enough to gain from the
+/// release profile.
 fn build(screen: &Screen, target: &Path) -> anyhow::Result<()> {
     screen.heading("The programs")?;
     let started = Instant::now();

@@ -107,7 +107,7 @@ impl Mirror {
                      the real ones. The mirror begins with version 1, and the real freshclam patches it\n\
                      to 4.",
                 )?;
-                fs::copy(files.join("test-1.cvd"), stage.path("mirror/test.cvd"))?;
+                copy(&files.join("test-1.cvd"), &stage.path("mirror/test.cvd"))?;
                 freshclam(stage, files, 4)
             }
             Self::Made => make(stage, 1),
@@ -125,14 +125,13 @@ impl Mirror {
 
 /// Offers versions up to this one, and runs freshclam.
 fn freshclam(stage: &Stage<'_>, files: &Path, version: u32) -> anyhow::Result<()> {
+    let www = stage.path("www");
     for step in 2..=version {
         let patch = format!("test-{step}.cdiff");
-        fs::copy(files.join(&patch), stage.path("www").join(&patch))?;
+        copy(&files.join(&patch), &www.join(&patch))?;
     }
-    fs::copy(
-        files.join(format!("test-{version}.cvd")),
-        stage.path("www/test.cvd"),
-    )?;
+    let whole = files.join(format!("test-{version}.cvd"));
+    copy(&whole, &www.join("test.cvd"))?;
     stage.run("freshclam --config-file=freshclam.conf --no-dns --update-db=test --stdout")?;
     let head = fs::read(stage.path("mirror/test.cld")).context("freshclam left no test.cld")?;
     let head = String::from_utf8_lossy(&head[..head.len().min(512)]).into_owned();
@@ -142,6 +141,12 @@ fn freshclam(stage: &Stage<'_>, files: &Path, version: u32) -> anyhow::Result<()
         head.trim_end()
     );
     Ok(())
+}
+
+/// Copies a file's content alone: one that nobody may write could not be replaced by the next.
+fn copy(from: &Path, to: &Path) -> anyhow::Result<()> {
+    let content = fs::read(from).with_context(|| format!("cannot read {}", from.display()))?;
+    fs::write(to, content).with_context(|| format!("cannot write {}", to.display()))
 }
 
 /// Makes a database as freshclam leaves it on disk (`buildcld` in ClamAV's

@@ -9,7 +9,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
-use std::{env, io, process, thread};
+use std::{env, process, thread};
 
 use anyhow::{Context, bail, ensure};
 use nix::sys::signal::{Signal, kill};
@@ -225,8 +225,9 @@ impl<'s> Stage<'s> {
     }
 
     /// Writes a file.
-    pub(super) fn write(&self, name: &str, content: &str) -> io::Result<()> {
-        fs::write(self.path(name), content)
+    pub(super) fn write(&self, name: &str, content: &str) -> anyhow::Result<()> {
+        let path = self.path(name);
+        fs::write(&path, content).with_context(|| format!("cannot write {}", path.display()))
     }
 }
 
