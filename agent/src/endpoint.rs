@@ -25,9 +25,6 @@ use rustls::{DigitallySignedStruct, RootCertStore, SignatureScheme};
 
 use crate::config::Tls;
 
-/// A connection without any packet for this long is over: four keep-alives.
-const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
-
 /// Files that the master may send at the same time.
 const PARTS_AT_ONCE: u32 = 8;
 
@@ -285,7 +282,8 @@ fn own_certificate(
 
 fn transport(keep_alive: Duration) -> TransportConfig {
     let mut transport = TransportConfig::default();
-    let idle = IDLE_TIMEOUT.try_into().expect("a minute fits");
+    let idle = Duration::from_secs(wire::IDLE_TIMEOUT_SECS);
+    let idle = idle.try_into().expect("a minute fits");
     transport
         .max_idle_timeout(Some(idle))
         .keep_alive_interval(Some(keep_alive))

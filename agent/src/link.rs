@@ -22,7 +22,6 @@ use crate::backoff::Backoff;
 use crate::chain;
 use crate::config::MASTERS_MAX;
 use crate::endpoint::{Credentials, SERVER_NAME};
-use crate::receipts::PENDING_MAX;
 
 /// Waits between two tries.
 const RETRY_FIRST: Duration = Duration::from_secs(1);
@@ -35,12 +34,11 @@ const CONNECT_TIME: Duration = Duration::from_secs(10);
 /// Addresses that are tried for one name.
 const RESOLVED_MAX: usize = MASTERS_MAX;
 
-/// Between two keep-alives until a master says otherwise: shorter than the UDP timeouts of NAT
-/// routers.
-const KEEP_ALIVE: Duration = Duration::from_secs(15);
+/// Between two keep-alives until a master says otherwise.
+const KEEP_ALIVE: Duration = Duration::from_secs(wire::KEEP_ALIVE_SECS);
 
 /// The longest that a master may ask for: two still fit into the idle timeout.
-const KEEP_ALIVE_LONGEST: Duration = Duration::from_secs(30);
+const KEEP_ALIVE_LONGEST: Duration = Duration::from_secs(wire::IDLE_TIMEOUT_SECS / 2);
 
 /// A master that does not take a message for this long does not read.
 const WRITE_TIME: Duration = Duration::from_secs(30);
@@ -49,7 +47,7 @@ const WRITE_TIME: Duration = Duration::from_secs(30);
 const HEADER_TIME: Duration = Duration::from_secs(30);
 
 /// Messages that wait to be written: all receipts after Hello, and what an install says meanwhile.
-const OUTBOX_MAX: usize = PENDING_MAX + 64;
+const OUTBOX_MAX: usize = wire::RECEIPTS_PENDING_MAX + 64;
 
 /// What the link tells the keeper.
 #[derive(Debug)]

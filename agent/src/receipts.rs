@@ -12,14 +12,10 @@ use std::path::{Path, PathBuf};
 use clamcast_daemon::durable;
 use clamcast_proto::dsse::{Envelope, sign};
 use clamcast_proto::receipt::Receipt;
+use clamcast_proto::wire::RECEIPTS_PENDING_MAX;
 use ed25519_dalek::SigningKey;
 
 use crate::state::{self, StateError};
-
-/// Receipts that wait for the master, at most: a host that is cut off for months writes one for
-/// every install and fault. Of more the oldest are dropped; what came of the last generations is
-/// what counts.
-pub const PENDING_MAX: usize = 256;
 
 const LAST: &str = "last.json";
 
@@ -94,11 +90,13 @@ impl Receipts {
         key: &SigningKey,
         receipt: impl FnOnce(u64) -> Receipt,
     ) -> Result<Envelope, StateError> {
-        while self.pending.len() >= PENDING_MAX {
+        // A host that is cut off for months writes one for every install and fault; what came of
+        // the last generations is what counts.
+        while self.pending.len() >= RECEIPTS_PENDING_MAX {
             let (&oldest, _) = self.pending.first_key_value().expect("it is full");
             tracing::warn!(
                 seq = oldest,
-                "receipt dropped: {PENDING_MAX} wait for the master already"
+                "receipt dropped: {RECEIPTS_PENDING_MAX} wait for the master already"
             );
             self.forget(oldest)?;
         }
@@ -218,10 +216,10 @@ mod tests {
     fn of_too_many_the_oldest_go() {
         let dir = tempfile::tempdir().unwrap();
         let mut receipts = Receipts::open(dir.path()).unwrap();
-        for _ in 0..=PENDING_MAX {
+        for _ in 0..=RECEIPTS_PENDING_MAX {
             add(&mut receipts);
         }
-        let kept: Vec<_> = (2..=PENDING_MAX as u64 + 1).collect();
+        let kept: Vec<_> = (2..=RECEIPTS_PENDING_MAX as u64 + 1).collect();
         check(&receipts, &kept);
     }
 
