@@ -92,6 +92,25 @@ async fn an_offer_is_fetched_and_installed_and_its_receipt_waits_to_be_acknowled
 }
 
 #[tokio::test]
+async fn a_database_of_a_kind_that_this_version_does_not_know_is_installed_and_withdrawn() {
+    let lab = Lab::new();
+    let master = lab.master("bank");
+    let agent = lab.start(&master).await;
+    let mut talk = master.greet().await;
+    let files: [(&str, &[u8]); 2] = [("a.ndb", b"one"), ("b.laterclamav", b"two")];
+    let receipt = talk.install(&lab, 1, &files).await;
+    assert_eq!(receipt.outcome, Outcome::Live);
+    assert_eq!(
+        fs::read(lab.database().join("b.laterclamav")).unwrap(),
+        b"two"
+    );
+    let receipt = talk.install(&lab, 2, &[("a.ndb", b"three")]).await;
+    assert_eq!(receipt.outcome, Outcome::Live);
+    assert!(!lab.database().join("b.laterclamav").exists());
+    agent.stop().await;
+}
+
+#[tokio::test]
 async fn a_restarted_agent_knows_what_it_accepted_and_goes_on_numbering() {
     let lab = Lab::new();
     let master = lab.master("bank");

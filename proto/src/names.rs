@@ -114,13 +114,15 @@ name! {
     GroupName, "a group name", NAME_RULE, is_name
 }
 name! {
-    /// The file name of a database: something that clamd loads by its extension, or carries beside
-    /// one (`.cvd.sign`). It cannot leave its directory, be hidden, or be one of clamcast's own
-    /// proof files.
+    /// The file name of a database. It cannot leave its directory, be hidden, or be one of
+    /// clamcast's own proof files. Its extension may be one that a later ClamAV brings: an agent
+    /// that knew it better would refuse everything else in the manifest with it, on hosts that
+    /// nobody upgrades in a hurry. What a mirror's files are is asked of
+    /// [`DatabaseName::has_known_extension`].
     DatabaseName,
     "a database name",
-    "expected a file name with a ClamAV database extension, no slash, no leading dot, printable \
-     ASCII, at most 255 bytes, and not one of clamcast's own",
+    "expected a file name with an extension, no slash, no leading dot, printable ASCII, at most \
+     255 bytes, and not one of clamcast's own",
     is_database
 }
 
@@ -131,7 +133,7 @@ pub const OWN_PREFIX: &str = "clamcast-";
 /// Every extension that clamd 1.4 loads from its directory (`CLI_DBEXT` in libclamav/readdb.h),
 /// lower case, and the detached signatures that ClamAV 1.5 keeps beside a container.
 pub const DATABASE_EXTENSIONS: &[&str] = &[
-    "cat", "cbc", "cdb", "cfg", "cld", "crb", "crtdb", "cud", "cvd", "cvd.sign", "fp", "ftm",
+    "cat", "cbc", "cdb", "cfg", "cld", "crb", "crtdb", "cud", "cvd", "cvd.sign", "db", "fp", "ftm",
     "gdb", "hdb", "hdu", "hsb", "hsu", "idb", "ign", "ign2", "imp", "info", "ioc", "ldb", "ldu",
     "mdb", "mdu", "msb", "msu", "ndb", "ndu", "pdb", "pwdb", "rmd", "sdb", "sfp", "wdb", "yar",
     "yara", "zmd",
@@ -142,10 +144,23 @@ fn is_database(text: &str) -> bool {
         && !text.starts_with('.')
         && !text.starts_with(OWN_PREFIX)
         && text.bytes().all(|b| b.is_ascii_graphic() && b != b'/')
-        && DATABASE_EXTENSIONS.iter().any(|ext| {
-            text.strip_suffix(ext)
-                .is_some_and(|stem| stem.len() > 1 && stem.ends_with('.'))
-        })
+        && text
+            .rsplit_once('.')
+            .is_some_and(|(stem, extension)| !stem.is_empty() && !extension.is_empty())
+}
+
+/// Whether clamd would load a file of this name, or carries it beside one that it loads: it looks
+/// at how a name ends, whatever it starts with and in whatever case.
+pub fn looks_like_a_database(name: &str) -> bool {
+    let name = name.to_ascii_lowercase();
+    DATABASE_EXTENSIONS
+        .iter()
+        .any(|extension| ends_with(&name, extension))
+}
+
+fn ends_with(name: &str, extension: &str) -> bool {
+    name.strip_suffix(extension)
+        .is_some_and(|stem| stem.ends_with('.'))
 }
 
 /// What a database file is, by its name.
@@ -164,18 +179,26 @@ pub enum DatabaseKind {
 }
 
 impl DatabaseName {
+    /// Whether the extension is one that this version knows, as ClamAV writes it.
+    pub fn has_known_extension(&self) -> bool {
+        DATABASE_EXTENSIONS
+            .iter()
+            .any(|extension| ends_with(&self.0, extension))
+    }
+
     /// What this file is.
     pub fn kind(&self) -> DatabaseKind {
-        match self
+        if ends_with(&self.0, "cvd.sign") {
+            return DatabaseKind::Sign;
+        }
+        let (_, extension) = self
             .0
             .rsplit_once('.')
-            .expect("a database name has an extension")
-            .1
-        {
+            .expect("a database name has an extension");
+        match extension {
             "cvd" => DatabaseKind::Cvd,
             "cld" => DatabaseKind::Cld,
             "cud" => DatabaseKind::Cud,
-            "sign" => DatabaseKind::Sign,
             _ => DatabaseKind::Loose,
         }
     }
@@ -237,18 +260,42 @@ mod tests {
             ".daily.cld",
             ".cld",
             "daily",
-            "daily.tmp",
+            "daily.",
             "",
             "x.cld\n",
             "clamcast-canary.hsb",
             "daily.cld/..",
             "..",
             "x\0.cld",
-            "daily.CLD",
         ] {
             assert!(!database(bad), "{bad}");
         }
         assert!(!database(&format!("{}.cld", "x".repeat(252))));
+    }
+
+    #[test]
+    fn an_extension_of_a_later_clamav_is_a_name_that_is_not_known() {
+        let known = |text: &str| text.parse::<DatabaseName>().unwrap().has_known_extension();
+        for name in ["daily.cld", "old.db", "x.ndb", "daily-27001.cvd.sign"] {
+            assert!(known(name), "{name}");
+        }
+        for name in [
+            "daily.xdb",
+            "daily.tmp",
+            "daily.CLD",
+            "x.sign",
+            "freshclam.dat",
+        ] {
+            assert!(!known(name), "{name}");
+        }
+        let later: DatabaseName = "daily.xdb".parse().unwrap();
+        assert_eq!((later.base(), later.kind()), ("daily", DatabaseKind::Loose));
+        assert_eq!(
+            "x.sign".parse::<DatabaseName>().unwrap().kind(),
+            DatabaseKind::Loose
+        );
+        assert!(looks_like_a_database("Daily.CLD") && looks_like_a_database(".x.cvd"));
+        assert!(!looks_like_a_database("daily.xdb") && !looks_like_a_database("ndb"));
     }
 
     #[test]

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex};
 
 use clamcast_proto::dsse::{Verified, sign};
 use clamcast_proto::manifest::{ContainerFacts, Manifest, ManifestFile, Publisher, content_digest};
+use clamcast_proto::names::looks_like_a_database;
 use clamcast_proto::receipt::{ClamdReport, ClamdState, Outcome, Proof};
 use clamcast_proto::wire::{OfferId, Part, PartEncoding, PartKind};
 use clamcast_proto::{Digest, Epoch, Generation};
@@ -18,7 +19,6 @@ use nix::errno::Errno;
 use tokio_util::sync::CancellationToken;
 
 use super::disk::{At, Dir, Disk, Facts, HostDisk, HostFault, Input, Output};
-use super::swap::looks_like_a_database;
 use super::{Completed, Installer, Prove};
 use crate::clamd::Verdict;
 use crate::clamd::proof::{CANARY, GATE, Nonce, canary_number, gate_number};

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use clamcast_proto::DatabaseName;
 use clamcast_proto::manifest::{Manifest, ManifestFile};
-use clamcast_proto::names::{DATABASE_EXTENSIONS, DatabaseKind};
+use clamcast_proto::names::{DatabaseKind, looks_like_a_database};
 use clamcast_proto::receipt::{FOREIGN_MAX, FileState};
 
 use super::disk::{At, DATABASE_MODE, Dir, HostFault, Tree};
@@ -479,15 +479,6 @@ impl Swap<'_> {
         }
         Ok(foreign)
     }
-}
-
-/// Whether clamd would load a file of this name.
-pub(super) fn looks_like_a_database(name: &str) -> bool {
-    let name = name.to_ascii_lowercase();
-    DATABASE_EXTENSIONS.iter().any(|extension| {
-        name.strip_suffix(extension)
-            .is_some_and(|stem| stem.ends_with('.'))
-    })
 }
 
 /// Names that are clamcast's from earlier installs, proven or not.

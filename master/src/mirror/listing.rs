@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use clamcast_proto::DatabaseName;
-use clamcast_proto::names::DATABASE_EXTENSIONS;
+use clamcast_proto::names::looks_like_a_database;
 
 /// freshclam works in `tmp.<hex>/` and removes it at the end of its run.
 const RUN_PREFIX: &str = "tmp.";
@@ -108,7 +108,9 @@ impl Listing {
                     let name = name.into_owned();
                     listing.runs.push(Run { name, age });
                 }
-            } else if let Ok(name) = name.parse::<DatabaseName>() {
+            } else if let Ok(name) = name.parse::<DatabaseName>()
+                && name.has_known_extension()
+            {
                 listing.files.insert(name, Stamp::of(&metadata));
             } else if looks_like_a_database(&name) {
                 listing.ignored.push(name.into_owned());
@@ -168,16 +170,6 @@ impl Stamp {
     pub fn size(&self) -> u64 {
         self.size
     }
-}
-
-/// Whether clamd might load a file of this name: it looks only at the end, in any case.
-fn looks_like_a_database(name: &str) -> bool {
-    let name = name.to_ascii_lowercase();
-    let mut extensions = DATABASE_EXTENSIONS.iter();
-    extensions.any(|ext| {
-        name.strip_suffix(ext)
-            .is_some_and(|stem| stem.ends_with('.'))
-    })
 }
 
 /// The newest modification in a run's working directory. What cannot be read counts by its
