@@ -639,6 +639,7 @@ impl Keeper {
                     return Some(SlotEvent::PlanFailed);
                 }
                 self.phase = Phase::Fetching;
+                self.probing.stop.cancel(); // it keeps the installer, for as long as a proof takes
                 self.progress_at = Instant::now() + PROGRESS;
                 let installer = self.installer.clone();
                 self.workers.spawn_blocking(move || {

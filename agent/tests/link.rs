@@ -41,6 +41,9 @@ use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
 use tempfile::TempDir;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::mpsc;
 use tokio::time::timeout;
 
 /// Whoever has not done by then what a test waits for is not going to.
@@ -396,6 +399,54 @@ async fn the_newest_offer_wins_while_files_are_on_their_way() {
     assert_eq!(receipt.generation, Generation::new(2).unwrap());
     assert_eq!(fs::read(lab.database().join("a.ndb")).unwrap(), b"second");
     agent.stop().await;
+}
+
+#[tokio::test]
+async fn an_offer_does_not_wait_for_a_clamd_that_is_still_to_show_the_set_before() {
+    let lab = Lab::new();
+    let master = lab.master("bank");
+    let clamd = lab.path("clamd.ctl");
+    lab.edit("\"none\"", &format!("{clamd:?}"));
+    let agent = lab.start(&master).await;
+    let mut talk = master.greet().await;
+    let receipt = talk.install(&lab, 1, &[("a.ndb", b"first")]).await;
+    assert_eq!(receipt.outcome, Outcome::Installed, "no clamd is there");
+
+    // Now one is; it reloads and reloads, and never shows the set.
+    let clamd = UnixListener::bind(clamd).unwrap();
+    let (reloads, mut reloaded) = mpsc::unbounded_channel();
+    tokio::spawn(async move {
+        loop {
+            let (stream, _) = clamd.accept().await.unwrap();
+            tokio::spawn(answer(stream, reloads.clone()));
+        }
+    });
+    timeout(PATIENCE, reloaded.recv()).await.expect("a reload");
+    talk.say(&ToAgent::Offer(lab.offer(2, &[("a.ndb", b"second")])))
+        .await;
+    assert_eq!(names(&talk.need().await), ["a.ndb"]);
+    agent.stop().await;
+}
+
+/// Answers as a clamd does that has none of the host's databases.
+async fn answer(mut stream: UnixStream, reloads: mpsc::UnboundedSender<()>) {
+    let mut request = Vec::new();
+    while !request.contains(&0) {
+        if stream.read_buf(&mut request).await.unwrap() == 0 {
+            return;
+        }
+    }
+    let answer: &[u8] = match &request[..] {
+        b"zPING\0" => b"PONG\0",
+        b"zVERSION\0" => b"ClamAV 1.4.3\0",
+        b"zRELOAD\0" => {
+            reloads.send(()).unwrap();
+            b"RELOADING\0"
+        }
+        _ => b"stream: OK\0",
+    };
+    // Whoever asked may have gone.
+    let _ = stream.write_all(answer).await;
 }
 
 #[tokio::test]
