@@ -8,33 +8,14 @@ use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use clamcast_daemon::clamscan::is_hosts_trouble;
+
 /// Longest line that is looked at, in bytes: the ones that matter have less than 5 kB, the longest
 /// path and some words. The rest of a longer one is passed over.
 const LINE_BYTES_MAX: usize = 8 << 10;
 
 /// So much of the log is read at a time, in bytes. A clamd that logs clean files writes much.
 const READ_BYTES: usize = 64 << 10;
-
-/// Reasons of libclamav (`cl_strerror`) that are the host's trouble and say nothing about the
-/// databases: rights, space, memory.
-const HOSTS_TROUBLE: [&str; 11] = [
-    "Can't open file or directory",
-    "Can't create new file",
-    "Can't unlink file",
-    "Can't get file status",
-    "Can't read file",
-    "Can't write to file",
-    "Can't access file",
-    "Can't create temporary",
-    "Can't map file into memory",
-    "Can't allocate memory",
-    "Mutex lock failed",
-];
-
-/// Whether `reason` is the host's trouble, not the databases'.
-pub(super) fn is_hosts_trouble(reason: &str) -> bool {
-    HOSTS_TROUBLE.iter().any(|known| reason.contains(known))
-}
 
 /// A load of the databases that has ended.
 #[derive(Clone, Debug, Eq, PartialEq)]

@@ -2,8 +2,8 @@
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-use std::{env, iter};
 
+use clamcast_daemon::clamscan;
 use serde::Deserialize;
 
 use super::client::Address;
@@ -103,7 +103,7 @@ pub enum Reload {
 impl Settings {
     /// What agent.toml and clamd.conf come to, and what an operator should know about it.
     pub fn resolve(raw: RawClamd, conf: Option<ClamdConf>) -> (Self, Vec<String>) {
-        Self::with_scanner(raw, conf.unwrap_or_default(), find_scanner())
+        Self::with_scanner(raw, conf.unwrap_or_default(), clamscan::find())
     }
 
     fn with_scanner(
@@ -209,16 +209,6 @@ impl Settings {
 fn same_directory(one: &Path, other: &Path) -> bool {
     let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
     real(one) == real(other)
-}
-
-/// `clamscan` on `PATH`, or where packages put it: a service's `PATH` may be short.
-fn find_scanner() -> Option<PathBuf> {
-    let path = env::var_os("PATH").unwrap_or_default();
-    env::split_paths(&path)
-        .chain(iter::once("/usr/bin".into()))
-        .chain(iter::once("/usr/local/bin".into()))
-        .map(|directory| directory.join("clamscan"))
-        .find(|path| path.is_file())
 }
 
 #[cfg(test)]
