@@ -8,12 +8,13 @@ use clamcast_proto::container::{self, ContainerError, Summary};
 use clamcast_proto::manifest::{ContainerFacts, Manifest, ManifestFile};
 use clamcast_proto::names::DatabaseKind;
 use clamcast_proto::{DatabaseName, Digest};
+use tokio_util::sync::CancellationToken;
 
 use crate::capture::{Capture, Captured};
 use crate::config::{Mirror, Unsigned};
 use crate::store::{Store, StoreError};
 
-pub use load_test::{LoadTestError, OUTPUT_BYTES_MAX, TIME_MAX};
+pub use load_test::{LoadTestError, TIME_MAX};
 
 /// A capture that may be signed.
 #[derive(Debug)]
@@ -103,7 +104,7 @@ impl Objection {
 }
 
 /// Checks a capture against the rules and the current generation. `accept`: an operator overrules
-/// what may be overruled.
+/// what may be overruled. `stop` breaks the load test off.
 ///
 /// The cheap checks come first. The load test is the last, so that `clamscan` never sees what is
 /// known to be broken.
@@ -113,6 +114,7 @@ pub fn check(
     rules: &Mirror,
     published: Option<&Manifest>,
     accept: bool,
+    stop: &CancellationToken,
 ) -> Result<Checked, Objection> {
     names(&capture.files)?;
     required(&capture.files, &rules.require)?;
@@ -134,7 +136,7 @@ pub fn check(
         .iter()
         .map(|file| (&file.name, &file.sha256))
         .collect();
-    load_test::run(&objects, store, rules.load_test)?;
+    load_test::run(&objects, store, rules.load_test, stop)?;
     Ok(Checked { files, accepted })
 }
 

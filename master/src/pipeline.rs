@@ -9,7 +9,7 @@ use clamcast_proto::dsse::Envelope;
 use jiff::Timestamp;
 use serde_json::json;
 use tokio::sync::{Mutex, Notify, mpsc};
-use tokio::time::MissedTickBehavior;
+use tokio::time::{Instant, MissedTickBehavior, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use crate::hub::{Current, Event, Hub};
@@ -20,8 +20,12 @@ use crate::recorder::Recorder;
 /// so that a few lost ones do not make a host stale.
 const FRESH_PARTS: u32 = 4;
 
-/// Time between two tries after a failure of our own (a full disk).
-const RETRY: Duration = Duration::from_secs(10);
+/// Time until another try after a failure of our own (a full disk, no memory for the load test).
+/// It doubles with each failure that follows.
+const RETRY_MIN: Duration = Duration::from_secs(10);
+
+/// And so long at most: a load test that always fails keeps a core busy for minutes.
+const RETRY_MAX: Duration = Duration::from_secs(10 * 60);
 
 /// Publishes.
 #[derive(Clone, Debug)]
@@ -33,11 +37,18 @@ pub struct Pipeline {
     fresh: Duration,
     /// The last refusal that the audit log has, so that it has each once.
     told: Arc<Mutex<Option<String>>>,
+    stop: CancellationToken,
 }
 
 impl Pipeline {
-    /// Publishes with `publisher`.
-    pub fn new(publisher: Arc<Publisher>, hub: Hub, recorder: Recorder, fresh: Duration) -> Self {
+    /// Publishes with `publisher` until `stop`, which ends a publication that is under way.
+    pub fn new(
+        publisher: Arc<Publisher>,
+        hub: Hub,
+        recorder: Recorder,
+        fresh: Duration,
+        stop: CancellationToken,
+    ) -> Self {
         let told = publisher.refusal().map(|refusal| refusal.to_string());
         Self {
             publisher,
@@ -45,6 +56,7 @@ impl Pipeline {
             recorder,
             fresh,
             told: Arc::new(Mutex::new(told)),
+            stop,
         }
     }
 
@@ -54,8 +66,10 @@ impl Pipeline {
         // Held to the end, so that the hub hears of generations in their order.
         let mut told = self.told.lock().await;
         let (publisher, reason) = (self.publisher.clone(), request.accept.clone());
-        let publishing =
-            tokio::task::spawn_blocking(move || publisher.publish(&request, Timestamp::now()));
+        let stop = self.stop.clone();
+        let publishing = tokio::task::spawn_blocking(move || {
+            publisher.publish(&request, Timestamp::now(), &stop)
+        });
         let published = publishing.await.expect("publishing does not panic");
         match &published {
             Ok(Published::New { manifest, accepted }) => {
@@ -110,43 +124,45 @@ impl Pipeline {
         mut wake: mpsc::Receiver<()>,
         again: Arc<Notify>,
         mut forgotten: mpsc::Receiver<Envelope>,
-        stop: CancellationToken,
     ) {
         let mut renew = tokio::time::interval(self.fresh / FRESH_PARTS);
         renew.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut retry = Retry::default();
         if self.publisher.is_due() {
-            self.publish_or_retry(&again).await; // the epoch was raised
+            self.publish_or_retry(&again, &mut retry).await; // the epoch was raised
         }
         loop {
             tokio::select! {
                 biased;
-                () = stop.cancelled() => return,
-                Some(()) = wake.recv() => self.publish_or_retry(&again).await,
-                Some(envelope) = forgotten.recv() => self.adopt(envelope, &again).await,
+                () = self.stop.cancelled() => return,
+                Some(()) = wake.recv() => self.publish_or_retry(&again, &mut retry).await,
+                Some(envelope) = forgotten.recv() => self.adopt(envelope, &again, &mut retry).await,
+                () = until(retry.at) => self.publish_or_retry(&again, &mut retry).await,
                 _ = renew.tick() => self.tell_current().await,
             }
         }
     }
 
-    async fn publish_or_retry(&self, again: &Arc<Notify>) {
+    async fn publish_or_retry(&self, again: &Notify, retry: &mut Retry) {
         match self.publish(Request::default(), "master").await {
-            Ok(Published::Busy { .. }) => again.notify_one(),
-            Ok(_) => {}
+            Ok(published) => {
+                *retry = Retry::default();
+                if let Published::Busy { .. } = published {
+                    again.notify_one();
+                }
+            }
+            Err(PublishError::Stopping) => {}
             Err(error) => {
+                let wait = retry.after_failure(Instant::now());
                 tracing::error!(
                     error = crate::chain(&error),
-                    "cannot publish; trying again in {RETRY:?}"
+                    "cannot publish; trying again in {wait:?}"
                 );
-                let again = again.clone();
-                tokio::spawn(async move {
-                    tokio::time::sleep(RETRY).await;
-                    again.notify_one();
-                });
             }
         }
     }
 
-    async fn adopt(&self, envelope: Envelope, again: &Arc<Notify>) {
+    async fn adopt(&self, envelope: Envelope, again: &Notify, retry: &mut Retry) {
         let publisher = self.publisher.clone();
         let adopting = tokio::task::spawn_blocking(move || publisher.adopt(&envelope));
         match adopting.await.expect("adopting does not panic") {
@@ -163,7 +179,7 @@ impl Pipeline {
                     json!({ "publisher_taken_over": publisher }),
                 )
                 .await;
-                self.publish_or_retry(again).await;
+                self.publish_or_retry(again, retry).await;
             }
             Ok(Adoption::OtherPublisher {
                 position,
@@ -222,4 +238,44 @@ pub fn current(publisher: &Publisher) -> Option<Current> {
     let fresh = publisher.fresh(Timestamp::now())?;
     // Between the two lines a newer one may have been published; then that is told next.
     (fresh.manifest_sha256 == manifest.payload_sha256()).then_some(Current { manifest, fresh })
+}
+
+/// When a publication that failed is tried again.
+#[derive(Debug, Default)]
+struct Retry {
+    at: Option<Instant>,
+    /// Failures in a row.
+    failures: u32,
+}
+
+impl Retry {
+    fn after_failure(&mut self, now: Instant) -> Duration {
+        let wait = RETRY_MIN.saturating_mul(2u32.saturating_pow(self.failures));
+        let wait = wait.min(RETRY_MAX);
+        self.failures = self.failures.saturating_add(1);
+        self.at = Some(now + wait);
+        wait
+    }
+}
+
+async fn until(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => sleep_until(deadline).await,
+        None => std::future::pending().await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tries_come_ever_later_but_never_end() {
+        let (mut retry, now) = (Retry::default(), Instant::now());
+        let waits: Vec<_> = (0..9).map(|_| retry.after_failure(now).as_secs()).collect();
+        assert_eq!(waits, [10, 20, 40, 80, 160, 320, 600, 600, 600]);
+        retry.failures = u32::MAX;
+        assert_eq!(retry.after_failure(now), RETRY_MAX);
+        assert_eq!(retry.at, Some(now + RETRY_MAX));
+    }
 }

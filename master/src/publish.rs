@@ -14,6 +14,7 @@ use clamcast_proto::manifest::{Manifest, ManifestError, Publisher as PublisherId
 use clamcast_proto::{Digest, Epoch, FleetName, Generation, Position};
 use ed25519_dalek::SigningKey;
 use jiff::{SignedDuration, Timestamp};
+use tokio_util::sync::CancellationToken;
 
 use crate::capture::{CaptureError, capture};
 use crate::chain;
@@ -99,9 +100,12 @@ pub enum PublishError {
     /// The state directory.
     #[error("cannot publish")]
     Store(#[from] StoreError),
-    /// The load test could not be made.
+    /// The load test could not be made. It may work the next time.
     #[error("cannot publish")]
     LoadTest(#[from] LoadTestError),
+    /// The daemon stops.
+    #[error("the daemon stops; what is in the mirror is published after its next start")]
+    Stopping,
     /// Somebody used up all numbers.
     #[error("there is no generation after {position}; raise the epoch of the key set")]
     NoNumberLeft {
@@ -279,10 +283,18 @@ impl Publisher {
     ///
     /// Nothing is signed before every check was passed, and nothing is returned as new before it
     /// is on disk. A crash in between leaves objects that no generation names, and the next call
-    /// removes them.
-    pub fn publish(&self, request: &Request, now: Timestamp) -> Result<Published, PublishError> {
+    /// removes them. After `stop` nothing new is begun and a load test is broken off.
+    pub fn publish(
+        &self,
+        request: &Request,
+        now: Timestamp,
+        stop: &CancellationToken,
+    ) -> Result<Published, PublishError> {
         let _one_at_a_time = lock(&self.publishing);
-        let published = self.publish_captured(request.accept.is_some(), now);
+        if stop.is_cancelled() {
+            return Err(PublishError::Stopping);
+        }
+        let published = self.publish_captured(request.accept.is_some(), now, stop);
         // What was captured and not published, or is old, only takes space: no reason to fail.
         if let Err(error) = self.store.retain(self.settings.keep) {
             tracing::warn!(
@@ -293,7 +305,12 @@ impl Publisher {
         published
     }
 
-    fn publish_captured(&self, accept: bool, now: Timestamp) -> Result<Published, PublishError> {
+    fn publish_captured(
+        &self,
+        accept: bool,
+        now: Timestamp,
+        stop: &CancellationToken,
+    ) -> Result<Published, PublishError> {
         let mirror = &self.settings.mirror;
         let capture = match capture(&mirror.path, &self.store) {
             Ok(capture) => capture,
@@ -326,13 +343,16 @@ impl Publisher {
         }
         let published = self.highest_known();
         let reference = published.as_ref().map(|manifest| &***manifest);
-        let checked = check(&capture, &self.store, mirror, reference, accept);
+        let checked = check(&capture, &self.store, mirror, reference, accept, stop);
         let Checked {
             files,
             accepted: overruled,
         } = match checked {
             Ok(checked) => checked,
             Err(Objection::Store(error)) => return Err(error.into()),
+            Err(Objection::LoadTest(LoadTestError::Stopping)) => {
+                return Err(PublishError::Stopping);
+            }
             Err(Objection::LoadTest(error)) if error.is_ours() => return Err(error.into()),
             Err(objection) => {
                 let kind = if objection.may_be_accepted() {

@@ -332,6 +332,7 @@ impl Master {
             hub.clone(),
             recorder.clone(),
             config.signing.fresh,
+            stop.clone(),
         );
         let (wake, woken) = mpsc::channel(1);
         let again = Arc::new(Notify::new());
@@ -341,7 +342,7 @@ impl Master {
             again.clone(),
             stop.clone(),
         ));
-        tasks.spawn(pipeline.clone().run(woken, again, forgotten, stop.clone()));
+        tasks.spawn(pipeline.clone().run(woken, again, forgotten));
         let shared = Shared {
             fleet: config.fleet.clone(),
             hub: hub.clone(),

@@ -123,7 +123,10 @@ fn publish_as(publisher: &Publisher, reason: Option<&str>) -> String {
     let request = Request {
         accept: reason.map(str::to_owned),
     };
-    match publisher.publish(&request, Timestamp::now()).unwrap() {
+    match publisher
+        .publish(&request, Timestamp::now(), &CancellationToken::new())
+        .unwrap()
+    {
         Published::New { manifest, accepted } => {
             let mut text = manifest.position().to_string();
             for file in &manifest.files {
@@ -219,7 +222,7 @@ fn an_agent_with_the_key_set_takes_what_is_published() {
     let now = Timestamp::now();
     let fresh = publisher.fresh(now).unwrap();
     let digest = manifest.payload_sha256();
-    let fresh = trust.judge_fresh(fresh.envelope(), digest, now).unwrap();
+    let fresh = trust.judge_fresh(fresh.envelope(), digest).unwrap();
     assert_eq!(fresh.position(), manifest.position());
     assert_eq!(fresh.expires, now + SignedDuration::from_hours(1));
 }
@@ -650,7 +653,11 @@ fn numbers_that_a_thief_ran_up_end_with_a_way_out() {
     let theirs = elsewhere(&lab, "thief", u64::MAX);
     publisher.adopt(theirs.envelope()).unwrap();
     let error = publisher
-        .publish(&Request::default(), Timestamp::now())
+        .publish(
+            &Request::default(),
+            Timestamp::now(),
+            &CancellationToken::new(),
+        )
         .unwrap_err();
     assert!(error.to_string().contains("raise the epoch"), "{error}");
 }
