@@ -19,13 +19,14 @@ use clamcast_proto::fresh::Freshness;
 use clamcast_proto::keys::KeySetError;
 use clamcast_proto::manifest::Manifest;
 use clamcast_proto::receipt::{ERROR_BYTES_MAX, Outcome, Receipt};
-use clamcast_proto::trust::{CLOCK_SKEW_SECS_MAX, TrustError};
+use clamcast_proto::trust::TrustError;
 use clamcast_proto::wire::{
     FrameError, Hello, NeedFile, Offer, OfferId, Part, Phase, ToAgent, ToMaster, Welcome, close,
 };
 use clamcast_proto::{DatabaseName, Digest, FleetName, Position};
 use jiff::Timestamp;
 use quinn::{RecvStream, VarInt};
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
@@ -56,6 +57,10 @@ const PROBE_LONGEST: Duration = Duration::from_secs(30);
 
 /// The wall clock is looked at this often: it may have been set.
 const CLOCK_LOOK: Duration = Duration::from_secs(600);
+
+/// So far this host's clock and the master's may differ, in seconds, before somebody should look:
+/// more than a message travels, less than what certificates and logs suffer from.
+const CLOCK_SKEW_SECS_MAX: i64 = 300;
 
 /// Longest checkpoint in bytes that is kept.
 const CHECKPOINT_BYTES_MAX: usize = clamcast_proto::audit::CHECKPOINT_BYTES_MAX;
@@ -95,14 +100,24 @@ pub struct Keeper {
     progress_at: Instant,
 
     master: Master,
-    fresh: Option<Freshness>,
+    fresh: Option<KeptFresh>,
     stale_said: bool,
+    clock_said: bool,
     refusal: Option<String>,
     probing: Probing,
 
     workers: JoinSet<Done>,
     phases: (mpsc::Sender<Phase>, mpsc::Receiver<Phase>),
     stop: CancellationToken,
+}
+
+/// The word that a generation is current, as it was heard.
+#[derive(Deserialize, Serialize)]
+struct KeptFresh {
+    #[serde(flatten)]
+    fresh: Freshness,
+    /// Until when it holds by this host's clock, which may have been wrong then and be set since.
+    until: Timestamp,
 }
 
 /// An accepted offer.
@@ -228,6 +243,7 @@ impl Keeper {
             },
             fresh,
             stale_said: false,
+            clock_said: false,
             refusal: None,
             probing: Probing {
                 at: None,
@@ -318,7 +334,7 @@ impl Keeper {
             due(Some(self.progress_at));
         }
         if let Some(fresh) = self.fresh.as_ref().filter(|_| !self.stale_said) {
-            let left = fresh.expires.duration_since(Timestamp::now());
+            let left = fresh.until.duration_since(Timestamp::now());
             due(Some(now + Duration::try_from(left).unwrap_or_default()));
         }
         wake
@@ -346,8 +362,8 @@ impl Keeper {
 
     /// When the master's word ran out, if it has.
     fn stale_since(&self) -> Option<Timestamp> {
-        let expires = self.fresh.as_ref()?.expires;
-        (expires < Timestamp::now()).then_some(expires)
+        let until = self.fresh.as_ref()?.until;
+        (until < Timestamp::now()).then_some(until)
     }
 
     // What the master says.
@@ -387,12 +403,14 @@ impl Keeper {
 
     fn judge_welcome(&mut self, welcome: &Welcome) -> Result<(), String> {
         let ahead = Timestamp::now().duration_since(welcome.time).as_secs();
-        if ahead.abs() > CLOCK_SKEW_SECS_MAX {
+        let differ = ahead.abs() > CLOCK_SKEW_SECS_MAX;
+        if differ && !self.clock_said {
             tracing::warn!(
                 ahead_secs = ahead,
                 "this host's clock and the master's differ; which one is wrong?"
             );
         }
+        self.clock_said = differ;
         let Some(keys) = &welcome.keys else {
             return Ok(());
         };
@@ -564,8 +582,9 @@ impl Keeper {
         }
         let manifest = self.trust.trust().judge_manifest(&offer.manifest)?;
         let fresh = self.judge_fresh(&offer.fresh, manifest.payload_sha256())?;
-        let (position, expires) = (manifest.position(), fresh.expires);
-        if expires < Timestamp::now() {
+        let (position, now) = (manifest.position(), Timestamp::now());
+        let expires = fresh.holds_until(now);
+        if expires < now {
             if self.stale == Stale::Refuse {
                 return Err(Refusal::Stale { position, expires });
             }
@@ -580,21 +599,24 @@ impl Keeper {
         manifest: Digest,
     ) -> Result<Verified<Freshness>, TrustError> {
         let trust = self.trust.trust();
-        trust.judge_fresh(fresh, manifest, Timestamp::now())
+        trust.judge_fresh(fresh, manifest)
     }
 
     /// Keeps the word that a generation is current, unless a longer one for it is kept already.
     fn keep_fresh(&mut self, fresh: &Freshness) {
-        let longer = |kept: &Freshness| {
-            kept.manifest_sha256 == fresh.manifest_sha256 && kept.expires >= fresh.expires
+        let until = fresh.holds_until(Timestamp::now());
+        let longer = |kept: &KeptFresh| {
+            kept.fresh.manifest_sha256 == fresh.manifest_sha256 && kept.until >= until
         };
         if self.fresh.as_ref().is_some_and(longer) {
             return;
         }
-        if let Err(error) = state::save(&fresh_path(&self.state), fresh) {
+        let fresh = fresh.clone();
+        let kept = KeptFresh { fresh, until };
+        if let Err(error) = state::save(&fresh_path(&self.state), &kept) {
             tracing::warn!(error = chain(&error), "the master's word is not kept");
         }
-        self.fresh = Some(fresh.clone());
+        self.fresh = Some(kept);
         self.stale_said = false;
     }
 
@@ -990,7 +1012,7 @@ impl Keeper {
                 error: last.error.clone(),
                 time: last.time,
             }),
-            fresh_until: self.fresh.as_ref().map(|fresh| fresh.expires),
+            fresh_until: self.fresh.as_ref().map(|fresh| fresh.until),
             stale: self.stale_since().is_some(),
             clamd: self.prover.report(),
             foreign: last.map_or_else(Vec::new, |last| last.foreign.clone()),

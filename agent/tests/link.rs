@@ -183,10 +183,37 @@ async fn a_stale_offer_is_refused_where_the_configuration_says_so() {
     let mut talk = master.greet().await;
     let mut offer = lab.offer(1, &[("a.ndb", b"first")]);
     let digest = Digest::of(&offer.manifest.payload);
-    offer.fresh = lab.fresh(1, digest, Timestamp::now() - HOUR);
+    let expired = Timestamp::now() - HOUR;
+    offer.fresh = lab.fresh(1, digest, expired - HOUR, expired);
     talk.say(&ToAgent::Offer(offer)).await;
     let why = talk.refusal().await;
     assert!(why.contains("ran out"), "{why}");
+    agent.stop().await;
+}
+
+#[tokio::test]
+async fn a_host_with_a_slow_clock_takes_offers_and_holds_them_no_longer_than_was_meant() {
+    let lab = Lab::new();
+    let master = lab.master("bank");
+    lab.edit(
+        "keys = \"manifest.pub\"",
+        "keys = \"manifest.pub\"\nstale = \"refuse\"",
+    );
+    let agent = lab.start(&master).await;
+    let mut talk = master.greet().await;
+    let files: [(&str, &[u8]); 1] = [("a.ndb", b"first")];
+    let mut offer = lab.offer(1, &files);
+    let digest = Digest::of(&offer.manifest.payload);
+    // Issued in a day by this host's clock, for three hours.
+    let expires = Timestamp::now() + HOUR * 25;
+    offer.fresh = lab.fresh(1, digest, expires - HOUR * 3, expires);
+    talk.say(&ToAgent::Offer(offer)).await;
+    assert_eq!(names(&talk.need().await), ["a.ndb"]);
+    talk.push(1, "a.ndb", b"first").await;
+    assert_eq!(talk.receipt(&lab).await.outcome, Outcome::Live);
+    let status: Status = lab.ask(&Request::Status).await.1;
+    let until = status.fresh_until.unwrap();
+    assert!(!status.stale && until <= Timestamp::now() + HOUR * 3);
     agent.stop().await;
 }
 
@@ -634,10 +661,10 @@ socket = "none"
             files,
         };
         let manifest = sign(manifest, &key(2));
-        let expires = Timestamp::now() + HOUR;
+        let (issued, expires) = (Timestamp::now() - HOUR, Timestamp::now() + HOUR);
         Box::new(Offer {
             offer: OfferId(generation),
-            fresh: self.fresh(generation, manifest.payload_sha256(), expires),
+            fresh: self.fresh(generation, manifest.payload_sha256(), issued, expires),
             manifest: manifest.envelope().clone(),
             keys: None,
             rehash: false,
@@ -645,13 +672,19 @@ socket = "none"
         })
     }
 
-    fn fresh(&self, generation: u64, manifest_sha256: Digest, expires: Timestamp) -> Envelope {
+    fn fresh(
+        &self,
+        generation: u64,
+        manifest_sha256: Digest,
+        issued: Timestamp,
+        expires: Timestamp,
+    ) -> Envelope {
         let fresh = Freshness {
             fleet: fleet(),
             epoch: Epoch(1),
             generation: Generation::new(generation).unwrap(),
             manifest_sha256,
-            issued: Timestamp::now() - HOUR - HOUR,
+            issued,
             expires,
         };
         sign(fresh, &key(2)).envelope().clone()

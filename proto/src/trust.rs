@@ -4,7 +4,6 @@
 //! Invariants: the position never goes down, two manifests never share a position, and within an
 //! epoch everything comes from one publisher.
 
-use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::dsse::{Envelope, EnvelopeError, PublicKey, Verified};
@@ -12,10 +11,6 @@ use crate::fresh::Freshness;
 use crate::keys::{KeySet, KeySetError};
 use crate::manifest::{Manifest, ManifestError, Publisher};
 use crate::{Digest, Epoch, FleetName, Position};
-
-/// How far the two clocks may differ before a freshness statement is taken for one from the
-/// future, in seconds.
-pub const CLOCK_SKEW_SECS_MAX: i64 = 300;
 
 /// The newest generation that an agent accepted, whatever came of it there.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
@@ -111,14 +106,6 @@ pub enum TrustError {
     /// Vouches for something else.
     #[error("the freshness statement vouches for another manifest than the one it came with")]
     FreshForAnother,
-    /// From the future: one of the two clocks is wrong.
-    #[error(
-        "the freshness statement was issued {ahead_secs} s in the future; check this host's clock"
-    )]
-    FreshFromFuture {
-        /// How far ahead it is.
-        ahead_secs: i64,
-    },
 }
 
 impl Trust {
@@ -205,21 +192,16 @@ impl Trust {
     }
 
     /// Judges a freshness statement that came with, or for, the manifest with this payload digest.
-    /// Whether it has already run out is for the caller to weigh ([`Freshness::expires`]).
+    /// Whether it has already run out is for the caller to weigh ([`Freshness::holds_until`]).
     pub fn judge_fresh(
         &self,
         envelope: &Envelope,
         manifest_sha256: Digest,
-        now: Timestamp,
     ) -> Result<Verified<Freshness>, TrustError> {
         let fresh: Verified<Freshness> = envelope.verify(&self.keys.manifest)?;
         self.check_fleet("freshness statement", &fresh.fleet)?;
         if fresh.manifest_sha256 != manifest_sha256 {
             return Err(TrustError::FreshForAnother);
-        }
-        let ahead_secs = fresh.issued.as_second().saturating_sub(now.as_second());
-        if ahead_secs > CLOCK_SKEW_SECS_MAX {
-            return Err(TrustError::FreshFromFuture { ahead_secs });
         }
         Ok(fresh)
     }
@@ -243,6 +225,7 @@ mod tests {
     use crate::dsse::sign;
     use crate::manifest::tests::manifest;
     use ed25519_dalek::SigningKey;
+    use jiff::Timestamp;
 
     fn key(seed: u8) -> SigningKey {
         SigningKey::from_bytes(&[seed; 32])
@@ -340,37 +323,28 @@ mod tests {
     }
 
     #[test]
-    fn a_freshness_statement_belongs_to_one_manifest_and_not_to_the_future() {
+    fn a_freshness_statement_belongs_to_one_manifest() {
         let manifest = sign(offer(2, 1), &key(2));
-        let fresh = |manifest_sha256, issued: i64| Freshness {
+        let fresh = |manifest_sha256| Freshness {
             fleet: "bank".parse().unwrap(),
             epoch: Epoch(2),
             generation: manifest.generation,
             manifest_sha256,
-            issued: Timestamp::from_second(issued).unwrap(),
-            expires: Timestamp::from_second(issued + 3600).unwrap(),
+            issued: Timestamp::UNIX_EPOCH,
+            expires: Timestamp::MAX,
         };
         let judge = |statement: Freshness, signer| {
-            let now = Timestamp::from_second(1000).unwrap();
             let envelope = sign(statement, &key(signer)).envelope().clone();
             trust(None)
-                .judge_fresh(&envelope, manifest.payload_sha256(), now)
+                .judge_fresh(&envelope, manifest.payload_sha256())
                 .map(|_| ())
         };
         let right = manifest.payload_sha256();
-        assert!(judge(fresh(right, 1000), 2).is_ok());
-        assert!(judge(fresh(right, 1299), 2).is_ok());
+        assert!(judge(fresh(right), 2).is_ok());
         assert!(matches!(
-            judge(fresh(right, 1301), 2),
-            Err(TrustError::FreshFromFuture { .. })
-        ));
-        assert!(matches!(
-            judge(fresh(Digest::of(b"x"), 1000), 2),
+            judge(fresh(Digest::of(b"x")), 2),
             Err(TrustError::FreshForAnother)
         ));
-        assert!(matches!(
-            judge(fresh(right, 1000), 9),
-            Err(TrustError::Fresh(_))
-        ));
+        assert!(matches!(judge(fresh(right), 9), Err(TrustError::Fresh(_))));
     }
 }
