@@ -200,6 +200,7 @@ fn update(stage: &mut Stage<'_>, clamd: bool, mirror: &Mirror) -> anyhow::Result
     if clamd {
         screen.say("web1's clamd about the same sample:")?;
         scan(stage, &sample, &format!("{} FOUND", sample.name))?;
+        wait_for(stage, "web1", |row| row["clamd"]["proof"] == "canary")?;
         screen.say(
             "The agent did not take clamd's word for its reload: it installed a canary signature\n\
              made for this install alone, and saw clamd find it.",
