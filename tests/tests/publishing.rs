@@ -1,8 +1,13 @@
 //! What the master publishes, by the word of the real ClamAV.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
 
-use clamcast_tests::lab::{Container, Fleet, PATIENCE, signatures, until};
+use clamcast_tests::lab::{
+    Container, Fleet, Master, PATIENCE, program, search_path, signatures, until,
+};
 use clamcast_tests::require;
 
 #[test]
@@ -32,4 +37,83 @@ fn a_set_that_clamscan_cannot_load_is_refused_with_its_reason() {
     let repaired = Container::new("daily", 3).member("hsb", signatures(0..11));
     repaired.write(&mirror);
     master.wait_generation(2);
+}
+
+/// Puts a script in the place of clamscan, and returns its directory. It is a fake: the real one
+/// cannot be made slow or be killed at a given moment.
+fn fake_clamscan(fleet: &Fleet, script: &str) -> PathBuf {
+    let directory = fleet.join("fake");
+    fs::create_dir_all(&directory).unwrap();
+    let program = directory.join("clamscan.new");
+    fs::write(&program, format!("#!/bin/sh\n{script}\n")).unwrap();
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    fs::rename(program, directory.join("clamscan")).unwrap();
+    directory
+}
+
+/// Starts the master with `directory` before all others on its search path.
+fn start_with(master: &mut Master, directory: &Path) {
+    let mut path = directory.as_os_str().to_owned();
+    path.push(":");
+    path.push(search_path());
+    let mut process = master.process();
+    process.env("PATH", path);
+    master.launch(process);
+    master.wait_ready();
+}
+
+#[test]
+fn a_stop_does_not_wait_for_the_load_test_and_the_next_start_publishes() {
+    let fleet = Fleet::new();
+    let mirror = fleet.join("mirror");
+    fs::create_dir_all(&mirror).unwrap();
+    let good = Container::new("daily", 1).member("hsb", signatures(0..10));
+    good.write(&mirror);
+    let pid = fleet.join("pid");
+    let slow = format!(
+        "echo $$ > {0}.new; mv {0}.new {0}; sleep 1000",
+        pid.display()
+    );
+    let fake = fake_clamscan(&fleet, &slow);
+    let mut master = fleet.master(&mirror);
+    start_with(&mut master, &fake);
+    let pid = until(PATIENCE, "clamscan runs", || fs::read_to_string(&pid));
+    let waiting = {
+        let mut publish = program("clamcast-master");
+        publish.arg("--socket").arg(master.socket()).arg("publish");
+        publish.stdout(Stdio::null()).stderr(Stdio::null()).spawn()
+    };
+    let mut waiting = waiting.unwrap();
+    assert!(master.stop().success()); // or it waits longer than this test does
+    let ended = until(PATIENCE, "the command ends", || waiting.try_wait().unwrap());
+    assert!(!ended.success());
+    until(PATIENCE, "clamscan is gone", || {
+        // Of one that nobody has reaped yet there is a directory, and no command line.
+        let command_line = fs::read(format!("/proc/{}/cmdline", pid.trim()));
+        command_line.unwrap_or_default().is_empty()
+    });
+
+    fake_clamscan(&fleet, "exit 0");
+    start_with(&mut master, &fake);
+    master.wait_generation(1);
+    assert_eq!(master.audit("refused").len(), 0);
+}
+
+#[test]
+fn a_load_test_that_was_killed_is_made_again_and_refuses_nothing() {
+    let fleet = Fleet::new();
+    let mirror = fleet.join("mirror");
+    fs::create_dir_all(&mirror).unwrap();
+    Container::new("daily", 1)
+        .member("hsb", signatures(0..10))
+        .write(&mirror);
+    let killed = fleet.join("killed").display().to_string();
+    let once = format!("test -e {killed} || {{ : > {killed}; kill -KILL $$; }}");
+    let fake = fake_clamscan(&fleet, &once);
+    let mut master = fleet.master(&mirror);
+    start_with(&mut master, &fake);
+    master.wait_generation(1);
+    assert!(fs::exists(killed).unwrap());
+    assert_eq!(master.audit("refused").len(), 0);
+    assert!(master.log().contains("gave no reason"), "it is told");
 }
