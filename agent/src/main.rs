@@ -13,6 +13,7 @@ use clamcast_agent::status::{Status, Verification};
 use clamcast_daemon::admin::{self, Finish};
 use clamcast_daemon::exit::{self, Exit, OrExit as _};
 use clamcast_daemon::logging;
+use clamcast_daemon::say;
 use clamcast_daemon::service::{self, Service};
 use clap::{ArgAction, Parser, Subcommand};
 use indicatif::ProgressBar;
@@ -148,10 +149,10 @@ fn show<T: DeserializeOwned + Serialize>(
         return Err(Exit::new(finish.exit, anyhow::anyhow!(message)));
     }
     if json {
-        println!("{:#}", finish.result);
+        say!("{:#}", finish.result);
     } else {
         let result: T = serde_json::from_value(finish.result)?;
-        print!("{}", text(&result));
+        say!("{}", text(&result).trim_end());
     }
     match finish.exit {
         exit::DONE => Ok(()),

@@ -378,9 +378,8 @@ impl CallError {
     /// The exit code of a command that ends with this.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Unreachable { .. } | Self::Forbidden { .. } | Self::Lost { .. } => {
-                exit::UNREACHABLE
-            }
+            Self::Unreachable { .. } | Self::Lost { .. } => exit::UNREACHABLE,
+            Self::Forbidden { .. } => exit::REFUSED,
             Self::Answer { .. } => exit::FAILED,
         }
     }

@@ -1,6 +1,8 @@
 //! Exit codes, the same in every command, and the one place where an error is printed.
 
-use std::process::ExitCode;
+use std::fmt;
+use std::io::{self, Write as _};
+use std::process::{self, ExitCode};
 
 /// Done. `status`, `agents`, `generations`: they could answer.
 pub const DONE: u8 = 0;
@@ -55,6 +57,27 @@ impl<T, E: Into<anyhow::Error>> OrExit<T> for Result<T, E> {
     fn or_exit(self, code: u8) -> Result<T, Exit> {
         self.map_err(|error| Exit::new(code, error))
     }
+}
+
+/// Prints a line of a command's result on stdout. `println!` panics where this ends the command:
+/// quietly if nobody reads any more (`| head`), with an error if the disk is full.
+#[macro_export]
+macro_rules! say {
+    ($($argument:tt)*) => {
+        $crate::exit::print_line(format_args!($($argument)*))
+    };
+}
+
+/// What [`say!`](crate::say) does.
+pub fn print_line(line: fmt::Arguments<'_>) {
+    let Err(error) = writeln!(io::stdout().lock(), "{line}") else {
+        return;
+    };
+    if error.kind() == io::ErrorKind::BrokenPipe {
+        process::exit(DONE.into());
+    }
+    eprintln!("cannot write the result: {error}");
+    process::exit(FAILED.into());
 }
 
 /// The end of `main`: prints `PROGRAM: ERROR: SOURCE: ...` on stderr if there is an error, and

@@ -383,6 +383,14 @@ impl Fleet {
             }
             Outcome::Refused | Outcome::HostFault => {
                 if let Some(installed) = &mut record.installed
+                    && installed.manifest_sha256 == manifest_sha256
+                    && let Some(manifest) = &current
+                    && manifest.payload_sha256() == manifest_sha256
+                {
+                    // It is about the generation that was there: what it found counts.
+                    installed.intact = is_intact(manifest, &receipt.files);
+                    installed.live &= installed.intact;
+                } else if let Some(installed) = &mut record.installed
                     && receipt.outcome == Outcome::Refused
                 {
                     installed.live = receipt.clamd.proof != Proof::None
@@ -516,15 +524,18 @@ impl Agent {
     ) -> Standing {
         let wanted = wanted.payload_sha256();
         let offer = self.link.as_ref().and_then(|link| link.offer.as_ref());
-        if let Some(installed) = &self.record.installed
+        let failed = self.record.failed.as_ref();
+        let failed = failed.is_some_and(|failed| failed.manifest_sha256 == wanted);
+        // A success clears the failure before it, so one that is there is the newer receipt.
+        if !failed
+            && let Some(installed) = &self.record.installed
             && installed.manifest_sha256 == wanted
             && installed.live
             && installed.intact
         {
             return Standing::Conformant;
         }
-        let failed = |failed: &Failed| failed.manifest_sha256 == wanted;
-        if self.record.failed.as_ref().is_some_and(failed) && offer.is_none() {
+        if failed && offer.is_none() {
             return Standing::Failed;
         }
         let declined = self
@@ -759,6 +770,12 @@ mod tests {
             &[(7, Live), (8, Refused)],
             Standing::Behind,
             "7 live: refused",
+        );
+        check(
+            7,
+            &[(7, Live), (7, HostFault)],
+            Standing::Failed,
+            "7 live: host_fault",
         );
         check(
             8,

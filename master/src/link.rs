@@ -516,6 +516,10 @@ impl Link<'_> {
                 };
                 let verified: Result<Verified<Receipt>, EnvelopeError> = receipt.verify(&keys);
                 match verified {
+                    Ok(receipt) if !receipt.is_bounded() => {
+                        let message = "the receipt's texts or lists are too long".to_owned();
+                        return self.say(&ToAgent::Error { message }).await;
+                    }
                     Ok(receipt) if receipt.agent == name && receipt.fleet == self.shared.fleet => {
                         Event::Receipt {
                             id: self.id,

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use clamcast_daemon::admin::{self, Finish};
 use clamcast_daemon::exit::{self, Exit, OrExit as _};
+use clamcast_daemon::say;
 use clamcast_daemon::service::{self, Service};
 use clamcast_daemon::{audit, logging};
 use clamcast_master::admin::Request;
@@ -351,9 +352,9 @@ fn load(path: &Path) -> Result<Config, Exit> {
 /// Everything that `serve` would stumble over, without taking the lock or a port.
 fn check_config(path: &Path) -> Result<(), Exit> {
     let config = load(path)?;
-    println!("{}: good", path.display());
+    say!("{}: good", path.display());
     for key in &config.without_effect {
-        println!("{key} has no effect in this version");
+        say!("{key} has no effect in this version");
     }
     Ok(())
 }

@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use clamcast_daemon::admin::Finish;
 use clamcast_daemon::audit::Verification;
 use clamcast_daemon::exit::{self, Exit};
+use clamcast_daemon::say;
 use clamcast_daemon::table::{Table, printable};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use jiff::{SignedDuration, Timestamp};
@@ -33,7 +34,7 @@ pub(crate) fn end(finish: Finish, json: bool, text: impl Fn(&Value)) -> Result<(
     } = finish;
     if !result.is_null() {
         if json {
-            println!(
+            say!(
                 "{}",
                 serde_json::to_string_pretty(&result).expect("a value serialises")
             );
@@ -55,12 +56,12 @@ pub(crate) fn end(finish: Finish, json: bool, text: impl Fn(&Value)) -> Result<(
 pub(crate) fn published(result: &Value) {
     let position = position(result);
     match text(&result["outcome"]).as_str() {
-        "new" => println!("published {position}"),
-        "unchanged" => println!("unchanged: {position} is what the mirror holds"),
-        _ => println!("current is still {position}"),
+        "new" => say!("published {position}"),
+        "unchanged" => say!("unchanged: {position} is what the mirror holds"),
+        _ => say!("current is still {position}"),
     }
     if let Some(agents) = result.get("agents") {
-        println!("{}", counts(agents));
+        say!("{}", counts(agents));
     }
 }
 
@@ -68,20 +69,20 @@ pub(crate) fn published(result: &Value) {
 const NAMED_MAX: usize = 20;
 
 pub(crate) fn status(result: &Value) {
-    println!("fleet        {}", text(&result["fleet"]));
+    say!("fleet        {}", text(&result["fleet"]));
     if result["generation"].is_null() {
-        println!("generation   none published yet");
+        say!("generation   none published yet");
     } else {
         let content = text(&result["content"]);
         let short = content.get(..12).unwrap_or(&content);
         let published = age(&result["published"]);
-        println!(
+        say!(
             "generation   {}, published {published} ago (content {short})",
             position(result)
         );
     }
     signatures(&result["signatures"]);
-    println!("agents       {}", counts(&result["agents"]));
+    say!("agents       {}", counts(&result["agents"]));
     if let Some(refused) = result.get("refused") {
         alarm(&format!(
             "{}: {}",
@@ -103,7 +104,7 @@ pub(crate) fn status(result: &Value) {
     if lagging.is_empty() {
         return;
     }
-    println!();
+    say!("");
     let mut table = Table::new(["NOT CONFORMANT", "LINK", "OUTCOME", "SINCE", "WHY"]);
     for row in lagging.iter().take(NAMED_MAX) {
         table.row([
@@ -114,9 +115,9 @@ pub(crate) fn status(result: &Value) {
             or_dash(text(&row["error"])),
         ]);
     }
-    println!("{table}");
+    say!("{table}");
     if lagging.len() > NAMED_MAX {
-        println!(
+        say!(
             "and {} more; `agents` has them all",
             lagging.len() - NAMED_MAX
         );
@@ -127,7 +128,7 @@ pub(crate) fn status(result: &Value) {
 pub(crate) fn again(finish: Finish, json: bool) -> Result<(), Exit> {
     let terminal = console::Term::stdout();
     if json {
-        println!("{}", finish.result);
+        say!("{}", finish.result);
         return Ok(());
     }
     if terminal.is_term() {
@@ -135,7 +136,7 @@ pub(crate) fn again(finish: Finish, json: bool) -> Result<(), Exit> {
     }
     end(finish, json, status)?;
     if !terminal.is_term() {
-        println!();
+        say!("");
     }
     Ok(())
 }
@@ -147,7 +148,7 @@ fn signatures(signatures: &Value) {
     }
     let [name, version] = ["name", "version"].map(|key| text(&signatures[key]));
     let age = age(&signatures["built"]);
-    println!("signatures   {name} version {version}, built {age} ago");
+    say!("signatures   {name} version {version}, built {age} ago");
     match signatures["alarm"].as_str() {
         Some("7d") => alarm("alarm: signatures older than the 7 days that auditors allow"),
         Some(_) => alarm("alarm: signatures older than 24 h; does freshclam run on the mirror?"),
@@ -157,7 +158,7 @@ fn signatures(signatures: &Value) {
 
 /// A line that must be seen; in colour where a terminal wants it.
 fn alarm(line: &str) {
-    println!("{}", console::style(line).red().bold());
+    say!("{}", console::style(line).red().bold());
 }
 
 fn link(row: &Value) -> String {
@@ -203,7 +204,7 @@ pub(crate) fn agents(result: &Value) {
             or_dash(text(&row["error"])),
         ]);
     }
-    println!("{table}");
+    say!("{table}");
 }
 
 pub(crate) fn generations(result: &Value) {
@@ -226,14 +227,14 @@ pub(crate) fn generations(result: &Value) {
             files.collect::<Vec<_>>().join(" "),
         ]);
     }
-    println!("{table}");
+    say!("{table}");
 }
 
 /// Prints a piece of the audit log.
 pub(crate) fn records(records: Value, json: bool) {
     for record in records.as_array().into_iter().flatten() {
         if json {
-            println!("{record}");
+            say!("{record}");
             continue;
         }
         let at = if record["generation"].is_null() {
@@ -253,7 +254,7 @@ pub(crate) fn records(records: Value, json: bool) {
             outcome,
             detail(&record["detail"]),
         );
-        println!("{}", printable(&line));
+        say!("{}", printable(&line));
     }
 }
 
@@ -274,12 +275,12 @@ fn detail(detail: &Value) -> String {
 /// Prints what `audit verify` found; exit 1 if anything is wrong.
 pub(crate) fn verification(verification: &Verification, json: bool) -> Result<(), Exit> {
     if json {
-        println!("{:#}", verification.to_json());
+        say!("{:#}", verification.to_json());
     }
     match &verification.first_bad {
         None => {
             if !json {
-                println!(
+                say!(
                     "good: {} records, signed head and all",
                     verification.records
                 );
@@ -347,12 +348,12 @@ pub(crate) fn synced(result: &Value) {
             or_dash(text(&end["error"])),
         ]);
     }
-    println!("{table}");
+    say!("{table}");
 }
 
 /// What `force-sync --no-wait` can say.
 pub(crate) fn ordered(result: &Value) {
-    println!("ordered; `agents` and `audit show --event force-sync-end` tell the rest");
+    say!("ordered; `agents` and `audit show --event force-sync-end` tell the rest");
     if result["agents"]
         .as_array()
         .is_some_and(|offline| !offline.is_empty())
@@ -381,7 +382,7 @@ impl Hosts {
 
     pub(crate) fn show(&self, news: &Value) {
         if self.json {
-            println!("{news}");
+            say!("{news}");
             return;
         }
         let agent = text(&news["agent"]);

@@ -53,6 +53,13 @@ impl Statement for Receipt {
 }
 
 impl Receipt {
+    /// Whether its texts and lists keep their limits: what an honest agent sends does.
+    pub fn is_bounded(&self) -> bool {
+        let texts = [&self.error, &self.clamd.version, &self.clamd.note];
+        let mut texts = texts.into_iter().flatten();
+        self.foreign.len() <= FOREIGN_MAX && texts.all(|text| text.len() <= ERROR_BYTES_MAX)
+    }
+
     /// The generation it is about.
     pub fn position(&self) -> Position {
         Position {

@@ -346,6 +346,29 @@ fn an_agent_with_a_certificate_of_another_ca_is_kept_out() {
 }
 
 #[test]
+fn files_of_the_same_content_are_one_transfer_and_stop_nobody() {
+    let fleet = Fleet::new();
+    let mirror = fleet.join("mirror");
+    fs::create_dir_all(&mirror).unwrap();
+    finds(1, b"sample", "Lab.A-1").write(&mirror);
+    let same = "Lab.Same:0:*:6c61622073616d65\n".repeat(2000);
+    for number in 0..12 {
+        fs::write(mirror.join(format!("same{number}.ndb")), &same).unwrap();
+    }
+    let mut master = fleet.master(&mirror);
+    master.configure("require = []", "require = []\nload_test = \"never\"");
+    let mut agents = ["web1", "web2", "web3"].map(|name| fleet.agent(name));
+    master.start();
+    for agent in &mut agents {
+        agent.start();
+    }
+    for (name, agent) in ["web1", "web2", "web3"].iter().zip(&agents) {
+        master.wait_live(name, 1);
+        assert_eq!(agent.names().len(), 13);
+    }
+}
+
+#[test]
 fn a_truncated_or_foreign_file_in_the_mirror_is_refused_and_the_last_generation_stays() {
     let fleet = Fleet::new();
     let mirror = fleet.join("mirror");

@@ -266,6 +266,33 @@ fn audit_show_follows_and_filters() {
 }
 
 #[test]
+fn output_that_cannot_be_written_is_an_error_and_not_a_panic() {
+    let (_fleet, master, agents) = fleet_of(&["web1"]);
+    let full = || fs::File::options().write(true).open("/dev/full").unwrap();
+    for arguments in [
+        &["status"][..],
+        &["agents"],
+        &["generations", "--json"],
+        &["audit", "show"],
+    ] {
+        let mut command = clamcast_tests::lab::program("clamcast-master");
+        command.arg("--socket").arg(master.socket()).args(arguments);
+        let output = command.stdout(full()).output().unwrap();
+        exits(&output, 5, "cannot write the result");
+    }
+    let mut command = clamcast_tests::lab::program("clamcast-agent");
+    command
+        .arg("--socket")
+        .arg(agents[0].socket())
+        .arg("status");
+    exits(
+        &command.stdout(full()).output().unwrap(),
+        5,
+        "cannot write the result",
+    );
+}
+
+#[test]
 fn check_config_names_line_and_nearest_key() {
     let fleet = Fleet::new();
     let master = fleet.master(&fleet.join("mirror"));

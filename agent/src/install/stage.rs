@@ -123,7 +123,8 @@ impl Receiving {
     }
 
     fn claim(&self, digest: Digest) -> Option<Claim<'_>> {
-        lock(&self.0).insert(digest).then_some(Claim(self, digest))
+        // Made only if the claim is ours: dropping one gives the digest free again.
+        lock(&self.0).insert(digest).then(|| Claim(self, digest))
     }
 }
 
@@ -156,12 +157,17 @@ impl Stage<'_> {
         self.drop_stale(manifest)?;
         let mut needs = Vec::new();
         let mut needed_bytes = 0;
+        let mut asked = BTreeSet::new();
         for file in &manifest.files {
             let state = state_of(file);
+            if asked.contains(&file.sha256) {
+                continue; // two names of one content: it is staged once
+            }
             if self.receiving.contains(&file.sha256) || !self.ensure(&state)? {
                 let need = self.need(file, installed, full)?;
                 needed_bytes += file.size.saturating_sub(need.resume_at);
                 needs.push(need);
+                asked.insert(file.sha256);
             }
         }
         self.tree.sync_dir(Dir::Stage)?;
