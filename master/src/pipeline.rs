@@ -6,15 +6,18 @@ use std::time::Duration;
 
 use clamcast_daemon::audit::Draft;
 use clamcast_proto::dsse::Envelope;
+use clamcast_proto::manifest::Manifest;
 use jiff::Timestamp;
 use serde_json::json;
-use tokio::sync::{Mutex, Notify, mpsc};
+use tokio::sync::{Mutex, Notify, mpsc, oneshot};
 use tokio::time::{Instant, MissedTickBehavior, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use crate::hub::{Current, Event, Hub};
-use crate::publish::{Adoption, PublishError, Published, Publisher, Refusal, RefusalKind, Request};
-use crate::recorder::Recorder;
+use crate::publish::{
+    Adoption, Announcement, PublishError, Published, Publisher, Refusal, RefusalKind, Request,
+};
+use crate::recorder::{Job, Recorder};
 
 /// Agents hear that their generation is current this many times in the time that the word holds,
 /// so that a few lost ones do not make a host stale.
@@ -61,31 +64,32 @@ impl Pipeline {
     }
 
     /// Captures and publishes now. The audit log has it before any agent hears of it: a crash in
-    /// between loses nothing, for a restarted master offers what its store has.
+    /// between loses nothing, for a restarted master writes what is missing there ([`recover`])
+    /// and then offers what its store has.
     pub async fn publish(&self, request: Request, actor: &str) -> Result<Published, PublishError> {
         // Held to the end, so that the hub hears of generations in their order.
         let mut told = self.told.lock().await;
-        let (publisher, reason) = (self.publisher.clone(), request.accept.clone());
-        let stop = self.stop.clone();
+        let (publisher, stop) = (self.publisher.clone(), self.stop.clone());
+        let by = actor.to_owned();
         let publishing = tokio::task::spawn_blocking(move || {
-            publisher.publish(&request, Timestamp::now(), &stop)
+            publisher.publish(&request, &by, Timestamp::now(), &stop)
         });
         let published = publishing.await.expect("publishing does not panic");
         match &published {
-            Ok(Published::New { manifest, accepted }) => {
+            Ok(Published::New {
+                manifest,
+                announcement,
+            }) => {
                 let position = manifest.position();
                 tracing::info!(%position, content = %manifest.content.short(), files = manifest.files.len(), "published");
-                let files: Vec<_> = manifest
-                    .files
-                    .iter()
-                    .map(|file| file.name.as_str())
-                    .collect();
-                let mut detail = json!({ "content": manifest.content, "files": files });
-                if !accepted.is_empty() {
-                    detail["accepted"] = json!(accepted);
-                    detail["reason"] = json!(reason);
-                }
-                self.note("published", actor, Some(position), detail).await;
+                announce(
+                    &self.publisher,
+                    &self.recorder,
+                    manifest,
+                    announcement,
+                    false,
+                )
+                .await;
                 *told = None;
                 self.tell_current().await;
             }
@@ -232,6 +236,62 @@ impl Pipeline {
     }
 }
 
+/// Writes into the audit log what a process before this one published and did not live to write
+/// down. To be called before anything is offered.
+pub async fn recover(publisher: &Arc<Publisher>, recorder: &Recorder) {
+    if let Some((manifest, announcement)) = publisher.unannounced() {
+        tracing::warn!(position = %manifest.position(), "published before the last end, which the audit log did not have");
+        announce(publisher, recorder, &manifest, &announcement, true).await;
+    }
+}
+
+async fn announce(
+    publisher: &Arc<Publisher>,
+    recorder: &Recorder,
+    manifest: &Manifest,
+    announcement: &Announcement,
+    recovered: bool,
+) {
+    let files: Vec<_> = manifest
+        .files
+        .iter()
+        .map(|file| file.name.as_str())
+        .collect();
+    let mut detail = json!({ "content": manifest.content, "files": files });
+    if !announcement.accepted.is_empty() {
+        detail["accepted"] = json!(announcement.accepted);
+        detail["reason"] = json!(announcement.reason);
+    }
+    if recovered {
+        detail["recovered"] = json!(true);
+    }
+    let (done, written) = oneshot::channel();
+    let job = Job {
+        draft: Some(Draft {
+            event: "published".to_owned(),
+            actor: announcement.actor.clone(),
+            subject: "mirror".to_owned(),
+            position: Some(manifest.position()),
+            outcome: None,
+            detail,
+        }),
+        done: Some(done),
+        ..Job::default()
+    };
+    recorder.write(job).await;
+    if written.await.is_err() {
+        return; // the daemon stops and the disk refuses: for the next process to write
+    }
+    let publisher = publisher.clone();
+    let marking = tokio::task::spawn_blocking(move || publisher.announced());
+    if let Err(error) = marking.await.expect("announcing does not panic") {
+        tracing::warn!(
+            error = crate::chain(&error),
+            "cannot mark a generation as written down; the audit log may say twice that it was published"
+        );
+    }
+}
+
 /// What is offered, with a fresh word that it is current.
 pub fn current(publisher: &Publisher) -> Option<Current> {
     let manifest = publisher.current()?;
@@ -268,6 +328,76 @@ async fn until(deadline: Option<Instant>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::publish::tests::{Lab, container, key};
+    use clamcast_daemon::audit;
+    use std::fs;
+
+    /// What the audit log says of publications after a master started on the state directory, and
+    /// before it offers anything: `1.2 by tester, recovered, because ...`.
+    async fn recovered(lab: &Lab) -> Vec<String> {
+        let directory = lab.root.path().join("audit");
+        fs::create_dir_all(&directory).unwrap();
+        let log = audit::Log::open(&directory, key(3), "clamcast/bank".to_owned()).unwrap();
+        let (recorder, thread) = Recorder::start(log, directory.clone());
+        recover(&Arc::new(lab.publisher("state")), &recorder).await;
+        drop(recorder);
+        thread.join().unwrap();
+        let records = audit::read(&directory, audit::Filter::default()).unwrap();
+        let text = |record: audit::Record| {
+            let position = record.position().unwrap();
+            let mut text = format!("{} {position} by {}", record.event, record.actor);
+            for (field, value) in record.detail.as_object().unwrap() {
+                if !["content", "files"].contains(&field.as_str()) {
+                    text += &format!(", {field} {value}");
+                }
+            }
+            text
+        };
+        records.map(|record| text(record.unwrap())).collect()
+    }
+
+    fn publish(lab: &Lab, accept: Option<&str>) {
+        let request = Request {
+            accept: accept.map(str::to_owned),
+        };
+        let (now, stop) = (Timestamp::now(), CancellationToken::new());
+        let published = lab
+            .publisher("state")
+            .publish(&request, "user alice", now, &stop);
+        assert!(
+            matches!(published, Ok(Published::New { .. })),
+            "{published:?}"
+        );
+    }
+
+    #[tokio::test]
+    async fn a_master_killed_between_publishing_and_writing_it_down_writes_it_at_its_next_start() {
+        let lab = Lab::with_daily(7);
+        publish(&lab, None); // and then it is killed
+        let first = "published 1.1 by user alice, recovered true";
+        assert_eq!(recovered(&lab).await, [first]);
+        assert_eq!(recovered(&lab).await, [first], "once");
+
+        lab.put("daily.cud", &container("daily", 8, 1));
+        publish(&lab, Some("it is right"));
+        let records = recovered(&lab).await;
+        let second = &records[1];
+        assert!(
+            second.starts_with("published 1.2 by user alice, accepted [\"daily.cud shrank")
+                && second.ends_with(", reason \"it is right\", recovered true"),
+            "{second}"
+        );
+    }
+
+    #[tokio::test]
+    async fn a_master_killed_before_the_generation_was_on_disk_has_nothing_to_say() {
+        let lab = Lab::with_daily(7);
+        publish(&lab, None);
+        fs::remove_file(lab.root.path().join("state/generations/1-1.json")).unwrap();
+        assert_eq!(recovered(&lab).await, [""; 0]);
+        publish(&lab, None);
+        assert_eq!(recovered(&lab).await.len(), 1);
+    }
 
     #[test]
     fn tries_come_ever_later_but_never_end() {

@@ -23,7 +23,7 @@ use crate::config::{Config, Mirror};
 use crate::store::{Store, StoreError};
 
 use record::Records;
-pub use record::{REJECTED_MAX, Refusal, RefusalKind, Rejected};
+pub use record::{Announcement, REJECTED_MAX, Refusal, RefusalKind, Rejected};
 
 /// Turns captures into generations, and remembers what became of them.
 ///
@@ -70,9 +70,8 @@ pub enum Published {
     New {
         /// Its manifest; [`Publisher::current`] from now on.
         manifest: Arc<Verified<Manifest>>,
-        /// What an operator's `accept` overruled, for the audit log. Empty if there was nothing
-        /// to overrule.
-        accepted: Vec<String>,
+        /// What the audit log is to say of it; then [`Publisher::announced`].
+        announcement: Announcement,
     },
     /// The mirror has what is published already.
     Unchanged,
@@ -278,8 +277,23 @@ impl Publisher {
         &self.keys
     }
 
+    /// A generation whose announcement may not be in the audit log, since the process that made it
+    /// did not come so far.
+    pub fn unannounced(&self) -> Option<(Arc<Verified<Manifest>>, Announcement)> {
+        let announcement = self.records().announcement.clone()?;
+        // If there is none, the process ended before there was.
+        let manifest = self.store.manifest(announcement.position)?;
+        Some((manifest, announcement))
+    }
+
+    /// Takes note that the audit log has the announcement. A crash before that has it written
+    /// again: twice is better than never.
+    pub fn announced(&self) -> Result<(), StoreError> {
+        self.records().announced(&self.store)
+    }
+
     /// Captures the mirror, checks it, and signs and keeps a new generation if there is something
-    /// new.
+    /// new, for `actor`.
     ///
     /// Nothing is signed before every check was passed, and nothing is returned as new before it
     /// is on disk. A crash in between leaves objects that no generation names, and the next call
@@ -287,6 +301,7 @@ impl Publisher {
     pub fn publish(
         &self,
         request: &Request,
+        actor: &str,
         now: Timestamp,
         stop: &CancellationToken,
     ) -> Result<Published, PublishError> {
@@ -294,7 +309,7 @@ impl Publisher {
         if stop.is_cancelled() {
             return Err(PublishError::Stopping);
         }
-        let published = self.publish_captured(request.accept.is_some(), now, stop);
+        let published = self.publish_captured(request, actor, now, stop);
         // What was captured and not published, or is old, only takes space: no reason to fail.
         if let Err(error) = self.store.retain(self.settings.keep) {
             tracing::warn!(
@@ -307,10 +322,12 @@ impl Publisher {
 
     fn publish_captured(
         &self,
-        accept: bool,
+        request: &Request,
+        actor: &str,
         now: Timestamp,
         stop: &CancellationToken,
     ) -> Result<Published, PublishError> {
+        let accept = request.accept.is_some();
         let mirror = &self.settings.mirror;
         let capture = match capture(&mirror.path, &self.store) {
             Ok(capture) => capture,
@@ -382,6 +399,16 @@ impl Publisher {
         }
         let manifest = dsse::sign(manifest, &self.key);
         Manifest::verify(manifest.envelope(), &self.keys.manifest)?;
+        let announcement = Announcement {
+            position: manifest.position(),
+            actor: actor.to_owned(),
+            reason: request
+                .accept
+                .clone()
+                .filter(|_reason| !accepted.is_empty()),
+            accepted,
+        };
+        self.records().announce(announcement.clone(), &self.store)?;
         let manifest = self.store.add(manifest)?;
         // The generation is published. What is said of former captures is cleared the next time if
         // it cannot be now.
@@ -396,7 +423,10 @@ impl Publisher {
             );
         }
         drop(records);
-        Ok(Published::New { manifest, accepted })
+        Ok(Published::New {
+            manifest,
+            announcement,
+        })
     }
 
     fn not_published(

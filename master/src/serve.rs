@@ -324,6 +324,7 @@ impl Master {
                 }),
             })
             .await;
+        pipeline::recover(&publisher, &recorder).await;
 
         let stop = CancellationToken::new();
         let mut tasks = JoinSet::new();

@@ -21,6 +21,7 @@ const PUBLISHER: &str = "publisher";
 const ADOPTED: &str = "adopted.json";
 const REFUSED: &str = "refused.json";
 const REJECTED: &str = "rejected.json";
+const ANNOUNCEMENT: &str = "announcement.json";
 
 #[derive(Debug)]
 pub(super) struct Records {
@@ -29,6 +30,8 @@ pub(super) struct Records {
     pub(super) adopted: Option<Arc<Verified<Manifest>>>,
     pub(super) refusal: Option<Refusal>,
     pub(super) rejected: Vec<Rejected>,
+    /// What is about to be published, or is and may not be in the audit log yet.
+    pub(super) announcement: Option<Announcement>,
 }
 
 /// Who publishes from this state directory.
@@ -38,6 +41,19 @@ pub(super) struct Identity {
     pub(super) id: Publisher,
     /// Whether any agent ever accepted a generation under that id.
     pub(super) accepted: bool,
+}
+
+/// What the audit log has to say of a generation and its manifest does not.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Announcement {
+    /// The generation.
+    pub position: Position,
+    /// Who had it published: `master`, or an operator.
+    pub actor: String,
+    /// What an operator's `accept` overruled. Empty if there was nothing to overrule.
+    pub accepted: Vec<String>,
+    /// The operator's reason.
+    pub reason: Option<String>,
 }
 
 /// Why the mirror's state is not published.
@@ -129,6 +145,7 @@ impl Records {
             adopted,
             refusal: store.load(REFUSED)?,
             rejected: store.load(REJECTED)?.unwrap_or_default(),
+            announcement: store.load(ANNOUNCEMENT)?,
         })
     }
 
@@ -198,6 +215,24 @@ impl Records {
             store.forget(REFUSED)?;
             self.refusal = None;
         }
+        Ok(())
+    }
+
+    /// Remembers what is to be said of a generation before there is one, so that a crash at any
+    /// moment leaves both or a word about nothing.
+    pub(super) fn announce(
+        &mut self,
+        announcement: Announcement,
+        store: &Store,
+    ) -> Result<(), StoreError> {
+        store.save(ANNOUNCEMENT, &announcement)?;
+        self.announcement = Some(announcement);
+        Ok(())
+    }
+
+    pub(super) fn announced(&mut self, store: &Store) -> Result<(), StoreError> {
+        store.forget(ANNOUNCEMENT)?;
+        self.announcement = None;
         Ok(())
     }
 

@@ -15,8 +15,8 @@ use super::*;
 use crate::config::{LoadTest, Unsigned};
 
 /// A mirror, a state directory and the keys of a fleet.
-struct Lab {
-    root: tempfile::TempDir,
+pub(crate) struct Lab {
+    pub(crate) root: tempfile::TempDir,
     settings: Settings,
     keys: Verified<KeySet>,
 }
@@ -24,7 +24,7 @@ struct Lab {
 const ROOT: u8 = 1;
 const MANIFEST: u8 = 2;
 
-fn key(seed: u8) -> SigningKey {
+pub(crate) fn key(seed: u8) -> SigningKey {
     SigningKey::from_bytes(&[seed; 32])
 }
 
@@ -71,7 +71,7 @@ impl Lab {
     }
 
     /// One with a daily database of ten signatures.
-    fn with_daily(version: u64) -> Self {
+    pub(crate) fn with_daily(version: u64) -> Self {
         let lab = Self::new();
         lab.put("daily.cud", &container("daily", version, 10));
         lab
@@ -82,7 +82,7 @@ impl Lab {
     }
 
     /// Renames a file into place, as freshclam does.
-    fn put(&self, name: &str, content: &[u8]) {
+    pub(crate) fn put(&self, name: &str, content: &[u8]) {
         let part = self.root.path().join("part");
         fs::write(&part, content).unwrap();
         fs::rename(part, self.mirror(name)).unwrap();
@@ -97,7 +97,7 @@ impl Lab {
     }
 
     /// A master's publisher on a state directory.
-    fn publisher(&self, state: &str) -> Publisher {
+    pub(crate) fn publisher(&self, state: &str) -> Publisher {
         let store = self.store(state);
         Publisher::new(
             self.settings.clone(),
@@ -124,10 +124,18 @@ fn publish_as(publisher: &Publisher, reason: Option<&str>) -> String {
         accept: reason.map(str::to_owned),
     };
     match publisher
-        .publish(&request, Timestamp::now(), &CancellationToken::new())
+        .publish(
+            &request,
+            "tester",
+            Timestamp::now(),
+            &CancellationToken::new(),
+        )
         .unwrap()
     {
-        Published::New { manifest, accepted } => {
+        Published::New {
+            manifest,
+            announcement,
+        } => {
             let mut text = manifest.position().to_string();
             for file in &manifest.files {
                 text += &format!(" {}", file.name);
@@ -135,7 +143,7 @@ fn publish_as(publisher: &Publisher, reason: Option<&str>) -> String {
                     text += &format!("={}", facts.version);
                 }
             }
-            for overruled in accepted {
+            for overruled in announcement.accepted {
                 text += &format!(" in spite of: {overruled}");
             }
             text
@@ -655,6 +663,7 @@ fn numbers_that_a_thief_ran_up_end_with_a_way_out() {
     let error = publisher
         .publish(
             &Request::default(),
+            "tester",
             Timestamp::now(),
             &CancellationToken::new(),
         )
