@@ -91,6 +91,7 @@ fn tell(stage: &mut Stage<'_>, target: &Path) -> anyhow::Result<()> {
     mirror.first(stage)?;
     start(stage, clamd)?;
     update(stage, clamd, &mirror)?;
+    mend(stage, &mirror)?;
     audit(stage)
 }
 
@@ -324,6 +325,30 @@ fn scan(stage: &Stage<'_>, sample: &mirror::Sample, expected: &str) -> anyhow::R
         answer == format!("stream: {expected}"),
         "clamd should say {expected}"
     );
+    Ok(())
+}
+
+fn mend(stage: &Stage<'_>, mirror: &Mirror) -> anyhow::Result<()> {
+    let screen = stage.screen();
+    screen.heading("A host is broken, and mended by an operator")?;
+    let file = mirror.file();
+    let good = stage.ask(&format!("sha256sum < db1/db/{file}"));
+    screen.say(
+        "One byte is changed in place on db1, size and time kept: rsync would never see it.",
+    )?;
+    stage.run(&format!(
+        "touch -r db1/db/{file} time && printf X | dd of=db1/db/{file} bs=1 seek=5000 \
+         conv=notrunc status=none && touch -r time db1/db/{file}"
+    ))?;
+    stage.run_bad("clamcast-agent --socket db1/admin.sock verify", 1)?;
+    stage.run(&format!("{MASTER} force-sync db1"))?;
+    stage.run("clamcast-agent --socket db1/admin.sock verify")?;
+    ensure!(
+        stage.ask(&format!("sha256sum < db1/db/{file}")) == good,
+        "db1 should have the published file again"
+    );
+    screen.fact("db1 hashed what it really had, fetched the file again, and put it in place")?;
+    stage.run(&format!("{MASTER} status"))?;
     Ok(())
 }
 
