@@ -152,10 +152,10 @@ impl Prove for Prover {
 /// Blocking.
 pub fn nonce(state: &Path, random: [u8; 16]) -> Result<Nonce, HostFault> {
     let path = state.join(NONCE);
-    let kept = match std::fs::read_to_string(&path) {
+    let kept = match std::fs::read(&path) {
         Ok(text) => {
             let mut bytes = [0; 16];
-            let whole = hex::decode_to_slice(text.trim_end(), &mut bytes);
+            let whole = hex::decode_to_slice(text.trim_ascii_end(), &mut bytes);
             whole.is_ok().then_some(bytes) // a damaged one is replaced: the next install has a new canary
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => None,

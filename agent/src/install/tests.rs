@@ -584,3 +584,14 @@ fn the_nonce_is_made_once() {
     let first = nonce(&host.state(), [1; 16]).unwrap();
     assert_eq!(nonce(&host.state(), [2; 16]).unwrap(), first);
 }
+
+#[test]
+fn a_damaged_nonce_is_replaced() {
+    let host = Host::new();
+    for damaged in [&b""[..], b"0303", b"\xff\xfe\x00"] {
+        fs::write(host.state().join(NONCE), damaged).unwrap();
+        let new = nonce(&host.state(), [1; 16]).unwrap();
+        assert_eq!(new, Nonce([1; 16]));
+        assert_eq!(nonce(&host.state(), [2; 16]).unwrap(), new);
+    }
+}
