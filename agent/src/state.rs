@@ -24,7 +24,10 @@ pub struct State {
 pub enum StateError {
     /// Another agent has it.
     #[error("another agent runs with this state directory")]
-    Lock(#[from] LockError),
+    Shared(#[source] LockError),
+    /// Its lock file.
+    #[error("cannot use the state directory; it and what is in it must belong to the agent's user")]
+    Lock(#[source] LockError),
     /// The directory.
     #[error("cannot make the state directory {path}; it must belong to the agent's user")]
     Directory {
@@ -70,7 +73,7 @@ impl State {
         })?;
         Ok(Self {
             path: path.to_owned(),
-            _lock: durable::lock(&path.join("lock"))?,
+            _lock: lock(path)?,
         })
     }
 
@@ -78,6 +81,13 @@ impl State {
     pub fn path(&self) -> &Path {
         &self.path
     }
+}
+
+fn lock(directory: &Path) -> Result<LockGuard, StateError> {
+    durable::lock(&directory.join("lock")).map_err(|error| match error {
+        LockError::Held { .. } => StateError::Shared(error),
+        LockError::Io { .. } => StateError::Lock(error),
+    })
 }
 
 /// Reads a state file; `None` if there is none. `without` says what happens when somebody moves a
@@ -123,9 +133,19 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("agent");
         let first = State::open(&path).unwrap();
-        assert!(matches!(State::open(&path), Err(StateError::Lock(_))));
+        assert!(matches!(State::open(&path), Err(StateError::Shared(_))));
         drop(first);
         State::open(&path).unwrap();
+    }
+
+    #[test]
+    fn a_lock_file_that_cannot_be_opened_is_not_taken_for_another_agent() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("lock")).unwrap(); // stops root, too
+        let error = State::open(dir.path()).unwrap_err();
+        let text = crate::chain(&error);
+        assert!(matches!(error, StateError::Lock(_)), "{text}");
+        assert!(text.contains("Is a directory"), "{text}");
     }
 
     #[test]
