@@ -5,6 +5,7 @@ pub mod archive;
 pub mod capture;
 pub mod check;
 pub mod config;
+pub mod doubts;
 pub mod endpoint;
 pub mod fleet;
 pub mod force;

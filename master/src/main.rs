@@ -13,6 +13,7 @@ use clamcast_daemon::service::{self, Service};
 use clamcast_daemon::{audit, logging};
 use clamcast_master::admin::Request;
 use clamcast_master::config::{self, Config};
+use clamcast_master::doubts::doubts;
 use clamcast_master::force::Selection;
 use clamcast_master::serve::{self, Master};
 use clamcast_proto::GroupName;
@@ -206,6 +207,9 @@ fn run(cli: Cli) -> Result<(), Exit> {
                 for key in &config.without_effect {
                     tracing::warn!("{key} has no effect in this version");
                 }
+                for doubt in doubts(&config) {
+                    tracing::warn!("{doubt}");
+                }
                 Ok(config)
             };
             let runtime = tokio::runtime::Runtime::new()?;
@@ -355,6 +359,9 @@ fn check_config(path: &Path) -> Result<(), Exit> {
     say!("{}: good", path.display());
     for key in &config.without_effect {
         say!("{key} has no effect in this version");
+    }
+    for doubt in doubts(&config) {
+        say!("doubtful: {doubt}");
     }
     Ok(())
 }

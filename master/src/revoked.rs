@@ -136,6 +136,15 @@ impl Revocations {
     }
 }
 
+/// Why the list at `path` would not count; a missing one is none.
+pub fn objection(path: &Path, fleet: &FleetName, ca: &PublicKey) -> Option<String> {
+    if stamp(path) == Stamp::Missing {
+        return None;
+    }
+    let error = read(path, fleet, ca).err()?;
+    Some(format!("{} does not count: {}", path.display(), crate::chain(&error)))
+}
+
 fn stamp(path: &Path) -> Stamp {
     use std::os::unix::fs::MetadataExt as _;
     match fs::metadata(path) {

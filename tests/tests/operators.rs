@@ -304,6 +304,8 @@ fn check_config_names_line_and_nearest_key() {
             says,
         );
     };
+    check(0, "the mirror");
+    fs::create_dir_all(fleet.join("mirror")).unwrap();
     check(0, "good");
     master.configure("quiet = \"300ms\"", "quite = \"300ms\"");
     check(2, "did you mean `quiet`?");
