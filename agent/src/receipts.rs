@@ -2,7 +2,9 @@
 //!
 //! Each is a file `SEQ.json` until then, so it outlives a lost connection, a crash and a master
 //! that was away. `last.json` is what the newest one said, before its file goes: so no number is
-//! ever used twice, none is left out, and the host knows after a restart what it said last.
+//! ever used twice, none is left out, and the host knows after a restart what it said last. Should
+//! it be damaged, numbers go on above the receipts that still wait. That may use one twice, which
+//! is harmless: the master knows receipts by their digest.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -30,7 +32,7 @@ pub struct Receipts {
 
 impl Receipts {
     /// Reads what waits in the state directory. A damaged receipt is dropped with a warning: it
-    /// could not be sent.
+    /// could not be sent. A damaged `last.json` is set aside as `last.json.damaged`.
     pub fn open(state: &Path) -> Result<Self, StateError> {
         let directory = state.join("receipts");
         durable::create_dir(&directory, 0o700).map_err(|source| StateError::Directory {
@@ -41,8 +43,7 @@ impl Receipts {
             path: directory.clone(),
             source,
         };
-        let mut last: Option<Receipt> =
-            state::load(&directory.join(LAST), "numbers start again at 1")?;
+        let mut last = load_last(&directory.join(LAST))?;
         let mut highest = last.as_ref().map_or(0, |last| last.seq);
         let mut pending = BTreeMap::new();
         for entry in fs::read_dir(&directory).map_err(read)? {
@@ -144,6 +145,26 @@ impl Receipts {
     }
 }
 
+/// What the newest receipt said. A damaged file is no reason not to start: a host without its agent
+/// gets no signatures.
+fn load_last(path: &Path) -> Result<Option<Receipt>, StateError> {
+    match state::load(path, "numbers go on above the receipts that wait") {
+        Err(error @ StateError::Damaged { .. }) => {
+            let aside = path.with_added_extension("damaged");
+            tracing::warn!(
+                error = crate::chain(&error),
+                ?aside,
+                "going on without what the last receipt said, the file is set aside"
+            );
+            if let Err(error) = fs::rename(path, &aside) {
+                tracing::warn!(%error, ?path, "cannot set it aside"); // the next one replaces it
+            }
+            Ok(None)
+        }
+        loaded => loaded,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -233,5 +254,25 @@ mod tests {
         check(&receipts, &[]);
         add(&mut receipts);
         check(&receipts, &[2]);
+    }
+
+    #[test]
+    fn a_damaged_record_of_the_last_one_is_set_aside_and_numbers_go_on() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut receipts = Receipts::open(dir.path()).unwrap();
+        add(&mut receipts);
+        add(&mut receipts);
+        let path = receipts.directory.join(LAST);
+        for damage in [&b"{"[..], b"\xff\xfe", b""] {
+            fs::write(&path, damage).unwrap();
+            let receipts = Receipts::open(dir.path()).unwrap();
+            assert_eq!(receipts.last().map(|last| last.seq), Some(2));
+            assert!(!path.exists());
+            let aside = fs::read(receipts.directory.join("last.json.damaged"));
+            assert_eq!(aside.unwrap(), damage);
+        }
+        let mut receipts = Receipts::open(dir.path()).unwrap();
+        add(&mut receipts);
+        check(&receipts, &[1, 2, 3]);
     }
 }
