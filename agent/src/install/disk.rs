@@ -7,7 +7,7 @@
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
-use std::fs::File;
+use std::fs::{File, TryLockError};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt as _;
@@ -32,6 +32,9 @@ pub const RECORD_MODE: u32 = 0o600;
 /// The hidden directory in the database directory. clamd does not descend into it and freshclam
 /// does not prune it: its name neither ends in a database extension nor contains `.cld` or `.cvd`.
 pub const HIDDEN: &str = ".clamcast";
+
+/// The file in [`HIDDEN`] whose lock says that an agent works on the database directory.
+const LOCK: &str = "lock";
 
 /// Entries of a directory that are looked at. A database directory has dozens; one with more than
 /// this was filled by mistake or by malice.
@@ -193,6 +196,15 @@ pub enum HostFault {
         /// The user that this agent runs as.
         user: String,
     },
+    /// Another agent works on it.
+    #[error(
+        "another agent works on {path}; stop that one, or give this one a `[database] path` of its \
+         own"
+    )]
+    Shared {
+        /// The database directory.
+        path: PathBuf,
+    },
     /// Another directory stands there now.
     #[error("{path} is another directory than at start; restart clamcast-agent")]
     Replaced {
@@ -221,6 +233,8 @@ pub struct HostDisk {
     database: PathBuf,
     state: PathBuf,
     dirs: Vec<(Dir, OwnedFd)>,
+    /// Held as long as it is open. The kernel gives it up when the process dies.
+    lock: Option<File>,
 }
 
 impl HostDisk {
@@ -243,7 +257,29 @@ impl HostDisk {
             database: database.to_owned(),
             state: state.to_owned(),
             dirs,
+            lock: None,
         })
+    }
+
+    /// The same, for one agent alone: two with state directories of their own would swap each
+    /// other's sets away.
+    pub fn locked(mut self) -> Result<Self, HostFault> {
+        let path = self.path(At(Dir::Hidden, LOCK));
+        let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let mode = Mode::from_bits_truncate(RECORD_MODE);
+        let opened = openat(self.fd(Dir::Hidden), LOCK, flags, mode);
+        let file = File::from(opened.map_err(|errno| io_fault("open", &path, errno.into()))?);
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                return Err(HostFault::Shared {
+                    path: self.database,
+                });
+            }
+            Err(TryLockError::Error(source)) => return Err(io_fault("lock", &path, source)),
+        }
+        self.lock = Some(file);
+        Ok(self)
     }
 
     fn fd(&self, dir: Dir) -> &OwnedFd {

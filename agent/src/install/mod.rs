@@ -220,9 +220,10 @@ impl<P: Prove> Installer<P> {
     ///
     /// # Errors
     ///
-    /// If the database directory is missing or not the agent's, with the command that mends it.
+    /// If the database directory is missing or not the agent's, with the command that mends it; or
+    /// if another agent works on it.
     pub fn open(settings: &Settings, nonce: Nonce, prover: P) -> Result<Self, HostFault> {
-        let disk = HostDisk::open(&settings.database, &settings.state)?;
+        let disk = HostDisk::open(&settings.database, &settings.state)?.locked()?;
         Self::with_disk(disk, nonce, prover)
     }
 

@@ -614,6 +614,7 @@ fn is_full(fault: &HostFault) -> bool {
         | HostFault::Planted { .. }
         | HostFault::Replaced { .. }
         | HostFault::Unstaged { .. }
+        | HostFault::Shared { .. }
         | HostFault::Unfinished { .. } => false,
     }
 }

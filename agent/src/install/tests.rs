@@ -307,6 +307,36 @@ fn a_hidden_directory_that_others_may_write_is_not_used() {
 }
 
 #[test]
+fn a_database_directory_has_one_agent_whatever_its_state_directory() {
+    let host = Host::new();
+    let open = |state: &str| {
+        let state = host.state().join(state);
+        fs::create_dir_all(&state).unwrap();
+        let database = host.database();
+        let settings = Settings { database, state };
+        Installer::open(&settings, Nonce([3; 16]), host.clamd.clone())
+    };
+    let first = open("one").map_err(|fault| fault.to_string()).unwrap();
+    let fault = open("two").err().unwrap();
+    let text = fault.to_string();
+    assert!(matches!(fault, HostFault::Shared { .. }), "{text}");
+    let database = host.database();
+    assert!(text.contains(database.to_str().unwrap()), "{text}");
+    drop(first);
+    assert!(open("two").is_ok());
+}
+
+#[test]
+fn a_link_planted_as_the_lock_is_not_followed() {
+    let host = Host::new();
+    host.start();
+    symlink(host.state().join("elsewhere"), host.hidden("lock")).unwrap();
+    let disk = disk::HostDisk::open(&host.database(), &host.state()).unwrap();
+    assert!(disk.locked().is_err());
+    assert!(!host.state().join("elsewhere").exists());
+}
+
+#[test]
 fn a_missing_directory_is_named_with_the_command_that_makes_it() {
     let host = Host::new();
     let missing = host.database().join("none");
