@@ -233,9 +233,9 @@ impl Fleet {
         self.current.as_ref()
     }
 
-    /// Wants another generation from now on.
-    pub fn want(&mut self, manifest: Arc<Verified<Manifest>>) {
-        self.current = Some(manifest);
+    /// Wants another generation from now on, or none.
+    pub fn want(&mut self, manifest: Option<Arc<Verified<Manifest>>>) {
+        self.current = manifest;
     }
 
     /// The generation that was published last.
@@ -429,7 +429,7 @@ impl Fleet {
             return Standing::Behind;
         };
         let Some(wanted) = self.wanted(name) else {
-            return Standing::Conformant;
+            return Standing::Behind; // of what is published next
         };
         agent.standing(wanted, now, deadline)
     }

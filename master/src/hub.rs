@@ -98,6 +98,8 @@ pub enum Event {
     },
     /// A generation was published or vouched for anew.
     Current(Box<Current>),
+    /// What was current is not to be offered any more; the next publication is.
+    Withdrawn,
     /// An operator wants these agents at the current generation, whatever they say they have.
     Force {
         /// Which ones.
@@ -379,6 +381,10 @@ impl Running {
                 full,
                 reply,
             } => self.force(agents, full, reply, now).await,
+            Event::Withdrawn => {
+                self.task.current = None;
+                self.task.fleet.want(None);
+            }
             Event::Revoked(list) => self.revoked(list).await,
         }
         self.tick.send_modify(|tick| *tick += 1);
@@ -501,13 +507,13 @@ impl Running {
     /// A master that was restored from a backup learns from its agents what it has forgotten. Only
     /// a signature moves it.
     fn is_ahead(&self, installed: &Envelope) {
-        let ours = self
-            .task
-            .fleet
-            .current()
-            .map(|manifest| manifest.position());
+        let ours = self.task.fleet.current();
         if let Ok(manifest) = Manifest::verify(installed, &self.task.keys.manifest)
-            && Some(manifest.position()) > ours
+            // Of its number there may be another one here, which was made after the restoration.
+            && ours.is_none_or(|ours| {
+                manifest.position() >= ours.position()
+                    && manifest.payload_sha256() != ours.payload_sha256()
+            })
         {
             // Full: others wait that say the same, and the agents come again.
             let _ = self.task.ahead.try_send(installed.clone());
@@ -656,7 +662,7 @@ impl Running {
             .as_ref()
             .map(|old| old.manifest.payload_sha256())
             != Some(current.manifest.payload_sha256());
-        self.task.fleet.want(current.manifest.clone());
+        self.task.fleet.want(Some(current.manifest.clone()));
         self.task.current = Some(current.clone());
         let links: Vec<_> = self.links.keys().copied().collect();
         for id in links {

@@ -176,6 +176,9 @@ impl Pipeline {
                 publisher,
             }) => {
                 tracing::warn!(%position, "an agent has a newer generation than this master knows; going on above it");
+                // What was current is no longer to be offered: hosts that took it would refuse what
+                // follows, or were ahead of it already. If the hub has stopped, so has the daemon.
+                let _ = self.hub.tell(Event::Withdrawn).await;
                 self.note(
                     "restored",
                     "master",

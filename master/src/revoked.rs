@@ -142,7 +142,11 @@ pub fn objection(path: &Path, fleet: &FleetName, ca: &PublicKey) -> Option<Strin
         return None;
     }
     let error = read(path, fleet, ca).err()?;
-    Some(format!("{} does not count: {}", path.display(), crate::chain(&error)))
+    Some(format!(
+        "{} does not count: {}",
+        path.display(),
+        crate::chain(&error)
+    ))
 }
 
 fn stamp(path: &Path) -> Stamp {

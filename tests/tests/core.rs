@@ -322,7 +322,7 @@ fn an_agent_with_a_certificate_of_another_ca_is_kept_out() {
     stranger.configure(&port(&forger), &port(&fleet));
     stranger.start();
     until(PATIENCE, "the stranger says why", || {
-        { stranger.log().contains("not this fleet's master") }
+        stranger.log().contains("not this fleet's master")
     });
 
     // And one that believes the master but has a certificate of the other CA.

@@ -145,6 +145,43 @@ fn a_cut_connection_comes_back_by_itself_and_the_part_goes_on_where_it_was() {
 }
 
 #[test]
+fn the_database_directory_was_emptied_while_the_agent_was_down() {
+    let fleet = Fleet::new();
+    let (mut master, mut agent, _proxy) = slow_fleet(&fleet);
+    master.start();
+    agent.start();
+    master.wait_live("web1", 1);
+    assert!(agent.stop().success());
+    let database = agent.database();
+    fs::remove_dir_all(&database).unwrap();
+    fs::create_dir(&database).unwrap();
+    agent.start();
+    until(PATIENCE, "the set is back", || {
+        let names = agent.names();
+        if names == ["daily.cud"] {
+            Ok(())
+        } else {
+            Err(names)
+        }
+    });
+    assert_complete(&agent, &fleet);
+    until(PATIENCE, "it is live again", || {
+        let status = agent.json(&["status"]);
+        status.is_some_and(|status| status["live"] == true)
+    });
+    let outcome = |receipt: &serde_json::Value| receipt["outcome"] == "live";
+    until(PATIENCE, "the master heard of it", || {
+        master
+            .audit("receipt")
+            .iter()
+            .filter(|r| outcome(r))
+            .count()
+            == 2
+    });
+    assert_eq!(master.audit("published").len(), 1, "the same generation");
+}
+
+#[test]
 fn a_full_disk_on_the_agent_keeps_the_old_set_and_says_so() {
     require!(Root);
     let fleet = Fleet::new();
