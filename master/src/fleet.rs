@@ -26,7 +26,7 @@ use serde::{Deserialize, Serialize};
 const RECEIPTS_REMEMBERED: usize = wire::RECEIPTS_PENDING_MAX;
 
 /// Longest silence that an agent may announce: a splay over a working day.
-const SILENCE_MAX: SignedDuration = SignedDuration::from_hours(12);
+pub const SILENCE_MAX: SignedDuration = SignedDuration::from_hours(12);
 
 /// Names one connection for as long as the daemon runs.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
