@@ -464,15 +464,25 @@ impl Keeper {
         };
     }
 
+    /// What is installed, and what the last receipt said, as far as the disk bears it out. A set
+    /// with a missing file is not presented as installed, so that the master offers it again.
     fn hello(&self) -> Hello {
-        let installed = self.installer.installed();
+        let missing = self.installer.missing_file();
+        if let Some(path) = &missing {
+            tracing::warn!(
+                ?path,
+                "an installed database is gone; the master is asked for the set again"
+            );
+        }
+        let installed = self.installer.installed().filter(|_| missing.is_none());
         let last = self.receipts.last();
+        let outcome = last.map(|last| last.outcome);
         let hostname = nix::unistd::gethostname().ok();
         let hostname = hostname.map(|name| name.to_string_lossy().into_owned());
         Hello {
             agent_version: env!("CARGO_PKG_VERSION").to_owned(),
             clamd: self.prover.report(),
-            outcome: last.map(|last| last.outcome),
+            outcome: outcome.filter(|_| missing.is_none()),
             files: installed.as_ref().map_or_else(Vec::new, |i| i.set.files()),
             foreign: last.map_or_else(Vec::new, |last| last.foreign.clone()),
             installed: installed.map(|installed| installed.set.envelope),
@@ -997,7 +1007,7 @@ impl Keeper {
             files: manifest.map_or_else(Vec::new, |manifest| {
                 manifest.files.iter().map(|f| f.name.clone()).collect()
             }),
-            live: outcome == Some(Outcome::Live),
+            live: outcome == Some(Outcome::Live) && self.installer.missing_file().is_none(),
             outcome: last.map(|last| last.outcome).or(outcome),
             phase: if self.phase == Phase::Idle {
                 self.slot.phase()

@@ -137,6 +137,36 @@ async fn a_restarted_agent_knows_what_it_accepted_and_goes_on_numbering() {
 }
 
 #[tokio::test]
+async fn a_set_with_a_missing_file_is_not_said_to_be_installed_and_is_put_back() {
+    let lab = Lab::new();
+    let master = lab.master("bank");
+    let agent = lab.start(&master).await;
+    let files: [(&str, &[u8]); 2] = [("a.ndb", b"one"), ("b.ndb", b"two")];
+    let mut talk = master.greet().await;
+    talk.install(&lab, 1, &files).await;
+    talk.say(&ToAgent::ReceiptAck { seq: 1 }).await;
+    lab.until("it is forgotten", |status| status.receipts_pending == 0)
+        .await;
+    agent.stop().await;
+
+    fs::remove_file(lab.database().join("b.ndb")).unwrap();
+    let agent = lab.start(&master).await;
+    let mut talk = master.greet().await;
+    let hello = &talk.hello;
+    assert!(hello.installed.is_none() && hello.files.is_empty());
+    assert_eq!(hello.outcome, None);
+    let status: Status = lab.ask(&Request::Status).await.1;
+    assert!(!status.live);
+    talk.say(&ToAgent::Offer(lab.offer(1, &files))).await;
+    assert!(talk.need().await.is_empty(), "there is a copy on the host");
+    assert_eq!(talk.receipt(&lab).await.outcome, Outcome::Live);
+    assert_eq!(fs::read(lab.database().join("b.ndb")).unwrap(), b"two");
+    let status: Status = lab.ask(&Request::Status).await.1;
+    assert!(status.live);
+    agent.stop().await;
+}
+
+#[tokio::test]
 async fn what_is_not_signed_for_this_fleet_is_refused_with_the_reason() {
     let lab = Lab::new();
     let master = lab.master("bank");

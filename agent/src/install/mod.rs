@@ -2,7 +2,7 @@
 //!
 //! [`Installer`] drives it: `plan` stages what is here and says what is missing, `receive` takes
 //! the rest, `install` swaps, makes clamd prove it, and turns back where clamd refuses. What to do
-//! next is decided by [`machine`], which is pure; [`stage`] and [`swap`] act through
+//! next is decided by [`machine`], which is pure; `stage` and `swap` act through
 //! [`disk::Disk`]. A crash at any moment is ended by the next [`Installer::open`].
 
 use std::future::Future;
@@ -268,6 +268,24 @@ impl<P: Prove> Installer<P> {
     /// What is installed.
     pub fn installed(&self) -> Option<Installed> {
         lock(&self.shared.installed).clone()
+    }
+
+    /// A file of the installed generation whose name is gone from the database directory: then the
+    /// generation must not be taken for installed. Only names are looked at, and none in the middle
+    /// of an install, which takes some away itself. Blocking, for a moment.
+    pub fn missing_file(&self) -> Option<PathBuf> {
+        let between = match lock(&self.shared.machine).journal() {
+            Some(journal) => journal.step == Step::Waiting,
+            None => true,
+        };
+        let installed = self.installed().filter(|_| between)?;
+        let mut files = installed.set.manifest.files.iter();
+        let missing = files.find(|file| {
+            let at = At(Dir::Databases, file.name.as_str());
+            matches!(self.shared.tree.facts(at), Ok(None)) // what cannot be looked at may be there
+        })?;
+        let at = At(Dir::Databases, missing.name.as_str());
+        Some(self.shared.tree.path(at))
     }
 
     /// What is going on.
