@@ -421,7 +421,8 @@ impl Commands {
             });
             fields.insert("refused".to_owned(), refused);
         }
-        if let Some(alarm) = self.recorder.alarm() {
+        let trouble = self.pipeline.trouble();
+        if let Some(alarm) = self.recorder.alarm().or(trouble) {
             fields.insert("alarm".to_owned(), alarm.into());
         }
         // The whole fleet is one wave.

@@ -40,6 +40,8 @@ pub struct Pipeline {
     fresh: Duration,
     /// The last refusal that the audit log has, so that it has each once.
     told: Arc<Mutex<Option<String>>>,
+    /// Why the last publication failed through no fault of the mirror's.
+    trouble: Arc<std::sync::Mutex<Option<String>>>,
     stop: CancellationToken,
 }
 
@@ -59,6 +61,7 @@ impl Pipeline {
             recorder,
             fresh,
             told: Arc::new(Mutex::new(told)),
+            trouble: Arc::default(),
             stop,
         }
     }
@@ -75,6 +78,8 @@ impl Pipeline {
             publisher.publish(&request, &by, Timestamp::now(), &stop)
         });
         let published = publishing.await.expect("publishing does not panic");
+        *self.trouble.lock().expect("nothing panics with it") =
+            published.as_ref().err().map(|error| crate::chain(error));
         match &published {
             Ok(Published::New {
                 manifest,
@@ -119,6 +124,11 @@ impl Pipeline {
     /// Why the mirror's content is not published at the moment.
     pub fn refusal(&self) -> Option<Refusal> {
         self.publisher.refusal()
+    }
+
+    /// Why the last publication failed, if it did: a full disk, a load test that could not run.
+    pub fn trouble(&self) -> Option<String> {
+        self.trouble.lock().expect("nothing panics with it").clone()
     }
 
     /// Publishes whenever `wake` says so, adopts what a restored master has forgotten, and renews

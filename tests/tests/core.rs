@@ -271,8 +271,7 @@ fn an_agent_that_was_away_catches_up_and_a_restarted_master_goes_on_with_the_num
     master.wait_live("web1", 2);
     finds(3, b"sample", "Lab.A-3").write(&mirror);
     master.wait_live("web1", 3);
-    let receipts = master.audit("receipt");
-    assert_eq!(receipts.len(), 3, "one for each generation: {receipts:?}");
+    master.wait_audit("receipt", 3); // one for each generation
 }
 
 #[test]
@@ -403,7 +402,7 @@ fn a_truncated_or_foreign_file_in_the_mirror_is_refused_and_the_last_generation_
     fs::write(mirror.join("main.cvd"), b"<html>not found</html>").unwrap();
     assert_eq!(refused()["generation"], 1);
     assert_eq!(agent.names(), ["daily.cud"]);
-    assert_eq!(master.audit("refused").len(), 2);
+    master.wait_audit("refused", 2);
 }
 
 #[test]

@@ -358,6 +358,19 @@ impl Master {
         });
     }
 
+    /// Waits until the audit log has so many records of one event. A record follows what it is about.
+    #[track_caller]
+    pub fn wait_audit(&self, event: &str, count: usize) -> Vec<Value> {
+        until(PATIENCE, &format!("{count} records of {event}"), || {
+            let records = self.audit(event);
+            if records.len() == count {
+                Ok(records)
+            } else {
+                Err(records)
+            }
+        })
+    }
+
     /// The audit log's records of one event.
     pub fn audit(&self, event: &str) -> Vec<Value> {
         let output = self.command(&["audit", "show", "--event", event, "--json"]);
