@@ -195,6 +195,24 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_mirror_that_becomes_a_symlink_is_followed() {
+        let mut mirror = Watched::start("mirror", |root| {
+            fs::create_dir(root.join("mirror")).unwrap();
+            fs::write(root.join("mirror/daily.cld"), "1").unwrap();
+            fs::create_dir(root.join("next")).unwrap();
+            fs::write(root.join("next/daily.cld"), "22").unwrap();
+        });
+        mirror.due().await;
+        fs::rename(mirror.path("mirror"), mirror.path("first")).unwrap();
+        symlink("first", mirror.path("mirror")).unwrap();
+        fs::write(mirror.path("first/main.cld"), "1").unwrap();
+        mirror.due().await;
+        symlink("next", mirror.path("new")).unwrap();
+        fs::rename(mirror.path("new"), mirror.path("mirror")).unwrap();
+        mirror.due().await;
+    }
+
+    #[tokio::test]
     async fn a_missing_mirror_is_told_and_found_when_it_comes() {
         let mut mirror = Watched::start("mirror", |_| {});
         mirror.due().await;

@@ -57,7 +57,10 @@ impl Watch {
     pub(super) fn follow(&mut self, listing: &Listing) -> bool {
         if let Some(watching) = &self.watching {
             let broken = watching.broken.load(Ordering::Relaxed);
-            if !broken && watching.identity == listing.identity {
+            // The same directory may stand behind a symlink now, whose swapping must be seen.
+            let is_same = watching.identity == listing.identity
+                && watching.is_direct == self.is_direct(listing);
+            if !broken && is_same {
                 return false;
             }
         }
@@ -76,6 +79,11 @@ impl Watch {
                 false
             }
         }
+    }
+
+    /// Whether no symlink leads to what was listed.
+    fn is_direct(&self, listing: &Listing) -> bool {
+        std::path::absolute(&self.path).is_ok_and(|path| path == listing.directory)
     }
 
     /// Where `path` is a symlink, its own directory is watched too, since swapping the link
@@ -104,7 +112,7 @@ impl Watch {
         }
         Ok(Watching {
             identity: listing.identity,
-            is_direct: std::path::absolute(&self.path)? == listing.directory,
+            is_direct: self.is_direct(listing),
             broken,
             _watcher: watcher,
         })
