@@ -17,7 +17,7 @@ use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::fleet::Row;
+use crate::fleet::{AWAY, Row};
 use crate::force::{News, Selection, Work};
 use crate::hub::{Event, Hub, Stopping, View};
 use crate::pipeline::Pipeline;
@@ -434,10 +434,16 @@ impl Commands {
         let rollout = json!({ "state": state, "wave": 1, "waves": 1 });
         fields.insert("rollout".to_owned(), rollout);
         fields.insert("agents".to_owned(), json!(view.counts));
-        let lagging = view.rows.iter().filter(|row| !row.conformant).map(|row| {
+        // A host that is away is not at fault and yet a question of the morning.
+        let lagging = view
+            .rows
+            .iter()
+            .filter(|row| !row.conformant || !row.connected);
+        let lagging = lagging.map(|row| {
+            let away = (!row.connected).then(|| AWAY.to_owned());
             json!({
                 "name": row.name, "connected": row.connected, "outcome": row.outcome,
-                "since": row.since, "error": row.error,
+                "since": row.since, "error": row.error.clone().or(away),
             })
         });
         fields.insert("lagging".to_owned(), lagging.collect());

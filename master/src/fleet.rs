@@ -25,6 +25,9 @@ use serde::{Deserialize, Serialize};
 /// Receipts remembered by digest, so that one that is sent again is not taken for a new one.
 const RECEIPTS_REMEMBERED: usize = wire::RECEIPTS_PENDING_MAX;
 
+/// Why a host that is not connected is not where it should be.
+pub const AWAY: &str = "not connected; it catches up when it comes back";
+
 /// Longest silence that an agent may announce: a splay over a working day.
 pub const SILENCE_MAX: SignedDuration = SignedDuration::from_hours(12);
 
@@ -584,7 +587,7 @@ impl Agent {
             return Some(format!("{}: {}", failed.position, failed.error));
         }
         if link.is_none() {
-            return Some("not connected; it catches up when it comes back".to_owned());
+            return Some(AWAY.to_owned());
         }
         let installed = self.record.installed.as_ref()?;
         let clamd = &self.record.clamd;

@@ -26,7 +26,8 @@ use jiff::Timestamp;
 /// `serve` is the daemon. The other commands talk to it through its admin socket, which root and
 /// the members of its admin_group may use; `check-config` and `audit verify` read files alone.
 ///
-/// Exit codes: 0 done; 1 something does not conform; 2 wrong usage or configuration; 3 the daemon
+/// Exit codes: 0 done (status, agents and generations: whenever they could answer); 1 something does
+/// not conform (publish --wait, force-sync, audit verify); 2 wrong usage or configuration; 3 the daemon
 /// cannot be reached; 4 refused; 5 failed.
 #[derive(Parser)]
 #[command(version, max_term_width = 100)]
@@ -123,7 +124,7 @@ struct ForceSync {
     /// Send whole files, no deltas
     #[arg(long)]
     full: bool,
-    /// Only if this is the generation that is current
+    /// Only if this number is the current generation's; needs --accept, and never goes with --all
     #[arg(long, value_name = "N", conflicts_with = "all", requires = "accept")]
     generation: Option<u64>,
     /// Why, for the audit log
@@ -230,8 +231,12 @@ fn run(cli: Cli) -> Result<(), Exit> {
             show::end(ask(socket, &Request::Status)?, json, show::status)
         }
         Command::Status { watch: true, json } => loop {
-            let finish = ask(socket, &Request::Status)?;
-            show::again(finish, json)?;
+            // A daemon that is restarted comes back; whoever watches waits for it.
+            match ask(socket, &Request::Status) {
+                Ok(finish) => show::again(finish, json)?,
+                Err(exit) if exit.code == exit::UNREACHABLE => show::unreachable(&exit),
+                Err(exit) => return Err(exit),
+            }
             std::thread::sleep(WATCH);
         },
         Command::Agents { json } => show::end(ask(socket, &Request::Agents)?, json, show::agents),

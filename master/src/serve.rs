@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clamcast_daemon::admin::{AdminError, Listener};
 use clamcast_daemon::audit::{self, AuditError, Draft};
@@ -16,6 +16,7 @@ use clamcast_proto::dsse::{Envelope, PublicKey, Verified};
 use clamcast_proto::keys::{KeySet, KeySetError};
 use ed25519_dalek::SigningKey;
 use ed25519_dalek::pkcs8::DecodePrivateKey as _;
+use quinn::{Endpoint, ServerConfig};
 use serde_json::json;
 use tokio::sync::{Notify, mpsc};
 use tokio::task::{JoinHandle, JoinSet};
@@ -42,6 +43,9 @@ const REVOKED_LOOK: Duration = Duration::from_secs(1);
 
 /// How long a stopping daemon waits for a disk that refuses the audit log.
 const DISK_PATIENCE: Duration = Duration::from_secs(5);
+
+/// How long a port that is in use is waited for.
+const PORT_PATIENCE: Duration = Duration::from_secs(3);
 
 /// Manifests of agents that are ahead of this master and wait to be looked at.
 const FORGOTTEN_MAX: usize = 16;
@@ -297,7 +301,7 @@ impl Master {
             let _ = hub.tell(Event::Revoked(list.clone())).await;
         }
 
-        let endpoint = endpoint::bind(config.listen.quic, server, &config.state)?;
+        let endpoint = bind(&config, server).await?;
         let address = endpoint
             .local_addr()
             .map_err(|source| EndpointError::Bind {
@@ -442,6 +446,21 @@ impl Master {
             },
             () = self.recorder.ended() => "the recorder ended".to_owned(),
             () = self.hub.ended() => "the hub ended".to_owned(),
+        }
+    }
+}
+
+/// Opens the endpoint. After a reload the port may still be the last endpoint's for a moment.
+async fn bind(config: &Config, server: ServerConfig) -> Result<Endpoint, EndpointError> {
+    let deadline = Instant::now() + PORT_PATIENCE;
+    loop {
+        match endpoint::bind(config.listen.quic, server.clone(), &config.state) {
+            Err(EndpointError::Bind { source, .. })
+                if source.kind() == io::ErrorKind::AddrInUse && Instant::now() < deadline =>
+            {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+            bound => return bound,
         }
     }
 }

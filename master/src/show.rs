@@ -105,7 +105,7 @@ pub(crate) fn status(result: &Value) {
         return;
     }
     say!("");
-    let mut table = Table::new(["NOT CONFORMANT", "LINK", "OUTCOME", "SINCE", "WHY"]);
+    let mut table = Table::new(["NOT CONFORMANT OR AWAY", "LINK", "OUTCOME", "SINCE", "WHY"]);
     for row in lagging.iter().take(NAMED_MAX) {
         table.row([
             text(&row["name"]),
@@ -139,6 +139,14 @@ pub(crate) fn again(finish: Finish, json: bool) -> Result<(), Exit> {
         say!("");
     }
     Ok(())
+}
+
+/// Says that `status --watch` waits for the daemon.
+pub(crate) fn unreachable(exit: &Exit) {
+    if let Some(error) = &exit.error {
+        let now = Timestamp::now();
+        eprintln!("{now:.0} {error:#}");
+    }
 }
 
 /// How old the signatures are, with the auditors' limits.
@@ -244,7 +252,7 @@ pub(crate) fn records(records: Value, json: bool) {
         };
         let outcome = or_dash(text(&record["outcome"]));
         let line = format!(
-            "{:>6} {} {:<12} {:<20} {:<20} {:<8} {:<10} {}",
+            "{:>6} {} {:<15} {:<18} {:<18} {:<6} {:<9} {}",
             text(&record["seq"]),
             time(&record["time"]),
             text(&record["event"]),

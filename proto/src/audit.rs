@@ -123,6 +123,11 @@ impl Filter {
             [&record.actor, &record.subject]
                 .iter()
                 .any(|who| who.strip_prefix("agent:").unwrap_or(who) == agent)
+                // What was ordered for several names them in its detail.
+                || ["agents", "failed"].iter().any(|list| {
+                    let names = record.detail[list].as_array();
+                    names.is_some_and(|names| names.iter().any(|name| name == agent.as_str()))
+                })
         };
         let by_operator = |operator: &String| {
             let who = record.actor.strip_prefix("operator:");

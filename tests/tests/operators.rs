@@ -220,6 +220,10 @@ fn status_names_who_is_not_conformant_and_the_age_of_the_signatures() {
     // The lab's databases were built in 2023.
     assert!(shown.contains("older than the 7 days"), "{shown}");
     assert!(!shown.contains('\x1b'), "no colour into a pipe: {shown}");
+    assert!(
+        shown.contains("web2") && shown.contains("not connected"),
+        "{shown}"
+    );
     let status = master.json(&["status"]).unwrap();
     assert_eq!(status["agents"]["connected"], 1, "{status}");
     assert_eq!(status["signatures"]["alarm"], "7d", "{status}");
@@ -261,7 +265,13 @@ fn audit_show_follows_and_filters() {
         text(&output.stdout).lines().count()
     };
     assert_eq!(show(&["--since", "2999-01-01T00:00:00Z"]), 0);
-    assert!(show(&["--agent", "web1"]) >= 3);
+    let before = show(&["--agent", "web1"]);
+    assert!(before >= 3);
+    exits(&master.command(&["force-sync", "web1"]), 0, "live");
+    assert!(
+        show(&["--agent", "web1", "--event", "force-sync"]) == 1,
+        "who ordered it"
+    );
     assert_eq!(show(&["--operator", "nobody"]), 0);
 }
 
