@@ -7,7 +7,6 @@ use clamcast_daemon::admin::{AdminError, Finish, Listener, Session};
 use clamcast_daemon::exit;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Mutex, mpsc, oneshot};
-use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::chain;
@@ -47,29 +46,11 @@ pub struct Commands {
 /// Serves operators until `stop` fires.
 pub async fn serve(mut listener: Listener, commands: Commands, stop: CancellationToken) {
     let commands = std::sync::Arc::new(commands);
-    let mut sessions = JoinSet::new();
-    loop {
-        let session = tokio::select! {
-            biased;
-            () = stop.cancelled() => break,
-            Some(_) = sessions.join_next() => continue,
-            session = listener.accept(), if sessions.len() < SESSIONS_MAX => session,
-        };
-        match session {
-            Ok(session) => {
-                let commands = commands.clone();
-                sessions.spawn(async move {
-                    if let Err(error) = commands.answer(session).await {
-                        tracing::debug!(error = chain(&error), "a command got no answer");
-                    }
-                });
-            }
-            Err(error) => {
-                tracing::error!(%error, "cannot accept a command");
-                tokio::time::sleep(Duration::from_millis(100)).await; // out of descriptors, say
-            }
-        }
-    }
+    let answer = |session| {
+        let commands = commands.clone();
+        async move { commands.answer(session).await }
+    };
+    let mut sessions = listener.serve(SESSIONS_MAX, stop, answer).await;
     sessions.shutdown().await;
 }
 

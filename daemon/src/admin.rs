@@ -25,10 +25,11 @@ use serde_json::Value;
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::unix::UCred;
 use tokio::net::{UnixListener, UnixStream};
-use tokio::task::{JoinHandle, spawn_blocking};
+use tokio::task::{JoinHandle, JoinSet, spawn_blocking};
 use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
 
-use crate::{durable, exit};
+use crate::{chain, durable, exit};
 
 /// Longest request in bytes, newline included: a `force-sync` that names hundreds of agents fits.
 pub const REQUEST_BYTES_MAX: u64 = 64 << 10;
@@ -170,6 +171,42 @@ impl Listener {
             admins,
             arriving: None,
         })
+    }
+
+    /// Has `answer` answer commands until `stop` fires, at most `sessions_max` at a time. Returns the
+    /// sessions that are still being answered: the caller waits for them or ends them.
+    pub async fn serve<F>(
+        &mut self,
+        sessions_max: usize,
+        stop: CancellationToken,
+        answer: impl Fn(Session) -> F,
+    ) -> JoinSet<()>
+    where
+        F: Future<Output = Result<(), AdminError>> + Send + 'static,
+    {
+        let mut sessions = JoinSet::new();
+        loop {
+            let session = tokio::select! {
+                biased;
+                () = stop.cancelled() => return sessions,
+                Some(_) = sessions.join_next() => continue,
+                session = self.accept(), if sessions.len() < sessions_max => session,
+            };
+            match session {
+                Ok(session) => {
+                    let answer = answer(session);
+                    sessions.spawn(async move {
+                        if let Err(error) = answer.await {
+                            tracing::debug!(error = chain(&error), "a command got no answer");
+                        }
+                    });
+                }
+                Err(error) => {
+                    tracing::error!(%error, "cannot accept a command");
+                    tokio::time::sleep(Duration::from_millis(100)).await; // out of descriptors, say
+                }
+            }
+        }
     }
 
     /// The next command. Can be cancelled without losing one.

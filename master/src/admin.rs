@@ -14,7 +14,6 @@ use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::sync::oneshot;
-use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::fleet::{AWAY, Row};
@@ -111,31 +110,13 @@ pub struct Commands {
     pub certificate_ends: Timestamp,
 }
 
-/// Serves operators until `stop` fires.
+/// Serves operators until `stop` fires, and lets the sessions that saw it end.
 pub async fn serve(mut listener: Listener, commands: Commands, stop: CancellationToken) {
-    let mut sessions = JoinSet::new();
-    loop {
-        let session = tokio::select! {
-            biased;
-            () = stop.cancelled() => break,
-            Some(_) = sessions.join_next() => continue,
-            session = listener.accept(), if sessions.len() < SESSIONS_MAX => session,
-        };
-        match session {
-            Ok(session) => {
-                let (commands, stop) = (commands.clone(), stop.clone());
-                sessions.spawn(async move {
-                    if let Err(error) = commands.answer(session, stop).await {
-                        tracing::debug!(error = crate::chain(&error), "a command got no answer");
-                    }
-                });
-            }
-            Err(error) => {
-                tracing::error!(%error, "cannot accept a command");
-                tokio::time::sleep(Duration::from_millis(100)).await; // out of descriptors, say
-            }
-        }
-    }
+    let answer = |session| {
+        let (commands, stop) = (commands.clone(), stop.clone());
+        async move { commands.answer(session, stop).await }
+    };
+    let mut sessions = listener.serve(SESSIONS_MAX, stop.clone(), answer).await;
     while sessions.join_next().await.is_some() {}
 }
 

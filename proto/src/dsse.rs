@@ -279,14 +279,7 @@ impl Envelope {
                 expected: T::TYPE,
             });
         }
-        if self.payload.len() > T::BYTES_MAX {
-            let (bytes, limit) = (self.payload.len(), T::BYTES_MAX);
-            return Err(EnvelopeError::TooLarge {
-                kind: T::TYPE,
-                bytes,
-                limit,
-            });
-        }
+        self.check_size::<T>()?;
         if self.signatures.len() > SIGNATURES_MAX {
             return Err(EnvelopeError::TooManySignatures {
                 found: self.signatures.len(),
@@ -321,13 +314,8 @@ impl Envelope {
                 signers,
             });
         };
-        let value =
-            serde_json::from_slice(&self.payload).map_err(|source| EnvelopeError::Malformed {
-                kind: T::TYPE,
-                source,
-            })?;
         Ok(Verified {
-            value,
+            value: self.parse()?,
             envelope: self.clone(),
             payload_sha256: Digest::of(&self.payload),
             signer,
@@ -336,14 +324,23 @@ impl Envelope {
 
     /// Parses the payload *without* checking who signed it: only to find the key that must have.
     pub(crate) fn peek<T: Statement>(&self) -> Result<T, EnvelopeError> {
-        if self.payload.len() > T::BYTES_MAX {
-            let (bytes, limit) = (self.payload.len(), T::BYTES_MAX);
+        self.check_size::<T>()?;
+        self.parse()
+    }
+
+    fn check_size<T: Statement>(&self) -> Result<(), EnvelopeError> {
+        let (bytes, limit) = (self.payload.len(), T::BYTES_MAX);
+        if bytes > limit {
             return Err(EnvelopeError::TooLarge {
                 kind: T::TYPE,
                 bytes,
                 limit,
             });
         }
+        Ok(())
+    }
+
+    fn parse<T: Statement>(&self) -> Result<T, EnvelopeError> {
         serde_json::from_slice(&self.payload).map_err(|source| EnvelopeError::Malformed {
             kind: T::TYPE,
             source,

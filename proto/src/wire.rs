@@ -37,9 +37,6 @@ pub const FRAME_BYTES_MAX: usize = 1 << 20;
 /// Longest `Part` frame in bytes: names and digests of one file.
 pub const PART_BYTES_MAX: usize = 4 << 10;
 
-/// Missing byte ranges that one `Need` may list for a file.
-pub const RANGES_MAX: usize = 16 << 10;
-
 /// What the master says.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(tag = "type")]

@@ -125,7 +125,7 @@ fn a_lossy_and_slow_path_only_takes_longer() {
 }
 
 #[test]
-fn a_cut_connection_comes_back_by_itself_and_the_part_goes_on_where_it_was() {
+fn a_part_goes_on_where_it_was_when_the_master_was_killed() {
     let fleet = Fleet::new();
     let (mut master, mut agent, proxy) = slow_fleet(&fleet);
     proxy.set(Link {
