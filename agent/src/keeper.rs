@@ -921,6 +921,7 @@ impl Keeper {
             outcome: completed.outcome,
             files: completed.files.clone(),
             foreign: completed.foreign.clone(),
+            drift: Vec::new(),
             clamd: completed.clamd.clone(),
             error,
             took: took.max(0.0), // the clock may have been set back

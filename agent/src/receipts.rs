@@ -189,6 +189,7 @@ mod tests {
             outcome: Outcome::Live,
             files: Vec::new(),
             foreign: Vec::new(),
+            drift: Vec::new(),
             clamd: ClamdReport::default(),
             error: None,
             took: 1.5,

@@ -14,7 +14,8 @@ use clamcast_proto::identity::Serial;
 use clamcast_proto::manifest::Manifest;
 use clamcast_proto::names::DATABASE_NAME_BYTES_MAX;
 use clamcast_proto::receipt::{
-    ClamdReport, ClamdState, ERROR_BYTES_MAX, FOREIGN_MAX, FileState, Outcome, Proof, Receipt,
+    ClamdReport, ClamdState, DRIFT_MAX, Drift, ERROR_BYTES_MAX, FOREIGN_MAX, FileState, Outcome,
+    Proof, Receipt,
 };
 use clamcast_proto::revocation::RevocationList;
 use clamcast_proto::wire::{self, OfferId, Phase};
@@ -73,6 +74,9 @@ pub struct Record {
     /// Databases of others beside ours.
     #[serde(default)]
     pub foreign: Vec<String>,
+    /// Files that its last receipt says were found changed, and whether they are mended.
+    #[serde(default)]
+    pub drift: Vec<Drift>,
     /// Digests of its last receipts.
     #[serde(default)]
     receipts: VecDeque<Digest>,
@@ -193,6 +197,8 @@ pub struct Row {
     pub clamd: ClamdReport,
     /// Databases of others beside ours.
     pub foreign: Vec<String>,
+    /// Files that its last receipt says were found changed, and whether they are mended.
+    pub drift: Vec<Drift>,
     /// Where it connects from.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub address: Option<SocketAddr>,
@@ -262,6 +268,7 @@ impl Fleet {
                 failed: None,
                 clamd: ClamdReport::default(),
                 foreign: Vec::new(),
+                drift: Vec::new(),
                 receipts: VecDeque::new(),
             },
             link: None,
@@ -370,6 +377,7 @@ impl Fleet {
         }
         record.clamd = bounded(receipt.clamd.clone());
         record.foreign = bounded_list(receipt.foreign.clone());
+        record.drift = receipt.drift.iter().take(DRIFT_MAX).cloned().collect();
         let (position, manifest_sha256) = (receipt.position(), receipt.manifest_sha256);
         match receipt.outcome {
             Outcome::Live | Outcome::Installed => {
@@ -500,6 +508,7 @@ impl Fleet {
                 since: times.into_iter().flatten().max().unwrap_or(record.seen),
                 clamd: record.clamd.clone(),
                 foreign: record.foreign.clone(),
+                drift: record.drift.clone(),
                 address: agent.link.as_ref().map(|link| link.address),
                 certificate_ends: record.certificate_ends,
                 offered: offer.map(|offer| offer.id),
@@ -694,6 +703,7 @@ mod tests {
             outcome,
             files: files.collect(),
             foreign: vec![],
+            drift: vec![],
             clamd: ClamdReport {
                 proof: Proof::Canary,
                 ..ClamdReport::default()

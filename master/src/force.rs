@@ -279,6 +279,7 @@ mod tests {
                 since: Timestamp::UNIX_EPOCH,
                 clamd: ClamdReport::default(),
                 foreign: vec![],
+                drift: vec![],
                 address: None,
                 certificate_ends: Timestamp::UNIX_EPOCH,
                 offered: number(),

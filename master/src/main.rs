@@ -177,7 +177,7 @@ enum Audit {
 #[derive(Args)]
 struct Filter {
     /// Only from this time on: 2026-11-22T08:00:00Z, or a duration like 24h
-    #[arg(long, value_name = "TIME", value_parser = show::since)]
+    #[arg(long, value_name = "TIME", value_parser = show::audit::since)]
     since: Option<Timestamp>,
     /// Only what an agent did or what was done to it
     #[arg(long, value_name = "NAME")]
@@ -262,7 +262,9 @@ fn run(cli: Cli) -> Result<(), Exit> {
                 operator,
             };
             let request = Request::AuditShow { filter, follow };
-            let finish = call(socket, &request, |records| show::records(records, json))?;
+            let finish = call(socket, &request, |records| {
+                show::audit::records(records, json)
+            })?;
             show::end(finish, false, |_| {})
         }
         Command::Audit(Audit::Verify {
@@ -289,7 +291,7 @@ fn force_sync(socket: &Path, args: ForceSync) -> Result<(), Exit> {
         wait: !args.no_wait,
         timeout: args.timeout.as_secs().max(1),
     };
-    let hosts = show::Hosts::new(json);
+    let hosts = show::force::Hosts::new(json);
     let finish = call(socket, &request, |news| hosts.show(&news))?;
     hosts.clear();
     // With --json the table was printed line by line.
@@ -304,9 +306,9 @@ fn force_sync(socket: &Path, args: ForceSync) -> Result<(), Exit> {
         result
     };
     let table = if args.no_wait {
-        show::ordered
+        show::force::ordered
     } else {
-        show::synced
+        show::force::synced
     };
     show::end(
         Finish {
@@ -395,5 +397,5 @@ fn verify(
     let keys = serve::load_keys(&keys).or_exit(exit::USAGE)?;
     let origin = serve::audit_origin(&keys.fleet);
     let verification = audit::verify(&state.join("audit"), &keys.audit, Some(&origin))?;
-    show::verification(&verification, json)
+    show::audit::verification(&verification, json)
 }

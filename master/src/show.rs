@@ -1,29 +1,17 @@
 //! What the commands print: results on stdout, talk on stderr.
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
 
 use clamcast_daemon::admin::Finish;
-use clamcast_daemon::audit::Verification;
 use clamcast_daemon::exit::{self, Exit};
 use clamcast_daemon::say;
-use clamcast_daemon::table::{Table, printable};
-use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
-use jiff::{SignedDuration, Timestamp};
+use clamcast_daemon::table::Table;
+use indicatif::{ProgressBar, ProgressStyle};
+use jiff::Timestamp;
 use serde_json::Value;
 
-/// Reads `--since`: a point in time, or how long ago.
-pub(crate) fn since(text: &str) -> Result<Timestamp, String> {
-    if let Ok(time) = text.parse() {
-        return Ok(time);
-    }
-    let ago = humantime::parse_duration(text)
-        .map_err(|_| "expected a time like 2026-11-22T08:00:00Z or a duration like 24h")?;
-    let ago = SignedDuration::try_from(ago).map_err(|error| error.to_string())?;
-    Timestamp::now()
-        .checked_sub(ago)
-        .map_err(|error| error.to_string())
-}
+pub(crate) mod audit;
+pub(crate) mod force;
 
 /// Ends a command: the result as JSON or by `text`, the message on stderr, the exit code.
 pub(crate) fn end(finish: Finish, json: bool, text: impl Fn(&Value)) -> Result<(), Exit> {
@@ -238,74 +226,6 @@ pub(crate) fn generations(result: &Value) {
     say!("{table}");
 }
 
-/// Prints a piece of the audit log.
-pub(crate) fn records(records: Value, json: bool) {
-    for record in records.as_array().into_iter().flatten() {
-        if json {
-            say!("{record}");
-            continue;
-        }
-        let at = if record["generation"].is_null() {
-            "-".to_owned()
-        } else {
-            position(record)
-        };
-        let outcome = or_dash(text(&record["outcome"]));
-        let line = format!(
-            "{:>6} {} {:<15} {:<18} {:<18} {:<6} {:<9} {}",
-            text(&record["seq"]),
-            time(&record["time"]),
-            text(&record["event"]),
-            text(&record["actor"]),
-            text(&record["subject"]),
-            at,
-            outcome,
-            detail(&record["detail"]),
-        );
-        say!("{}", printable(&line));
-    }
-}
-
-/// The details that a person can read; a receipt's envelope is for machines (`--json`).
-fn detail(detail: &Value) -> String {
-    let fields = detail.as_object().into_iter().flatten();
-    let readable = fields.filter(|(_, value)| !value.is_object() && !value.is_null());
-    let pairs = readable.map(|(key, value)| match value.as_array() {
-        Some(list) => format!(
-            "{key}={}",
-            list.iter().map(text).collect::<Vec<_>>().join(",")
-        ),
-        None => format!("{key}={}", text(value)),
-    });
-    pairs.collect::<Vec<_>>().join(" ")
-}
-
-/// Prints what `audit verify` found; exit 1 if anything is wrong.
-pub(crate) fn verification(verification: &Verification, json: bool) -> Result<(), Exit> {
-    if json {
-        say!("{:#}", verification.to_json());
-    }
-    match &verification.first_bad {
-        None => {
-            if !json {
-                say!(
-                    "good: {} records, signed head and all",
-                    verification.records
-                );
-            }
-            Ok(())
-        }
-        Some(_) if json => Err(Exit::quietly(exit::NOT_CONFORMANT)),
-        Some(bad) => {
-            let bad = anyhow::anyhow!("line {}: {}", bad.line, bad.fault);
-            Err(Exit::new(
-                exit::NOT_CONFORMANT,
-                bad.context("the audit log is not what was signed"),
-            ))
-        }
-    }
-}
-
 /// A line on the terminal for as long as a command waits.
 pub(crate) struct Progress(RefCell<Option<ProgressBar>>);
 
@@ -336,87 +256,6 @@ impl Progress {
         if let Some(bar) = self.0.take() {
             bar.finish_and_clear();
         }
-    }
-}
-
-/// What became of each agent of a `force-sync`.
-pub(crate) fn synced(result: &Value) {
-    let mut table = Table::new(["NAME", "OUTCOME", "GENERATION", "CONFORMANT", "ERROR"]);
-    for end in result["agents"].as_array().into_iter().flatten() {
-        table.row([
-            text(&end["agent"]),
-            text(&end["outcome"]),
-            or_dash(text(&end["generation"])),
-            if end["conformant"] == true {
-                "yes"
-            } else {
-                "no"
-            }
-            .to_owned(),
-            or_dash(text(&end["error"])),
-        ]);
-    }
-    say!("{table}");
-}
-
-/// What `force-sync --no-wait` can say.
-pub(crate) fn ordered(result: &Value) {
-    say!("ordered; `agents` and `audit show --event force-sync-end` tell the rest");
-    if result["agents"]
-        .as_array()
-        .is_some_and(|offline| !offline.is_empty())
-    {
-        synced(result); // those that are not connected
-    }
-}
-
-/// Lines on the terminal for as long as `force-sync` waits: one for each agent that is at it, and
-/// above them those that are done.
-pub(crate) struct Hosts {
-    json: bool,
-    lines: MultiProgress,
-    bars: RefCell<BTreeMap<String, ProgressBar>>,
-}
-
-/// Agents with a line of their own at a time; a terminal has few more lines.
-const LINES_MAX: usize = 16;
-
-impl Hosts {
-    pub(crate) fn new(json: bool) -> Self {
-        let lines = MultiProgress::new(); // draws on a terminal only
-        let bars = RefCell::default();
-        Self { json, lines, bars }
-    }
-
-    pub(crate) fn show(&self, news: &Value) {
-        if self.json {
-            say!("{news}");
-            return;
-        }
-        let agent = text(&news["agent"]);
-        let mut bars = self.bars.borrow_mut();
-        if let Some(phase) = news.get("phase") {
-            if bars.len() < LINES_MAX && !bars.contains_key(&agent) {
-                let style = ProgressStyle::with_template("{spinner} {msg}").expect("a template");
-                let bar = self.lines.add(ProgressBar::new_spinner().with_style(style));
-                bar.enable_steady_tick(std::time::Duration::from_millis(200));
-                bars.insert(agent.clone(), bar);
-            }
-            if let Some(bar) = bars.get(&agent) {
-                bar.set_message(printable(&format!("{agent}  {}", text(phase))));
-            }
-            return;
-        }
-        if let Some(bar) = bars.remove(&agent) {
-            bar.finish_and_clear();
-        }
-        // Fails only if the terminal is gone; without one it prints nothing.
-        let line = format!("{agent}  {}", text(&news["outcome"]));
-        let _ = self.lines.println(printable(&line));
-    }
-
-    pub(crate) fn clear(&self) {
-        let _ = self.lines.clear(); // fails only if the terminal is gone
     }
 }
 

@@ -13,6 +13,9 @@ pub const ERROR_BYTES_MAX: usize = 4 << 10;
 /// Files of others that a receipt lists. More are only counted.
 pub const FOREIGN_MAX: usize = 100;
 
+/// Drifted files that a receipt lists. More are found again by the next look.
+pub const DRIFT_MAX: usize = 100;
+
 /// What came of a generation on a host. Signed with the key of the agent's certificate.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 pub struct Receipt {
@@ -36,6 +39,10 @@ pub struct Receipt {
     pub files: Vec<FileState>,
     /// Databases in the directory that are not clamcast's, at most [`FOREIGN_MAX`].
     pub foreign: Vec<String>,
+    /// Files of the installed generation that were found other than published since the last
+    /// receipt, at most [`DRIFT_MAX`]. An agent that does not look for drift leaves it out.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub drift: Vec<Drift>,
     /// The clamd that it was proven with.
     pub clamd: ClamdReport,
     /// Why it is not live, in words.
@@ -57,7 +64,9 @@ impl Receipt {
     pub fn is_bounded(&self) -> bool {
         let texts = [&self.error, &self.clamd.version, &self.clamd.note];
         let mut texts = texts.into_iter().flatten();
-        self.foreign.len() <= FOREIGN_MAX && texts.all(|text| text.len() <= ERROR_BYTES_MAX)
+        self.foreign.len() <= FOREIGN_MAX
+            && self.drift.len() <= DRIFT_MAX
+            && texts.all(|text| text.len() <= ERROR_BYTES_MAX)
     }
 
     /// The generation it is about.
@@ -110,6 +119,29 @@ pub struct FileState {
     pub size: u64,
     /// SHA-256 of what is there.
     pub sha256: Digest,
+}
+
+/// A file of the installed generation that somebody or something has changed.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Drift {
+    /// Its name.
+    pub name: DatabaseName,
+    /// What was found under it.
+    pub found: Found,
+    /// Whether the published bytes are back.
+    pub mended: bool,
+}
+
+/// What was found in the place of a published file.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Found {
+    /// Nothing.
+    Missing,
+    /// Other bytes, or something that is not a file.
+    Changed,
+    /// It cannot be read.
+    Unreadable,
 }
 
 /// What an agent knows of its clamd.
