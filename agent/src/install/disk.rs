@@ -149,7 +149,7 @@ pub trait Disk: Send + Sync + 'static {
 #[derive(Debug, thiserror::Error)]
 pub enum HostFault {
     /// A call failed.
-    #[error("cannot {doing} {path}")]
+    #[error("cannot {doing} {path}{}", advice(source))]
     Io {
         /// What was tried.
         doing: &'static str,
@@ -225,6 +225,20 @@ pub enum HostFault {
         /// What stands in the way.
         reason: String,
     },
+}
+
+/// What to do about an error of the system, where its own text does not say.
+fn advice(source: &io::Error) -> &'static str {
+    match source.raw_os_error() {
+        Some(libc_errno::ENOSPC) => "; make room on that file system",
+        Some(libc_errno::EDQUOT) => "; make room there, or raise the quota of the agent's user",
+        Some(libc_errno::EROFS) => "; make that file system writable again",
+        Some(libc_errno::EACCES | libc_errno::EPERM) => {
+            "; the agent's user must own what it works on, and nothing may make it immutable"
+        }
+        Some(libc_errno::EIO) => "; the kernel's log says what is wrong with the device",
+        Some(_) | None => "",
+    }
 }
 
 /// The host's own file system.
@@ -348,10 +362,15 @@ fn explain(fault: HostFault, path: &Path, fd: &OwnedFd, user: &str) -> HostFault
     }
 }
 
-/// The two numbers that mean "not allowed", as raw errors carry them.
+/// Numbers of errors, as raw errors carry them.
 mod libc_errno {
-    pub(super) const EPERM: i32 = super::Errno::EPERM as i32;
-    pub(super) const EACCES: i32 = super::Errno::EACCES as i32;
+    use super::Errno;
+    pub(super) const EPERM: i32 = Errno::EPERM as i32;
+    pub(super) const EIO: i32 = Errno::EIO as i32;
+    pub(super) const EACCES: i32 = Errno::EACCES as i32;
+    pub(super) const ENOSPC: i32 = Errno::ENOSPC as i32;
+    pub(super) const EROFS: i32 = Errno::EROFS as i32;
+    pub(super) const EDQUOT: i32 = Errno::EDQUOT as i32;
 }
 
 fn user_name(uid: Uid) -> String {
