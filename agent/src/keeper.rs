@@ -44,7 +44,7 @@ use crate::link::{self, Outbox};
 use crate::part::PartReader;
 use crate::receipts::Receipts;
 use crate::slot::{Action, Ending, Event as SlotEvent, Slot, Work};
-use crate::state::{self, State};
+use crate::state::{self, State, StateError};
 use crate::status::{LastStatus, MasterStatus, Status};
 use crate::trust::{RefusedKeys, TrustStore};
 
@@ -632,12 +632,22 @@ impl Keeper {
 
     /// Remembers an accepted manifest before anything is done about it.
     fn accept(&mut self, manifest: &Verified<Manifest>) -> bool {
-        let kept = self.trust.accept(manifest, Timestamp::now());
-        if let Err(error) = &kept {
-            tracing::error!(error = chain(error), "cannot remember an accepted offer");
-            self.trouble = Some(fault_of("keep", PathBuf::from("mark.json"), chain(error)));
-        }
-        kept.is_ok()
+        let Err(error) = self.trust.accept(manifest, Timestamp::now()) else {
+            return true;
+        };
+        tracing::error!(error = chain(&error), "cannot remember an accepted offer");
+        let reason = chain(&error);
+        self.trouble = Some(if let StateError::Write { path, source } = error {
+            let doing = "write";
+            HostFault::Io {
+                doing,
+                path,
+                source,
+            }
+        } else {
+            fault_of("keep", PathBuf::from("mark.json"), reason)
+        });
+        false
     }
 
     /// Notes a refusal, once while it repeats itself.
@@ -840,25 +850,23 @@ impl Keeper {
             tracing::debug!(%name, "received");
             return Ending::Good;
         };
-        if !self.transfers.is_cancelled() {
+        // What ends after it was cut short says nothing of its own: the reason for that stands.
+        let cut_short = self.transfers.is_cancelled();
+        if !cut_short {
             tracing::warn!(error = chain(&error), "a part was not taken");
         }
-        let receiving =
-            |error: &ReceiveError| fault_of("receive", PathBuf::from(name.as_str()), chain(error));
-        match error {
-            ReceiveError::Host { source, .. } => {
-                self.trouble = Some(source);
-                Ending::Fault
-            }
-            ReceiveError::Interrupted { .. } => {
-                self.trouble = Some(receiving(&error));
-                Ending::Interrupted
-            }
+        let reason = chain(&error);
+        let (trouble, ending) = match error {
+            ReceiveError::Host { source, .. } => (source, Ending::Fault),
+            ReceiveError::Interrupted { .. } => (receiving(name, reason), Ending::Interrupted),
             ReceiveError::Damaged { .. } | ReceiveError::Unexpected { .. } => {
-                self.trouble = Some(receiving(&error));
-                Ending::Spoilt
+                (receiving(name, reason), Ending::Spoilt)
             }
+        };
+        if !cut_short {
+            self.trouble = Some(trouble);
         }
+        ending
     }
 
     /// At the end: what came of an install is kept; nothing new is begun.
@@ -1087,6 +1095,10 @@ fn say_progress(job: &Job, phase: Phase, until: Option<Timestamp>) {
         until,
     };
     job.outbox.send(&progress).expect("three short fields");
+}
+
+fn receiving(name: &DatabaseName, reason: String) -> HostFault {
+    fault_of("receive", PathBuf::from(name.as_str()), reason)
 }
 
 fn fault_of(doing: &'static str, path: PathBuf, reason: String) -> HostFault {

@@ -27,6 +27,7 @@ mod needs;
 mod proxy;
 mod scratch;
 mod slots;
+mod strace;
 mod until;
 
 pub use clamd::Clamd;
@@ -37,4 +38,5 @@ pub use needs::{Part, make_corpus, named, needs, search_path, target, wants_long
 pub use proxy::{Counts, Link, UdpProxy};
 pub use scratch::Scratch;
 pub use slots::CLAMDS_MAX;
+pub use strace::{Call, Strace};
 pub use until::{Answer, PATIENCE, until, until_async};

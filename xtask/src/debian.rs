@@ -14,13 +14,14 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, bail, ensure};
 
 /// Each program that is run, and the package that has it.
-pub(crate) const PROGRAMS: [(&str, &str); 6] = [
+pub(crate) const PROGRAMS: [(&str, &str); 7] = [
     ("clamd", "clamav-daemon"),
     ("clamscan", "clamav"),
     ("freshclam", "clamav-freshclam"),
     ("sigtool", "clamav"),
     ("rsync", "rsync"),
     ("rdiff", "rdiff"),
+    ("strace", "strace"),
 ];
 
 /// Where a program is: on `PATH`, among the programs of the system, which an ordinary user may not

@@ -276,6 +276,15 @@ impl Daemon {
         status
     }
 
+    /// Whether it has ended, if it was started.
+    pub fn has_ended(&mut self) -> bool {
+        let ended = |child: &mut Child| child.try_wait().expect("it is ours").is_some();
+        if self.child.as_mut().is_some_and(ended) {
+            self.child = None;
+        }
+        self.child.is_none()
+    }
+
     /// What it wrote on stderr.
     pub fn log(&self) -> String {
         fs::read_to_string(self.directory.join("log")).unwrap_or_default()

@@ -24,6 +24,8 @@ pub enum Part {
     Rsync,
     /// The command line of librsync, which reads deltas of its format.
     Rdiff,
+    /// What stops a program at a system call, or spoils one; and the right to do that here.
+    Strace,
     /// Databases that Talos signed; `CLAMCAST_TESTFILES` names another place for them.
     TestFiles,
     /// The script that makes large database histories; it needs `python3`.
@@ -51,6 +53,7 @@ impl Part {
             Part::Sigtool => program("sigtool"),
             Part::Rsync => program("rsync"),
             Part::Rdiff => program("rdiff"),
+            Part::Strace => program("strace").and_then(may_trace),
             Part::TestFiles => {
                 let there = env::var_os("CLAMCAST_TESTFILES").map(PathBuf::from);
                 file(there.unwrap_or_else(|| workspace().join("../shared/clamav-testfiles")))
@@ -161,6 +164,21 @@ fn program(name: &str) -> Result<PathBuf, String> {
         .map(|directory| directory.join(name))
         .find(|path| path.is_file())
         .ok_or_else(|| format!("no {name} on this machine (`cargo xtask test` looks for it)"))
+}
+
+/// Containers and hardened kernels often forbid it.
+fn may_trace(strace: PathBuf) -> Result<PathBuf, String> {
+    let tried = Command::new(&strace)
+        .args(["-qq", "-e", "trace=none", "true"])
+        .output();
+    match tried {
+        Ok(tried) if tried.status.success() => Ok(strace),
+        Ok(tried) => {
+            let said = String::from_utf8_lossy(&tried.stderr);
+            Err(format!("strace may not trace here: {}", said.trim()))
+        }
+        Err(error) => Err(format!("strace does not run here: {error}")),
+    }
 }
 
 fn file(path: PathBuf) -> Result<PathBuf, String> {

@@ -1,0 +1,638 @@
+//! Installs on a real host: the real agent, a real master and a real clamd, and what goes wrong in
+//! the middle.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use clamcast_agent::clamd::proof::{self, CANARY, GATE, Nonce, canary_number, gate_number};
+use clamcast_proto::Digest;
+use clamcast_tests::lab::{
+    Agent, Call, Clamd, Container, Fleet, Master, PATIENCE, Strace, hash_signature, until,
+};
+use clamcast_tests::{long, require};
+use serde_json::Value;
+
+/// Files by name.
+type Files = BTreeMap<String, Vec<u8>>;
+
+/// Set `version`: two containers, and a loose file whose name changes from one set to the next. Each
+/// finds a sample of its own version, and the first one that every version finds.
+fn set(version: u64) -> Files {
+    let container = |name: &str| {
+        let found = hash_signature(&sample(name, version), &format!("Lab.{name}-{version}"));
+        let always = hash_signature(ALWAYS, "Lab.Always");
+        let container = Container::new(name, version).member("hsb", found + &always);
+        (format!("{name}.cud"), container.bytes())
+    };
+    let loose = format!(
+        "Lab.loose-{version}:0:*:{}\n",
+        hex::encode(sample("loose", version))
+    );
+    let name = if version.is_multiple_of(2) {
+        "even.ndb"
+    } else {
+        "odd.ndb"
+    };
+    let mut set = Files::from(["daily", "main"].map(container));
+    set.insert(name.to_owned(), loose.into_bytes());
+    set
+}
+
+/// What every set finds.
+const ALWAYS: &[u8] = b"a sample that is found by every set";
+
+fn sample(name: &str, version: u64) -> Vec<u8> {
+    format!("a sample that {name} {version} finds").into_bytes()
+}
+
+/// A fleet of one host, whose clamd and agent work on one directory.
+struct Host {
+    fleet: Fleet,
+    master: Master,
+    agent: Agent,
+    clamd: Clamd,
+    /// What was published last.
+    version: u64,
+}
+
+impl Host {
+    /// With set 1 live.
+    fn new() -> Self {
+        let fleet = Fleet::new();
+        let database = fleet.join("agents/web1/db");
+        fs::create_dir_all(&database).unwrap();
+        let mirror = fleet.join("mirror");
+        fs::create_dir_all(&mirror).unwrap();
+        let clamd = Clamd::new(&database);
+        let agent = fleet.agent_with("web1", &format!("config = {:?}", clamd.config()));
+        let master = fleet.master(&mirror);
+        master.configure("quiet = \"300ms\"", "quiet = \"20ms\"");
+        master.configure("require = []", "require = []\nload_test = \"never\"");
+        let mut host = Self {
+            fleet,
+            master,
+            agent,
+            clamd,
+            version: 0,
+        };
+        host.publish();
+        host.master.start();
+        host.agent.start();
+        host.master
+            .wait_agent("web1", "the first set is there", |row| {
+                row["outcome"] == "installed"
+            });
+        host.clamd.start();
+        host.wait_live();
+        host
+    }
+
+    /// Publishes the next set, as a whole: the mirror looks like one that freshclam is at work on.
+    fn publish(&mut self) {
+        self.version += 1;
+        let mirror = self.fleet.join("mirror");
+        let busy = mirror.join("tmp.0123456789");
+        fs::create_dir(&busy).unwrap();
+        let set = set(self.version);
+        for (name, bytes) in &set {
+            let part = busy.join(name);
+            fs::write(&part, bytes).unwrap();
+            fs::rename(part, mirror.join(name)).unwrap();
+        }
+        for entry in fs::read_dir(&mirror).unwrap().flatten() {
+            if entry.path() != busy && !set.contains_key(entry.file_name().to_str().unwrap()) {
+                fs::remove_file(entry.path()).unwrap();
+            }
+        }
+        fs::remove_dir(busy).unwrap();
+    }
+
+    fn row(&self) -> Value {
+        self.master.agent("web1").unwrap_or_default()
+    }
+
+    fn is_live(&self) -> bool {
+        let row = self.row();
+        row["generation"] == self.version && row["live"] == true
+    }
+
+    /// Waits until the last set is live by the agent's receipt.
+    #[track_caller]
+    fn wait_live(&self) {
+        self.master.wait_live("web1", self.version);
+    }
+
+    fn state(&self) -> PathBuf {
+        self.agent.directory().join("state")
+    }
+
+    /// What clamd would load from the directory, canary and gate aside.
+    fn there(&self) -> Files {
+        let names = self.agent.names().into_iter();
+        names
+            .map(|name| {
+                (
+                    name.clone(),
+                    fs::read(self.agent.database().join(name)).unwrap(),
+                )
+            })
+            .collect()
+    }
+
+    fn proof_file(&self, name: &str) -> String {
+        fs::read_to_string(self.agent.database().join(name)).unwrap()
+    }
+
+    /// Number of the canary on disk.
+    fn canary(&self) -> u64 {
+        canary_number(&self.proof_file(CANARY)).expect("a canary is whole")
+    }
+
+    fn finds(&self, name: &str, version: u64) -> bool {
+        let said = self.clamd.scan(&sample(name, version)).unwrap();
+        said == format!("stream: Lab.{name}-{version}.UNOFFICIAL FOUND")
+    }
+
+    fn finds_all_of(&self, version: u64) -> bool {
+        ["daily", "main", "loose"]
+            .iter()
+            .all(|name| self.finds(name, version))
+    }
+
+    /// Makes clamd load what is there, as a reload of somebody else's would.
+    fn load(&self) {
+        let loads = || {
+            self.clamd
+                .log()
+                .matches("Activating the newly loaded database")
+                .count()
+        };
+        let before = loads();
+        self.clamd.reload().unwrap();
+        until(PATIENCE, "clamd to load what is there", || before < loads());
+    }
+}
+
+// The invariants.
+
+/// Every name is whole, and a file of the old set or of the new one.
+fn every_database_name_belongs_to_the_old_set_or_the_new_one(host: &Host, at: &str) {
+    let sets = [set(host.version - 1), set(host.version)];
+    for (name, bytes) in host.there() {
+        let whole = sets.iter().any(|set| set.get(&name) == Some(&bytes));
+        assert!(whole, "{at}: {name} is of no set");
+    }
+    assert!(gate_number(&host.proof_file(GATE)).is_some(), "{at}");
+}
+
+/// clamd loads whatever is there; and if it then answers to a canary that it was not seen with
+/// before, it has all of the new set.
+fn clamd_loads_it_and_a_new_canary_means_the_new_set(host: &Host, proven: u64, at: &str) {
+    host.load();
+    let canary = host.canary();
+    let nonce = hex::decode(
+        fs::read_to_string(host.state().join("nonce"))
+            .unwrap()
+            .trim(),
+    );
+    let nonce = Nonce(nonce.unwrap().try_into().unwrap());
+    let said = host.clamd.scan(&proof::sample(&nonce, canary)).unwrap();
+    if canary > proven && said.ends_with("FOUND") {
+        assert!(
+            host.finds_all_of(host.version),
+            "{at}: {said} and not all of the set"
+        );
+    }
+}
+
+/// The directory holds the set, all of it and nothing else, and clamd scans with it.
+#[track_caller]
+fn the_last_set_is_there_and_live(host: &Host, at: &str) {
+    assert!(
+        host.there() == set(host.version),
+        "{at}: {:?}",
+        host.agent.names()
+    );
+    assert!(host.finds_all_of(host.version), "{at}");
+    assert!(!host.finds("daily", host.version - 1), "{at}");
+}
+
+/// A place in an update: a call, on what, and which time in its thread.
+#[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
+struct Step {
+    call: String,
+    /// With the digests of an update's files replaced by their names; empty for any.
+    path: String,
+    when: usize,
+}
+
+/// The calls on files of one update, once each, in their order.
+fn steps(host: &mut Host) -> Vec<Step> {
+    let directories = [host.agent.database(), host.state()];
+    let strace = Strace::list(host.agent.pid(), host.agent.directory());
+    host.publish();
+    host.wait_live();
+    let calls = strace.calls(&[&directories[0], &directories[1]]);
+    let mut steps: Vec<Step> = Vec::new();
+    for (at, call) in calls.iter().enumerate() {
+        let path = call.paths.last().expect("a call on files names one");
+        // Names that are different each time cannot be waited for; the call itself can.
+        let changing = path.ends_with(".new") && path.contains("/.") || path.contains("/receipts/");
+        let anywhere = ["fchmod", "fsync", "renameat", "unlink"].contains(&&*call.name);
+        if changing && !anywhere {
+            continue;
+        }
+        let same = |other: &&Call| {
+            let named = changing || other.paths.contains(path);
+            other.thread == call.thread && other.name == call.name && named
+        };
+        let step = Step {
+            call: call.name.clone(),
+            path: if changing {
+                String::new()
+            } else {
+                named(path, host.version)
+            },
+            when: calls[..=at].iter().filter(same).count(),
+        };
+        if !steps.contains(&step) {
+            steps.push(step);
+        }
+    }
+    steps
+}
+
+/// Digests of the files of update `version`, with the words that stand for them.
+fn digests(version: u64) -> Vec<(String, String)> {
+    let mut digests = Vec::new();
+    for (age, version) in [("new", version), ("old", version - 1)] {
+        for (name, bytes) in set(version) {
+            let name = if name.ends_with(".ndb") {
+                "loose"
+            } else {
+                &name
+            };
+            digests.push((Digest::of(&bytes).to_string(), format!("{{{age} {name}}}")));
+        }
+    }
+    let [new, old] = if version.is_multiple_of(2) {
+        ["even.ndb", "odd.ndb"]
+    } else {
+        ["odd.ndb", "even.ndb"]
+    };
+    digests.push((new.into(), "{new}".into()));
+    digests.push((old.into(), "{old}".into()));
+    digests
+}
+
+fn named(path: &str, version: u64) -> String {
+    digests(version)
+        .iter()
+        .fold(path.to_owned(), |path, (digest, word)| {
+            path.replace(digest, word)
+        })
+}
+
+impl Step {
+    /// Lets `what` happen at this place of the next update.
+    fn spoil(&self, host: &Host, what: &str) -> Strace {
+        let words = digests(host.version + 1);
+        let path = words
+            .iter()
+            .fold(self.path.clone(), |path, (digest, word)| {
+                path.replace(word, digest)
+            });
+        let when = self.when.to_string();
+        Strace::spoil(
+            host.agent.pid(),
+            host.agent.directory(),
+            &self.call,
+            &path,
+            what,
+            &when,
+        )
+    }
+}
+
+/// strace counts for each thread, and which one gets a piece of work is open: so many updates are
+/// given to a call that was not reached.
+const TRIES: usize = 4;
+
+/// Every `among`th of them, another share each day.
+fn share<T>(all: Vec<T>, among: usize) -> Vec<T> {
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .expect("it is after 1970");
+    let day = usize::try_from(now.as_secs() / 86_400).expect("days are few");
+    println!("every {among}th, from the {}th on", day % among);
+    all.into_iter().skip(day % among).step_by(among).collect()
+}
+
+/// Kills the agent at one in `among` calls of an update, one update each.
+fn kill_at_calls(among: usize) {
+    let mut host = Host::new();
+    let all = steps(&mut host);
+    println!("{} calls in an update", all.len());
+    let (mut tried, mut missed) = (0, 0);
+    for step in share(all, among) {
+        let Some((proven, at)) = (0..TRIES).find_map(|_| kill_at(&mut host, &step)) else {
+            println!("not reached: {step:?}");
+            missed += 1;
+            continue;
+        };
+        every_database_name_belongs_to_the_old_set_or_the_new_one(&host, &at);
+        clamd_loads_it_and_a_new_canary_means_the_new_set(&host, proven, &at);
+        host.agent.start();
+        host.wait_live();
+        the_last_set_is_there_and_live(&host, &at);
+        tried += 1;
+    }
+    assert!(!host.clamd.log().contains("ERROR"), "{}", host.clamd.log());
+    println!("agent killed at calls: {tried} tried, {tried} survived, {missed} not reached");
+    assert!(tried > missed, "most calls are reached");
+}
+
+/// Kills the agent in the next update, if it gets there; the number proven before, and a name for it.
+fn kill_at(host: &mut Host, step: &Step) -> Option<(u64, String)> {
+    let proven = host.canary();
+    let _strace = step.spoil(host, "signal=SIGKILL");
+    host.publish();
+    let at = format!("killed at {step:?} of set {}", host.version);
+    until(PATIENCE, &at, || host.agent.has_ended() || host.is_live());
+    host.agent.has_ended().then_some((proven, at))
+}
+
+#[test]
+fn an_agent_killed_at_a_call_of_an_update_has_one_set_or_the_other_and_then_the_new_one() {
+    require!(Clamd, Strace);
+    kill_at_calls(7);
+}
+
+#[test]
+fn an_agent_killed_at_any_call_of_an_update_has_one_set_or_the_other_and_then_the_new_one() {
+    long!();
+    require!(Clamd, Strace);
+    kill_at_calls(1);
+}
+
+/// What a disk answers at a call, and words of the remedy that the receipt then names.
+const ERRORS: [(&str, &str); 4] = [
+    ("ENOSPC", "make room"),
+    ("EIO", "kernel's log"),
+    ("EROFS", "writable"),
+    ("EACCES", "must own"),
+];
+
+/// Lets one in `among` calls of an update fail once, one update each.
+fn fail_calls(among: usize) {
+    let mut host = Host::new();
+    let all = steps(&mut host);
+    println!("{} calls in an update", all.len());
+    let all = all
+        .iter()
+        .flat_map(|step| ERRORS.map(|error| (step.clone(), error)))
+        .collect();
+    let (mut tried, mut missed, mut faults) = (0, 0, 0);
+    for (step, (error, remedy)) in share(all, among) {
+        let at = format!("{error} at {step:?}");
+        if !(0..TRIES).any(|_| fail_at(&mut host, &step, error)) {
+            println!("not reached: {step:?}");
+            missed += 1;
+            continue;
+        }
+        tried += 1;
+        if host.agent.has_ended() {
+            println!(
+                "ended: {at}: {}",
+                host.agent.log().lines().last().unwrap_or_default()
+            );
+            host.agent.start();
+            host.wait_live();
+        }
+        let row = host.row();
+        if row["outcome"] == "host_fault" {
+            faults += 1;
+            let said = row["error"].as_str().unwrap_or_default();
+            assert!(
+                said.contains("cannot ") && said.contains(remedy),
+                "{at}: {row}"
+            );
+            assert!(
+                host.there() == set(host.version - 1),
+                "{at}: the old set stays: {row}"
+            );
+            host.publish(); // and the next offer goes through
+            host.wait_live();
+        }
+        the_last_set_is_there_and_live(&host, &at);
+    }
+    println!(
+        "calls failed: {tried} tried, {tried} survived ({faults} with a host_fault), {missed} not reached"
+    );
+    assert!(tried > missed, "most calls are reached");
+}
+
+/// Lets a call of the next update fail; whether it got there.
+fn fail_at(host: &mut Host, step: &Step, error: &str) -> bool {
+    let strace = step.spoil(host, &format!("error={error}"));
+    host.publish();
+    until(PATIENCE, &format!("{error} at {step:?} to matter"), || {
+        host.agent.has_ended() || host.is_live() || host.row()["outcome"] == "host_fault"
+    });
+    strace.has_struck()
+}
+
+#[test]
+fn a_call_of_an_update_that_fails_leaves_the_old_set_or_the_new_one_and_a_clear_receipt() {
+    require!(Clamd, Strace);
+    fail_calls(31);
+}
+
+#[test]
+fn any_call_of_an_update_that_fails_leaves_the_old_set_or_the_new_one_and_a_clear_receipt() {
+    long!();
+    require!(Clamd, Strace);
+    fail_calls(1);
+}
+
+/// What somebody who loads the directory as clamd does gets: a list of names, the gate before all
+/// else, then file after file; one that is gone by then is left out.
+#[derive(PartialEq)]
+struct Load {
+    gate: u64,
+    canary: u64,
+    files: Files,
+}
+
+impl Load {
+    fn of(database: &Path) -> Self {
+        let names = fs::read_dir(database)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name());
+        let names: Vec<_> = names.map(|name| name.into_string().unwrap()).collect();
+        let text = |name| fs::read_to_string(database.join(name)).unwrap_or_default();
+        let gate = gate_number(&text(GATE)).unwrap_or_default();
+        let mut files = Files::new();
+        for name in names
+            .iter()
+            .filter(|name| name.contains(".cud") || name.ends_with(".ndb"))
+        {
+            files.extend(
+                fs::read(database.join(name))
+                    .ok()
+                    .map(|bytes| (name.clone(), bytes)),
+            );
+        }
+        let canary = canary_number(&text(CANARY)).unwrap_or_default();
+        Self {
+            gate,
+            canary,
+            files,
+        }
+    }
+
+    /// The install that a clamd with this load answers to: the gate hides those after its own.
+    fn answers_to(&self) -> Option<u64> {
+        let hidden = self.gate + 1..=self.gate + proof::GATE_SPAN;
+        (!hidden.contains(&self.canary)).then_some(self.canary)
+    }
+
+    /// Whether there are all files of the set, or of the one after it for which they made way.
+    fn has(&self, version: u64) -> bool {
+        let (this, next) = (set(version), set(version + 1));
+        let part = |name: &str| {
+            self.files
+                .get(name)
+                .is_some_and(|bytes| this.get(name) == Some(bytes) || next.get(name) == Some(bytes))
+        };
+        let loose = ["odd.ndb", "even.ndb"].iter().any(|name| part(name));
+        part("daily.cud") && part("main.cud") && (loose || self.has_begun(&next))
+    }
+
+    fn has_begun(&self, set: &Files) -> bool {
+        set.iter()
+            .any(|(name, bytes)| self.files.get(name) == Some(bytes))
+    }
+}
+
+/// Somebody reads the directory and makes clamd reload, again and again, during `updates` updates.
+fn reload_in_a_loop(updates: u64) {
+    let mut host = Host::new();
+    let stop = Arc::new(AtomicBool::new(false));
+    let reader = thread::spawn({
+        let (stop, database, socket) = (stop.clone(), host.agent.database(), host.clamd.socket());
+        move || {
+            let (mut loads, mut looks) = (Vec::new(), 0);
+            while !stop.load(Ordering::Relaxed) {
+                looks += 1;
+                let load = Load::of(&database);
+                if loads.last() != Some(&load) {
+                    loads.push(load);
+                }
+                let _ = UnixStream::connect(&socket)
+                    .and_then(|mut clamd| clamd.write_all(b"zRELOAD\0"));
+            }
+            (loads, looks)
+        }
+    });
+    // The number by which each set was proven in the end.
+    let mut proven = BTreeMap::from([(host.canary(), 1)]);
+    for _ in 0..updates {
+        host.publish();
+        host.wait_live();
+        proven.insert(host.canary(), host.version);
+        the_last_set_is_there_and_live(&host, &format!("set {}", host.version));
+    }
+    stop.store(true, Ordering::Relaxed);
+    let (loads, looks) = reader.join().unwrap();
+    let whole = |load: &Load| proven.values().any(|version| load.files == set(*version));
+    let mixed = loads.iter().filter(|load| !whole(load)).count();
+    let mut answered = 0;
+    for load in &loads {
+        let Some(version) = load.answers_to().and_then(|n| proven.get(&n)) else {
+            continue;
+        };
+        answered += 1;
+        let names: Vec<_> = load.files.keys().collect();
+        assert!(
+            load.has(*version),
+            "answers as set {version} and has {names:?}"
+        );
+    }
+    println!(
+        "{updates} updates: {looks} looks, {} different loads, {mixed} of them with files of two \
+         sets; {answered} answer to the number of a proof, and all of these have the whole set",
+        loads.len()
+    );
+    assert!(looks > updates, "it looked often");
+}
+
+#[test]
+fn reloads_in_a_loop_never_pass_for_a_set_that_they_mixed() {
+    require!(Clamd);
+    reload_in_a_loop(15);
+}
+
+#[test]
+fn reloads_in_a_loop_during_200_updates_never_pass_for_a_set_that_they_mixed() {
+    long!();
+    require!(Clamd);
+    reload_in_a_loop(200);
+}
+
+/// A client of clamd that scans without a pause: what every set finds, and what none does.
+fn scanner(socket: PathBuf, stop: Arc<AtomicBool>) -> JoinHandle<u64> {
+    let scan = move |bytes: &[u8]| -> io::Result<String> {
+        let mut clamd = UnixStream::connect(&socket)?;
+        clamd.set_read_timeout(Some(PATIENCE))?;
+        let length = u32::try_from(bytes.len()).expect("a sample is small");
+        clamd.write_all(&[b"zINSTREAM\0", &length.to_be_bytes()[..], bytes, &[0; 4]].concat())?;
+        let mut answer = String::new();
+        clamd.read_to_string(&mut answer)?;
+        Ok(answer.trim_end_matches('\0').to_owned())
+    };
+    thread::spawn(move || {
+        let mut scans = 0;
+        while !stop.load(Ordering::Relaxed) {
+            assert_eq!(scan(ALWAYS).unwrap(), "stream: Lab.Always.UNOFFICIAL FOUND");
+            assert_eq!(scan(b"nothing is wrong with this").unwrap(), "stream: OK");
+            scans += 2;
+        }
+        scans
+    })
+}
+
+/// Two clients scan during `updates` updates.
+fn scan_in_a_loop(updates: u64) {
+    let mut host = Host::new();
+    let stop = Arc::new(AtomicBool::new(false));
+    let clients = [0, 1].map(|_| scanner(host.clamd.socket(), stop.clone()));
+    for _ in 0..updates {
+        host.publish();
+        host.wait_live();
+    }
+    stop.store(true, Ordering::Relaxed);
+    let scans: u64 = clients.map(|client| client.join().unwrap()).iter().sum();
+    println!("{updates} updates under {scans} scans, none of which failed");
+    assert!(scans > updates * 2, "clamd was busy");
+}
+
+#[test]
+fn updates_of_a_clamd_that_scans_cost_no_scan() {
+    require!(Clamd);
+    scan_in_a_loop(20);
+}
+
+#[test]
+fn a_hundred_updates_of_a_clamd_that_scans_cost_no_scan() {
+    long!();
+    require!(Clamd);
+    scan_in_a_loop(100);
+}
