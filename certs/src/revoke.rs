@@ -156,7 +156,8 @@ pub fn revoke(
 
 /// The name that a typing mistake would turn into `name`, if one is near enough.
 fn nearest(name: &AgentName, known: Vec<AgentName>) -> Option<AgentName> {
-    let likeness = |known: &AgentName| strsim::jaro_winkler(name.as_str(), known.as_str());
+    let name = name.as_str().to_lowercase();
+    let likeness = |known: &AgentName| strsim::jaro_winkler(&name, &known.as_str().to_lowercase());
     known
         .into_iter()
         .map(|known| (likeness(&known), known))

@@ -23,7 +23,7 @@ use clamcast_proto::audit::{
     CHECKPOINT_BYTES_MAX, Checkpoint, CheckpointError, LINE_BYTES_MAX, Origin, OriginError, Tree,
     leaf_hash,
 };
-pub use clamcast_proto::audit::{Draft, Filter, Record};
+pub use clamcast_proto::audit::{Draft, Record};
 use clamcast_proto::digest::Digest;
 use clamcast_proto::dsse::PublicKey;
 use ed25519_dalek::SigningKey;
@@ -718,10 +718,10 @@ fn read_checkpoint(path: &Path) -> io::Result<String> {
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
-/// The records of the log in `dir` that `filter` matches, first to last. Nothing is verified here.
+/// The records of the log in `dir`, first to last. Nothing is verified here.
 ///
 /// After the end, asking again gives the records that were appended since: that is how to follow.
-pub fn read(dir: &Path, filter: Filter) -> Result<Records, AuditError> {
+pub fn read(dir: &Path) -> Result<Records, AuditError> {
     let path = dir.join(LOG);
     let Some(file) = if_there(&path, File::open)? else {
         return Err(AuditError::Missing { dir: dir.into() });
@@ -731,7 +731,6 @@ pub fn read(dir: &Path, filter: Filter) -> Result<Records, AuditError> {
         input: BufReader::new(file),
         line: Vec::new(),
         lines: 0,
-        filter,
     })
 }
 
@@ -743,41 +742,34 @@ pub struct Records {
     /// Of a line that is being written, what is there.
     line: Vec<u8>,
     lines: u64,
-    filter: Filter,
 }
 
 impl Iterator for Records {
     type Item = Result<Record, AuditError>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        loop {
-            let piece = match next_piece(&mut self.input, &mut self.line) {
-                Ok(piece) => piece,
-                Err(source) => return Some(Err(cannot_read(&self.path)(source))),
-            };
-            let not_a_record = |line, source| AuditError::Line {
-                path: self.path.clone(),
-                line,
-                source,
-            };
-            match piece {
-                Piece::End | Piece::Part => return None,
-                // The rest of it is taken for the next line; nothing of it can be a record.
-                Piece::TooLong => {
-                    self.line.clear();
-                    return Some(Err(not_a_record(self.lines + 1, None)));
-                }
-                Piece::Line => {}
+        let piece = match next_piece(&mut self.input, &mut self.line) {
+            Ok(piece) => piece,
+            Err(source) => return Some(Err(cannot_read(&self.path)(source))),
+        };
+        let not_a_record = |line, source| AuditError::Line {
+            path: self.path.clone(),
+            line,
+            source,
+        };
+        match piece {
+            Piece::End | Piece::Part => return None,
+            // The rest of it is taken for the next line; nothing of it can be a record.
+            Piece::TooLong => {
+                self.line.clear();
+                return Some(Err(not_a_record(self.lines + 1, None)));
             }
-            self.lines += 1;
-            let record = serde_json::from_slice::<Record>(&self.line);
-            self.line.clear();
-            match record {
-                Err(source) => return Some(Err(not_a_record(self.lines, Some(source)))),
-                Ok(record) if self.filter.matches(&record) => return Some(Ok(record)),
-                Ok(_) => {}
-            }
+            Piece::Line => {}
         }
+        self.lines += 1;
+        let record = serde_json::from_slice(&self.line);
+        self.line.clear();
+        Some(record.map_err(|source| not_a_record(self.lines, Some(source))))
     }
 }
 
@@ -1154,33 +1146,24 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let found = verify(dir.path(), &[], None);
         assert!(matches!(found, Err(AuditError::Missing { .. })));
-        let found = read(dir.path(), Filter::default());
+        let found = read(dir.path());
         assert!(matches!(found, Err(AuditError::Missing { .. })));
     }
 
     #[test]
-    fn a_reader_gets_what_it_asked_for_and_then_what_is_new() {
+    fn a_reader_gets_what_is_there_and_then_what_is_new() {
         let dir = log_of(3);
-        let filter = Filter {
-            event: Some("published".into()),
-            ..Filter::default()
-        };
-        let mut records = read(dir.path(), filter).unwrap();
+        let mut records = read(dir.path()).unwrap();
         let numbers = |records: &mut Records| -> Vec<u64> {
             records.by_ref().map(|record| record.unwrap().seq).collect()
         };
         assert_eq!(numbers(&mut records), [1, 2, 3]);
 
-        let other = Draft {
-            event: "halt".into(),
-            ..draft("")
-        };
         let mut log = open(dir.path()).unwrap();
-        log.append(other, Timestamp::UNIX_EPOCH).unwrap();
         append(&mut log, "x").unwrap();
-        assert_eq!(numbers(&mut records), [5]);
+        assert_eq!(numbers(&mut records), [4]);
 
-        let line = draft("x").record(6, Timestamp::UNIX_EPOCH).line();
+        let line = draft("x").record(5, Timestamp::UNIX_EPOCH).line();
         let mut file = OpenOptions::new()
             .append(true)
             .open(dir.path().join(LOG))
@@ -1189,7 +1172,7 @@ mod tests {
         assert_eq!(numbers(&mut records), [0; 0]);
         file.write_all(&line.as_bytes()[20..]).unwrap();
         file.write_all(b"\n").unwrap();
-        assert_eq!(numbers(&mut records), [6]);
+        assert_eq!(numbers(&mut records), [5]);
     }
 
     #[test]
@@ -1198,7 +1181,7 @@ mod tests {
         let mut changed = lines(dir.path());
         changed[1] = "{}".into();
         write_lines(dir.path(), &changed);
-        let records: Vec<_> = read(dir.path(), Filter::default()).unwrap().collect();
+        let records: Vec<_> = read(dir.path()).unwrap().collect();
         assert!(records[0].is_ok() && records[2].is_ok());
         assert!(matches!(records[1], Err(AuditError::Line { line: 2, .. })));
     }

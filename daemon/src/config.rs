@@ -216,10 +216,16 @@ fn problem(message: &str, at: Vec<String>) -> Problem {
 
 /// The known name that a typing mistake would turn into `name`, if one is near enough.
 fn nearest(name: &str, known: &[String]) -> Option<String> {
+    let name = name.to_lowercase();
     // Jaro-Winkler: 0.7 still takes two swapped or missing letters in a short word.
     known
         .iter()
-        .map(|candidate| (strsim::jaro_winkler(name, candidate), candidate))
+        .map(|candidate| {
+            (
+                strsim::jaro_winkler(&name, &candidate.to_lowercase()),
+                candidate,
+            )
+        })
         .filter(|(likeness, _)| *likeness >= 0.7)
         .max_by(|(one, _), (other, _)| one.total_cmp(other))
         .map(|(_, candidate)| candidate.clone())

@@ -84,24 +84,26 @@ impl fmt::Display for Table {
 
 /// A table that is printed while its rows still come.
 ///
-/// In a pipe a row's line depends on nothing but the row. On a terminal a column is as wide as its
-/// widest cell so far, and those that come together are looked at together.
+/// In a pipe a row's line depends on nothing but the row: its columns have the widths that they were
+/// given, or more where a cell needs more. On a terminal a column is as wide as its widest cell so
+/// far, and rows that come together are looked at together.
 #[derive(Debug)]
 pub struct Stream {
     columns: Vec<Column>,
+    piped: Vec<usize>,
     begun: bool,
 }
 
 impl Stream {
-    /// A table with these columns, each at least as wide as is said.
+    /// A table with these columns, and how wide they are in a pipe.
     pub fn new<'h>(columns: impl IntoIterator<Item = (&'h str, usize)>) -> Self {
-        let columns = columns.into_iter().map(|(header, least)| {
-            let mut column = Column::new(header);
-            column.widest = column.widest.max(least);
-            column
-        });
+        let columns = columns.into_iter();
+        let (columns, piped) = columns
+            .map(|(header, piped)| (Column::new(header), piped))
+            .unzip();
         Self {
-            columns: columns.collect(),
+            columns,
+            piped,
             begun: false,
         }
     }
@@ -126,7 +128,10 @@ impl Stream {
                 column.longest_word = column.longest_word.min(STREAMED_MAX);
             }
         }
-        let widths = side_by_side(&self.columns, width);
+        let widths = match width {
+            Some(_) => side_by_side(&self.columns, width),
+            None => self.piped.clone(),
+        };
         let mut lines = Vec::new();
         if !self.begun && !rows.is_empty() {
             self.begun = true;
@@ -159,7 +164,9 @@ impl Column {
 
     fn admit(&mut self, cell: &str) {
         self.widest = self.widest.max(measure_text_width(cell));
-        let longest_word = words(cell).map(|word| measure_text_width(word.trim_end())).max();
+        let longest_word = words(cell)
+            .map(|word| measure_text_width(word.trim_end()))
+            .max();
         self.longest_word = self.longest_word.max(longest_word.unwrap_or(0));
     }
 
@@ -364,11 +371,7 @@ mod tests {
                 "web2  -",
             ],
         );
-        check(
-            Some(12),
-            &LONG[1..],
-            &["NAME  GROUPS", "web2  -"],
-        );
+        check(Some(12), &LONG[1..], &["NAME  GROUPS", "web2  -"]);
         check(Some(1), &LONG[1..], &["NAME", "web2"]);
     }
 
@@ -409,7 +412,10 @@ mod tests {
         let first = stream.lines([cells("1|published by hand|all is well")], None);
         assert_eq!(
             first,
-            ["SEQ   EVENT     DETAIL", "1     published by hand  all is well"]
+            [
+                "SEQ   EVENT     DETAIL",
+                "1     published by hand  all is well"
+            ]
         );
         let second = stream.lines([cells("2|offer|x")], None);
         assert_eq!(second, ["2     offer     x"]);
@@ -423,9 +429,9 @@ mod tests {
         assert_eq!(
             lines,
             [
-                "SEQ   EVENT           DETAIL",
-                "1     offer           x",
-                "2     force-sync-end  y"
+                "SEQ  EVENT           DETAIL",
+                "1    offer           x",
+                "2    force-sync-end  y"
             ]
         );
         let detail = format!("3|offer|{}", "word ".repeat(9));
@@ -433,12 +439,12 @@ mod tests {
         assert_eq!(
             lines,
             [
-                "3     offer           word word word word word word word",
-                "                      word word"
+                "3    offer           word word word word word word word word",
+                "                     word"
             ]
         );
         let lines = stream.lines([cells("4|offer|x y")], Some(30));
-        assert_eq!(lines, ["4     offer", "    detail: x y"]);
+        assert_eq!(lines, ["4    offer", "    detail: x y"]);
     }
 
     #[test]

@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
+use crate::events::Filter;
 use crate::fleet::{AWAY, Row};
 use crate::force::{News, Selection, Work};
 use crate::hub::{Event, Hub, Stopping, View};
@@ -83,7 +84,7 @@ pub enum Request {
     /// Records of the audit log.
     AuditShow {
         /// Which ones.
-        filter: audit::Filter,
+        filter: Filter,
         /// Go on with those that are still to come.
         follow: bool,
     },
@@ -467,38 +468,62 @@ impl Commands {
     async fn audit_show(
         &self,
         session: &mut Session,
-        filter: audit::Filter,
+        filter: Filter,
         follow: bool,
         stop: &CancellationToken,
     ) -> Result<Finish, AdminError> {
-        // Read in a thread, sent in pieces: the log of years does not fit in memory.
+        // Read in a thread, sent in pieces: the log of years does not fit in memory. What is there
+        // now ends with an empty piece.
         let (pieces, mut read) = tokio::sync::mpsc::channel(2);
         let directory = self.audit.clone();
+        let wanted = filter.clone();
         let reading = tokio::task::spawn_blocking(move || {
-            let mut records = audit::read(&directory, filter)?;
+            let mut records = audit::read(&directory)?;
+            let mut told = false;
             while !pieces.is_closed() {
-                let piece: Vec<_> = records
-                    .by_ref()
-                    .take(AUDIT_CHUNK)
-                    .collect::<Result<_, _>>()?;
-                if piece.is_empty() && !follow {
-                    break;
+                let mut piece = Vec::new();
+                let mut failure = None;
+                // The records before one that cannot be read are told of, too.
+                for record in records.by_ref() {
+                    match record {
+                        Ok(record) if wanted.matches(&record) => piece.push(record),
+                        Ok(_) => {}
+                        Err(error) => failure = Some(error),
+                    }
+                    if piece.len() == AUDIT_CHUNK || failure.is_some() || pieces.is_closed() {
+                        break;
+                    }
                 }
-                if piece.is_empty() {
-                    std::thread::sleep(FOLLOW);
-                } else if pieces.blocking_send(piece).is_err() {
+                let end = piece.is_empty();
+                if !(end && (told || failure.is_some())) && pieces.blocking_send(piece).is_err() {
                     break; // nobody reads any more
+                }
+                if let Some(error) = failure {
+                    return Err(error);
+                }
+                if end {
+                    told = true;
+                    if !follow {
+                        break;
+                    }
+                    std::thread::sleep(FOLLOW);
                 }
             }
             Ok::<_, audit::AuditError>(())
         });
+        let mut any = false;
         loop {
             tokio::select! {
                 biased;
                 () = stop.cancelled() => break,
                 () = session.gone() => break,
                 piece = read.recv() => match piece {
-                    Some(piece) => session.progress(&piece).await?,
+                    Some(piece) if !piece.is_empty() => {
+                        any = true;
+                        session.progress(&piece).await?;
+                    }
+                    Some(_) if any => {}
+                    Some(_) => session.progress(&self.nothing(&filter).await).await?,
                     None => break,
                 },
             }
@@ -508,6 +533,22 @@ impl Commands {
             Ok(()) => Finish::done(Value::Null),
             Err(error) => Finish::because(exit::FAILED, crate::chain(&error)),
         })
+    }
+
+    /// Says that `filter` matches no record so far, and that it may be for a slip.
+    async fn nothing(&self, filter: &Filter) -> String {
+        let mut text = "no records match".to_owned();
+        if let (Some(agent), Ok(view)) = (&filter.agent, self.hub.view().await) {
+            let names = vec![agent.to_string()];
+            let selection = Selection {
+                names,
+                ..Selection::default()
+            };
+            if let Err(slip) = selection.resolve(&view.rows) {
+                text += &format!("; {slip}");
+            }
+        }
+        text
     }
 }
 

@@ -29,7 +29,7 @@ pub enum SelectError {
     #[error("say which agents: names, patterns, --group or --all")]
     Nobody,
     /// No such agent.
-    #[error("no agent is called `{name}`{}", nearest.as_ref().map(|near| format!("; did you mean `{near}`?")).unwrap_or_default())]
+    #[error("no agent is called `{name}`; {}", nearest.as_ref().map_or("`agents` lists them".to_owned(), |near| format!("did you mean `{near}`?")))]
     Unknown {
         /// What was said.
         name: String,
@@ -75,7 +75,9 @@ impl Selection {
                 continue;
             }
             if !name.contains(['*', '?', '[', '{']) {
-                let likeness = |agent: &AgentName| strsim::jaro_winkler(agent.as_str(), name);
+                let slip = name.to_lowercase();
+                let likeness =
+                    |agent: &AgentName| strsim::jaro_winkler(&agent.as_str().to_lowercase(), &slip);
                 let nearest = everybody()
                     .filter(|agent| likeness(agent) >= SLIP)
                     .max_by(|one, other| likeness(one).total_cmp(&likeness(other)))
@@ -315,6 +317,11 @@ mod tests {
         assert_eq!(
             select(&["wbe1"], &[], false),
             "no agent is called `wbe1`; did you mean `web1`?"
+        );
+        assert!(select(&["DB1"], &[], false).contains("did you mean `db1`?"));
+        assert_eq!(
+            select(&["mail"], &[], false),
+            "no agent is called `mail`; `agents` lists them"
         );
         assert!(select(&["mail*"], &[], false).contains("no agent matches"));
         assert!(select(&[], &["attic"], false).contains("no agent is in group"));

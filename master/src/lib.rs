@@ -7,6 +7,7 @@ pub mod check;
 pub mod config;
 pub mod doubts;
 pub mod endpoint;
+pub mod events;
 pub mod fleet;
 pub mod force;
 pub mod hub;

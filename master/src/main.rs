@@ -14,9 +14,11 @@ use clamcast_daemon::{audit, logging};
 use clamcast_master::admin::Request;
 use clamcast_master::config::{self, Config};
 use clamcast_master::doubts::doubts;
+use clamcast_master::events::{self, AgentPattern, EVENTS};
 use clamcast_master::force::Selection;
 use clamcast_master::serve::{self, Master};
 use clamcast_proto::GroupName;
+use clap::builder::{PossibleValuesParser, TypedValueParser as _};
 use clap::{ArgAction, Args, Parser, Subcommand};
 use jiff::Timestamp;
 
@@ -176,18 +178,41 @@ enum Audit {
 
 #[derive(Args)]
 struct Filter {
-    /// Only from this time on: 2026-11-22T08:00:00Z, or a duration like 24h
-    #[arg(long, value_name = "TIME", value_parser = show::audit::since)]
+    /// Only from this time on: a day like 2026-11-22 (from midnight UTC), a time like
+    /// 2026-11-22T08:00:00Z, or a duration like 24h
+    #[arg(long, value_name = "TIME", value_parser = since)]
     since: Option<Timestamp>,
-    /// Only what an agent did or what was done to it
-    #[arg(long, value_name = "NAME")]
-    agent: Option<String>,
-    /// Only this event, for example `receipt` or `published`
-    #[arg(long, value_name = "EVENT")]
+    /// Only what an agent did or what was done to it: its name, or a pattern like 'db-*'
+    #[arg(long, value_name = "AGENT_OR_GLOB")]
+    agent: Option<AgentPattern>,
+    /// Only this event
+    #[arg(long, value_name = "EVENT", ignore_case = true,
+        value_parser = PossibleValuesParser::new(EVENTS).map(|event| event.to_lowercase()))]
     event: Option<String>,
     /// Only what this operator did: a user name or id
     #[arg(long, value_name = "USER")]
     operator: Option<String>,
+}
+
+impl From<Filter> for events::Filter {
+    fn from(filter: Filter) -> Self {
+        let Filter {
+            since,
+            agent,
+            event,
+            operator,
+        } = filter;
+        Self {
+            since,
+            agent,
+            event,
+            operator,
+        }
+    }
+}
+
+fn since(text: &str) -> Result<Timestamp, String> {
+    show::audit::since(text, Timestamp::now())
 }
 
 /// Time between two looks of `status --watch`.
@@ -230,15 +255,18 @@ fn run(cli: Cli) -> Result<(), Exit> {
         Command::Status { watch: false, json } => {
             show::end(ask(socket, &Request::Status)?, json, show::status)
         }
-        Command::Status { watch: true, json } => loop {
-            // A daemon that is restarted comes back; whoever watches waits for it.
-            match ask(socket, &Request::Status) {
-                Ok(finish) => show::again(finish, json)?,
-                Err(exit) if exit.code == exit::UNREACHABLE => show::unreachable(&exit),
-                Err(exit) => return Err(exit),
+        Command::Status { watch: true, json } => {
+            let mut watch = show::Watch::new(json);
+            loop {
+                // A daemon that is restarted comes back; whoever watches waits for it.
+                match ask(socket, &Request::Status) {
+                    Ok(finish) => watch.show(finish)?,
+                    Err(exit) if exit.code == exit::UNREACHABLE => watch.unreachable(&exit),
+                    Err(exit) => return Err(exit),
+                }
+                std::thread::sleep(WATCH);
             }
-            std::thread::sleep(WATCH);
-        },
+        }
         Command::Agents { json } => show::end(ask(socket, &Request::Agents)?, json, show::agents),
         Command::Generations { json } => {
             show::end(ask(socket, &Request::Generations)?, json, show::generations)
@@ -249,22 +277,12 @@ fn run(cli: Cli) -> Result<(), Exit> {
             follow,
             json,
         }) => {
-            let Filter {
-                since,
-                agent,
-                event,
-                operator,
-            } = filter;
-            let filter = audit::Filter {
-                since,
-                agent,
-                event,
-                operator,
+            let request = Request::AuditShow {
+                filter: filter.into(),
+                follow,
             };
-            let request = Request::AuditShow { filter, follow };
-            let finish = call(socket, &request, |records| {
-                show::audit::records(records, json)
-            })?;
+            let mut records = show::audit::Records::new(json);
+            let finish = call(socket, &request, |piece| records.show(&piece))?;
             show::end(finish, false, |_| {})
         }
         Command::Audit(Audit::Verify {

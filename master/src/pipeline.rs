@@ -355,7 +355,7 @@ mod tests {
         recover(&Arc::new(lab.publisher("state")), &recorder).await;
         drop(recorder);
         thread.join().unwrap();
-        let records = audit::read(&directory, audit::Filter::default()).unwrap();
+        let records = audit::read(&directory).unwrap();
         let text = |record: audit::Record| {
             let position = record.position().unwrap();
             let mut text = format!("{} {position} by {}", record.event, record.actor);

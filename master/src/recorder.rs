@@ -20,6 +20,7 @@ use jiff::Timestamp;
 use serde_json::json;
 use tokio::sync::{mpsc, oneshot};
 
+use crate::events::EVENTS;
 use crate::fleet::Record;
 use crate::hub::{Command, Line};
 
@@ -87,6 +88,10 @@ impl Recorder {
 
     /// Queues a job.
     pub async fn write(&self, job: Job) {
+        if let Some(draft) = &job.draft {
+            let event = draft.event.as_str();
+            debug_assert!(EVENTS.contains(&event), "`{event}` is missing in EVENTS");
+        }
         // The thread outlives every sender, unless it panicked, which its owner reports.
         let _ = self.jobs.send(job).await;
     }
@@ -251,7 +256,7 @@ mod tests {
 
     fn draft(detail: serde_json::Value) -> Draft {
         Draft {
-            event: "test".to_owned(),
+            event: "offer".to_owned(),
             actor: "master".to_owned(),
             subject: "test".to_owned(),
             position: None,

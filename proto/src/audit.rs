@@ -103,47 +103,6 @@ impl Record {
     }
 }
 
-/// Which records somebody wants to see. What is `None` does not restrict.
-#[derive(Clone, Debug, Default, Deserialize, Serialize)]
-pub struct Filter {
-    /// Not before this.
-    pub since: Option<Timestamp>,
-    /// By or about the agent with this name.
-    pub agent: Option<String>,
-    /// Of this event.
-    pub event: Option<String>,
-    /// By the operator with this name or user id.
-    pub operator: Option<String>,
-}
-
-impl Filter {
-    /// Whether `record` is wanted.
-    pub fn matches(&self, record: &Record) -> bool {
-        let by_agent = |agent: &String| {
-            [&record.actor, &record.subject]
-                .iter()
-                .any(|who| who.strip_prefix("agent:").unwrap_or(who) == agent)
-                // What was ordered for several names them in its detail.
-                || ["agents", "failed"].iter().any(|list| {
-                    let names = record.detail[list].as_array();
-                    names.is_some_and(|names| names.iter().any(|name| name == agent.as_str()))
-                })
-        };
-        let by_operator = |operator: &String| {
-            let who = record.actor.strip_prefix("operator:");
-            let parts = who.and_then(|who| who.split_once('/'));
-            parts.is_some_and(|(uid, name)| uid == operator || name == operator)
-        };
-        self.since.is_none_or(|since| record.time >= since)
-            && self.agent.as_ref().is_none_or(by_agent)
-            && self
-                .event
-                .as_ref()
-                .is_none_or(|event| record.event == *event)
-            && self.operator.as_ref().is_none_or(by_operator)
-    }
-}
-
 /// The Merkle hash of a line: RFC 6962's leaf hash, which no inner node can equal.
 pub fn leaf_hash(line: &[u8]) -> Digest {
     Digest::finish(Sha256::new_with_prefix([0]).chain_update(line))
@@ -455,55 +414,6 @@ mod tests {
             line,
             r#"{"seq":1,"time":"1970-01-01T00:00:00Z","event":"","actor":"","subject":"","epoch":null,"generation":null,"outcome":null,"detail":null}"#
         );
-    }
-
-    #[test]
-    fn a_filter_restricts_by_what_it_names() {
-        fn check(filter: Filter, expected: bool) {
-            assert_eq!(filter.matches(&record(1)), expected, "{filter:?}");
-        }
-        let some = |text: &str| Some(text.to_owned());
-        check(Filter::default(), true);
-        for (agent, expected) in [("web1", true), ("web", false), ("ada", false)] {
-            let agent = some(agent);
-            check(
-                Filter {
-                    agent,
-                    ..Filter::default()
-                },
-                expected,
-            );
-        }
-        for (operator, expected) in [("ada", true), ("1000", true), ("web1", false), ("a", false)] {
-            let operator = some(operator);
-            check(
-                Filter {
-                    operator,
-                    ..Filter::default()
-                },
-                expected,
-            );
-        }
-        for (event, expected) in [("published", true), ("halt", false)] {
-            let event = some(event);
-            check(
-                Filter {
-                    event,
-                    ..Filter::default()
-                },
-                expected,
-            );
-        }
-        for (second, expected) in [(-1, true), (0, true), (1, false)] {
-            let since = Some(Timestamp::from_second(second).unwrap());
-            check(
-                Filter {
-                    since,
-                    ..Filter::default()
-                },
-                expected,
-            );
-        }
     }
 
     #[test]

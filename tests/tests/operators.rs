@@ -276,6 +276,55 @@ fn audit_show_follows_and_filters() {
 }
 
 #[test]
+fn audit_show_says_what_matched_nothing_and_refuses_what_it_does_not_know() {
+    let (_fleet, master, _agents) = fleet_of(&["web1", "web2"]);
+    exits(&master.command(&["force-sync", "web1"]), 0, "live");
+    let show = |filter: &[&str]| master.command(&[&["audit", "show"], filter].concat());
+    let records = |filter: &[&str]| text(&show(filter).stdout).lines().count().saturating_sub(1);
+
+    let all = text(&show(&[]).stdout);
+    assert!(all.starts_with("SEQ     TIME"), "{all}");
+    assert!(!all.contains('\x1b'), "{all}");
+    let long = |word: &str| word.len() >= 64 && word.bytes().all(|b| b.is_ascii_hexdigit());
+    assert!(
+        !all.split([' ', '=', ',']).any(long),
+        "whole digests: {all}"
+    );
+
+    // What is beside another is restricted by both.
+    let both = records(&["--agent", "web*"]);
+    let one = records(&["--agent", "web2"]);
+    assert!(one > 0 && both > one, "{both} and {one}");
+    assert_eq!(records(&["--agent", "web?", "--event", "enrolled"]), 2);
+    assert_eq!(records(&["--agent", "web2", "--event", "force-sync"]), 0);
+    let ordered = master.audit("force-sync").remove(0);
+    let actor = ordered["actor"].as_str().unwrap();
+    let (uid, name) = actor["operator:".len()..].split_once('/').unwrap();
+    for operator in [uid, name] {
+        assert_eq!(records(&["--operator", operator, "--since", "1h"]), 2);
+    }
+    assert_eq!(records(&["--since", "2000-01-01"]), all.lines().count() - 1);
+
+    // Nothing is no failure, and no line on stdout.
+    let nothing = |filter: &[&str], says: &str| {
+        let output = show(filter);
+        exits(&output, 0, says);
+        assert_eq!(text(&output.stdout), "");
+    };
+    nothing(&["--since", "2999-01-01"], "no records match");
+    nothing(&["--operator", "nobody"], "no records match");
+    nothing(
+        &["--agent", "WBE1"],
+        "no agent is called `WBE1`; did you mean `web1`?",
+    );
+    nothing(&["--agent", "db*"], "no agent matches `db*`");
+    exits(&show(&["--event", "publishd"]), 2, "'published'");
+    exits(&show(&["--event", "nonsense"]), 2, "force-sync-end");
+    exits(&show(&["--agent", "web["]), 2, "a pattern like");
+    exits(&show(&["--since", "soon"]), 2, "a day like");
+}
+
+#[test]
 fn output_that_cannot_be_written_is_an_error_and_not_a_panic() {
     let (_fleet, master, agents) = fleet_of(&["web1"]);
     let full = || fs::File::options().write(true).open("/dev/full").unwrap();
