@@ -27,11 +27,8 @@ use serde::de::DeserializeOwned;
 ///
 /// `run` is the daemon. `status` and `verify` ask it through its admin socket, which root and the
 /// agent's own user and group may use; neither changes anything.
-///
-/// Exit codes: 0 done; 1 something does not conform; 2 wrong usage or configuration; 3 the daemon
-/// cannot be reached; 4 refused; 5 failed.
 #[derive(Parser)]
-#[command(version, max_term_width = 100)]
+#[command(version, max_term_width = 100, after_long_help = AGENT)]
 struct Cli {
     /// The daemon's admin socket
     #[arg(long, global = true, value_name = "PATH", default_value = config::DEFAULT_SOCKET)]
@@ -45,18 +42,71 @@ struct Cli {
     command: Command,
 }
 
+const AGENT: &str = "\
+Exit codes:
+  0  done
+  1  something does not conform: verify
+  2  wrong usage or configuration
+  3  the daemon cannot be reached
+  4  refused
+  5  failed: disk, network, a bug
+
+Files:
+  /etc/clamcast/agent.toml   configuration; `run --config FILE` for another
+  /run/clamcast/agent.sock   where the daemon takes commands; --socket PATH for another, which is
+                             `admin` under [listen] in the configuration
+  /var/lib/clamcast/agent    `state` in the configuration: what the agent trusts, receipts that the
+                             master has not acknowledged, and a signed log of what it did
+  /var/lib/clamav/.clamcast  what is being fetched, and the sets that it can go back to
+
+Environment:
+  CLAMCAST_LOG   what run logs, instead of -v: for example debug, or info,clamcast_agent=trace";
+
+const RUN: &str = "\
+Exit codes:
+  0  stopped by a signal
+  2  the configuration, a key or a certificate cannot be used; the message says which
+  5  failed: disk, or another agent has the state directory
+
+Examples:
+  systemctl enable --now clamcast-agent
+  systemctl reload clamcast-agent            after a change of configuration or certificate
+  clamcast-agent -v run --config agent.toml";
+
+const STATUS: &str = "\
+Exit codes:
+  0  it could answer, whatever the answer is
+  3  the daemon cannot be reached
+
+Examples:
+  clamcast-agent status
+  clamcast-agent status --json";
+
+const VERIFY: &str = "\
+Exit codes:
+  0  every file is what was published
+  1  one is not, or nothing is installed yet; the output says which
+  3  the daemon cannot be reached
+
+Examples:
+  clamcast-agent verify
+  clamcast-agent verify --json
+  clamcast-master force-sync NAME    on the master: mends what is not";
+
 #[derive(Subcommand)]
 enum Command {
     /// Run the daemon in the foreground until SIGTERM or SIGINT
     ///
     /// It dials the master, so no port needs to be open here. An install that a crash interrupted
     /// is ended before the network is touched.
+    #[command(after_long_help = RUN)]
     Run {
         /// Its configuration
         #[arg(long, value_name = "FILE", default_value = config::DEFAULT_PATH)]
         config: PathBuf,
     },
     /// What is installed, whether clamd scans with it, and how things stand with the master
+    #[command(after_long_help = STATUS)]
     Status {
         /// Print JSON
         #[arg(long)]
@@ -66,6 +116,7 @@ enum Command {
     ///
     /// Exit code 1 if a database is missing or is not what was published, or if nothing is
     /// installed yet.
+    #[command(after_long_help = VERIFY)]
     Verify {
         /// Print JSON
         #[arg(long)]

@@ -32,6 +32,9 @@ pub const AWAY: &str = "not connected; it catches up when it comes back";
 /// Longest silence that an agent may announce: a splay over a working day.
 pub const SILENCE_MAX: SignedDuration = SignedDuration::from_hours(12);
 
+/// An agent at work says so every 15 s. Whoever looks is told of a silence that is longer than this.
+const SILENCE_TOLD: SignedDuration = SignedDuration::from_mins(1);
+
 /// Names one connection for as long as the daemon runs.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub struct LinkId(pub u64);
@@ -504,7 +507,7 @@ impl Fleet {
                 live: installed.is_some_and(|installed| installed.live),
                 conformant: standing == Standing::Conformant && installed.is_some(),
                 outcome: agent.outcome(),
-                error: agent.error(standing, deadline),
+                error: agent.error(standing, now),
                 since: times.into_iter().flatten().max().unwrap_or(record.seen),
                 clamd: record.clamd.clone(),
                 foreign: record.foreign.clone(),
@@ -579,15 +582,17 @@ impl Agent {
     }
 
     /// Why it is not conformant, as far as it or its silence says.
-    fn error(&self, standing: Standing, deadline: Duration) -> Option<String> {
+    fn error(&self, standing: Standing, now: Timestamp) -> Option<String> {
         if standing == Standing::Conformant {
             return None;
         }
         let link = self.link.as_ref();
         if let Some(offer) = link.and_then(|link| link.offer.as_ref()) {
-            let deadline = humantime::format_duration(deadline);
-            let silent = format!("no sign of progress with {} for {deadline}", offer.position);
-            return (standing == Standing::Failed).then_some(silent);
+            let silent = now.duration_since(offer.progress);
+            let told = standing == Standing::Failed || silent >= SILENCE_TOLD;
+            let minutes = silent.as_mins().max(1);
+            return told
+                .then(|| format!("no sign of progress with {} for {minutes}m", offer.position));
         }
         if let Some(message) = link.and_then(|link| link.declined.as_ref()) {
             return Some(message.clone());
@@ -831,7 +836,14 @@ mod tests {
         assert_eq!(fleet.standing(&name, at(1901), DEADLINE), Standing::Failed);
         fleet.progress(&name, LinkId(1), Phase::Fetching, None, at(1901));
         assert_eq!(fleet.standing(&name, at(1902), DEADLINE), Standing::Behind);
+        let error = |fleet: &Fleet, now| fleet.rows(at(now), DEADLINE).remove(0).error;
+        assert_eq!(error(&fleet, 1960), None);
+        assert_eq!(
+            error(&fleet, 1901 + 4 * 60).unwrap(),
+            "no sign of progress with 1.8 for 4m"
+        );
         fleet.progress(&name, LinkId(1), Phase::Staged, Some(at(9000)), at(1902));
+        assert_eq!(error(&fleet, 8000), None);
         let announced = fleet.standing(&name, at(9000), DEADLINE);
         assert_eq!(
             announced,

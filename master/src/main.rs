@@ -1,5 +1,6 @@
 //! `clamcast-master`: publishes the databases of a mirror to a fleet.
 
+mod help;
 mod show;
 
 use std::path::{Path, PathBuf};
@@ -27,12 +28,8 @@ use jiff::Timestamp;
 ///
 /// `serve` is the daemon. The other commands talk to it through its admin socket, which root and
 /// the members of its admin_group may use; `check-config` and `audit verify` read files alone.
-///
-/// Exit codes: 0 done (status, agents and generations: whenever they could answer); 1 something does
-/// not conform (publish --wait, force-sync, audit verify); 2 wrong usage or configuration; 3 the daemon
-/// cannot be reached; 4 refused; 5 failed.
 #[derive(Parser)]
-#[command(version, max_term_width = 100)]
+#[command(version, max_term_width = 100, after_long_help = help::MASTER)]
 struct Cli {
     /// The daemon's admin socket
     #[arg(long, global = true, value_name = "PATH", default_value = config::DEFAULT_SOCKET)]
@@ -52,12 +49,14 @@ enum Command {
     ///
     /// SIGHUP reads configuration, keys and certificates again; on an error the old ones stay in
     /// use. Agents reconnect by themselves.
+    #[command(after_long_help = help::SERVE)]
     Serve {
         /// Its configuration
         #[arg(long, value_name = "FILE", default_value = config::DEFAULT_PATH)]
         config: PathBuf,
     },
     /// Read the configuration and say what is wrong with it
+    #[command(after_long_help = help::CHECK_CONFIG)]
     CheckConfig {
         /// The configuration
         #[arg(long, value_name = "FILE", default_value = config::DEFAULT_PATH)]
@@ -67,6 +66,7 @@ enum Command {
     ///
     /// The daemon does this by itself when the mirror has changed and is quiet; this is for those
     /// who cannot wait. A set that is published already changes nothing.
+    #[command(after_long_help = help::PUBLISH)]
     Publish {
         /// Return when every connected agent has settled; exit 1 if one failed
         #[arg(long)]
@@ -80,6 +80,10 @@ enum Command {
         json: bool,
     },
     /// What the fleet is at, who is not there and why, and how old its signatures are
+    ///
+    /// An alarm is raised for signatures older than a day, for a set that is held or refused, for a log
+    /// that cannot be written, and for certificates that end within 30 days.
+    #[command(after_long_help = help::STATUS)]
     Status {
         /// Show it again and again, until Ctrl-C
         #[arg(long)]
@@ -89,12 +93,19 @@ enum Command {
         json: bool,
     },
     /// Every agent: its generation, whether clamd was seen scanning with it, and why not
+    ///
+    /// One line for each that was ever connected and is not revoked. On a terminal that is too narrow
+    /// the last columns stand beneath their line.
+    #[command(after_long_help = help::AGENTS)]
     Agents {
         /// Print JSON
         #[arg(long)]
         json: bool,
     },
     /// The generations that are kept
+    ///
+    /// Oldest first; each is an immutable, signed set of databases.
+    #[command(after_long_help = help::GENERATIONS)]
     Generations {
         /// Print JSON
         #[arg(long)]
@@ -106,6 +117,7 @@ enum Command {
     /// it at once and prove it. An agent that is not connected is named at once. What was ordered is
     /// carried out also if this command is interrupted; its outcome stands in the audit log. Exit 1
     /// if an agent failed.
+    #[command(after_long_help = help::FORCE_SYNC)]
     ForceSync(ForceSync),
     /// The log of what happened
     #[command(subcommand)]
@@ -146,6 +158,10 @@ struct ForceSync {
 #[derive(Subcommand)]
 enum Audit {
     /// Print records, oldest first
+    ///
+    /// Of publications, offers, receipts, orders and by whom, enrolments, revocations, rejected
+    /// connections, starts and stops. Nothing is verified here; `audit verify` does that.
+    #[command(after_long_help = help::AUDIT_SHOW)]
     Show {
         #[command(flatten)]
         filter: Filter,
@@ -159,6 +175,7 @@ enum Audit {
     /// Check that no record was changed, removed, inserted or cut off
     ///
     /// Reads the files and the public keys alone; no daemon is needed.
+    #[command(after_long_help = help::AUDIT_VERIFY)]
     Verify {
         /// The daemon's configuration, which says where state and keys are
         #[arg(long, value_name = "FILE", default_value = config::DEFAULT_PATH)]
