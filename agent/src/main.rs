@@ -31,11 +31,11 @@ use serde::de::DeserializeOwned;
 #[command(version, max_term_width = 100, after_long_help = AGENT)]
 struct Cli {
     /// The daemon's admin socket
-    #[arg(long, global = true, value_name = "PATH", default_value = config::DEFAULT_SOCKET)]
+    #[arg(long, global = true, display_order = 100, value_name = "PATH", default_value = config::DEFAULT_SOCKET)]
     socket: PathBuf,
 
     /// More of the daemon's log on stderr (twice: all of it)
-    #[arg(short, long, global = true, action = ArgAction::Count)]
+    #[arg(short, long, global = true, display_order = 101, action = ArgAction::Count)]
     verbose: u8,
 
     #[command(subcommand)]

@@ -32,8 +32,9 @@ pub const AWAY: &str = "not connected; it catches up when it comes back";
 /// Longest silence that an agent may announce: a splay over a working day.
 pub const SILENCE_MAX: SignedDuration = SignedDuration::from_hours(12);
 
-/// An agent at work says so every 15 s. Whoever looks is told of a silence that is longer than this.
-const SILENCE_TOLD: SignedDuration = SignedDuration::from_mins(1);
+/// An agent at work says so every 15 s. Whoever looks is told of a silence that is longer than this,
+/// two signs that are missing, and shorter than what it takes to lose the connection of a dead one.
+const SILENCE_TOLD: SignedDuration = SignedDuration::from_secs(30);
 
 /// Names one connection for as long as the daemon runs.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
@@ -590,9 +591,12 @@ impl Agent {
         if let Some(offer) = link.and_then(|link| link.offer.as_ref()) {
             let silent = now.duration_since(offer.progress);
             let told = standing == Standing::Failed || silent >= SILENCE_TOLD;
-            let minutes = silent.as_mins().max(1);
+            let silent = match silent.as_secs() {
+                seconds @ ..120 => format!("{seconds}s"),
+                seconds => format!("{}m", seconds / 60),
+            };
             return told
-                .then(|| format!("no sign of progress with {} for {minutes}m", offer.position));
+                .then(|| format!("no sign of progress with {} for {silent}", offer.position));
         }
         if let Some(message) = link.and_then(|link| link.declined.as_ref()) {
             return Some(message.clone());
@@ -837,7 +841,8 @@ mod tests {
         fleet.progress(&name, LinkId(1), Phase::Fetching, None, at(1901));
         assert_eq!(fleet.standing(&name, at(1902), DEADLINE), Standing::Behind);
         let error = |fleet: &Fleet, now| fleet.rows(at(now), DEADLINE).remove(0).error;
-        assert_eq!(error(&fleet, 1960), None);
+        assert_eq!(error(&fleet, 1930), None);
+        assert!(error(&fleet, 1931).unwrap().ends_with("for 30s"));
         assert_eq!(
             error(&fleet, 1901 + 4 * 60).unwrap(),
             "no sign of progress with 1.8 for 4m"

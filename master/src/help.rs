@@ -1,4 +1,5 @@
-//! What stands at the end of each command's `--help`: exit codes, files, examples.
+//! What stands at the end of each command's `--help`: exit codes, files, examples. A paragraph is one
+//! line, which clap wraps to the terminal.
 
 pub(crate) const MASTER: &str = "\
 Exit codes:
@@ -59,9 +60,9 @@ Examples:
   clamcast-master publish --accept 'main was cut by Talos, ticket 4711'";
 
 pub(crate) const STATUS: &str = "\
-GENERATION is EPOCH.NUMBER. An agent is conformant when its clamd was seen scanning with what is
-published last and every file has its hash; behind when it is not there yet; failed when it said that
-it cannot, or gave no sign of progress for a quarter of an hour. Up to 20 that are not conformant, or
+GENERATION is EPOCH.NUMBER. An agent is conformant when its clamd was seen scanning with what is \
+published last and every file has its hash; behind when it is not there yet; failed when it said that \
+it cannot, or gave no sign of progress for a quarter of an hour. Up to 20 that are not conformant, or \
 away, are named; `agents` has all.
 
 Exit codes:
@@ -111,9 +112,9 @@ Examples:
   clamcast-master force-sync web1 --full --json";
 
 pub(crate) const AUDIT_SHOW: &str = "\
-A record says what happened (EVENT), to what (SUBJECT, GENERATION), what came of it (OUTCOME), and who
-did it (ACTOR: operator:UID/NAME, agent:NAME, master). Columns for which a terminal is too narrow stand
-beneath their record; in a pipe a record is one line. Digests are cut short, and receipts are told by
+A record says what happened (EVENT), to what (SUBJECT, GENERATION), what came of it (OUTCOME), and who \
+did it (ACTOR: operator:UID/NAME, agent:NAME, master). Columns for which a terminal is too narrow stand \
+beneath their record; in a pipe a record is one line. Digests are cut short, and receipts are told by \
 their outcome: --json has all of it. Several filters restrict together.
 
 Exit codes:
