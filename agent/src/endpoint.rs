@@ -4,7 +4,7 @@ use std::fs;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use clamcast_proto::dsse::PublicKey;
@@ -14,7 +14,7 @@ use ed25519_dalek::SigningKey;
 use ed25519_dalek::pkcs8::{self, DecodePrivateKey as _};
 use jiff::Timestamp;
 use quinn::crypto::rustls::QuicClientConfig;
-use quinn::{ClientConfig, Endpoint, TransportConfig, VarInt};
+use quinn::{ClientConfig, ConnectionError, Endpoint, TransportConfig, VarInt};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::verify_server_cert_signed_by_trust_anchor;
 use rustls::crypto::{CryptoProvider, verify_tls13_signature};
@@ -22,6 +22,7 @@ use rustls::pki_types::pem::{self, PemObject as _};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::server::ParsedCertificate;
 use rustls::{DigitallySignedStruct, RootCertStore, SignatureScheme};
+use tokio::time::timeout;
 
 use crate::config::Tls;
 
@@ -34,6 +35,9 @@ const STREAM_RECEIVE_WINDOW: u32 = 4 << 20;
 
 /// The same, over all streams.
 const RECEIVE_WINDOW: u32 = 8 << 20;
+
+/// Who has not shown a certificate by then does not answer: five retransmissions on a slow path.
+const KNOCK_TIME: Duration = Duration::from_secs(10);
 
 /// The name in the TLS greeting. The master has one certificate for every name, and the verifier
 /// looks at who the certificate speaks for.
@@ -51,6 +55,7 @@ pub struct Credentials {
     /// Signs receipts, and nothing that leaves this process unsigned.
     pub key: Key,
     tls: rustls::ClientConfig,
+    verifier: MasterVerifier,
 }
 
 /// A private key. It has no `Debug` of its own, so that it cannot get into a log.
@@ -203,7 +208,7 @@ impl Credentials {
             .and_then(|builder| {
                 builder
                     .dangerous() // rustls's word for a verifier of one's own
-                    .with_custom_certificate_verifier(Arc::new(verifier))
+                    .with_custom_certificate_verifier(Arc::new(verifier.clone()))
                     .with_client_auth_cert(chain, key_der)
             })
             .map_err(unusable)?;
@@ -215,6 +220,7 @@ impl Credentials {
             certificate,
             key: Key(key),
             tls: config,
+            verifier,
         })
     }
 
@@ -226,6 +232,105 @@ impl Credentials {
         let mut config = ClientConfig::new(Arc::new(quic));
         config.transport_config(Arc::new(transport(keep_alive)));
         config
+    }
+
+    /// Finds out who is at `address`, and ends the handshake there, before this host's certificate
+    /// was sent: the master never knows who knocked, and so keeps the connection that this host
+    /// may have.
+    pub fn knock(
+        &self,
+        endpoint: &Endpoint,
+        address: SocketAddr,
+    ) -> impl Future<Output = Knock> + Send + use<> {
+        let seen = Arc::new(OnceLock::new());
+        let verifier = OnlyLooks {
+            verifier: self.verifier.clone(),
+            seen: seen.clone(),
+        };
+        let mut tls = self.tls.clone();
+        tls.dangerous().set_certificate_verifier(Arc::new(verifier));
+        let quic = QuicClientConfig::try_from(tls)
+            .expect("TLS 1.3 with the provider's own suites has what QUIC needs");
+        let mut config = ClientConfig::new(Arc::new(quic));
+        config.transport_config(Arc::new(transport(KNOCK_TIME)));
+        let connecting = endpoint.connect_with(config, address, SERVER_NAME);
+        async move {
+            let ended = match connecting {
+                Ok(connecting) => timeout(KNOCK_TIME, connecting).await,
+                Err(error) => return Knock::Other(error.to_string()),
+            };
+            match (seen.get(), ended) {
+                (Some(Ok(())), _) => Knock::Master,
+                (Some(Err(error)), _) => Knock::Other(error.to_string()),
+                (None, Err(_) | Ok(Err(ConnectionError::TimedOut))) => Knock::Nobody,
+                (None, Ok(Err(error))) => Knock::Other(error.to_string()),
+                (None, Ok(Ok(_))) => Knock::Other("it showed no certificate".into()),
+            }
+        }
+    }
+}
+
+/// Who was found at an address.
+#[derive(Debug)]
+pub enum Knock {
+    /// A master of this fleet.
+    Master,
+    /// Nobody, or UDP does not get there and back.
+    Nobody,
+    /// Somebody else.
+    Other(String),
+}
+
+/// Judges the master's certificate and that it holds the key, keeps the judgement, and then refuses
+/// it nonetheless.
+#[derive(Debug)]
+struct OnlyLooks {
+    verifier: MasterVerifier,
+    seen: Arc<OnceLock<Result<(), rustls::Error>>>,
+}
+
+impl OnlyLooks {
+    fn keep(&self, judged: Result<(), rustls::Error>) -> rustls::Error {
+        let _ = self.seen.set(judged); // a handshake comes here once
+        rustls::Error::General("that was all".into())
+    }
+}
+
+impl ServerCertVerifier for OnlyLooks {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        server_name: &ServerName<'_>,
+        ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        self.verifier
+            .verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now)
+            .map_err(|error| self.keep(Err(error)))
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.verifier.verify_tls12_signature(message, cert, dss)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        let judged = self.verifier.verify_tls13_signature(message, cert, dss);
+        Err(self.keep(judged.map(|_| ())))
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.verifier.supported_verify_schemes()
     }
 }
 
@@ -306,7 +411,7 @@ pub fn bind() -> io::Result<Endpoint> {
 /// is no part of it. An address is only a route: the master may be reached through a NAT, by an IP
 /// address, or under a new name after a move, and whoever can redirect the route still has no such
 /// certificate. An agent's certificate does not pass, though the same CA signed it.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct MasterVerifier {
     roots: RootCertStore,
     master: Identity,

@@ -60,7 +60,7 @@ const CLOCK_LOOK: Duration = Duration::from_secs(600);
 
 /// So far this host's clock and the master's may differ, in seconds, before somebody should look:
 /// more than a message travels, less than what certificates and logs suffer from.
-const CLOCK_SKEW_SECS_MAX: i64 = 300;
+pub const CLOCK_SKEW_SECS_MAX: i64 = 300;
 
 /// Longest checkpoint in bytes that is kept.
 const CHECKPOINT_BYTES_MAX: usize = clamcast_proto::audit::CHECKPOINT_BYTES_MAX;
@@ -144,6 +144,7 @@ enum Master {
         address: String,
         version: String,
         since: Timestamp,
+        clock_ahead_secs: i64,
         outbox: Outbox,
     },
     Away {
@@ -402,7 +403,7 @@ impl Keeper {
     }
 
     fn judge_welcome(&mut self, welcome: &Welcome) -> Result<(), String> {
-        let ahead = Timestamp::now().duration_since(welcome.time).as_secs();
+        let ahead = ahead_secs(welcome.time);
         let differ = ahead.abs() > CLOCK_SKEW_SECS_MAX;
         if differ && !self.clock_said {
             tracing::warn!(
@@ -460,6 +461,7 @@ impl Keeper {
             address,
             version: welcome.master_version,
             since: Timestamp::now(),
+            clock_ahead_secs: ahead_secs(welcome.time),
             outbox,
         };
     }
@@ -1054,6 +1056,7 @@ impl Master {
                 address,
                 version,
                 since,
+                clock_ahead_secs,
                 ..
             } => MasterStatus {
                 connected: true,
@@ -1061,6 +1064,7 @@ impl Master {
                 version: Some(version.clone()),
                 since: *since,
                 error: None,
+                clock_ahead_secs: Some(*clock_ahead_secs),
             },
             Self::Away { since, error } => MasterStatus {
                 connected: false,
@@ -1068,9 +1072,15 @@ impl Master {
                 version: None,
                 since: *since,
                 error: error.clone(),
+                clock_ahead_secs: None,
             },
         }
     }
+}
+
+/// How far this host's clock is ahead of one that showed `time` just now.
+fn ahead_secs(time: Timestamp) -> i64 {
+    Timestamp::now().duration_since(time).as_secs()
 }
 
 fn fresh_path(state: &State) -> PathBuf {

@@ -5,6 +5,7 @@ pub mod audit;
 pub mod backoff;
 pub mod clamd;
 pub mod config;
+pub mod doctor;
 pub mod endpoint;
 pub mod install;
 pub mod keeper;

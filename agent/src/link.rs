@@ -294,7 +294,7 @@ impl Link {
                 }
             };
             for address in found.take(RESOLVED_MAX) {
-                match self.greet(address, *keep_alive).await {
+                match greet(&self.endpoint, &self.credentials, address, *keep_alive).await {
                     Ok(greeted) => {
                         let asked = Duration::from_secs(greeted.welcome.keep_alive);
                         // Of effect from the next connection on; this one was made with the last.
@@ -315,52 +315,6 @@ impl Link {
             welcomed: false,
             error: Arc::new(failure.unwrap_or_else(nowhere)),
         }
-    }
-
-    /// Connects, and waits for the master's first words.
-    async fn greet(&self, address: SocketAddr, keep_alive: Duration) -> Result<Greeted, LinkError> {
-        let lost = |end| {
-            if end == ConnectionError::TimedOut {
-                LinkError::NoAnswer { address }
-            } else {
-                LinkError::Lost { address, end }
-            }
-        };
-        let config = self.credentials.client_config(keep_alive);
-        let connecting = self
-            .endpoint
-            .connect_with(config, address, SERVER_NAME)
-            .map_err(|source| LinkError::Connect { address, source })?;
-        let connection = timeout(CONNECT_TIME, connecting)
-            .await
-            .map_err(|_| LinkError::NoAnswer { address })?
-            .map_err(lost)?;
-
-        let protocol = |what: &str| LinkError::Protocol {
-            address,
-            what: what.to_owned(),
-        };
-        let greeting = async {
-            let (send, receive) = connection.accept_bi().await.map_err(lost)?;
-            let mut frames = frames(receive, wire::FRAME_BYTES_MAX);
-            match next(&mut frames, &connection, address).await? {
-                Ok(ToAgent::Welcome(welcome)) => Ok((send, frames, welcome)),
-                Ok(_) | Err(_) => Err(protocol("did not begin with a welcome")),
-            }
-        };
-        let (send, frames, welcome) = timeout(CONNECT_TIME, greeting)
-            .await
-            .map_err(|_| protocol("took the connection and said nothing"))??;
-        if welcome.fleet != self.credentials.fleet {
-            hang_up(&connection, close::PROTOCOL, "another fleet");
-            return Err(protocol(&format!("is of fleet `{}`", welcome.fleet)));
-        }
-        Ok(Greeted {
-            connection,
-            send,
-            frames,
-            welcome,
-        })
     }
 
     /// Speaks with the master until the connection ends. Also returns whether it was believed.
@@ -467,6 +421,68 @@ impl Link {
             });
         }
     }
+}
+
+/// The master's first words to this host. The master then takes this connection for the host's only
+/// one, and it ends here: not beside an agent that runs.
+pub async fn first_words(
+    endpoint: &Endpoint,
+    credentials: &Credentials,
+    address: SocketAddr,
+) -> Result<Welcome, LinkError> {
+    let greeted = greet(endpoint, credentials, address, KEEP_ALIVE).await?;
+    hang_up(&greeted.connection, close::STOPPING, "that was all");
+    Ok(greeted.welcome)
+}
+
+/// Connects, and waits for the master's first words.
+async fn greet(
+    endpoint: &Endpoint,
+    credentials: &Credentials,
+    address: SocketAddr,
+    keep_alive: Duration,
+) -> Result<Greeted, LinkError> {
+    let lost = |end| {
+        if end == ConnectionError::TimedOut {
+            LinkError::NoAnswer { address }
+        } else {
+            LinkError::Lost { address, end }
+        }
+    };
+    let config = credentials.client_config(keep_alive);
+    let connecting = endpoint
+        .connect_with(config, address, SERVER_NAME)
+        .map_err(|source| LinkError::Connect { address, source })?;
+    let connection = timeout(CONNECT_TIME, connecting)
+        .await
+        .map_err(|_| LinkError::NoAnswer { address })?
+        .map_err(lost)?;
+
+    let protocol = |what: &str| LinkError::Protocol {
+        address,
+        what: what.to_owned(),
+    };
+    let greeting = async {
+        let (send, receive) = connection.accept_bi().await.map_err(lost)?;
+        let mut frames = frames(receive, wire::FRAME_BYTES_MAX);
+        match next(&mut frames, &connection, address).await? {
+            Ok(ToAgent::Welcome(welcome)) => Ok((send, frames, welcome)),
+            Ok(_) | Err(_) => Err(protocol("did not begin with a welcome")),
+        }
+    };
+    let (send, frames, welcome) = timeout(CONNECT_TIME, greeting)
+        .await
+        .map_err(|_| protocol("took the connection and said nothing"))??;
+    if welcome.fleet != credentials.fleet {
+        hang_up(&connection, close::PROTOCOL, "another fleet");
+        return Err(protocol(&format!("is of fleet `{}`", welcome.fleet)));
+    }
+    Ok(Greeted {
+        connection,
+        send,
+        frames,
+        welcome,
+    })
 }
 
 /// Of several addresses that failed, the one behind which somebody is tells the most.

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use clamcast_agent::admin::Request;
 use clamcast_agent::config::{self, Config};
+use clamcast_agent::doctor::{self, Host, Inventory};
 use clamcast_agent::run::Agent;
 use clamcast_agent::status::{Status, Verification};
 use clamcast_daemon::admin::{self, Finish};
@@ -15,6 +16,7 @@ use clamcast_daemon::exit::{self, Exit, OrExit as _};
 use clamcast_daemon::logging;
 use clamcast_daemon::say;
 use clamcast_daemon::service::{self, Service};
+use clamcast_daemon::table;
 use clap::{ArgAction, Parser, Subcommand};
 use indicatif::ProgressBar;
 use jiff::Timestamp;
@@ -26,7 +28,7 @@ use serde::de::DeserializeOwned;
 /// scanning with them.
 ///
 /// `run` is the daemon. `status` and `verify` ask it through its admin socket, which root and the
-/// agent's own user and group may use; neither changes anything.
+/// agent's own user and group may use; neither changes anything. `doctor` needs no daemon.
 #[derive(Parser)]
 #[command(version, max_term_width = 100, after_long_help = AGENT)]
 struct Cli {
@@ -45,7 +47,7 @@ struct Cli {
 const AGENT: &str = "\
 Exit codes:
   0  done
-  1  something does not conform: verify
+  1  something does not conform: verify; something is bad: doctor
   2  wrong usage or configuration
   3  the daemon cannot be reached
   4  refused
@@ -93,6 +95,19 @@ Examples:
   clamcast-agent verify --json
   clamcast-master force-sync NAME    on the master: mends what is not";
 
+const DOCTOR: &str = "\
+Exit codes:
+  0  nothing is bad
+  1  something is; the output says what, and what to do
+  2  the configuration cannot be used, or there is no such user
+
+Environment:
+  NO_COLOR   no colours on a terminal either
+
+Examples:
+  sudo clamcast-agent doctor
+  clamcast-agent doctor --config agent.toml --json | jq '.findings[] | select(.state == \"bad\")'";
+
 #[derive(Subcommand)]
 enum Command {
     /// Run the daemon in the foreground until SIGTERM or SIGINT
@@ -118,6 +133,23 @@ enum Command {
     /// installed yet.
     #[command(after_long_help = VERIFY)]
     Verify {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Look for what would keep this host from being up to date, and say what to do about it
+    ///
+    /// Looks at clamd and its configuration, other updaters, rights, space, clock, certificate and
+    /// the way to the master. It needs no running agent, disturbs none, and changes nothing. Run
+    /// as root it sees the most; it then looks at files and sockets as the agent's user does.
+    #[command(after_long_help = DOCTOR)]
+    Doctor {
+        /// The agent's configuration
+        #[arg(long, value_name = "FILE", default_value = config::DEFAULT_PATH)]
+        config: PathBuf,
+        /// Whom the agent runs as, if not as its unit says
+        #[arg(long, value_name = "NAME")]
+        user: Option<String>,
         /// Print JSON
         #[arg(long)]
         json: bool,
@@ -151,6 +183,12 @@ fn run(cli: Cli) -> Result<(), Exit> {
             let finish = call(socket, &Request::Verify);
             spinner.finish_and_clear();
             show(finish?, json, Verification::text)
+        }
+        Command::Doctor { config, user, json } => {
+            if cli.verbose > 0 {
+                logging::start(cli.verbose);
+            }
+            examine(&config, user.as_deref(), json)
         }
     }
 }
@@ -208,6 +246,33 @@ fn show<T: DeserializeOwned + Serialize>(
     match finish.exit {
         exit::DONE => Ok(()),
         code => Err(Exit::quietly(code)),
+    }
+}
+
+fn examine(path: &Path, user: Option<&str>, json: bool) -> Result<(), Exit> {
+    let config = Config::load(path).or_exit(exit::USAGE)?;
+    let host = Host::here();
+    // What only root can see comes first; then root's rights are given up for good.
+    let inventory = Inventory::take(&host);
+    let agent = doctor::agents_user(&host, path, &config, user).or_exit(exit::USAGE)?;
+    doctor::become_user(&agent, user.is_some()).or_exit(exit::USAGE)?;
+
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let spinner = spinner("looking around");
+    let report = runtime.block_on(doctor::examine(&host, &inventory, path, &config, &agent));
+    spinner.finish_and_clear();
+    if json {
+        say!("{:#}", serde_json::to_value(&report)?);
+    } else {
+        let width = table::terminal_width();
+        let colour = width.is_some() && !logging::is_set("NO_COLOR");
+        say!("{}", report.text(width, colour));
+    }
+    match report.ok {
+        true => Ok(()),
+        false => Err(Exit::quietly(exit::NOT_CONFORMANT)),
     }
 }
 

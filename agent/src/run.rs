@@ -31,7 +31,7 @@ const LINK_EVENTS_MAX: usize = 16;
 const QUESTIONS_MAX: usize = 16;
 
 /// A certificate that ends sooner than this is worth a warning at every start.
-const CERTIFICATE_ENDS_SOON: SignedDuration = SignedDuration::from_hours(30 * 24);
+pub const CERTIFICATE_ENDS_SOON: SignedDuration = SignedDuration::from_hours(30 * 24);
 
 /// The daemon does not start.
 #[derive(Debug, thiserror::Error)]

@@ -78,6 +78,9 @@ pub struct MasterStatus {
     pub since: Timestamp,
     /// Why it is not there.
     pub error: Option<String>,
+    /// Seconds that this host's clock was ahead of the master's when the connection was made.
+    #[serde(default)]
+    pub clock_ahead_secs: Option<i64>,
 }
 
 /// How a generation ended.

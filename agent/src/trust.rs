@@ -17,6 +17,9 @@ use crate::state::{self, StateError};
 /// room for its layout.
 const KEYS_FILE_BYTES_MAX: u64 = 64 << 10;
 
+/// The kept key set, in the state directory.
+const KEYS: &str = "keys.json";
+
 /// What the agent believes, and where it is kept. Every change is on disk before it counts.
 #[derive(Debug)]
 pub struct TrustStore {
@@ -96,36 +99,20 @@ impl TrustStore {
     /// Loads what was kept in the state directory, or pins the root of the `configured` key set at
     /// the first start. A newer configured set with the pinned root is taken over.
     pub fn open(state: &Path, configured: &Path) -> Result<Self, OpenError> {
-        let keys_path = state.join("keys.json");
+        let keys_path = state.join(KEYS);
         let mark_path = state.join("mark.json");
-        let offered = read_configured(configured)?;
-        let kept: Option<Envelope> = state::load(&keys_path, "the configured key set is pinned")?;
-        let keys = match kept {
-            None => {
-                let keys = KeySet::verify(&offered).map_err(|source| OpenError::Refused {
-                    path: configured.to_owned(),
-                    source,
-                })?;
+        let keys = match chosen(state, configured)? {
+            Chosen::Kept(keys) => keys,
+            Chosen::First(keys) => {
                 state::save(&keys_path, keys.envelope())?;
                 tracing::info!(root = %keys.root.id(), fleet = %keys.fleet, "root key pinned");
                 keys
             }
-            Some(kept) => {
-                let pinned = KeySet::verify(&kept).map_err(|source| OpenError::Pinned {
-                    path: keys_path.clone(),
-                    source,
-                })?;
-                match newer(&pinned, &offered, configured, &keys_path)? {
-                    None => pinned,
-                    Some(newer) => {
-                        state::save(&keys_path, newer.envelope())?;
-                        tracing::info!(
-                            version = newer.version,
-                            "newer key set taken from the file"
-                        );
-                        newer
-                    }
-                }
+            Chosen::Newer(keys) => {
+                state::save(&keys_path, keys.envelope())?;
+                let version = keys.version;
+                tracing::info!(version, "newer key set taken from the file");
+                keys
             }
         };
         let mark: Option<KeptMark> = state::load(
@@ -193,6 +180,42 @@ pub enum RefusedKeys {
     /// It could not be kept.
     #[error(transparent)]
     State(#[from] StateError),
+}
+
+/// The key set that [`TrustStore::open`] would believe; changes nothing.
+pub fn look(state: &Path, configured: &Path) -> Result<Verified<KeySet>, OpenError> {
+    match chosen(state, configured)? {
+        Chosen::Kept(keys) | Chosen::First(keys) | Chosen::Newer(keys) => Ok(keys),
+    }
+}
+
+/// Which key set is believed.
+enum Chosen {
+    /// The one that was kept.
+    Kept(Verified<KeySet>),
+    /// The configured one, as none was kept.
+    First(Verified<KeySet>),
+    /// The configured one, as it is newer.
+    Newer(Verified<KeySet>),
+}
+
+fn chosen(state: &Path, configured: &Path) -> Result<Chosen, OpenError> {
+    let keys_path = state.join(KEYS);
+    let offered = read_configured(configured)?;
+    let kept: Option<Envelope> = state::load(&keys_path, "the configured key set is pinned")?;
+    let Some(kept) = kept else {
+        let keys = KeySet::verify(&offered).map_err(|source| OpenError::Refused {
+            path: configured.to_owned(),
+            source,
+        })?;
+        return Ok(Chosen::First(keys));
+    };
+    let pinned = KeySet::verify(&kept).map_err(|source| OpenError::Pinned {
+        path: keys_path.clone(),
+        source,
+    })?;
+    let newer = newer(&pinned, &offered, configured, &keys_path)?;
+    Ok(newer.map_or(Chosen::Kept(pinned), Chosen::Newer))
 }
 
 fn read_configured(path: &Path) -> Result<Envelope, OpenError> {

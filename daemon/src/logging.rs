@@ -50,7 +50,7 @@ fn filter(environment: Option<String>, verbosity: u8) -> (EnvFilter, Option<Pars
 }
 
 /// Whether the variable is set to anything (<https://no-color.org>: not empty).
-fn is_set(variable: &str) -> bool {
+pub fn is_set(variable: &str) -> bool {
     std::env::var_os(variable).is_some_and(|value| !value.is_empty())
 }
 

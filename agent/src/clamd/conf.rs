@@ -11,14 +11,6 @@ use std::path::{Path, PathBuf};
 
 use super::client::Address;
 
-/// Where distributions put it: Debian, Red Hat, older Red Hat, built from source.
-const PLACES: [&str; 4] = [
-    "/etc/clamav/clamd.conf",
-    "/etc/clamd.d/scan.conf",
-    "/etc/clamd.conf",
-    "/usr/local/etc/clamd.conf",
-];
-
 /// Largest clamd.conf that is read, in bytes. The commented example is 26 kB.
 const CONF_BYTES_MAX: u64 = 1 << 20;
 
@@ -45,6 +37,8 @@ pub struct ClamdConf {
     pub concurrent_reload: Option<bool>,
     /// `OfficialDatabaseOnly`; clamd's default is no.
     pub official_only: Option<bool>,
+    /// `SelfCheck`, in seconds; clamd's default is 600, Debian's file says 3600.
+    pub self_check: Option<u64>,
     /// `EnableReloadCommand`, from ClamAV 1.5 on; clamd's default is yes, Ubuntu's file says no.
     pub reload_command: Option<bool>,
 }
@@ -69,9 +63,18 @@ pub enum ConfError {
 }
 
 impl ClamdConf {
+    /// Where distributions put it: Debian, Red Hat, older Red Hat, built from source.
+    pub const PLACES: [&str; 4] = [
+        "/etc/clamav/clamd.conf",
+        "/etc/clamd.d/scan.conf",
+        "/etc/clamd.conf",
+        "/usr/local/etc/clamd.conf",
+    ];
+
     /// The first of the places of the distributions where there is one.
     pub fn find() -> Option<PathBuf> {
-        PLACES.map(PathBuf::from).into_iter().find(|p| p.exists())
+        let mut places = Self::PLACES.map(PathBuf::from).into_iter();
+        places.find(|path| path.exists())
     }
 
     /// The one in the file `path`.
@@ -110,6 +113,7 @@ impl ClamdConf {
                 "VirusEvent" => first(&mut conf.virus_event, Some(value.to_owned())),
                 "ConcurrentDatabaseReload" => first(&mut conf.concurrent_reload, yes(value)),
                 "OfficialDatabaseOnly" => first(&mut conf.official_only, yes(value)),
+                "SelfCheck" => first(&mut conf.self_check, value.parse().ok()),
                 "EnableReloadCommand" => first(&mut conf.reload_command, yes(value)),
                 _ => {}
             }

@@ -16,7 +16,7 @@ const NAME: &str = "clamd";
 
 /// Why no signal was sent.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum SignalError {
+pub enum SignalError {
     /// No pid in it.
     #[error("cannot read a process id from {path}")]
     PidFile {
@@ -43,9 +43,19 @@ pub(super) enum SignalError {
     },
 }
 
-/// Sends SIGUSR2 to the clamd whose process id is in the file. The file may be older than the
-/// process that has the number now, so its name is looked at first.
+/// Sends SIGUSR2 to the clamd whose process id is in the file.
 pub(super) fn reload(pid_file: &Path) -> Result<(), SignalError> {
+    let pid = running_pid(pid_file)?;
+    kill(pid, Signal::SIGUSR2).map_err(|source| SignalError::Kill { pid, source })
+}
+
+/// The process in `pid_file`, which is a clamd that runs. The file may be older than the process
+/// that has the number now, so its name is looked at.
+///
+/// # Errors
+///
+/// If it is none.
+pub fn running_pid(pid_file: &Path) -> Result<Pid, SignalError> {
     let pid = read_pid(pid_file).map_err(|source| SignalError::PidFile {
         path: pid_file.to_owned(),
         source,
@@ -55,7 +65,7 @@ pub(super) fn reload(pid_file: &Path) -> Result<(), SignalError> {
         let path = pid_file.to_owned();
         return Err(SignalError::NotClamd { pid, path });
     }
-    kill(pid, Signal::SIGUSR2).map_err(|source| SignalError::Kill { pid, source })
+    Ok(pid)
 }
 
 fn read_pid(path: &Path) -> io::Result<Pid> {

@@ -35,7 +35,7 @@ mod swap;
 #[cfg(test)]
 mod tests;
 
-pub use disk::HostFault;
+pub use disk::{HIDDEN, HostFault};
 pub use journal::{Installed, Set};
 pub use stage::{ReceiveError, SPACE_RESERVE_BYTES};
 

@@ -1,0 +1,592 @@
+//! `clamcast-agent doctor`: what on this host would keep an install from being live, and what to do
+//! about it.
+//!
+//! It changes nothing and disturbs nobody: no lock, no port, no file is made, and beside an agent
+//! that runs nobody speaks to the master in its name. Facts are gathered in thin code; what they
+//! mean is decided by functions without effects, the `judge` ones.
+
+mod confinement;
+mod host;
+mod identity;
+mod master;
+mod rights;
+mod scanner;
+mod space;
+mod updaters;
+
+use std::path::{Path, PathBuf};
+
+use jiff::Timestamp;
+use nix::unistd::{Gid, Uid, geteuid, initgroups, setgid, setuid};
+use serde::Serialize;
+
+use crate::clamd::Settings;
+use crate::config::{Config, DEFAULT_PATH};
+
+pub use host::{Host, Process, User};
+pub use updaters::Signs;
+
+/// The agent's user where nothing says otherwise: that of the unit in the package.
+const UNIT: &str = "clamcast-agent.service";
+
+/// Where units are, the ones that count first (systemd.unit(5)).
+const UNIT_DIRECTORIES: [&str; 5] = [
+    "/etc/systemd/system",
+    "/run/systemd/system",
+    "/usr/local/lib/systemd/system",
+    "/usr/lib/systemd/system",
+    "/lib/systemd/system",
+];
+
+/// How a check came out.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum State {
+    /// As it should be.
+    Good,
+    /// It works, and somebody should know.
+    Note,
+    /// It has to be put right.
+    Bad,
+    /// It could not be looked at.
+    Unknown,
+}
+
+impl State {
+    fn word(self) -> &'static str {
+        match self {
+            Self::Good => "good",
+            Self::Note => "note",
+            Self::Bad => "bad",
+            Self::Unknown => "unknown",
+        }
+    }
+}
+
+/// One thing that was found. The keys are for scripts and stay as they are.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize)]
+pub struct Finding {
+    /// Which check.
+    pub check: &'static str,
+    /// How it came out.
+    pub state: State,
+    /// What is there; of `unknown`, why it could not be looked at.
+    pub found: String,
+    /// What to do about it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub advice: Option<String>,
+}
+
+impl Finding {
+    fn good(check: &'static str, found: impl Into<String>) -> Self {
+        Self::new(check, State::Good, found, None)
+    }
+
+    fn note(check: &'static str, found: impl Into<String>, advice: impl Into<String>) -> Self {
+        Self::new(check, State::Note, found, Some(advice.into()))
+    }
+
+    fn bad(check: &'static str, found: impl Into<String>, advice: impl Into<String>) -> Self {
+        Self::new(check, State::Bad, found, Some(advice.into()))
+    }
+
+    fn unknown(check: &'static str, why: impl Into<String>, advice: Option<String>) -> Self {
+        Self::new(check, State::Unknown, why, advice)
+    }
+
+    fn new(
+        check: &'static str,
+        state: State,
+        found: impl Into<String>,
+        advice: Option<String>,
+    ) -> Self {
+        Self {
+            check,
+            state,
+            found: found.into(),
+            advice,
+        }
+    }
+}
+
+/// All that was found.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// Nothing is bad.
+    pub ok: bool,
+    /// In the order of the checks.
+    pub findings: Vec<Finding>,
+}
+
+/// What only root may see, gathered before the rights are given up.
+#[derive(Clone, Debug)]
+pub struct Inventory {
+    /// The processes.
+    pub processes: Vec<Process>,
+    /// Who else brings databases.
+    pub updaters: Signs,
+    /// Whether those were all processes of the host.
+    pub sees_all_processes: bool,
+}
+
+impl Inventory {
+    /// Takes it.
+    pub fn take(host: &Host) -> Self {
+        let processes = host.processes();
+        Self {
+            updaters: updaters::look(host),
+            // With `hidepid` others' are not there, and init is always another's.
+            sees_all_processes: processes.iter().any(|process| process.pid == 1),
+            processes,
+        }
+    }
+}
+
+/// This process cannot become the agent's user.
+#[derive(Debug, thiserror::Error)]
+pub enum UserError {
+    /// There is no such user.
+    #[error(
+        "there is no user `{0}`; make it with `useradd --system --home-dir /var/lib/clamcast \
+         --shell /usr/sbin/nologin {0}`, or name another one with --user"
+    )]
+    Nobody(String),
+    /// Only root can.
+    #[error("only root can look as user `{0}`; run this with sudo, or as that user")]
+    NotRoot(String),
+    /// The system does not let it.
+    #[error("cannot become user `{user}`")]
+    Become {
+        /// The user.
+        user: String,
+        /// Why.
+        source: nix::errno::Errno,
+    },
+}
+
+/// The user whose rights count: `wanted`, else what the agent's unit says, else the owner of its
+/// state directory, else whoever runs this.
+pub fn agents_user(
+    host: &Host,
+    config_path: &Path,
+    config: &Config,
+    wanted: Option<&str>,
+) -> Result<User, UserError> {
+    let name = wanted
+        .map(str::to_owned)
+        .or_else(|| unit_user(host, config_path));
+    if let Some(name) = name {
+        return User::named(&name).ok_or(UserError::Nobody(name));
+    }
+    let owner = host::Node::at(&config.state).map(|node| User::numbered(node.uid));
+    Ok(owner.unwrap_or_else(|_| User::this()))
+}
+
+/// `User=` of the unit that runs this configuration. Drop-ins come last and count.
+fn unit_user(host: &Host, config_path: &Path) -> Option<String> {
+    let mut directories = UNIT_DIRECTORIES.iter().map(Path::new);
+    let mut text = directories.find_map(|path| host.text(path.join(UNIT)).ok())?;
+    for directory in UNIT_DIRECTORIES.iter().rev() {
+        let dropins = PathBuf::from(format!("{directory}/{UNIT}.d"));
+        for name in host.names(&dropins) {
+            text += &host.text(dropins.join(name)).unwrap_or_default();
+        }
+    }
+    let last = |key: &str| {
+        let lines = text.lines().rev().map(str::trim);
+        lines
+            .filter_map(|line| line.strip_prefix(key))
+            .find(|value| !value.is_empty())
+    };
+    let start = last("ExecStart=")?;
+    let ours = match start.split_once("--config") {
+        Some((_, named)) => {
+            let named = named.trim_start_matches(['=', ' ']).split(' ').next();
+            named.map(Path::new) == Some(config_path)
+        }
+        None => config_path == Path::new(DEFAULT_PATH),
+    };
+    ours.then(|| last("User=").unwrap_or("root").to_owned())
+}
+
+/// Makes this process that user, with its groups and without root's rights, so that what it then
+/// can do is what the agent can do. Nothing to do for whoever is that user. A process that is not
+/// root stays what it is if the user was not `wanted`.
+pub fn become_user(user: &User, wanted: bool) -> Result<(), UserError> {
+    let own = geteuid();
+    if own.as_raw() == user.uid {
+        return Ok(());
+    }
+    if !own.is_root() {
+        return match wanted {
+            true => Err(UserError::NotRoot(user.name.clone())),
+            false => Ok(()),
+        };
+    }
+    let group = user.gids.first().copied().unwrap_or(user.uid);
+    let (uid, gid) = (Uid::from_raw(user.uid), Gid::from_raw(group));
+    let name = std::ffi::CString::new(user.name.clone()).expect("a name of the system's");
+    initgroups(&name, gid)
+        .and_then(|()| setgid(gid))
+        .and_then(|()| setuid(uid))
+        .map_err(|source| UserError::Become {
+            user: user.name.clone(),
+            source,
+        })
+}
+
+/// Looks at everything, as the user that this process is now. `agent` is whom the agent runs as.
+pub async fn examine(
+    host: &Host,
+    inventory: &Inventory,
+    config_path: &Path,
+    config: &Config,
+    agent: &User,
+) -> Report {
+    let mut findings = vec![judge_user(&User::this(), agent, config_path)];
+
+    let file = scanner::ConfFile::look(host, &config.clamd_conf);
+    let (settings, _) = Settings::resolve(config.clamd.clone(), file.conf().cloned());
+    let database = settings.database_directory.as_path();
+    let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    let ours = real(database);
+    let has_clamd = !settings.instances.is_empty();
+    if has_clamd {
+        let theirs = file
+            .conf()
+            .and_then(|conf| conf.database_directory.as_deref());
+        let same = theirs.is_some_and(|theirs| real(theirs) == ours);
+        findings.extend(scanner::judge_conf(&file, &settings, same, agent));
+        for instance in &settings.instances {
+            let talk = scanner::Talk::with(&instance.address, agent).await;
+            findings.push(scanner::judge_talk(&talk, &file, agent));
+            let signal = |pid_file: &Path| scanner::signal_fault(pid_file, agent);
+            findings.push(scanner::judge_reload(
+                &instance.address,
+                &instance.reload,
+                signal,
+                &file,
+            ));
+        }
+        let log = scanner::Log::look(&settings);
+        findings.push(scanner::judge_log(&log, &file, &settings, agent));
+    } else {
+        let found = "this host has none by configuration: installed counts as live";
+        findings.push(Finding::good("clamd-conf", found));
+    }
+
+    let clamd = inventory
+        .processes
+        .iter()
+        .find(|process| process.name == "clamd");
+    let paths = rights::Paths::look(database, &config.state, &config.tls.key);
+    let names = [database, &config.state, &config.tls.key];
+    findings.extend(rights::judge_agent(&paths, names, agent));
+    if has_clamd {
+        match clamds_user(&file, clamd) {
+            Ok(user) => findings.extend(rights::judge_clamd(&paths, user.as_ref(), agent)),
+            Err(finding) => findings.push(finding),
+        }
+        let confinement = confinement::Confinement::look(host, &ours);
+        findings.extend(confinement::judge(&confinement, &ours));
+    }
+
+    findings.extend(updaters::judge(inventory, &ours, |path| {
+        real(&host.at(path))
+    }));
+    let databases = space::databases(database);
+    match space::disk(host, database) {
+        Ok(disk) => {
+            let kept = space::databases(&database.join(crate::install::HIDDEN).join("previous"));
+            findings.extend(space::judge_disk(&disk, databases, kept.bytes));
+        }
+        Err(why) => findings.push(Finding::unknown("disk-space", why, None)),
+    }
+    if let Ok(disk) = space::disk(host, &config.state) {
+        findings.extend(space::judge_state(&disk));
+    }
+    if has_clamd && (settings.concurrent_reload || settings.scanner.is_some()) {
+        let memory = space::memory(host, clamd);
+        findings.push(space::judge_memory(memory.as_ref(), databases));
+    }
+
+    let (identity, credentials) = identity::look(config, Timestamp::now());
+    findings.extend(identity);
+    let running = master::Agent::ask(config);
+    let tried = match &credentials {
+        None => Vec::new(),
+        Some(credentials) => {
+            let alone = matches!(running, master::Agent::Away);
+            master::try_all(config, credentials, alone).await
+        }
+    };
+    findings.extend(master::judge(&running, &tried));
+    if credentials.is_none() {
+        let why = "no handshake without the host's certificate and keys";
+        findings.push(Finding::unknown("master", why, None));
+    }
+    findings.extend(master::judge_clock(&running, &tried, &inventory.processes));
+
+    Report {
+        ok: findings.iter().all(|finding| finding.state != State::Bad),
+        findings,
+    }
+}
+
+fn judge_user(this: &User, agent: &User, config_path: &Path) -> Finding {
+    let (own, agents) = (&this.name, &agent.name);
+    let config = config_path.display();
+    if let Err(error) = std::fs::File::open(config_path) {
+        let advice = format!("chown {agents}: {config}");
+        return Finding::bad(
+            "user",
+            format!("{own} cannot read {config}: {error}"),
+            advice,
+        );
+    }
+    if this.uid != agent.uid {
+        let found = format!(
+            "looked at as {own}, and the agent runs as {agents}: what follows of rights is about {own}"
+        );
+        let advice = format!("sudo -u {agents} clamcast-agent doctor --config {config}");
+        return Finding::note("user", found, advice);
+    }
+    if agent.uid == 0 {
+        let found = "the agent runs as root, which it need not";
+        let advice = "run it as a user of its own, as clamcast-agent.service does";
+        return Finding::note("user", found, advice);
+    }
+    Finding::good(
+        "user",
+        format!("looked at as {own}, which the agent runs as; {config}"),
+    )
+}
+
+/// Whom clamd runs as: by its process, else by its configuration.
+fn clamds_user(
+    file: &scanner::ConfFile,
+    process: Option<&Process>,
+) -> Result<Option<User>, Finding> {
+    let named = file.conf().and_then(|conf| conf.user.as_deref());
+    match (named, process) {
+        (Some(name), _) => match User::named(name) {
+            Some(user) => Ok(Some(user)),
+            None => Err(Finding::bad(
+                "clamd-user",
+                format!("clamd.conf has `User {name}`, and there is no such user"),
+                format!("useradd --system --no-create-home --shell /usr/sbin/nologin {name}"),
+            )),
+        },
+        (None, Some(process)) => Ok(Some(User::numbered(process.uid))),
+        (None, None) => Ok(None),
+    }
+}
+
+impl Report {
+    /// For people: `width` is that of the terminal; without one every finding is one line, and its
+    /// advice another.
+    pub fn text(&self, width: Option<usize>, colour: bool) -> String {
+        let check = self
+            .findings
+            .iter()
+            .map(|finding| finding.check.len())
+            .max();
+        let indent = "unknown".len() + 2 + check.unwrap_or(0) + 2;
+        let room = width.map(|width| width.saturating_sub(indent).max(ROOM_MIN));
+        let mut lines = Vec::new();
+        for finding in &self.findings {
+            let (before, after) = colours(finding.state, colour);
+            let word = finding.state.word();
+            let mut head = format!(
+                "{before}{word:<7}{after}  {:<1$}  ",
+                finding.check,
+                indent - 11
+            );
+            for line in wrapped(&finding.found, room) {
+                lines.push(head + &line);
+                head = " ".repeat(indent);
+            }
+            let advice = finding
+                .advice
+                .iter()
+                .flat_map(|advice| wrapped(advice, room.map(|r| r - 3)));
+            for (number, line) in advice.enumerate() {
+                let arrow = if number == 0 { "-> " } else { "   " };
+                lines.push(" ".repeat(indent) + arrow + &line);
+            }
+        }
+        lines.push(String::new());
+        lines.push(self.summary());
+        lines.join("\n")
+    }
+
+    fn summary(&self) -> String {
+        let count = |state| self.findings.iter().filter(|f| f.state == state).count();
+        let (bad, notes, unknown) = (count(State::Bad), count(State::Note), count(State::Unknown));
+        let things = match bad {
+            0 => "nothing is wrong".to_owned(),
+            1 => "1 thing is wrong".to_owned(),
+            _ => format!("{bad} things are wrong"),
+        };
+        format!("{things}; {notes} to note, {unknown} that could not be looked at")
+    }
+}
+
+/// Narrower than this nothing is wrapped to.
+const ROOM_MIN: usize = 30;
+
+fn colours(state: State, colour: bool) -> (&'static str, &'static str) {
+    match state {
+        _ if !colour => ("", ""),
+        State::Good => ("\x1b[32m", "\x1b[0m"),
+        State::Note | State::Unknown => ("\x1b[33m", "\x1b[0m"),
+        State::Bad => ("\x1b[1;31m", "\x1b[0m"),
+    }
+}
+
+/// Lines of at most `room` characters where there are blanks. Text of others must not be able to
+/// move the cursor.
+fn wrapped(text: &str, room: Option<usize>) -> Vec<String> {
+    let text = clamcast_daemon::table::printable(text);
+    let Some(room) = room else {
+        return vec![text];
+    };
+    let mut lines = vec![String::new()];
+    for word in text.split(' ') {
+        let line = lines.last_mut().expect("there is one");
+        if line.is_empty() {
+            line.push_str(word);
+        } else if line.chars().count() + 1 + word.chars().count() <= room {
+            line.push(' ');
+            line.push_str(word);
+        } else {
+            lines.push(word.to_owned());
+        }
+    }
+    lines
+}
+
+#[cfg(test)]
+mod testing {
+    use super::Finding;
+
+    /// One line a finding: `STATE CHECK: FOUND -> ADVICE`.
+    pub(super) fn lines(findings: &[Finding]) -> String {
+        let line = |finding: &Finding| {
+            let advice = finding.advice.iter().map(|advice| format!(" -> {advice}"));
+            let advice: String = advice.collect();
+            let Finding { check, found, .. } = finding;
+            format!("{} {check}: {found}{advice}", finding.state.word())
+        };
+        findings.iter().map(line).collect::<Vec<_>>().join("\n")
+    }
+
+    /// Each line has the words of its `expected`, which are separated by ` | `.
+    #[track_caller]
+    pub(super) fn assert_lines(findings: &[Finding], expected: &[&str]) {
+        let lines = lines(findings);
+        assert_eq!(lines.lines().count(), expected.len(), "{lines}");
+        for (line, words) in lines.lines().zip(expected) {
+            for word in words.split(" | ") {
+                assert!(line.contains(word), "{line} lacks {word}");
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report() -> Report {
+        Report {
+            ok: false,
+            findings: vec![
+                Finding::good("clamd-conf", "/etc/clamav/clamd.conf"),
+                Finding::bad(
+                    "updaters",
+                    "freshclam (pid 612) runs",
+                    "systemctl disable --now f",
+                ),
+            ],
+        }
+    }
+
+    #[test]
+    fn in_a_pipe_a_finding_is_a_line_and_so_is_its_advice() {
+        assert_eq!(
+            report().text(None, false),
+            "good     clamd-conf  /etc/clamav/clamd.conf\n\
+             bad      updaters    freshclam (pid 612) runs\n                     \
+             -> systemctl disable --now f\n\n\
+             1 thing is wrong; 0 to note, 0 that could not be looked at"
+        );
+    }
+
+    #[test]
+    fn on_a_terminal_lines_are_wrapped_and_bad_ones_stand_out() {
+        let text = report().text(Some(40), true);
+        assert!(
+            text.contains("\x1b[1;31mbad    \x1b[0m  updaters"),
+            "{text}"
+        );
+        let mut long = report();
+        long.findings[0].found = "word ".repeat(20) + "\x1b[2J";
+        let text = long.text(Some(60), false);
+        assert!(
+            text.lines().all(|line| line.chars().count() <= 60),
+            "{text}"
+        );
+        assert!(!text.contains('\x1b'), "{text:?}");
+    }
+
+    #[test]
+    fn json_has_stable_keys() {
+        let json = serde_json::to_value(report()).unwrap();
+        let expected = serde_json::json!({
+            "ok": false,
+            "findings": [
+                { "check": "clamd-conf", "state": "good", "found": "/etc/clamav/clamd.conf" },
+                {
+                    "check": "updaters",
+                    "state": "bad",
+                    "found": "freshclam (pid 612) runs",
+                    "advice": "systemctl disable --now f",
+                },
+            ],
+        });
+        assert_eq!(json, expected);
+    }
+
+    #[track_caller]
+    fn check_unit(files: &[(&str, &str)], config: &str, expected: Option<&str>) {
+        let root = tempfile::tempdir().unwrap();
+        let host = Host::below(root.path());
+        for (path, text) in files {
+            let path = host.at(path);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, text).unwrap();
+        }
+        assert_eq!(unit_user(&host, Path::new(config)).as_deref(), expected);
+    }
+
+    #[test]
+    fn the_unit_of_this_configuration_says_whom_the_agent_runs_as() {
+        let unit = include_str!("../clamcast-agent.service");
+        let lib = "/usr/lib/systemd/system/clamcast-agent.service";
+        let etc = "/etc/systemd/system/clamcast-agent.service";
+        let dropin = "/etc/systemd/system/clamcast-agent.service.d/user.conf";
+        check_unit(&[], DEFAULT_PATH, None);
+        check_unit(&[(lib, unit)], DEFAULT_PATH, Some("clamcast"));
+        check_unit(&[(lib, unit)], "/srv/agent.toml", None);
+        check_unit(
+            &[(lib, unit), (etc, "[Service]\nExecStart=/a run\n")],
+            DEFAULT_PATH,
+            Some("root"),
+        );
+        let other = "[Service]\nUser=other\n";
+        check_unit(&[(lib, unit), (dropin, other)], DEFAULT_PATH, Some("other"));
+        let named = "[Service]\nUser=me\nExecStart=/a run --config /srv/agent.toml\n";
+        check_unit(&[(etc, named)], "/srv/agent.toml", Some("me"));
+    }
+}

@@ -1,0 +1,350 @@
+//! Who else brings databases to this host.
+
+use std::path::{Path, PathBuf};
+
+use super::host::{Host, Process};
+use super::{Finding, Inventory};
+
+/// Programs that bring databases, by the beginning of a name. A process shows fifteen characters
+/// of its own.
+const UPDATERS: [Updater; 4] = [
+    Updater {
+        name: "freshclam",
+        units: &["clamav-freshclam", "freshclam"],
+    },
+    Updater {
+        name: "clamav-unofficial-sigs",
+        units: &["clamav-unofficial-sigs"],
+    },
+    Updater {
+        name: "fangfrisch",
+        units: &["fangfrisch"],
+    },
+    Updater {
+        name: "cvdupdate",
+        units: &["cvdupdate"],
+    },
+];
+
+/// Where distributions put freshclam.conf: Debian, Red Hat, built from source.
+const FRESHCLAM_CONF: [&str; 3] = [
+    "/etc/clamav/freshclam.conf",
+    "/etc/freshclam.conf",
+    "/usr/local/etc/freshclam.conf",
+];
+
+/// Where freshclam writes unless told otherwise, in all of them.
+const FRESHCLAM_DIRECTORY: &str = "/var/lib/clamav";
+
+const COMM_CHARS: usize = 15;
+
+struct Updater {
+    name: &'static str,
+    units: &'static [&'static str],
+}
+
+impl Updater {
+    fn is(&self, process: &Process) -> bool {
+        let shown = &self.name[..self.name.len().min(COMM_CHARS)];
+        // cvdupdate's command is `cvd`.
+        process.name.starts_with(shown) || (self.name == "cvdupdate" && process.name == "cvd")
+    }
+
+    fn owns(&self, unit: &str) -> bool {
+        let stem = unit.rsplit_once('.').map_or(unit, |(stem, _)| stem);
+        let is = |own: &&str| stem == *own || stem.starts_with(&format!("{own}-"));
+        self.units.iter().any(is)
+    }
+}
+
+/// Signs of another updater.
+#[derive(Clone, Debug, Default)]
+pub struct Signs {
+    /// What is enabled at boot: units and timers.
+    pub units: Vec<String>,
+    /// Files of cron that name one: path and the updater's name.
+    pub cron: Vec<(PathBuf, &'static str)>,
+    /// Crontabs that cannot be read.
+    pub unread: Vec<PathBuf>,
+    /// The directory in freshclam.conf.
+    pub freshclam_writes: Option<PathBuf>,
+}
+
+/// Looks for signs. What users have in their own crontabs only root can read.
+pub(super) fn look(host: &Host) -> Signs {
+    let mut signs = Signs::default();
+    let wants = host.names("/etc/systemd/system").into_iter();
+    for wants in wants.filter(|name| name.ends_with(".wants")) {
+        for unit in host.names(format!("/etc/systemd/system/{wants}")) {
+            if UPDATERS.iter().any(|updater| updater.owns(&unit)) && !signs.units.contains(&unit) {
+                signs.units.push(unit);
+            }
+        }
+    }
+
+    let directories = ["/etc/cron.d", "/etc/cron.hourly", "/etc/cron.daily"];
+    let more = ["/etc/cron.weekly", "/var/spool/cron/crontabs"];
+    let mut tabs = vec![PathBuf::from("/etc/crontab")];
+    for directory in directories.into_iter().chain(more).map(Path::new) {
+        let names = host.names(directory).into_iter();
+        tabs.extend(names.map(|name| directory.join(name)));
+    }
+    for tab in tabs.into_iter().filter(|tab| host.at(tab).is_file()) {
+        match host.text(&tab) {
+            Ok(text) => {
+                let named = UPDATERS
+                    .iter()
+                    .find(|updater| is_in_crontab(updater, &text));
+                signs.cron.extend(named.map(|updater| (tab, updater.name)));
+            }
+            Err(_) => signs.unread.push(tab),
+        }
+    }
+    if let Err(error) = std::fs::read_dir(host.at("/var/spool/cron/crontabs"))
+        && error.kind() == std::io::ErrorKind::PermissionDenied
+    {
+        signs.unread.push("/var/spool/cron/crontabs".into());
+    }
+
+    let conf = FRESHCLAM_CONF.iter().find_map(|path| host.text(path).ok());
+    signs.freshclam_writes = conf.map(|conf| directory_in(&conf));
+    signs
+}
+
+/// Comments do not count. A name counts with its path, too.
+fn is_in_crontab(updater: &Updater, text: &str) -> bool {
+    let lines = text
+        .lines()
+        .filter(|line| !line.trim_start().starts_with('#'));
+    let mut words = lines.flat_map(str::split_whitespace);
+    words.any(|word| {
+        let name = word.rsplit('/').next().unwrap_or(word);
+        name.starts_with(updater.name)
+    })
+}
+
+fn directory_in(conf: &str) -> PathBuf {
+    let lines = conf.lines().map(str::trim);
+    let value = lines
+        .filter_map(|line| line.strip_prefix("DatabaseDirectory"))
+        .find(|rest| rest.starts_with([' ', '\t']));
+    value.map_or(FRESHCLAM_DIRECTORY.into(), |value| value.trim().into())
+}
+
+/// Judges them. `ours` is the database directory after links, and so is what freshclam writes.
+pub(super) fn judge(
+    inventory: &Inventory,
+    ours: &Path,
+    real: impl Fn(&Path) -> PathBuf,
+) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    for updater in &UPDATERS {
+        let running: Vec<_> = inventory
+            .processes
+            .iter()
+            .filter(|p| updater.is(p))
+            .collect();
+        let units = inventory.updaters.units.iter();
+        let units: Vec<_> = units.filter(|unit| updater.owns(unit)).cloned().collect();
+        let cron = inventory.updaters.cron.iter();
+        let cron: Vec<_> = cron.filter(|(_, name)| *name == updater.name).collect();
+        let mut found: Vec<String> = running.iter().map(|p| format!("{p} runs")).collect();
+        found.extend(units.iter().map(|unit| format!("{unit} is enabled")));
+        let in_cron = |(path, name): &&(PathBuf, &str)| format!("{} runs {name}", path.display());
+        found.extend(cron.iter().map(in_cron));
+        if found.is_empty() {
+            continue;
+        }
+        let found = found.join(", ");
+        let end = end_it(&units, &cron, &running);
+        findings.push(if updater.name == "freshclam" {
+            let writes = running.iter().find_map(|process| data_directory(process));
+            let writes = writes.or_else(|| inventory.updaters.freshclam_writes.clone());
+            let writes = writes.unwrap_or_else(|| FRESHCLAM_DIRECTORY.into());
+            if real(&writes) == ours {
+                let found = format!("{found}; it writes {}, as the agent does", writes.display());
+                Finding::bad("updaters", found, end)
+            } else {
+                let found = format!("{found}; it writes {}", writes.display());
+                let advice =
+                    format!("nothing, as long as clamd does not load that directory; else {end}");
+                Finding::note("updaters", found, advice)
+            }
+        } else {
+            let advice = format!(
+                "nothing, if what it brings is not in the mirror and it may write {}; else {end}",
+                ours.display()
+            );
+            Finding::note("updaters", found, advice)
+        });
+    }
+    if findings.is_empty() && !inventory.sees_all_processes {
+        let why = "no unit or cron job is there, but not all processes can be seen";
+        findings.push(Finding::unknown(
+            "updaters",
+            why,
+            Some("run this as root".into()),
+        ));
+    } else if findings.is_empty() && !inventory.updaters.unread.is_empty() {
+        let unread = inventory.updaters.unread.iter();
+        let unread: Vec<_> = unread.map(|path| path.display().to_string()).collect();
+        let why = format!("none runs or is enabled; cannot read {}", unread.join(", "));
+        findings.push(Finding::unknown(
+            "updaters",
+            why,
+            Some("run this as root".into()),
+        ));
+    } else if findings.is_empty() {
+        findings.push(Finding::good("updaters", "nobody else brings databases"));
+    }
+    findings
+}
+
+fn end_it(units: &[String], cron: &[&(PathBuf, &str)], running: &[&Process]) -> String {
+    let mut steps = Vec::new();
+    if !units.is_empty() {
+        steps.push(format!("systemctl disable --now {}", units.join(" ")));
+    }
+    if let Some((path, _)) = cron.first() {
+        steps.push(format!("take it out of {}", path.display()));
+    }
+    match running.first() {
+        // Not enabled and yet there: started by hand, or by another's supervisor.
+        Some(process) if steps.is_empty() && process.name == "freshclam" => {
+            steps.push("systemctl disable --now clamav-freshclam".into());
+        }
+        Some(process) if steps.is_empty() => steps.push(format!("stop process {}", process.pid)),
+        Some(_) | None => {}
+    }
+    steps.join("; ")
+}
+
+/// `--datadir=DIR` on its command line counts before its configuration.
+fn data_directory(process: &Process) -> Option<PathBuf> {
+    let mut arguments = process.arguments.iter();
+    let value = arguments.find_map(|argument| argument.strip_prefix("--datadir="))?;
+    Some(value.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::doctor::testing;
+
+    fn process(name: &str, arguments: &[&str]) -> Process {
+        Process {
+            pid: 612,
+            name: name.into(),
+            uid: 0,
+            arguments: arguments.iter().map(|&a| a.to_owned()).collect(),
+        }
+    }
+
+    #[track_caller]
+    fn check(signs: Signs, processes: Vec<Process>, expected: &str) {
+        let inventory = Inventory {
+            processes,
+            updaters: signs,
+            sees_all_processes: true,
+        };
+        let findings = judge(&inventory, Path::new("/var/lib/clamav"), Path::to_owned);
+        assert_eq!(testing::lines(&findings), expected);
+    }
+
+    #[test]
+    fn freshclam_on_our_directory_is_bad_and_elsewhere_a_note() {
+        check(
+            Signs::default(),
+            vec![],
+            "good updaters: nobody else brings databases",
+        );
+        let enabled = Signs {
+            units: vec!["clamav-freshclam.service".into()],
+            ..Signs::default()
+        };
+        check(
+            enabled.clone(),
+            vec![process("freshclam", &["freshclam", "-d"])],
+            "bad updaters: freshclam (pid 612, user root) runs, clamav-freshclam.service is \
+             enabled; it writes /var/lib/clamav, as the agent does -> systemctl disable --now \
+             clamav-freshclam.service",
+        );
+        let elsewhere = Signs {
+            freshclam_writes: Some("/srv/mirror".into()),
+            ..enabled
+        };
+        check(
+            elsewhere.clone(),
+            vec![],
+            "note updaters: clamav-freshclam.service is enabled; it writes /srv/mirror -> nothing, \
+             as long as clamd does not load that directory; else systemctl disable --now \
+             clamav-freshclam.service",
+        );
+        check(
+            elsewhere,
+            vec![process(
+                "freshclam",
+                &["freshclam", "--datadir=/var/lib/clamav"],
+            )],
+            "bad updaters: freshclam (pid 612, user root) runs, clamav-freshclam.service is \
+             enabled; it writes /var/lib/clamav, as the agent does -> systemctl disable --now \
+             clamav-freshclam.service",
+        );
+    }
+
+    #[test]
+    fn others_are_notes_and_known_by_what_a_process_shows_of_its_name() {
+        check(
+            Signs::default(),
+            vec![process("clamav-unoffici", &[])],
+            "note updaters: clamav-unoffici (pid 612, user root) runs -> nothing, if what it \
+             brings is not in the mirror and it may write /var/lib/clamav; else stop process 612",
+        );
+    }
+
+    #[test]
+    fn what_debian_and_red_hat_enable_is_found_on_their_disks() {
+        let root = tempfile::tempdir().unwrap();
+        let host = Host::below(root.path());
+        let write = |path: &str, text: &str| {
+            let path = host.at(path);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, text).unwrap();
+        };
+        assert!(look(&host).units.is_empty());
+        write(
+            "/etc/systemd/system/multi-user.target.wants/clamav-freshclam.service",
+            "",
+        );
+        write(
+            "/etc/systemd/system/timers.target.wants/fangfrisch.timer",
+            "",
+        );
+        write(
+            "/etc/systemd/system/timers.target.wants/logrotate.timer",
+            "",
+        );
+        write(
+            "/etc/cron.d/clamav-update",
+            "# freshclam\n0 3 * * * root /usr/bin/freshclam -q\n",
+        );
+        write(
+            "/etc/cron.daily/harmless",
+            "# freshclam was here\necho fresh\n",
+        );
+        write(
+            "/etc/freshclam.conf",
+            "#DatabaseDirectory /x\nDatabaseDirectory /srv/clam\n",
+        );
+        let signs = look(&host);
+        assert_eq!(
+            signs.units,
+            ["clamav-freshclam.service", "fangfrisch.timer"]
+        );
+        assert_eq!(
+            signs.cron,
+            [("/etc/cron.d/clamav-update".into(), "freshclam")]
+        );
+        assert_eq!(signs.freshclam_writes, Some("/srv/clam".into()));
+    }
+}
