@@ -16,6 +16,7 @@ mod updaters;
 
 use std::path::{Path, PathBuf};
 
+use clamcast_daemon::table;
 use jiff::Timestamp;
 use nix::unistd::{Gid, Uid, geteuid, initgroups, setgid, setuid};
 use serde::Serialize;
@@ -134,7 +135,7 @@ impl Inventory {
     pub fn take(host: &Host) -> Self {
         let processes = host.processes();
         Self {
-            updaters: updaters::look(host),
+            updaters: updaters::look(host, &processes),
             // With `hidepid` others' are not there, and init is always another's.
             sees_all_processes: processes.iter().any(|process| process.pid == 1),
             processes,
@@ -275,10 +276,7 @@ pub async fn examine(
         findings.push(Finding::good("clamd-conf", found));
     }
 
-    let clamd = inventory
-        .processes
-        .iter()
-        .find(|process| process.name == "clamd");
+    let clamd = clamds_process(&file, &inventory.processes);
     let paths = rights::Paths::look(database, &config.state, &config.tls.key);
     let names = [database, &config.state, &config.tls.key];
     findings.extend(rights::judge_agent(&paths, names, agent));
@@ -360,6 +358,23 @@ fn judge_user(this: &User, agent: &User, config_path: &Path) -> Finding {
         "user",
         format!("looked at as {own}, which the agent runs as; {config}"),
     )
+}
+
+/// The process of the clamd that `file` configures: by its pid file, else by its command line, else
+/// the only one that there is.
+fn clamds_process<'p>(file: &scanner::ConfFile, processes: &'p [Process]) -> Option<&'p Process> {
+    let clamds = || processes.iter().filter(|process| process.name == "clamd");
+    let pid_file = file.conf().and_then(|conf| conf.pid_file.as_deref());
+    let pid = pid_file.and_then(|path| std::fs::read_to_string(path).ok()?.trim().parse().ok());
+    let path = file.path().map(|path| path.display().to_string());
+    let names = |process: &&Process| {
+        let mut arguments = process.arguments.iter();
+        path.as_ref()
+            .is_some_and(|path| arguments.any(|argument| argument.ends_with(path)))
+    };
+    let by_pid = clamds().find(|process| Some(process.pid) == pid);
+    let only = || clamds().next().filter(|_| clamds().nth(1).is_none());
+    by_pid.or_else(|| clamds().find(names)).or_else(only)
 }
 
 /// Whom clamd runs as: by its process, else by its configuration.
@@ -444,26 +459,13 @@ fn colours(state: State, colour: bool) -> (&'static str, &'static str) {
     }
 }
 
-/// Lines of at most `room` characters where there are blanks. Text of others must not be able to
-/// move the cursor.
+/// Lines of at most `room` columns. Text of others must not be able to move the cursor.
 fn wrapped(text: &str, room: Option<usize>) -> Vec<String> {
-    let text = clamcast_daemon::table::printable(text);
-    let Some(room) = room else {
-        return vec![text];
-    };
-    let mut lines = vec![String::new()];
-    for word in text.split(' ') {
-        let line = lines.last_mut().expect("there is one");
-        if line.is_empty() {
-            line.push_str(word);
-        } else if line.chars().count() + 1 + word.chars().count() <= room {
-            line.push(' ');
-            line.push_str(word);
-        } else {
-            lines.push(word.to_owned());
-        }
+    let text = table::printable(text);
+    match room {
+        None => vec![text],
+        Some(room) => table::fold(&text, room),
     }
-    lines
 }
 
 #[cfg(test)]

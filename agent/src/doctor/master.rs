@@ -20,7 +20,7 @@ use crate::chain;
 use crate::config::Config;
 use crate::endpoint::{self, Credentials, Knock};
 use crate::keeper::CLOCK_SKEW_SECS_MAX;
-use crate::link::{self, LinkError};
+use crate::link;
 use crate::status::Status;
 
 /// Addresses that are tried, at most.
@@ -139,17 +139,13 @@ pub(super) async fn try_all(config: &Config, credentials: &Credentials, fully: b
         {
             *answer = match link::first_words(&endpoint, credentials, *address).await {
                 Ok(welcome) => Answer::Welcome(Timestamp::now().duration_since(welcome.time)),
-                Err(error) => Answer::Refused(refusal(&error)),
+                Err(error) => Answer::Refused(chain(&error)),
             };
         }
     }
     // The master need not hear that we go; where there is none, nobody would.
     let _ = tokio::time::timeout(Duration::from_secs(1), endpoint.wait_idle()).await;
     tried
-}
-
-fn refusal(error: &LinkError) -> String {
-    chain(error)
 }
 
 /// Judges the way to the master.
@@ -162,15 +158,20 @@ pub(super) fn judge(agent: &Agent, tried: &[Tried]) -> Vec<Finding> {
             let found = format!("the agent runs and is connected to {address}");
             findings.push(Finding::good(check, found));
         }
-        Agent::Runs(status) => {
-            let error = status
-                .master
-                .error
-                .as_deref()
-                .unwrap_or("it has not tried yet");
-            let found = format!("the agent runs and is not connected: {error}");
-            findings.push(Finding::bad(check, found, "see the addresses below"));
-        }
+        Agent::Runs(status) => findings.push(match &status.master.error {
+            Some(error) => {
+                let found = format!("the agent runs and is not connected: {error}");
+                Finding::bad(check, found, "see what its addresses answer, below")
+            }
+            None => {
+                let found = "the agent runs and has not heard of its master yet";
+                Finding::note(
+                    check,
+                    found,
+                    "look again in a minute: clamcast-agent status",
+                )
+            }
+        }),
         Agent::Away => findings.push(Finding::note(
             check,
             "the agent does not run; this probe took its place for a moment",

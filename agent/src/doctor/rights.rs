@@ -93,7 +93,7 @@ pub(super) fn judge_agent(paths: &Paths, names: [&Path; 3], agent: &User) -> Vec
         Err(error) => Finding::note(
             "state",
             format!("{state}: {error}"),
-            "nothing before the first start: the unit makes it (StateDirectory=)",
+            "nothing before the first start, which makes it",
         ),
         Ok(node) if node.uid != agent.uid || node.mode & 0o077 != 0 => Finding::bad(
             "state",

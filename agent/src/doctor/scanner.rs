@@ -63,17 +63,19 @@ impl ConfFile {
         }
     }
 
+    /// Where it is.
+    pub(super) fn path(&self) -> Option<&Path> {
+        match self {
+            Self::Read(path, _) | Self::Unreadable(path, _) => Some(path),
+            Self::Nowhere(_) | Self::NotWanted => None,
+        }
+    }
+
     /// clamd's unit: Red Hat names it after the file.
     fn unit(&self) -> &'static str {
-        match self {
-            Self::Read(path, _) | Self::Unreadable(path, _)
-                if path.ends_with("etc/clamd.d/scan.conf") =>
-            {
-                "clamd@scan"
-            }
-            Self::Read(..) | Self::Unreadable(..) | Self::Nowhere(_) | Self::NotWanted => {
-                "clamav-daemon"
-            }
+        match self.path() {
+            Some(path) if path.ends_with("etc/clamd.d/scan.conf") => "clamd@scan",
+            Some(_) | None => "clamav-daemon",
         }
     }
 
@@ -83,10 +85,8 @@ impl ConfFile {
     }
 
     fn name(&self) -> String {
-        match self {
-            Self::Read(path, _) | Self::Unreadable(path, _) => path.display().to_string(),
-            Self::Nowhere(_) | Self::NotWanted => "clamd.conf".into(),
-        }
+        let path = self.path().map(|path| path.display().to_string());
+        path.unwrap_or_else(|| "clamd.conf".into())
     }
 }
 

@@ -71,7 +71,7 @@ pub struct Signs {
 }
 
 /// Looks for signs. What users have in their own crontabs only root can read.
-pub(super) fn look(host: &Host) -> Signs {
+pub(super) fn look(host: &Host, processes: &[Process]) -> Signs {
     let mut signs = Signs::default();
     let wants = host.names("/etc/systemd/system").into_iter();
     for wants in wants.filter(|name| name.ends_with(".wants")) {
@@ -106,9 +106,22 @@ pub(super) fn look(host: &Host) -> Signs {
         signs.unread.push("/var/spool/cron/crontabs".into());
     }
 
-    let conf = FRESHCLAM_CONF.iter().find_map(|path| host.text(path).ok());
+    let freshclam = processes.iter().filter(|process| UPDATERS[0].is(process));
+    let named = freshclam.filter_map(|process| option(process, "--config-file"));
+    let usual = FRESHCLAM_CONF.map(str::to_owned);
+    let conf = named.chain(usual).find_map(|path| host.text(path).ok());
     signs.freshclam_writes = conf.map(|conf| directory_in(&conf));
     signs
+}
+
+/// The value of a long option on its command line.
+fn option(process: &Process, name: &str) -> Option<String> {
+    let mut arguments = process.arguments.iter();
+    let argument = arguments.find(|argument| argument.starts_with(name))?;
+    match argument[name.len()..].strip_prefix('=') {
+        Some(value) => Some(value.to_owned()),
+        None => arguments.next().cloned(),
+    }
 }
 
 /// Comments do not count. A name counts with its path, too.
@@ -158,7 +171,9 @@ pub(super) fn judge(
         let found = found.join(", ");
         let end = end_it(&units, &cron, &running);
         findings.push(if updater.name == "freshclam" {
-            let writes = running.iter().find_map(|process| data_directory(process));
+            // Its command line counts before its configuration.
+            let told = running.iter().find_map(|p| option(p, "--datadir"));
+            let writes = told.map(PathBuf::from);
             let writes = writes.or_else(|| inventory.updaters.freshclam_writes.clone());
             let writes = writes.unwrap_or_else(|| FRESHCLAM_DIRECTORY.into());
             if real(&writes) == ours {
@@ -217,13 +232,6 @@ fn end_it(units: &[String], cron: &[&(PathBuf, &str)], running: &[&Process]) -> 
         Some(_) | None => {}
     }
     steps.join("; ")
-}
-
-/// `--datadir=DIR` on its command line counts before its configuration.
-fn data_directory(process: &Process) -> Option<PathBuf> {
-    let mut arguments = process.arguments.iter();
-    let value = arguments.find_map(|argument| argument.strip_prefix("--datadir="))?;
-    Some(value.into())
 }
 
 #[cfg(test)]
@@ -311,7 +319,7 @@ mod tests {
             std::fs::create_dir_all(path.parent().unwrap()).unwrap();
             std::fs::write(path, text).unwrap();
         };
-        assert!(look(&host).units.is_empty());
+        assert!(look(&host, &[]).units.is_empty());
         write(
             "/etc/systemd/system/multi-user.target.wants/clamav-freshclam.service",
             "",
@@ -336,7 +344,7 @@ mod tests {
             "/etc/freshclam.conf",
             "#DatabaseDirectory /x\nDatabaseDirectory /srv/clam\n",
         );
-        let signs = look(&host);
+        let signs = look(&host, &[]);
         assert_eq!(
             signs.units,
             ["clamav-freshclam.service", "fangfrisch.timer"]
@@ -346,5 +354,10 @@ mod tests {
             [("/etc/cron.d/clamav-update".into(), "freshclam")]
         );
         assert_eq!(signs.freshclam_writes, Some("/srv/clam".into()));
+
+        write("/srv/f.conf", "DatabaseDirectory /srv/other\n");
+        let told = process("freshclam", &["freshclam", "--config-file=/srv/f.conf"]);
+        let signs = look(&host, &[told]);
+        assert_eq!(signs.freshclam_writes, Some("/srv/other".into()));
     }
 }

@@ -2,7 +2,9 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
+use std::os::unix::fs::chown;
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 
@@ -21,6 +23,7 @@ use super::until::{PATIENCE, until};
 pub struct Clamd {
     scratch: Scratch,
     settings: Vec<(String, String)>,
+    user: Option<u32>,
     child: Option<Child>,
     _slot: Slot,
 }
@@ -58,6 +61,7 @@ impl Clamd {
         let clamd = Self {
             scratch,
             settings,
+            user: None,
             child: None,
             _slot: slot,
         };
@@ -74,6 +78,16 @@ impl Clamd {
         self
     }
 
+    /// Lets it run as another user, who then owns what it has here. Counts from the next start, and
+    /// takes root.
+    #[must_use]
+    pub fn with_user(mut self, uid: u32) -> Self {
+        let owned = chown(self.scratch.path(), Some(uid), Some(uid));
+        owned.expect("root may give files away");
+        self.user = Some(uid);
+        self
+    }
+
     /// Starts it and returns at once; the socket appears after the databases were loaded.
     ///
     /// # Panics
@@ -85,7 +99,11 @@ impl Clamd {
         let _ = fs::remove_file(self.socket());
         let output = File::create(self.scratch.join("clamd.stderr"));
         let output = output.expect("a scratch file can be written");
-        let child = Command::new(Part::Clamd.path())
+        let mut command = Command::new(Part::Clamd.path());
+        if let Some(uid) = self.user {
+            command.uid(uid).gid(uid); // without any further group (CommandExt::uid)
+        }
+        let child = command
             .arg("--config-file")
             .arg(self.config())
             .stdin(Stdio::null())
