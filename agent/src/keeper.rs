@@ -937,18 +937,8 @@ impl Keeper {
             took: took.max(0.0), // the clock may have been set back
             time: now,
         };
-        match self.receipts.add(&self.credentials.key.0, receipt) {
-            Ok(receipt) => self.say(&ToMaster::Receipt { receipt }),
-            Err(error) => {
-                // What the master does not hear now it asks with its next offer.
-                let message = chain(&error);
-                tracing::error!(error = message, "cannot keep a receipt");
-                self.say(&ToMaster::Error {
-                    offer: None,
-                    message,
-                });
-            }
-        }
+        let receipt = self.receipts.add(&self.credentials.key.0, receipt);
+        self.say(&ToMaster::Receipt { receipt });
     }
 
     // clamd, once more.

@@ -85,12 +85,9 @@ impl Receipts {
         self.last.as_ref()
     }
 
-    /// Numbers, signs and keeps a receipt; it is on disk when this returns.
-    pub fn add(
-        &mut self,
-        key: &SigningKey,
-        receipt: impl FnOnce(u64) -> Receipt,
-    ) -> Result<Envelope, StateError> {
+    /// Numbers, signs and keeps a receipt; it is on disk when this returns. Where the disk fails, which
+    /// may be what it is about, it is kept in memory: a crash may lose it, and the master hears it.
+    pub fn add(&mut self, key: &SigningKey, receipt: impl FnOnce(u64) -> Receipt) -> Envelope {
         // A host that is cut off for months writes one for every install and fault; what came of
         // the last generations is what counts.
         while self.pending.len() >= RECEIPTS_PENDING_MAX {
@@ -99,16 +96,24 @@ impl Receipts {
                 seq = oldest,
                 "receipt dropped: {RECEIPTS_PENDING_MAX} wait for the master already"
             );
-            self.forget(oldest)?;
+            if let Err(error) = self.forget(oldest) {
+                tracing::error!(
+                    error = crate::chain(&error),
+                    "a dropped receipt stays on disk"
+                );
+                self.pending.remove(&oldest);
+            }
         }
         let seq = self.highest + 1;
         let receipt = sign(receipt(seq), key);
         let envelope = receipt.envelope().clone();
-        state::save(&self.path(seq), &envelope)?;
+        if let Err(error) = state::save(&self.path(seq), &envelope) {
+            tracing::error!(error = crate::chain(&error), "a receipt is only in memory");
+        }
         self.highest = seq;
         self.last = Some((*receipt).clone());
         self.pending.insert(seq, envelope.clone());
-        Ok(envelope)
+        envelope
     }
 
     /// What waits, oldest first.
@@ -177,6 +182,22 @@ mod tests {
         SigningKey::from_bytes(&[1; 32])
     }
 
+    #[test]
+    fn a_receipt_that_cannot_be_written_is_told_nonetheless() {
+        let state = tempfile::tempdir().unwrap();
+        let mut receipts = Receipts::open(state.path()).unwrap();
+        add(&mut receipts);
+        // Nothing can be made there any more, whoever runs this.
+        fs::remove_dir_all(state.path().join("receipts")).unwrap();
+        add(&mut receipts);
+        assert_eq!(receipts.pending().len(), 2);
+        assert_eq!(receipts.last().map(|last| last.seq), Some(2));
+        assert!(receipts.acknowledge(2).is_err());
+        fs::create_dir(state.path().join("receipts")).unwrap();
+        receipts.acknowledge(2).unwrap();
+        assert_eq!(receipts.pending().len(), 1);
+    }
+
     fn add(receipts: &mut Receipts) {
         let receipt = |seq| Receipt {
             fleet: "bank".parse().unwrap(),
@@ -195,7 +216,7 @@ mod tests {
             took: 1.5,
             time: Timestamp::UNIX_EPOCH,
         };
-        receipts.add(&key(), receipt).unwrap();
+        receipts.add(&key(), receipt);
     }
 
     #[track_caller]

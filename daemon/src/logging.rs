@@ -19,6 +19,9 @@ pub fn start(verbosity: u8) {
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(io::stderr)
+        // It would tell of a line that cannot be written, as on a full disk, by a print to stderr,
+        // which cannot be written either and then panics.
+        .log_internal_errors(false)
         .with_ansi(io::stderr().is_terminal() && !is_set("NO_COLOR"));
     // The first log to start stays, as tests that run several daemons in one process need it.
     let _ = if journal_reads_stderr() {

@@ -2,10 +2,11 @@
 //! the middle.
 
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
@@ -65,7 +66,10 @@ struct Host {
 impl Host {
     /// With set 1 live.
     fn new() -> Self {
-        let fleet = Fleet::new();
+        Self::on(Fleet::new())
+    }
+
+    fn on(fleet: Fleet) -> Self {
         let database = fleet.join("agents/web1/db");
         fs::create_dir_all(&database).unwrap();
         let mirror = fleet.join("mirror");
@@ -236,7 +240,7 @@ struct Step {
 /// The calls on files of one update, once each, in their order.
 fn steps(host: &mut Host) -> Vec<Step> {
     let directories = [host.agent.database(), host.state()];
-    let strace = Strace::list(host.agent.pid(), host.agent.directory());
+    let strace = Strace::list(host.agent.pid(), &host.fleet.join(""));
     host.publish();
     host.wait_live();
     let calls = strace.calls(&[&directories[0], &directories[1]]);
@@ -312,7 +316,7 @@ impl Step {
         let when = self.when.to_string();
         Strace::spoil(
             host.agent.pid(),
-            host.agent.directory(),
+            &host.fleet.join(""),
             &self.call,
             &path,
             what,
@@ -635,4 +639,102 @@ fn a_hundred_updates_of_a_clamd_that_scans_cost_no_scan() {
     long!();
     require!(Clamd);
     scan_in_a_loop(100);
+}
+
+/// A small disk in memory, unmounted when dropped.
+struct SmallDisk(PathBuf);
+
+impl SmallDisk {
+    fn mount(directory: PathBuf) -> Self {
+        fs::create_dir_all(&directory).unwrap();
+        run(Command::new("mount")
+            .args(["-t", "tmpfs", "-o", "size=24m", "tmpfs"])
+            .arg(&directory));
+        Self(directory)
+    }
+
+    /// Leaves no byte free.
+    fn fill(&self) {
+        let mut filler = File::create(self.0.join("filler")).unwrap();
+        for size in [1 << 16, 1] {
+            while filler.write_all(&vec![0; size]).is_ok() {}
+        }
+    }
+
+    fn free(&self) {
+        fs::remove_file(self.0.join("filler")).unwrap();
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        // Lazily: the agent may still be there.
+        let _ = Command::new("umount").arg("-l").arg(&self.0).output();
+    }
+}
+
+#[track_caller]
+fn run(command: &mut Command) {
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{command:?}: {output:?}");
+}
+
+/// The disk that the agent has everything on is full from one in `among` calls of an update on.
+fn fill_at_calls(among: usize) {
+    let fleet = Fleet::new();
+    let disk = SmallDisk::mount(fleet.join("agents/web1"));
+    let mut host = Host::on(fleet);
+    let all = steps(&mut host);
+    println!("{} calls in an update", all.len());
+    let (mut tried, mut missed, mut faults) = (0, 0, 0);
+    for step in share(all, among) {
+        let at = format!("full at {step:?}");
+        let strace = step.spoil(&host, "signal=SIGSTOP");
+        host.publish();
+        until(PATIENCE, &at, || strace.has_stopped() || host.is_live());
+        if !strace.has_stopped() {
+            println!("not reached: {step:?}");
+            missed += 1;
+            continue;
+        }
+        disk.fill();
+        host.agent.resume();
+        drop(strace);
+        tried += 1;
+        until(PATIENCE, &at, || {
+            host.agent.has_ended() || host.is_live() || host.row()["outcome"] == "host_fault"
+        });
+        let row = host.row();
+        if row["outcome"] == "host_fault" {
+            faults += 1;
+            let said = row["error"].as_str().unwrap_or_default();
+            assert!(said.contains("make room"), "{at}: {row}");
+            assert!(
+                host.there() == set(host.version - 1),
+                "{at}: the old set stays: {row}"
+            );
+        }
+        disk.free();
+        if host.row()["outcome"] == "host_fault" {
+            host.publish();
+        }
+        host.wait_live();
+        the_last_set_is_there_and_live(&host, &at);
+    }
+    println!(
+        "disk full at calls: {tried} tried, {tried} survived ({faults} with a host_fault), {missed} not reached"
+    );
+}
+
+#[test]
+fn a_disk_that_is_full_from_a_call_on_keeps_the_old_set_and_with_room_again_takes_the_next() {
+    require!(Clamd, Strace, Root);
+    fill_at_calls(9);
+}
+
+#[test]
+fn a_disk_that_is_full_from_any_call_on_keeps_the_old_set_and_with_room_again_takes_the_next() {
+    long!();
+    require!(Clamd, Strace, Root);
+    fill_at_calls(1);
 }

@@ -227,15 +227,31 @@ pub enum HostFault {
     },
 }
 
-/// What to do about an error of the system, where its own text does not say.
+/// What to do about an error of the system, where its own text does not say. By kind: on its way
+/// through other crates an error may lose its number.
 fn advice(source: &io::Error) -> &'static str {
+    let known = [
+        (
+            io::ErrorKind::StorageFull,
+            "; make room on that file system",
+        ),
+        (
+            io::ErrorKind::QuotaExceeded,
+            "; make room there, or raise the quota of the agent's user",
+        ),
+        (
+            io::ErrorKind::ReadOnlyFilesystem,
+            "; make that file system writable again",
+        ),
+        (
+            io::ErrorKind::PermissionDenied,
+            "; the agent's user must own what it works on, and nothing may make it immutable",
+        ),
+    ];
+    if let Some((_, advice)) = known.iter().find(|(kind, _)| *kind == source.kind()) {
+        return advice;
+    }
     match source.raw_os_error() {
-        Some(libc_errno::ENOSPC) => "; make room on that file system",
-        Some(libc_errno::EDQUOT) => "; make room there, or raise the quota of the agent's user",
-        Some(libc_errno::EROFS) => "; make that file system writable again",
-        Some(libc_errno::EACCES | libc_errno::EPERM) => {
-            "; the agent's user must own what it works on, and nothing may make it immutable"
-        }
         Some(libc_errno::EIO) => "; the kernel's log says what is wrong with the device",
         Some(_) | None => "",
     }
@@ -368,9 +384,6 @@ mod libc_errno {
     pub(super) const EPERM: i32 = Errno::EPERM as i32;
     pub(super) const EIO: i32 = Errno::EIO as i32;
     pub(super) const EACCES: i32 = Errno::EACCES as i32;
-    pub(super) const ENOSPC: i32 = Errno::ENOSPC as i32;
-    pub(super) const EROFS: i32 = Errno::EROFS as i32;
-    pub(super) const EDQUOT: i32 = Errno::EDQUOT as i32;
 }
 
 fn user_name(uid: Uid) -> String {

@@ -261,6 +261,11 @@ impl Daemon {
         self.signal(Signal::SIGHUP);
     }
 
+    /// Lets it go on after SIGSTOP.
+    pub fn resume(&self) {
+        self.signal(Signal::SIGCONT);
+    }
+
     fn signal(&self, signal: Signal) {
         let pid = i32::try_from(self.pid()).expect("a process id");
         kill(Pid::from_raw(pid), signal).expect("it is ours");

@@ -95,6 +95,11 @@ impl Strace {
         self.log().contains("(INJECTED)")
     }
 
+    /// Whether it has stopped the process, as `signal=SIGSTOP` does.
+    pub fn has_stopped(&self) -> bool {
+        self.log().contains("stopped by SIGSTOP")
+    }
+
     fn log(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()
     }
