@@ -21,7 +21,7 @@ use jiff::Timestamp;
 use nix::unistd::{Gid, Uid, geteuid, initgroups, setgid, setuid};
 use serde::Serialize;
 
-use crate::clamd::Settings;
+use crate::clamd::{Address, Settings};
 use crate::config::{Config, DEFAULT_PATH};
 
 pub use host::{Host, Process, User};
@@ -173,9 +173,9 @@ pub fn agents_user(
     config: &Config,
     wanted: Option<&str>,
 ) -> Result<User, UserError> {
-    let name = wanted
-        .map(str::to_owned)
-        .or_else(|| unit_user(host, config_path));
+    let unit = || unit(host, config_path);
+    let name = wanted.map(str::to_owned);
+    let name = name.or_else(|| unit().map(|unit| unit_user(&unit)));
     if let Some(name) = name {
         return User::named(&name).ok_or(UserError::Nobody(name));
     }
@@ -183,8 +183,8 @@ pub fn agents_user(
     Ok(owner.unwrap_or_else(|_| User::this()))
 }
 
-/// `User=` of the unit that runs this configuration. Drop-ins come last and count.
-fn unit_user(host: &Host, config_path: &Path) -> Option<String> {
+/// The unit that runs this configuration, as text. Drop-ins come last and count.
+fn unit(host: &Host, config_path: &Path) -> Option<String> {
     let mut directories = UNIT_DIRECTORIES.iter().map(Path::new);
     let mut text = directories.find_map(|path| host.text(path.join(UNIT)).ok())?;
     for directory in UNIT_DIRECTORIES.iter().rev() {
@@ -193,13 +193,7 @@ fn unit_user(host: &Host, config_path: &Path) -> Option<String> {
             text += &host.text(dropins.join(name)).unwrap_or_default();
         }
     }
-    let last = |key: &str| {
-        let lines = text.lines().rev().map(str::trim);
-        lines
-            .filter_map(|line| line.strip_prefix(key))
-            .find(|value| !value.is_empty())
-    };
-    let start = last("ExecStart=")?;
+    let start = settings(&text, "ExecStart").last()?;
     let ours = match start.split_once("--config") {
         Some((_, named)) => {
             let named = named.trim_start_matches(['=', ' ']).split(' ').next();
@@ -207,7 +201,52 @@ fn unit_user(host: &Host, config_path: &Path) -> Option<String> {
         }
         None => config_path == Path::new(DEFAULT_PATH),
     };
-    ours.then(|| last("User=").unwrap_or("root").to_owned())
+    ours.then_some(text)
+}
+
+/// Whom it runs as.
+fn unit_user(unit: &str) -> String {
+    settings(unit, "User").last().unwrap_or("root").to_owned()
+}
+
+/// The values of a setting, in order; an empty one takes those before it back.
+fn settings<'u>(unit: &'u str, name: &str) -> impl DoubleEndedIterator<Item = &'u str> {
+    let lines = unit.lines().map(str::trim);
+    let values = lines.filter_map(|line| line.strip_prefix(name)?.trim_start().strip_prefix('='));
+    let values: Vec<_> = values.map(str::trim).collect();
+    let taken_back = values.iter().rposition(|value| value.is_empty());
+    values.into_iter().skip(taken_back.map_or(0, |at| at + 1))
+}
+
+/// Judges whether the unit's sandbox, which this process is not in, leaves the agent what it needs:
+/// the database directory (after links) to write, and clamd's sockets.
+fn judge_unit(unit: &str, database: &Path, sockets: &[&Path]) -> Finding {
+    let edit = |setting: &str| {
+        format!("systemctl edit {UNIT}, with `[Service]` and `{setting}`; then restart it")
+    };
+    let closed = settings(unit, "ProtectSystem").last() == Some("strict");
+    let open = settings(unit, "ReadWritePaths").flat_map(str::split_whitespace);
+    let mut open = open.map(|path| path.trim_start_matches(['-', '+']));
+    if closed && !open.any(|path| database.starts_with(path)) {
+        let database = database.display();
+        let found =
+            format!("{UNIT} does not let the agent write {database} (ProtectSystem=strict)");
+        return Finding::bad("unit", found, edit(&format!("ReadWritePaths={database}")));
+    }
+    let private = settings(unit, "PrivateTmp")
+        .last()
+        .is_some_and(|value| value == "yes");
+    let hidden = |path: &&&Path| path.starts_with("/tmp") || path.starts_with("/var/tmp");
+    match sockets.iter().find(hidden) {
+        Some(path) if private => {
+            let path = path.display();
+            let found =
+                format!("{UNIT} has a /tmp of its own (PrivateTmp=yes): {path} is not in it");
+            let advice = edit("PrivateTmp=no") + ", or give clamd a `LocalSocket` in /run";
+            Finding::bad("unit", found, advice)
+        }
+        Some(_) | None => Finding::good("unit", format!("{UNIT} lets the agent do its work")),
+    }
 }
 
 /// Makes this process that user, with its groups and without root's rights, so that what it then
@@ -276,6 +315,11 @@ pub async fn examine(
         findings.push(Finding::good("clamd-conf", found));
     }
 
+    if let Some(unit) = unit(host, config_path) {
+        let addresses = settings.instances.iter().map(|instance| &instance.address);
+        let sockets: Vec<_> = addresses.filter_map(Address::path).collect();
+        findings.push(judge_unit(&unit, &ours, &sockets));
+    }
     let clamd = clamds_process(&file, &inventory.processes);
     let paths = rights::Paths::look(database, &config.state, &config.tls.key);
     let names = [database, &config.state, &config.tls.key];
@@ -569,7 +613,8 @@ mod tests {
             std::fs::create_dir_all(path.parent().unwrap()).unwrap();
             std::fs::write(path, text).unwrap();
         }
-        assert_eq!(unit_user(&host, Path::new(config)).as_deref(), expected);
+        let user = unit(&host, Path::new(config)).map(|unit| unit_user(&unit));
+        assert_eq!(user.as_deref(), expected);
     }
 
     #[test]
@@ -590,5 +635,38 @@ mod tests {
         check_unit(&[(lib, unit), (dropin, other)], DEFAULT_PATH, Some("other"));
         let named = "[Service]\nUser=me\nExecStart=/a run --config /srv/agent.toml\n";
         check_unit(&[(etc, named)], "/srv/agent.toml", Some("me"));
+    }
+
+    #[track_caller]
+    fn check_sandbox(dropin: &str, database: &str, socket: &str, expected: &str) {
+        let unit = include_str!("../clamcast-agent.service").to_owned() + dropin;
+        let finding = judge_unit(&unit, Path::new(database), &[Path::new(socket)]);
+        testing::assert_lines(&[finding], &[expected]);
+    }
+
+    #[test]
+    fn the_units_sandbox_must_leave_the_agent_its_directory_and_clamds_socket() {
+        let (usual, socket) = ("/var/lib/clamav", "/run/clamav/clamd.ctl");
+        check_sandbox("", usual, socket, "good unit");
+        check_sandbox(
+            "",
+            "/srv/clamav",
+            socket,
+            "bad unit: | does not let the agent write /srv/clamav | `ReadWritePaths=/srv/clamav`",
+        );
+        check_sandbox(
+            "ReadWritePaths=-/srv /x\n",
+            "/srv/clamav",
+            socket,
+            "good unit",
+        );
+        check_sandbox("ReadWritePaths=\n", usual, socket, "bad unit");
+        check_sandbox("ProtectSystem=full\n", "/srv/clamav", socket, "good unit");
+        check_sandbox(
+            "",
+            usual,
+            "/tmp/clamd.socket",
+            "bad unit: | PrivateTmp=yes | `LocalSocket` in /run",
+        );
     }
 }

@@ -267,7 +267,7 @@ fn examine(path: &Path, user: Option<&str>, json: bool) -> Result<(), Exit> {
         say!("{:#}", serde_json::to_value(&report)?);
     } else {
         let width = table::terminal_width();
-        let colour = width.is_some() && !logging::is_set("NO_COLOR");
+        let colour = std::io::stdout().is_terminal() && !logging::is_set("NO_COLOR");
         say!("{}", report.text(width, colour));
     }
     match report.ok {
