@@ -146,10 +146,11 @@ fn files(directory: &Path) -> Vec<(PathBuf, String)> {
     for entry in fs::read_dir(directory).expect("the project can be read") {
         let path = entry.expect("the project can be read").path();
         let name = path.file_name().unwrap_or_default();
+        if name == "target" || name == ".git" {
+            continue; // the latter is a file in a linked worktree
+        }
         if path.is_dir() {
-            if name != "target" && name != ".git" {
-                found.extend(files(&path));
-            }
+            found.extend(files(&path));
         } else if let Ok(text) = fs::read_to_string(&path) {
             found.push((path, text));
         }
