@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, lchown, symlink};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -15,9 +16,12 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use clamcast_agent::clamd::proof::{self, CANARY, GATE, Nonce, canary_number, gate_number};
 use clamcast_proto::Digest;
 use clamcast_tests::lab::{
-    Agent, Call, Clamd, Container, Fleet, Master, PATIENCE, Strace, hash_signature, until,
+    Agent, Call, Clamd, Container, Fleet, Master, Mirror, PATIENCE, Part, Strace, hash_signature,
+    until,
 };
 use clamcast_tests::{long, require};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::Value;
 
 /// Files by name.
@@ -225,7 +229,12 @@ fn the_last_set_is_there_and_live(host: &Host, at: &str) {
         host.agent.names()
     );
     assert!(host.finds_all_of(host.version), "{at}");
-    assert!(!host.finds("daily", host.version - 1), "{at}");
+    for name in ["daily", "main", "loose"] {
+        assert!(
+            !host.finds(name, host.version - 1),
+            "{at}: {name} is still loaded"
+        );
+    }
 }
 
 /// A place in an update: a call, on what, and which time in its thread.
@@ -737,4 +746,219 @@ fn a_disk_that_is_full_from_any_call_on_keeps_the_old_set_and_with_room_again_ta
     long!();
     require!(Clamd, Strace, Root);
     fill_at_calls(1);
+}
+
+#[test]
+fn links_that_another_user_plants_lead_nowhere() {
+    require!(Clamd, Root);
+    let mut host = Host::new();
+    let precious = host.fleet.join("precious");
+    fs::write(&precious, "precious").unwrap();
+    chown(&precious, Some(1), Some(1)).unwrap();
+    fs::set_permissions(&precious, fs::Permissions::from_mode(0o604)).unwrap();
+    let facts = || {
+        let facts = fs::metadata(&precious).unwrap();
+        let content = fs::read_to_string(&precious).unwrap();
+        (
+            content,
+            facts.mode(),
+            facts.uid(),
+            facts.gid(),
+            facts.mtime_nsec(),
+        )
+    };
+    let before = facts();
+    let database = host.agent.database();
+    let digest = Digest::of(&set(2)["daily.cud"]).to_string();
+    let names = [
+        "daily.cud",
+        "main.cud",
+        "even.ndb",
+        CANARY,
+        GATE,
+        ".clamcast/place",
+        ".clamcast/canary",
+        ".clamcast/gate",
+        ".clamcast/current/daily.cud",
+        ".clamcast/previous/main.cud",
+        ".clamcast/adopted/daily.cud",
+        ".clamcast/trial/x.ndb",
+    ];
+    let staged =
+        ["", ".part", ".part.json", ".new"].map(|end| format!(".clamcast/stage/{digest}{end}"));
+    for hard in [false, true] {
+        for name in names
+            .iter()
+            .copied()
+            .chain(staged.iter().map(String::as_str))
+        {
+            let path = database.join(name);
+            let _ = fs::remove_file(&path);
+            match hard {
+                true => fs::hard_link(&precious, &path).unwrap(),
+                false => {
+                    symlink(&precious, &path).unwrap();
+                    lchown(&path, Some(1), Some(1)).unwrap();
+                }
+            }
+        }
+        host.publish();
+        host.wait_live();
+        let at = if hard { "hard links" } else { "symbolic links" };
+        the_last_set_is_there_and_live(&host, at);
+        assert_eq!(facts(), before, "{at}");
+        for name in host.agent.names() {
+            let facts = fs::symlink_metadata(database.join(&name)).unwrap();
+            assert!(facts.is_file() && facts.uid() != 1, "{at}: {name}");
+        }
+    }
+}
+
+#[test]
+fn a_directory_that_may_not_be_written_is_named_with_what_to_do_and_works_once_it_may() {
+    require!(Clamd, Root);
+    let mut host = Host::new();
+    let database = host.agent.database();
+    let hidden = database.join(".clamcast/stage");
+    // While it runs: whoever sets this attribute stops even root.
+    let immutable = |how: &str| {
+        let chattr = Command::new("chattr")
+            .arg(how)
+            .args([&database, &hidden])
+            .output();
+        chattr.is_ok_and(|chattr| chattr.status.success())
+    };
+    if immutable("+i") {
+        host.publish();
+        let row = host
+            .master
+            .wait_agent("web1", "host_fault", |row| row["outcome"] == "host_fault");
+        assert!(immutable("-i"));
+        let said = row["error"].as_str().unwrap();
+        assert!(
+            said.contains("immutable") && said.contains("stage"),
+            "{said}"
+        );
+        assert!(host.there() == set(1));
+        host.publish();
+        host.wait_live();
+    } else {
+        println!("this file system has no immutable attribute");
+    }
+
+    // From the start: a read-only mount.
+    host.agent.stop();
+    let bind = |options: &str| {
+        run(Command::new("mount")
+            .args(["-o", options])
+            .args([&database, &database]));
+    };
+    bind("bind");
+    let mount = Mount(database.clone());
+    bind("remount,bind,ro");
+    let process = host.agent.process();
+    host.agent.launch(process);
+    assert!(!host.agent.wait_ended().success());
+    assert!(
+        host.agent
+            .log()
+            .contains("make that file system writable again"),
+        "{}",
+        host.agent.log()
+    );
+    drop(mount);
+    host.agent.start();
+    host.publish();
+    host.wait_live();
+    the_last_set_is_there_and_live(&host, "writable again");
+}
+
+/// A mount, taken away when dropped.
+struct Mount(PathBuf);
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.0).output(); // lazily: somebody may be there
+    }
+}
+
+#[test]
+fn a_clamd_that_is_slow_or_killed_in_a_reload_keeps_the_new_set_and_is_live_when_it_comes_back() {
+    require!(Clamd);
+    let mut host = Host::new();
+    assert!(host.agent.stop().success());
+    host.agent
+        .configure("[clamd]", "[clamd]\ndeadline = \"3s\"");
+    host.agent.start();
+    host.wait_live();
+    for killed in [false, true] {
+        let clamd = Pid::from_raw(host.clamd.pid() as i32);
+        kill(clamd, Signal::SIGSTOP).unwrap();
+        host.publish();
+        let version = host.version;
+        host.master.wait_agent("web1", "installed", |row| {
+            row["outcome"] == "installed" && row["generation"] == version
+        });
+        assert!(host.there() == set(version), "silence rolls nothing back");
+        if killed {
+            host.clamd.kill();
+            host.clamd.start();
+        } else {
+            kill(clamd, Signal::SIGCONT).unwrap();
+        }
+        host.wait_live();
+        the_last_set_is_there_and_live(&host, "back again");
+    }
+}
+
+#[test]
+fn a_database_changes_its_form_both_ways_and_also_back_from_a_refusal() {
+    require!(Clamd, Freshclam, TestFiles);
+    let mirror = Mirror::new();
+    let fleet = Fleet::new();
+    let database = fleet.join("agents/web1/db");
+    fs::create_dir_all(&database).unwrap();
+    let mut clamd = Clamd::new(&database);
+    let mut agent = fleet.agent_with("web1", &format!("config = {:?}", clamd.config()));
+    let mut master = fleet.master(&mirror.directory());
+    master.configure("require = []", "require = []\nload_test = \"never\"");
+    master.start();
+    agent.start();
+    master.wait_agent("web1", "the first set is there", |row| {
+        row["outcome"] == "installed"
+    });
+    clamd.start();
+    master.wait_live("web1", 1);
+    assert_eq!(agent.names(), ["test.cvd"]);
+    mirror.freshclam_to(2);
+    master.wait_live("web1", 2);
+    assert_eq!(agent.names(), ["test.cld"]);
+
+    // The mirror is left alone while somebody is at work on it.
+    let busy = mirror.directory().join("tmp.0123456789");
+    fs::create_dir(&busy).unwrap();
+    let third = Part::TestFiles.path().join("test-3.cvd");
+    fs::copy(third, mirror.directory().join("test.cvd")).unwrap();
+    fs::remove_file(mirror.directory().join("test.cld")).unwrap();
+    fs::remove_dir(&busy).unwrap();
+    master.wait_live("web1", 3);
+    assert_eq!(agent.names(), ["test.cvd"]);
+
+    // The other form again, and a line beside it that clamd cannot read.
+    let bad = mirror.directory().join("bad.ndb");
+    fs::create_dir(&busy).unwrap();
+    fs::write(&bad, "Lab.Bad:0:*:no hexadecimal digits\n").unwrap();
+    mirror.freshclam_to(4);
+    fs::remove_dir(&busy).unwrap();
+    let row = master.wait_agent("web1", "refused", |row| row["outcome"] == "refused");
+    assert!(row["error"].as_str().unwrap().contains("alformed"), "{row}");
+    assert_eq!(
+        (&row["generation"], &row["live"]),
+        (&3.into(), &true.into()),
+        "{row}"
+    );
+    assert_eq!(agent.names(), ["test.cvd"]);
+    fs::remove_file(bad).unwrap();
+    master.wait_live("web1", 5);
+    assert_eq!(agent.names(), ["test.cld"]);
 }

@@ -327,6 +327,25 @@ async fn somebody_elses_half_written_file_is_no_refusal() {
 }
 
 #[tokio::test]
+async fn a_directory_that_clamd_reads_for_ever_is_silence_and_no_refusal() {
+    require!(Clamd);
+    let mut host = Host::new();
+    host.deadline = Duration::from_secs(4);
+    let clamd = started(host.clamd());
+    // Named like a file of signatures, it is read as one, and the reload never ends.
+    fs::create_dir(host.databases.join("theirs.ndb")).unwrap();
+    host.install(2);
+    let verdict = prove(&host.prover(&clamd), 2).await;
+    assert!(matches!(verdict, Verdict::Unproven(_)), "{verdict:?}");
+    assert!(
+        clamd
+            .scan(b"the engine before goes on")
+            .unwrap()
+            .ends_with("OK")
+    );
+}
+
+#[tokio::test]
 async fn without_a_log_the_scanner_says_whether_clamd_refuses() {
     require!(Clamd, Clamscan);
     let mut host = Host::new();
