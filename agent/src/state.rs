@@ -71,9 +71,13 @@ impl State {
             path: path.to_owned(),
             source,
         })?;
+        let lock = lock(path)?;
+        for directory in ["", "receipts", "audit"] {
+            durable::sweep(&path.join(directory));
+        }
         Ok(Self {
             path: path.to_owned(),
-            _lock: lock(path)?,
+            _lock: lock,
         })
     }
 

@@ -1,10 +1,13 @@
 //! Files and directories that survive a crash: a name holds the old content or the new one, never
 //! a part, and what was acknowledged is on disk.
 
-use std::fs::{DirBuilder, File, OpenOptions, Permissions, TryLockError};
+use std::fs::{self, DirBuilder, File, OpenOptions, Permissions, TryLockError};
 use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
+
+/// How the name of a file begins and ends that is being written beside its target.
+const BESIDE: (&str, &str) = (".", ".new");
 
 /// Replaces the content of `path` by `bytes`, with permissions `mode` from the first byte on, so
 /// that a private key is never readable by others, not even for a moment.
@@ -14,8 +17,8 @@ use std::path::{Path, PathBuf};
 pub fn write(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
     let directory = directory_of(path);
     let mut file = tempfile::Builder::new()
-        .prefix(".")
-        .suffix(".new")
+        .prefix(BESIDE.0)
+        .suffix(BESIDE.1)
         .permissions(Permissions::from_mode(mode))
         .tempfile_in(directory)?;
     file.write_all(bytes)?;
@@ -25,6 +28,18 @@ pub fn write(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
     file.as_file().sync_all()?;
     file.persist(path).map_err(|error| error.error)?;
     sync_dir(directory)
+}
+
+/// Removes what crashes left of [`write`]s in a directory. For whoever holds the [`lock`] on it,
+/// before anything is written there. What cannot be removed stays: it is in nobody's way.
+pub fn sweep(directory: &Path) {
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        if name.starts_with(BESIDE.0) && name.ends_with(BESIDE.1) {
+            let _ = fs::remove_file(entry.path());
+        }
+    }
 }
 
 /// Makes the names in a directory durable: a rename, a link or a removal counts only after this.
@@ -121,7 +136,6 @@ fn directory_of(path: &Path) -> &Path {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::fs;
 
     fn mode(path: &Path) -> u32 {
         fs::metadata(path).unwrap().permissions().mode() & 0o7777
@@ -146,6 +160,18 @@ mod tests {
         fs::create_dir(&path).unwrap(); // a file cannot be renamed over a directory
         assert!(write(&path, b"bytes", 0o600).is_err());
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn what_a_crash_left_beside_its_target_is_swept_away() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["kept", ".kept", "kept.new", ".AbCdEf.new"] {
+            fs::write(dir.path().join(name), b"half").unwrap();
+        }
+        sweep(dir.path());
+        let left = |name: &str| dir.path().join(name).exists();
+        assert!(left("kept") && left(".kept") && left("kept.new"));
+        assert!(!left(".AbCdEf.new"));
     }
 
     #[test]

@@ -237,6 +237,16 @@ fn the_last_set_is_there_and_live(host: &Host, at: &str) {
     }
 }
 
+/// A start takes away what a kill left half written in the state directory.
+fn no_half_record_is_left(host: &Host, at: &str) {
+    for directory in ["", "receipts", "audit"] {
+        let names = fs::read_dir(host.state().join(directory)).unwrap();
+        let names = names.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        let half: Vec<_> = names.filter(|name| name.starts_with('.')).collect();
+        assert!(half.len() <= 1, "{at}: {half:?}"); // one may be in the making
+    }
+}
+
 /// A place in an update: a call, on what, and which time in its thread.
 #[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
 struct Step {
@@ -365,6 +375,7 @@ fn kill_at_calls(among: usize) {
         host.agent.start();
         host.wait_live();
         the_last_set_is_there_and_live(&host, &at);
+        no_half_record_is_left(&host, &at);
         tried += 1;
     }
     assert!(!host.clamd.log().contains("ERROR"), "{}", host.clamd.log());
