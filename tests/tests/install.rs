@@ -973,3 +973,37 @@ fn a_database_changes_its_form_both_ways_and_also_back_from_a_refusal() {
     master.wait_live("web1", 5);
     assert_eq!(agent.names(), ["test.cld"]);
 }
+
+#[test]
+fn what_freshclam_left_is_adopted_under_a_running_clamd_and_others_files_stay() {
+    require!(Clamd, Freshclam, TestFiles);
+    let mirror = Mirror::new();
+    mirror.freshclam_to(2);
+    let fleet = Fleet::new();
+    let database = fleet.join("agents/web1/db");
+    fs::create_dir_all(&database).unwrap();
+    let left = Part::TestFiles.path().join("test-1.cvd");
+    fs::copy(&left, database.join("test.cvd")).unwrap();
+    let local = format!("Lab.Local:0:*:{}\n", hex::encode(ALWAYS));
+    fs::write(database.join("local.ndb"), &local).unwrap();
+    let mut clamd = Clamd::new(&database);
+    clamd.start();
+    clamd.wait_ready();
+    let mut agent = fleet.agent_with("web1", &format!("config = {:?}", clamd.config()));
+    let mut master = fleet.master(&mirror.directory());
+    master.start();
+    agent.start();
+    let row = master.wait_live("web1", 1);
+    assert_eq!(row["foreign"], serde_json::json!(["local.ndb"]));
+    assert_eq!(agent.names(), ["local.ndb", "test.cld"]);
+    assert_eq!(
+        fs::read_to_string(database.join("local.ndb")).unwrap(),
+        local
+    );
+    assert_eq!(
+        clamd.scan(ALWAYS).unwrap(),
+        "stream: Lab.Local.UNOFFICIAL FOUND"
+    );
+    let adopted = database.join(".clamcast/adopted/test.cvd");
+    assert!(fs::read(adopted).unwrap() == fs::read(left).unwrap());
+}
