@@ -31,7 +31,7 @@ impl Mirror {
         let server = Server::start(scratch.directory("www"));
         let directory = scratch.directory("mirror");
         let first = Part::TestFiles.path().join("test-1.cvd");
-        fs::copy(first, directory.join("test.cvd")).expect("test files can be read");
+        copy(&first, &directory.join("test.cvd"));
 
         let owner = User::from_uid(Uid::effective()).ok().flatten();
         let owner = owner.expect("whoever runs the tests has a name").name;
@@ -54,8 +54,7 @@ impl Mirror {
     pub fn freshclam(&self, version: u32) -> Command {
         let files = Part::TestFiles.path();
         let serve = |from: String, to: String| {
-            fs::copy(files.join(from), self.server.directory.join(to))
-                .expect("test files are there");
+            copy(&files.join(from), &self.server.directory.join(to));
         };
         for step in 2..=version {
             serve(format!("test-{step}.cdiff"), format!("test-{step}.cdiff"));
@@ -111,6 +110,13 @@ impl Mirror {
             .expect("no request panics")
             .clone()
     }
+}
+
+/// Copies the content alone: test files may be read-only, and a copy that was, too, could not be
+/// replaced by the next one but by root.
+fn copy(from: &Path, to: &Path) {
+    let copied = fs::read(from).and_then(|bytes| fs::write(to, bytes));
+    copied.unwrap_or_else(|error| panic!("cannot copy {}: {error}", from.display()));
 }
 
 /// Serves the files of one directory over HTTP, whole or in ranges: freshclam reads a database's
