@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use clamcast_daemon::config::{self, ConfigError, Span};
+use clamcast_daemon::config::{ConfigError, File, FilePath, Settings, Span, beside};
 use serde::Deserialize;
 
 use crate::clamd::{Address, ProofBy, RawClamd, ReloadBy};
@@ -78,31 +78,11 @@ pub enum ClamdConfFile {
     None,
 }
 
-/// The configuration cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum LoadError {
-    /// The file.
-    #[error(transparent)]
-    Config(#[from] ConfigError),
-    /// A value in it.
-    #[error("{path}: `{key}` cannot be `{value}`; {expected}")]
-    Value {
-        /// The file.
-        path: PathBuf,
-        /// The key, with its table.
-        key: &'static str,
-        /// What stands there.
-        value: String,
-        /// What was expected.
-        expected: String,
-    },
-}
-
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Raw {
     master: OneOrMore,
-    state: PathBuf,
+    state: FilePath,
     tls: RawTls,
     trust: RawTrust,
     #[serde(default)]
@@ -113,7 +93,7 @@ struct Raw {
 }
 
 #[derive(Deserialize)]
-#[serde(untagged, expecting = "expected a text or a list of texts")]
+#[serde(untagged)]
 enum OneOrMore {
     One(String),
     More(Vec<String>),
@@ -131,15 +111,15 @@ impl OneOrMore {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RawTls {
-    ca: PathBuf,
-    cert: PathBuf,
-    key: PathBuf,
+    ca: FilePath,
+    cert: FilePath,
+    key: FilePath,
 }
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RawTrust {
-    keys: PathBuf,
+    keys: FilePath,
     #[serde(default)]
     stale: Stale,
 }
@@ -147,13 +127,13 @@ struct RawTrust {
 #[derive(Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RawListen {
-    admin: Option<PathBuf>,
+    admin: Option<FilePath>,
 }
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RawDatabase {
-    path: PathBuf,
+    path: FilePath,
     drift: Option<Drift>,
     rescan: Option<Span>,
 }
@@ -172,54 +152,100 @@ struct RawClamdTable {
     socket: Option<OneOrMore>,
     #[serde(default)]
     reload: ReloadBy,
-    pid_file: Option<PathBuf>,
+    pid_file: Option<FilePath>,
     #[serde(default)]
     proof: ProofBy,
     deadline: Option<Span>,
     splay: Option<Span>,
 }
 
+impl Settings for Raw {
+    const KEYS: &'static [(&'static str, &'static str)] = &[
+        (
+            "master",
+            "1 to 16 addresses of the master with their ports, such as [\"mirror.example.net:7310\"]",
+        ),
+        ("state", "a directory such as \"/var/lib/clamcast/agent\""),
+        ("tls.ca", "a file such as \"ca.pem\""),
+        ("tls.cert", "a file such as \"cert.pem\""),
+        ("tls.key", "a file such as \"key.pem\""),
+        ("trust.keys", "a file such as \"manifest.pub\""),
+        ("trust.stale", "\"warn\" or \"refuse\""),
+        (
+            "listen.admin",
+            "a path such as \"/run/clamcast/agent.sock\", with its directories at most 107 bytes long",
+        ),
+        ("database.path", "a directory such as \"/var/lib/clamav\""),
+        ("database.drift", "\"repair\" or \"report\""),
+        (
+            "database.rescan",
+            "a length of time above zero, such as \"1h\"",
+        ),
+        (
+            "clamd.config",
+            "a file such as \"/etc/clamav/clamd.conf\", \"auto\", or \"\" for none",
+        ),
+        (
+            "clamd.socket",
+            "1 to 16 sockets, each a path from / on or \"host:port\", such as \"/run/clamav/clamd.ctl\"; \
+             or \"none\" for no clamd",
+        ),
+        ("clamd.reload", "\"socket\" or \"signal\""),
+        ("clamd.pid_file", "a file such as \"/run/clamav/clamd.pid\""),
+        ("clamd.proof", "\"canary\" or \"version\""),
+        (
+            "clamd.deadline",
+            "a length of time above zero, such as \"5m\"",
+        ),
+        ("clamd.splay", "a length of time such as \"0s\" or \"30s\""),
+    ];
+}
+
+/// Longest path of a Unix socket in bytes (`sun_path` of unix(7), without the byte that ends it).
+const SOCKET_PATH_BYTES_MAX: usize = 107;
+
 impl Config {
     /// Reads and checks the file.
-    pub fn load(path: &Path) -> Result<Self, LoadError> {
-        let raw: Raw = config::load(path)?;
-        let beside = |other: PathBuf| config::beside(path, &other);
-        let wrong = |key, value: &str, expected: &str| LoadError::Value {
-            path: path.to_owned(),
-            key,
-            value: value.to_owned(),
-            expected: expected.to_owned(),
-        };
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let file = File::read(path)?;
+        let raw: Raw = file.parse()?;
+        let beside = |other: FilePath| other.beside(path);
+        let wrong = |key: [&str; 2]| file.wrong::<Raw>(&key, None);
 
         let master = raw.master.into_vec();
         if master.is_empty() || master.len() > MASTERS_MAX {
-            let expected = format!("expected 1 to {MASTERS_MAX} addresses");
-            return Err(wrong("master", &format!("{master:?}"), &expected));
+            return Err(file.wrong::<Raw>(&["master"], None));
         }
         if let Some(address) = master.iter().find(|address| !is_host_and_port(address)) {
-            let expected = "expected \"host:port\", for example \"mirror.example.net:7310\"";
-            return Err(wrong("master", address, expected));
+            return Err(file.wrong::<Raw>(&["master"], Some(address)));
         }
         let sockets = match raw.clamd.socket.map(OneOrMore::into_vec) {
             None => None,
             Some(sockets) if sockets == ["none"] => Some(Vec::new()),
             Some(sockets) if sockets.is_empty() || sockets.len() > CLAMDS_MAX => {
-                let expected =
-                    format!("expected 1 to {CLAMDS_MAX} sockets, or \"none\" for no clamd");
-                return Err(wrong("clamd.socket", &format!("{sockets:?}"), &expected));
+                return Err(wrong(["clamd", "socket"]));
             }
             Some(sockets) => {
                 let parse = |text: &String| {
                     let address = text.parse::<Address>();
-                    address.map_err(|error| wrong("clamd.socket", text, &error.to_string()))
+                    address.map_err(|_| file.wrong::<Raw>(&["clamd", "socket"], Some(text)))
                 };
                 Some(sockets.iter().map(parse).collect::<Result<_, _>>()?)
             }
         };
         let deadline = raw.clamd.deadline.map_or(DEADLINE, |span| span.0);
         if deadline.is_zero() {
-            let expected = "expected a duration above zero, for example \"5m\"";
-            return Err(wrong("clamd.deadline", "0s", expected));
+            return Err(wrong(["clamd", "deadline"]));
+        }
+        if raw.database.rescan.is_some_and(|span| span.0.is_zero()) {
+            return Err(wrong(["database", "rescan"]));
+        }
+        let admin = raw
+            .listen
+            .admin
+            .map_or_else(|| DEFAULT_SOCKET.into(), beside);
+        if admin.as_os_str().len() > SOCKET_PATH_BYTES_MAX {
+            return Err(wrong(["listen", "admin"]));
         }
 
         let mut without_effect = Vec::new();
@@ -240,15 +266,12 @@ impl Config {
             },
             keys: beside(raw.trust.keys),
             stale: raw.trust.stale,
-            admin: raw
-                .listen
-                .admin
-                .map_or_else(|| DEFAULT_SOCKET.into(), beside),
+            admin,
             clamd_conf: match raw.clamd.config {
                 None => ClamdConfFile::Auto,
                 Some(file) if file == Path::new("auto") => ClamdConfFile::Auto,
                 Some(file) if file == Path::new("") => ClamdConfFile::None,
-                Some(file) => ClamdConfFile::At(beside(file)),
+                Some(file) => ClamdConfFile::At(self::beside(path, &file)),
             },
             clamd: RawClamd {
                 sockets,
@@ -364,26 +387,164 @@ splay = "30s"
         assert_eq!(sockets(r#"["/run/a", "/run/b"]"#), Ok(2));
         assert_eq!(sockets(r#""none""#), Ok(0));
         assert!(sockets("[]").unwrap_err().contains("\"none\""));
-        assert!(sockets("\"clamd.ctl\"").unwrap_err().contains("absolute"));
+        assert!(sockets("\"clamd.ctl\"").unwrap_err().contains("from / on"));
+    }
+
+    /// Every key with values that it cannot have.
+    const WRONG: &[(&str, &[&str])] = &[
+        (
+            "master",
+            &[
+                "7310",
+                "[]",
+                "\"\"",
+                "\"mirror\"",
+                "\"2001:db8::1\"",
+                "[\"mirror\"]",
+                "[\":7310\"]",
+                "[\"m:0\"]",
+                "[7310]",
+                "true",
+            ],
+        ),
+        ("state", &["\"\"", "7", "[\"/srv\"]", "true"]),
+        ("tls.ca", &["\"\"", "1"]),
+        ("tls.cert", &["\"\"", "[]"]),
+        ("tls.key", &["\"\"", "false"]),
+        ("trust.keys", &["\"\"", "[\"manifest.pub\"]"]),
+        ("trust.stale", &["\"no\"", "true", "48"]),
+        ("listen.admin", &["\"\"", "7", "[]"]),
+        ("database.path", &["\"\"", "7", "[\"/srv\"]"]),
+        ("database.drift", &["\"x\"", "false", "1"]),
+        ("database.rescan", &["\"0s\"", "1", "\"hourly\""]),
+        ("clamd.config", &["false", "1", "[]"]),
+        (
+            "clamd.socket",
+            &["[]", "\"clamd.ctl\"", "\"\"", "3310", "[3310]"],
+        ),
+        ("clamd.reload", &["\"x\"", "true", "1"]),
+        ("clamd.pid_file", &["\"\"", "12"]),
+        ("clamd.proof", &["\"x\"", "false"]),
+        ("clamd.deadline", &["\"0s\"", "300", "\"5\""]),
+        ("clamd.splay", &["30", "\"-1s\"", "\"\""]),
+    ];
+
+    /// The minimal file with one key set otherwise, or added.
+    fn with(key: &str, value: &str) -> String {
+        let (table, name) = key.rsplit_once('.').unwrap_or(("", key));
+        let mut text = MINIMAL.to_owned();
+        if let Some(at) = text.find(&format!("\n{name} = ")) {
+            let end = at + 1 + text[at + 1..].find('\n').expect("every line ends");
+            text.replace_range(at + 1..end, &format!("{name} = {value}"));
+        } else {
+            let header = format!("[{table}]\n");
+            let at = text.find(&header).map(|at| at + header.len());
+            let at = at.unwrap_or_else(|| {
+                text.push_str(&header);
+                text.len()
+            });
+            text.insert_str(at, &format!("{name} = {value}\n"));
+        }
+        text
     }
 
     #[test]
-    fn a_wrong_value_says_what_was_expected() {
-        for (from, to, expected) in [
-            ("mirror.example.net:7310", "mirror.example.net", "host:port"),
-            ("mirror.example.net:7310", "2001:db8::1", "host:port"),
-            ("[\"mirror.example.net:7310\"]", "[]", "1 to 16"),
-            (
-                "[database]",
-                "[clamd]\ndeadline = \"0s\"\n[database]",
-                "above zero",
-            ),
-            ("keys = ", "stale = \"ignore\"\nkeys = ", "refuse"),
-            ("path = ", "drift = \"fight\"\npath = ", "report"),
-            ("state = ", "stat = ", "state"),
-        ] {
-            let error = load(&MINIMAL.replace(from, to)).unwrap_err();
-            assert!(error.contains(expected), "{error}");
+    fn every_wrong_value_is_told_with_its_line_its_key_and_what_was_expected() {
+        for (key, values) in WRONG {
+            let words = Raw::KEYS.iter().find(|(name, _)| name == key);
+            let (_, words) = words.expect(key);
+            for value in *values {
+                let text = with(key, value);
+                let name = key.rsplit('.').next().unwrap();
+                let line = text
+                    .lines()
+                    .position(|line| line == format!("{name} = {value}"));
+                let error = load(&text).expect_err(&text);
+                let (file, said) = error.split_once(".toml:").expect(&error);
+                assert!(file.ends_with("/agent"), "{error}");
+                let item = value
+                    .strip_prefix('[')
+                    .and_then(|item| item.strip_suffix(']'));
+                let found = [Some(*value), item].map(|found| {
+                    let line = line.unwrap() + 1;
+                    format!(
+                        "{line}: `{key}` cannot be `{}`; expected {words}",
+                        found.unwrap_or_default()
+                    )
+                });
+                assert!(found.iter().any(|found| found == said), "{value}: {said}");
+            }
         }
+        let long = load(&with("listen.admin", &format!("{:?}", "x".repeat(100)))).unwrap_err();
+        assert!(
+            long.contains("`listen.admin` cannot be") && long.contains("107 bytes"),
+            "{long}"
+        );
+    }
+
+    #[test]
+    fn a_near_miss_is_answered_with_a_suggestion() {
+        for (key, value, suggestion) in [
+            ("trust.stale", "\"refused\"", "did you mean `refuse`?"),
+            ("database.drift", "\"reapir\"", "did you mean `repair`?"),
+            ("clamd.sockets", "\"none\"", "did you mean `socket`?"),
+        ] {
+            let error = load(&with(key, value)).unwrap_err();
+            assert!(error.ends_with(suggestion), "{error}");
+        }
+    }
+
+    #[test]
+    fn every_key_has_words_for_what_is_expected_and_is_tried_with_wrong_values() {
+        let mut known = Vec::new();
+        for table in ["", "tls.", "trust.", "listen.", "database.", "clamd."] {
+            let text = match table {
+                "" => format!("zzz = 1\n{MINIMAL}"),
+                table => with(&format!("{table}zzz"), "1"),
+            };
+            let error = load(&text).unwrap_err();
+            let (_, keys) = error.split_once("expected one of: ").expect(&error);
+            known.extend(keys.split(", ").map(|key| format!("{table}{key}")));
+        }
+        for key in &known {
+            let below = (Raw::KEYS.iter()).any(|(name, _)| name.starts_with(&format!("{key}.")));
+            let here = Raw::KEYS.iter().any(|(name, _)| name == key);
+            assert!(below || here, "{key} has no words");
+        }
+        for (key, words) in Raw::KEYS {
+            assert!(known.iter().any(|name| name == key), "{key} is no key");
+            assert!(
+                WRONG.iter().any(|(tried, _)| tried == key),
+                "{key} is not tried"
+            );
+            for jargon in [
+                "string",
+                "sequence",
+                "struct",
+                "usize",
+                "integer",
+                "socket address",
+                "invalid",
+            ] {
+                assert!(!words.contains(jargon), "{key}: {words}");
+            }
+        }
+    }
+
+    #[test]
+    fn every_key_without_a_default_is_missed() {
+        for key in ["master", "state", "ca", "cert", "key", "keys", "path"] {
+            let text: Vec<&str> = MINIMAL
+                .lines()
+                .filter(|line| !line.starts_with(&format!("{key} =")))
+                .collect();
+            let error = load(&text.join("\n")).unwrap_err();
+            assert!(
+                error.contains(&format!("key `{key}` is missing")),
+                "{error}"
+            );
+        }
+        let error = load(MINIMAL.split("[database]").next().unwrap()).unwrap_err();
+        assert!(error.contains("table [database] is missing"), "{error}");
     }
 }

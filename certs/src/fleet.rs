@@ -6,9 +6,10 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use clamcast_daemon::config::{self, ConfigError};
+use clamcast_daemon::config::{self, ConfigError, Settings};
 use clamcast_daemon::durable::{self, LockError, LockGuard};
 use clamcast_daemon::exit;
+use clamcast_daemon::input::InputError;
 use clamcast_proto::dsse::{Envelope, EnvelopeError, PublicKey, Verified};
 use clamcast_proto::identity::{Certificate, Role};
 use clamcast_proto::keys::{KeySet, KeySetError};
@@ -59,6 +60,16 @@ pub(crate) struct Charter {
     /// Where agents find the master; empty until its certificate is issued.
     #[serde(default)]
     pub(crate) hosts: Vec<Host>,
+}
+
+impl Settings for Charter {
+    const KEYS: &'static [(&'static str, &'static str)] = &[
+        ("fleet", "the fleet's name, such as \"example\""),
+        (
+            "hosts",
+            "a list of DNS names and IP addresses without ports, such as [\"mirror.example.net\"]",
+        ),
+    ];
 }
 
 impl Charter {
@@ -193,9 +204,11 @@ impl Fleet {
             return Err(OpenError::Unfinished { dir: dir.into() });
         }
         let charter = config::load(&dir.join(CHARTER)).map_err(|error| match error {
-            ConfigError::Missing { .. } => OpenError::NoFleet { dir: dir.into() },
-            ConfigError::Read { path, source } => OpenError::Read { path, source },
-            ConfigError::TooLarge { .. } | ConfigError::Content { .. } => OpenError::Charter(error),
+            ConfigError::Read(InputError::Missing { .. }) => OpenError::NoFleet { dir: dir.into() },
+            ConfigError::Read(_)
+            | ConfigError::NotText { .. }
+            | ConfigError::Empty { .. }
+            | ConfigError::Content { .. } => OpenError::Charter(error),
         })?;
         let path = dir.join(CA);
         let ca_pem = read(&path)?;

@@ -1,16 +1,19 @@
-//! Configuration files: TOML in which a key that we do not know is a mistake, not a comment.
+//! Configuration files: TOML in which a key that we do not know is a mistake, not a comment, and
+//! every mistake is told with its line, its key and what was expected there.
+
+mod problem;
 
 use std::fmt;
-use std::fs::File;
-use std::io::{self, Read as _};
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
 use serde::de::{DeserializeOwned, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
-use toml::de::{DeTable, DeValue};
+
+use crate::input::{self, InputError};
+
+pub use problem::Problem;
 
 /// Longest configuration file in bytes that is read: thousands of groups fit, and a path that was
 /// mistyped to a database or a device is not taken into memory.
@@ -19,23 +22,20 @@ pub const CONFIG_BYTES_MAX: u64 = 1 << 20;
 /// Why a configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    /// There is no such file.
-    #[error("{path} does not exist; name the configuration file with --config")]
-    Missing {
+    /// The file cannot be read.
+    #[error(transparent)]
+    Read(#[from] InputError),
+    /// It is some other kind of file.
+    #[error("{path}:{line}: not a text in UTF-8; is it a configuration file?")]
+    NotText {
         /// The file.
         path: PathBuf,
+        /// The line of the first byte that is none, from 1.
+        line: usize,
     },
-    /// It cannot be read.
-    #[error("cannot read {path}")]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// It is no configuration.
-    #[error("{path} is longer than {CONFIG_BYTES_MAX} bytes; is it a configuration file?")]
-    TooLarge {
+    /// There is nothing in it.
+    #[error("{path} is empty; the example in the README is a beginning")]
+    Empty {
         /// The file.
         path: PathBuf,
     },
@@ -51,90 +51,76 @@ pub enum ConfigError {
     },
 }
 
-/// What is wrong in a configuration.
-#[derive(Debug, Eq, PartialEq, thiserror::Error)]
-pub enum Problem {
-    /// A key that does not exist.
-    #[error("unknown key `{key}`{}{}", within(table), did_you_mean(nearest, known))]
-    UnknownKey {
-        /// As written.
-        key: String,
-        /// The table that it stands in; empty for the top.
-        table: String,
-        /// The existing key that looks most like it.
-        nearest: Option<String>,
-        /// All keys of that table.
-        known: Vec<String>,
-    },
-    /// A value that is none of those allowed.
-    #[error("`{key}` cannot be `{value}`{}", did_you_mean(nearest, known))]
-    UnknownValue {
-        /// The key with its tables.
-        key: String,
-        /// As written.
-        value: String,
-        /// The value that looks most like it.
-        nearest: Option<String>,
-        /// All that may stand there.
-        known: Vec<String>,
-    },
-    /// A key without a default is not there.
-    #[error("key `{key}` is missing{}", within(table))]
-    MissingKey {
-        /// Its name.
-        key: String,
-        /// The table that it belongs in; empty for the top.
-        table: String,
-    },
-    /// A value of the wrong type or out of its bounds.
-    #[error("`{key}`: {reason}")]
-    Value {
-        /// The key with its tables.
-        key: String,
-        /// What was expected.
-        reason: String,
-    },
-    /// Not TOML, or values that do not go together.
-    #[error("{0}")]
-    Other(String),
+/// What a configuration file may hold. Its structs are to be `#[serde(deny_unknown_fields)]`.
+pub trait Settings: DeserializeOwned {
+    /// Every key with the tables around it, as in `mirror.path`, and what may stand there, in words
+    /// that go on after "expected". `*` stands for names that the operator chooses.
+    const KEYS: &'static [(&'static str, &'static str)];
 }
 
-fn within(table: &str) -> String {
-    match table {
-        "" => String::new(),
-        table => format!(" in [{table}]"),
-    }
+/// A configuration file that was read.
+#[derive(Debug)]
+pub struct File {
+    path: PathBuf,
+    text: String,
 }
 
-fn did_you_mean(nearest: &Option<String>, known: &[String]) -> String {
-    match nearest {
-        Some(nearest) => format!("; did you mean `{nearest}`?"),
-        None => format!("; expected one of: {}", known.join(", ")),
-    }
-}
-
-/// Reads the TOML file `path` into `T`, whose structs are to be `#[serde(deny_unknown_fields)]`.
-pub fn load<T: DeserializeOwned>(path: &Path) -> Result<T, ConfigError> {
-    let failed = |source: io::Error| {
+impl File {
+    /// Reads `path`.
+    pub fn read(path: &Path) -> Result<Self, ConfigError> {
+        let origin = "name the configuration file with --config";
+        let bytes = input::read("--config", path, CONFIG_BYTES_MAX, origin)?;
         let path = path.to_owned();
-        if source.kind() == io::ErrorKind::NotFound {
-            ConfigError::Missing { path }
-        } else {
-            ConfigError::Read { path, source }
+        let text = match String::from_utf8(bytes) {
+            Err(error) => {
+                let good = &error.as_bytes()[..error.utf8_error().valid_up_to()];
+                let line = line_of(good);
+                return Err(ConfigError::NotText { path, line });
+            }
+            // TOML has no such byte, nor does any text; a zeroed file is what some crashes leave.
+            Ok(text) => match text.find('\0') {
+                None => text,
+                Some(at) => {
+                    let line = line_of(&text.as_bytes()[..at]);
+                    return Err(ConfigError::NotText { path, line });
+                }
+            },
+        };
+        if text.trim().is_empty() {
+            return Err(ConfigError::Empty { path });
         }
-    };
-    let mut text = String::new();
-    File::open(path)
-        .and_then(|file| file.take(CONFIG_BYTES_MAX + 1).read_to_string(&mut text))
-        .map_err(failed)?;
-    if text.len() as u64 > CONFIG_BYTES_MAX {
-        return Err(ConfigError::TooLarge { path: path.into() });
+        Ok(Self { path, text })
     }
-    parse(&text).map_err(|(line, problem)| ConfigError::Content {
-        path: path.into(),
-        line,
-        problem: Box::new(problem),
-    })
+
+    /// What it says.
+    pub fn parse<T: Settings>(&self) -> Result<T, ConfigError> {
+        problem::parse(&self.text).map_err(|(line, problem)| self.error(line, problem))
+    }
+
+    /// The error that the value of `key` (the names of its tables, and its own) is well-formed but
+    /// not what is expected there; `found` is the part of a list that is not.
+    pub fn wrong<T: Settings>(&self, key: &[&str], found: Option<&str>) -> ConfigError {
+        let (line, problem) = problem::wrong::<T>(&self.text, key, found);
+        self.error(line, problem)
+    }
+
+    fn error(&self, line: Option<usize>, problem: Problem) -> ConfigError {
+        ConfigError::Content {
+            path: self.path.clone(),
+            line,
+            problem: Box::new(problem),
+        }
+    }
+}
+
+/// The line, from 1, in which the text after `before` begins.
+fn line_of(before: &[u8]) -> usize {
+    before.iter().filter(|byte| **byte == b'\n').count() + 1
+}
+
+/// Reads the file `path` into `T`.
+pub fn load<T: Settings>(path: &Path) -> Result<T, ConfigError> {
+    File::read(path)?.parse()
 }
 
 /// The path as the file `file` means it: relative to the directory that the file is in.
@@ -142,93 +128,27 @@ pub fn beside(file: &Path, path: &Path) -> PathBuf {
     file.parent().unwrap_or(Path::new("")).join(path)
 }
 
-/// Parses `text`; the error is the line, from 1, and what is wrong there.
-fn parse<T: DeserializeOwned>(text: &str) -> Result<T, (Option<usize>, Problem)> {
-    toml::from_str(text).map_err(|error| {
-        // serde's word for "the file as a whole" is the empty span at its beginning.
-        let span = error.span().filter(|span| *span != (0..0));
-        let line = span.as_ref().map(|span| {
-            let before = &text.as_bytes()[..span.start.min(text.len())];
-            before.iter().filter(|byte| **byte == b'\n').count() + 1
-        });
-        // A syntax error leaves no tree to find the key in.
-        let at = span.and_then(|span| key_at(DeTable::parse(text).ok()?.get_ref(), &span));
-        (line, problem(error.message(), at.unwrap_or_default()))
-    })
-}
+/// A path; nothing is none.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(try_from = "PathBuf")]
+pub struct FilePath(PathBuf);
 
-/// The key that stands at `span`, or whose value does, with the tables around it.
-fn key_at(table: &DeTable<'_>, span: &Range<usize>) -> Option<Vec<String>> {
-    table.iter().find_map(|(key, value)| {
-        let name = key.get_ref().to_string();
-        let below = match value.get_ref() {
-            DeValue::Table(table) => key_at(table, span),
-            DeValue::String(_)
-            | DeValue::Integer(_)
-            | DeValue::Float(_)
-            | DeValue::Boolean(_)
-            | DeValue::Datetime(_)
-            | DeValue::Array(_) => None,
-        };
-        if let Some(mut path) = below {
-            path.insert(0, name);
-            return Some(path);
-        }
-        let here = |range: Range<usize>| range.start <= span.start && span.end <= range.end;
-        (here(key.span()) || here(value.span())).then(|| vec![name])
-    })
-}
+impl TryFrom<PathBuf> for FilePath {
+    type Error = &'static str;
 
-/// Reads serde's own messages, the only place where it tells the names that it knows.
-fn problem(message: &str, at: Vec<String>) -> Problem {
-    let quoted: Vec<&str> = message.split('`').skip(1).step_by(2).collect();
-    let subject = quoted.first().copied().unwrap_or_default().to_owned();
-    let known: Vec<String> = quoted.iter().skip(1).map(|name| (*name).into()).collect();
-    let nearest = nearest(&subject, &known);
-    if message.starts_with("unknown field ") {
-        Problem::UnknownKey {
-            table: at[..at.len().saturating_sub(1)].join("."),
-            key: subject,
-            nearest,
-            known,
+    fn try_from(path: PathBuf) -> Result<Self, &'static str> {
+        if path.as_os_str().is_empty() {
+            return Err("a path is not empty");
         }
-    } else if message.starts_with("unknown variant ") {
-        Problem::UnknownValue {
-            key: at.join("."),
-            value: subject,
-            nearest,
-            known,
-        }
-    } else if message.starts_with("missing field ") {
-        Problem::MissingKey {
-            key: subject,
-            table: at.join("."),
-        }
-    } else if at.is_empty() {
-        Problem::Other(message.to_owned())
-    } else {
-        Problem::Value {
-            key: at.join("."),
-            reason: message.to_owned(),
-        }
+        Ok(Self(path))
     }
 }
 
-/// The known name that a typing mistake would turn into `name`, if one is near enough.
-fn nearest(name: &str, known: &[String]) -> Option<String> {
-    let name = name.to_lowercase();
-    // Jaro-Winkler: 0.7 still takes two swapped or missing letters in a short word.
-    known
-        .iter()
-        .map(|candidate| {
-            (
-                strsim::jaro_winkler(&name, &candidate.to_lowercase()),
-                candidate,
-            )
-        })
-        .filter(|(likeness, _)| *likeness >= 0.7)
-        .max_by(|(one, _), (other, _)| one.total_cmp(other))
-        .map(|(_, candidate)| candidate.clone())
+impl FilePath {
+    /// The path as the file `file` means it, see [`beside`].
+    pub fn beside(&self, file: &Path) -> PathBuf {
+        beside(file, &self.0)
+    }
 }
 
 /// A length of time, written like `"3s"`, `"5m"`, `"1h 30m"`.
@@ -411,124 +331,6 @@ impl<T: Text> Visitor<'_> for TextVisitor<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[derive(Debug, Deserialize)]
-    #[serde(deny_unknown_fields)]
-    #[expect(dead_code, reason = "parsed for its errors")]
-    struct Settings {
-        fleet: String,
-        mirror: Mirror,
-    }
-
-    #[derive(Debug, Deserialize)]
-    #[serde(deny_unknown_fields)]
-    #[expect(dead_code, reason = "parsed for its errors")]
-    struct Mirror {
-        path: PathBuf,
-        quiet: Option<Span>,
-        shrink_max: Option<Percent>,
-        bandwidth: Option<Size>,
-        unsigned: Option<Unsigned>,
-    }
-
-    #[derive(Debug, Deserialize)]
-    #[serde(rename_all = "snake_case")]
-    enum Unsigned {
-        Allow,
-        Refuse,
-    }
-
-    fn check(text: &str, expected: &str) {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("master.toml");
-        std::fs::write(&path, text).unwrap();
-        let error = load::<Settings>(&path).unwrap_err().to_string();
-        let shown = error.replace(&path.display().to_string(), "master.toml");
-        assert_eq!(shown, expected);
-    }
-
-    #[test]
-    fn an_unknown_key_gives_its_line_and_the_nearest_key() {
-        check(
-            "fleet = 'x'\n\n[mirror]\npath = '/m'\nquite = '3s'\n",
-            "master.toml:5: unknown key `quite` in [mirror]; did you mean `quiet`?",
-        );
-        check(
-            "fleet = 'x'\nmirror = { path = '/m', shrinkmax = '1%' }\n",
-            "master.toml:2: unknown key `shrinkmax` in [mirror]; did you mean `shrink_max`?",
-        );
-        check(
-            "fleet = 'x'\n[miror]\npath = '/m'\n",
-            "master.toml:2: unknown key `miror`; did you mean `mirror`?",
-        );
-        check(
-            "zzz = 1\n",
-            "master.toml:1: unknown key `zzz`; expected one of: fleet, mirror",
-        );
-    }
-
-    #[test]
-    fn a_wrong_value_says_what_was_expected() {
-        let mirror = |line: &str| format!("fleet = 'x'\n[mirror]\npath = '/m'\n{line}\n");
-        check(
-            &mirror("quiet = '3 parsecs'"),
-            "master.toml:4: `mirror.quiet`: `3 parsecs` is not a length of time such as \"3s\", \"5m\" or \"48h\"",
-        );
-        check(
-            &mirror("quiet = 3"),
-            "master.toml:4: `mirror.quiet`: invalid type: integer `3`, expected a length of time such as \"3s\", \"5m\" or \"48h\"",
-        );
-        check(
-            &mirror("shrink_max = '130%'"),
-            "master.toml:4: `mirror.shrink_max`: `130%` is not a whole percentage from \"0%\" to \"100%\"",
-        );
-        check(
-            &mirror("unsigned = 'alow'"),
-            "master.toml:4: `mirror.unsigned` cannot be `alow`; did you mean `allow`?",
-        );
-        check(
-            &mirror("unsigned = 'x'"),
-            "master.toml:4: `mirror.unsigned` cannot be `x`; expected one of: allow, refuse",
-        );
-    }
-
-    #[test]
-    fn what_is_missing_is_named_with_its_table() {
-        check(
-            "fleet = 'x'\n[mirror]\nquiet = '3s'\n",
-            "master.toml:2: key `path` is missing in [mirror]",
-        );
-        for text in ["[mirror]\npath = '/m'\n", "\n[mirror]\npath = '/m'\n"] {
-            check(text, "master.toml: key `fleet` is missing");
-        }
-        check("", "master.toml: key `fleet` is missing");
-    }
-
-    #[test]
-    fn a_syntax_error_gives_its_line() {
-        check(
-            "fleet = 'x'\n[mirror\n",
-            "master.toml:2: unclosed table, expected `]`",
-        );
-    }
-
-    #[test]
-    fn a_missing_file_says_what_to_do() {
-        let error = load::<Settings>(Path::new("/nonexistent/master.toml")).unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "/nonexistent/master.toml does not exist; name the configuration file with --config"
-        );
-    }
-
-    #[test]
-    fn a_file_too_long_to_be_a_configuration_is_not_parsed() {
-        let text = "#".repeat(CONFIG_BYTES_MAX as usize + 1);
-        check(
-            &text,
-            "master.toml is longer than 1048576 bytes; is it a configuration file?",
-        );
-    }
 
     #[test]
     fn paths_are_relative_to_the_file() {

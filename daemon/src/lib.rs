@@ -7,6 +7,7 @@ pub mod clamscan;
 pub mod config;
 pub mod durable;
 pub mod exit;
+pub mod input;
 pub mod logging;
 pub mod service;
 pub mod table;

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use clamcast_daemon::config::{self, ConfigError, Percent, Size, Span};
+use clamcast_daemon::config::{ConfigError, File, FilePath, Percent, Settings, Size, Span};
 use clamcast_proto::{FleetName, GroupName};
 use globset::{GlobBuilder, GlobMatcher};
 use serde::Deserialize;
@@ -146,31 +146,11 @@ impl Groups {
     }
 }
 
-/// A value parses as TOML but makes no sense.
-#[derive(Debug, thiserror::Error)]
-pub enum LoadError {
-    /// The file.
-    #[error(transparent)]
-    Config(#[from] ConfigError),
-    /// A value in it.
-    #[error("{path}: {key} = {value}: {expected}")]
-    Value {
-        /// The file.
-        path: PathBuf,
-        /// The key, with its table.
-        key: String,
-        /// What stands there.
-        value: String,
-        /// What was expected.
-        expected: String,
-    },
-}
-
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Raw {
     fleet: FleetName,
-    state: PathBuf,
+    state: FilePath,
     mirror: RawMirror,
     #[serde(default)]
     listen: RawListen,
@@ -189,7 +169,7 @@ struct Raw {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RawMirror {
-    path: PathBuf,
+    path: FilePath,
     quiet: Option<Span>,
     rescan: Option<Span>,
     require: Option<Vec<String>>,
@@ -204,26 +184,26 @@ struct RawMirror {
 #[serde(deny_unknown_fields)]
 struct RawListen {
     quic: Option<SocketAddr>,
-    admin: Option<PathBuf>,
+    admin: Option<FilePath>,
     admin_group: Option<String>,
-    http: Option<String>,
+    http: Option<HttpAddress>,
 }
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RawTls {
-    ca: PathBuf,
-    cert: PathBuf,
-    key: PathBuf,
-    revoked: Option<PathBuf>,
+    ca: FilePath,
+    cert: FilePath,
+    key: FilePath,
+    revoked: Option<FilePath>,
 }
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RawSigning {
-    manifest_key: PathBuf,
-    audit_key: PathBuf,
-    keys: PathBuf,
+    manifest_key: FilePath,
+    audit_key: FilePath,
+    keys: FilePath,
     fresh: Option<Span>,
 }
 
@@ -252,59 +232,172 @@ struct RawRollout {
     windows: Option<BTreeMap<GroupName, Vec<String>>>,
 }
 
+/// Where HTTP is listened to; `None` for nowhere.
+#[derive(Deserialize)]
+#[serde(try_from = "String")]
+struct HttpAddress(Option<SocketAddr>);
+
+impl TryFrom<String> for HttpAddress {
+    type Error = std::net::AddrParseError;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        match text.as_str() {
+            "" => Ok(Self(None)),
+            address => address.parse().map(|address| Self(Some(address))),
+        }
+    }
+}
+
+impl Settings for Raw {
+    const KEYS: &'static [(&'static str, &'static str)] = &[
+        (
+            "fleet",
+            "the fleet's name as `clamcast-certs init --fleet` was given it, such as \"example\": \
+             letters, digits, `.`, `_` and `-`, first and last a letter or digit",
+        ),
+        ("state", "a directory such as \"/var/lib/clamcast/master\""),
+        (
+            "mirror.path",
+            "a directory such as \"/var/lib/clamav-mirror\"",
+        ),
+        ("mirror.quiet", "a length of time such as \"3s\""),
+        (
+            "mirror.rescan",
+            "a length of time above zero, such as \"5m\"",
+        ),
+        (
+            "mirror.require",
+            "a list of database names without their extension, such as [\"daily\"], or [] for none",
+        ),
+        ("mirror.unsigned", "\"allow\" or \"refuse\""),
+        ("mirror.load_test", "\"auto\", \"always\" or \"never\""),
+        ("mirror.shrink_max", PERCENT),
+        (
+            "listen.quic",
+            "an IP address and a port such as \"192.0.2.1:7310\", or \"[::]:7310\" for every address",
+        ),
+        (
+            "listen.admin",
+            "a path such as \"/run/clamcast/master.sock\", with its directories at most 107 bytes long",
+        ),
+        (
+            "listen.admin_group",
+            "the name of a group such as \"clamcast\"",
+        ),
+        (
+            "listen.http",
+            "an IP address and a port such as \"127.0.0.1:7311\", or \"\" for none",
+        ),
+        ("tls.ca", "a file such as \"/etc/clamcast/ca.pem\""),
+        (
+            "tls.cert",
+            "a file such as \"/etc/clamcast/master/cert.pem\"",
+        ),
+        ("tls.key", "a file such as \"/etc/clamcast/master/key.pem\""),
+        (
+            "tls.revoked",
+            "a file such as \"/etc/clamcast/revoked.json\"",
+        ),
+        (
+            "signing.manifest_key",
+            "a file such as \"/etc/clamcast/manifest.key\"",
+        ),
+        (
+            "signing.audit_key",
+            "a file such as \"/etc/clamcast/audit.key\"",
+        ),
+        (
+            "signing.keys",
+            "a file such as \"/etc/clamcast/manifest.pub\"",
+        ),
+        (
+            "signing.fresh",
+            "a length of time of at least \"1m\", such as \"48h\"",
+        ),
+        (
+            "groups.*",
+            "a list of agents' names or patterns such as [\"web1\", \"db-*\", \"app[0-9]\"]",
+        ),
+        ("store.keep", "a whole number from 1 on, such as 20"),
+        ("push.concurrent", "a whole number from 1 on, such as 64"),
+        (
+            "push.bandwidth",
+            "a number of bytes a second such as \"500kB\" or \"64MiB\", or \"0\" for no limit",
+        ),
+        (
+            "rollout.waves",
+            "a list of groups, shares and counts such as [\"group:canary\", \"10%\", \"100%\"]",
+        ),
+        (
+            "rollout.settle",
+            "a length of time such as \"0s\" or \"30m\"",
+        ),
+        ("rollout.refused_max", PERCENT),
+        ("rollout.unwell_max", PERCENT),
+        ("rollout.rollback_on_halt", "true or false, without quotes"),
+        (
+            "rollout.deadline",
+            "a length of time above zero, such as \"15m\"",
+        ),
+        (
+            "rollout.windows.*",
+            "a list of times such as [\"Mon-Fri 22:00-05:00\"]",
+        ),
+    ];
+}
+
+const PERCENT: &str = "a whole percentage from \"0%\" to \"100%\"";
+
+/// Longest path of a Unix socket in bytes (`sun_path` of unix(7), without the byte that ends it).
+const SOCKET_PATH_BYTES_MAX: usize = 107;
+
 /// Shortest freshness: below it the agents' clocks and a restart of the master would make hosts
 /// stale.
 const FRESH_MIN: Duration = Duration::from_secs(60);
 
+/// Defaults.
+const QUIET: Duration = Duration::from_secs(3);
+const RESCAN: Duration = Duration::from_secs(5 * 60);
+const FRESH: Duration = Duration::from_secs(48 * 60 * 60);
+const DEADLINE: Duration = Duration::from_secs(15 * 60);
+
 impl Config {
     /// Reads and checks the file.
-    pub fn load(path: &Path) -> Result<Self, LoadError> {
-        let raw: Raw = config::load(path)?;
-        let beside = |other: PathBuf| config::beside(path, &other);
-        let wrong = |key: &str, value: &dyn std::fmt::Display, expected: &str| LoadError::Value {
-            path: path.to_owned(),
-            key: key.to_owned(),
-            value: format!("{value}"),
-            expected: expected.to_owned(),
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let file = File::read(path)?;
+        let raw: Raw = file.parse()?;
+        let beside = |other: FilePath| other.beside(path);
+        let above_zero = |key: &[&str], span: Option<Span>, default: Duration| match span {
+            Some(Span(Duration::ZERO)) => Err(file.wrong::<Raw>(key, None)),
+            Some(Span(span)) => Ok(span),
+            None => Ok(default),
         };
-        let span = |key: &str, span: Option<Span>, default: u64| {
-            let span = span.map_or(Duration::from_secs(default), |span| span.0);
-            if span.is_zero() && key != "mirror.quiet" {
-                return Err(wrong(
-                    key,
-                    &"0s",
-                    "expected a duration above zero, for example \"5m\"",
-                ));
-            }
-            Ok(span)
-        };
-        let count = |key: &str, count: Option<usize>, default: usize| match count {
-            Some(0) => Err(wrong(key, &0, "expected at least 1")),
+        let count = |key: &[&str], count: Option<usize>, default: usize| match count {
+            Some(0) => Err(file.wrong::<Raw>(key, None)),
             Some(count) => Ok(count),
             None => Ok(default),
         };
 
-        let fresh = span("signing.fresh", raw.signing.fresh, 48 * 3600)?;
+        let fresh = raw.signing.fresh.map_or(FRESH, |span| span.0);
         if fresh < FRESH_MIN {
-            return Err(wrong(
-                "signing.fresh",
-                &Span(fresh),
-                "expected at least \"1m\"",
-            ));
+            return Err(file.wrong::<Raw>(&["signing", "fresh"], None));
         }
         let mut groups = Vec::new();
         for (group, patterns) in raw.groups {
             let globs = patterns.iter().map(|pattern| {
                 let glob = GlobBuilder::new(pattern).literal_separator(false).build();
-                glob.map(|glob| glob.compile_matcher()).map_err(|error| {
-                    wrong(
-                        &format!("groups.{group}"),
-                        pattern,
-                        &format!("not a pattern: {}", error.kind()),
-                    )
-                })
+                let wrong =
+                    |_| file.wrong::<Raw>(&["groups", group.as_str()], Some(pattern.as_str()));
+                glob.map(|glob| glob.compile_matcher()).map_err(wrong)
             });
             groups.push((group.clone(), globs.collect::<Result<_, _>>()?));
+        }
+        let admin = raw
+            .listen
+            .admin
+            .map_or_else(|| DEFAULT_SOCKET.into(), beside);
+        if admin.as_os_str().len() > SOCKET_PATH_BYTES_MAX {
+            return Err(file.wrong::<Raw>(&["listen", "admin"], None));
         }
 
         let mut without_effect = Vec::new();
@@ -315,7 +408,7 @@ impl Config {
         };
         later(
             "listen.http",
-            raw.listen.http.is_some_and(|http| !http.is_empty()),
+            raw.listen.http.is_some_and(|http| http.0.is_some()),
         );
         later(
             "push.bandwidth",
@@ -336,8 +429,8 @@ impl Config {
             state: beside(raw.state),
             mirror: Mirror {
                 path: beside(raw.mirror.path),
-                quiet: span("mirror.quiet", raw.mirror.quiet, 3)?,
-                rescan: span("mirror.rescan", raw.mirror.rescan, 300)?,
+                quiet: raw.mirror.quiet.map_or(QUIET, |span| span.0),
+                rescan: above_zero(&["mirror", "rescan"], raw.mirror.rescan, RESCAN)?,
                 require: raw
                     .mirror
                     .require
@@ -353,10 +446,7 @@ impl Config {
                 quic: raw.listen.quic.unwrap_or_else(|| {
                     (std::net::Ipv6Addr::UNSPECIFIED, clamcast_proto::wire::PORT).into()
                 }),
-                admin: raw
-                    .listen
-                    .admin
-                    .map_or_else(|| DEFAULT_SOCKET.into(), beside),
+                admin,
                 admin_group: raw
                     .listen
                     .admin_group
@@ -378,9 +468,9 @@ impl Config {
                 fresh,
             },
             groups: Groups(groups),
-            keep: count("store.keep", raw.store.keep, 20)?,
-            push_concurrent: count("push.concurrent", raw.push.concurrent, 64)?,
-            deadline: span("rollout.deadline", raw.rollout.deadline, 15 * 60)?,
+            keep: count(&["store", "keep"], raw.store.keep, 20)?,
+            push_concurrent: count(&["push", "concurrent"], raw.push.concurrent, 64)?,
+            deadline: above_zero(&["rollout", "deadline"], raw.rollout.deadline, DEADLINE)?,
             without_effect,
         })
     }
@@ -473,28 +563,219 @@ windows = {{ db = ["Mon-Fri 22:00-05:00"] }}
         );
     }
 
+    /// Every key with values that it cannot have.
+    const WRONG: &[(&str, &[&str])] = &[
+        (
+            "fleet",
+            &["1", "\"\"", "\"a b\"", "\"-a\"", "[\"a\"]", "true"],
+        ),
+        ("state", &["\"\"", "7", "[\"/srv\"]", "true"]),
+        ("mirror.path", &["\"\"", "7", "[\"/srv\"]"]),
+        (
+            "mirror.quiet",
+            &["3", "\"3\"", "\"three\"", "\"-3s\"", "[\"3s\"]"],
+        ),
+        ("mirror.rescan", &["\"0s\"", "5", "\"\"", "true"]),
+        (
+            "mirror.require",
+            &["\"daily\"", "[1]", "true", "[[\"daily\"]]"],
+        ),
+        ("mirror.unsigned", &["\"no\"", "false", "1", "[\"allow\"]"]),
+        ("mirror.load_test", &["\"yes\"", "true", "0"]),
+        (
+            "mirror.shrink_max",
+            &["30", "\"30\"", "\"101%\"", "\"2.5%\"", "0.3"],
+        ),
+        (
+            "listen.quic",
+            &[
+                "7310",
+                "\"7310\"",
+                "\":7310\"",
+                "\"localhost:7310\"",
+                "\"::1:7310\"",
+                "\"1.2.3.4\"",
+                "\"1.2.3.4:70000\"",
+            ],
+        ),
+        ("listen.admin", &["\"\"", "7", "[]"]),
+        ("listen.admin_group", &["0", "[\"wheel\"]"]),
+        (
+            "listen.http",
+            &["7311", "false", "\"localhost\"", "\"none\""],
+        ),
+        ("tls.ca", &["\"\"", "1"]),
+        ("tls.cert", &["\"\"", "[]"]),
+        ("tls.key", &["\"\"", "false"]),
+        ("tls.revoked", &["\"\"", "1.5"]),
+        ("signing.manifest_key", &["\"\"", "1"]),
+        ("signing.audit_key", &["\"\"", "1"]),
+        ("signing.keys", &["\"\"", "[\"manifest.pub\"]"]),
+        ("signing.fresh", &["\"5s\"", "48", "\"2 fortnights\""]),
+        ("groups.canary", &["\"web1\"", "[1]", "true", "7"]),
+        (
+            "store.keep",
+            &["0", "-1", "\"20\"", "2.5", "99999999999999999999"],
+        ),
+        ("push.concurrent", &["0", "-64", "\"64\"", "[]"]),
+        (
+            "push.bandwidth",
+            &["0", "\"fast\"", "\"-1\"", "\"1.5MB\"", "\"9999999TiB\""],
+        ),
+        ("rollout.waves", &["\"10%\"", "[10]", "true"]),
+        ("rollout.settle", &["0", "\"soon\""]),
+        ("rollout.refused_max", &["2", "\"2\"", "\"200%\""]),
+        ("rollout.unwell_max", &["0.2", "\"all\""]),
+        ("rollout.rollback_on_halt", &["\"yes\"", "\"true\"", "1"]),
+        ("rollout.deadline", &["\"0s\"", "15", "\"15\""]),
+        ("rollout.windows.db", &["\"Mon-Fri 22:00-05:00\"", "[22]"]),
+    ];
+
+    /// The minimal file with one key set otherwise, or added.
+    fn with(key: &str, value: &str) -> String {
+        let (table, name) = key.rsplit_once('.').unwrap_or(("", key));
+        let mut text = MINIMAL.to_owned();
+        if let Some(at) = text.find(&format!("\n{name} = ")) {
+            let end = at + 1 + text[at + 1..].find('\n').expect("every line ends");
+            text.replace_range(at + 1..end, &format!("{name} = {value}"));
+        } else {
+            let header = format!("[{table}]\n");
+            let at = text.find(&header).map(|at| at + header.len());
+            let at = at.unwrap_or_else(|| {
+                text.push_str(&header);
+                text.len()
+            });
+            text.insert_str(at, &format!("{name} = {value}\n"));
+        }
+        text
+    }
+
     #[test]
-    fn a_wrong_value_says_what_was_expected() {
-        for (from, to, expected) in [
+    fn every_wrong_value_is_told_with_its_line_its_key_and_what_was_expected() {
+        for (key, values) in WRONG {
+            let table = key.rsplit_once('.').map_or("", |(table, _)| table);
+            let words = Raw::KEYS.iter().find(|(name, _)| {
+                name == key || name.strip_suffix(".*").is_some_and(|name| name == table)
+            });
+            let (_, words) = words.expect(key);
+            for value in *values {
+                let text = with(key, value);
+                let name = key.rsplit('.').next().unwrap();
+                let line = text
+                    .lines()
+                    .position(|line| line == format!("{name} = {value}"));
+                let error = load(&text).expect_err(&text);
+                let (file, said) = error.split_once(".toml:").expect(&error);
+                assert!(file.ends_with("/master"), "{error}");
+                let item = value
+                    .strip_prefix('[')
+                    .and_then(|item| item.strip_suffix(']'));
+                let found = [Some(*value), item].map(|found| {
+                    let line = line.unwrap() + 1;
+                    format!(
+                        "{line}: `{key}` cannot be `{}`; expected {words}",
+                        found.unwrap_or_default()
+                    )
+                });
+                assert!(found.iter().any(|found| found == said), "{value}: {said}");
+            }
+        }
+        let pattern = load(&with("groups.canary", "[\"web1\", \"db-[\"]")).unwrap_err();
+        assert!(
+            pattern.contains("`groups.canary` cannot be `\"db-[\"`; expected a list"),
+            "{pattern}"
+        );
+        let long = load(&with("listen.admin", &format!("{:?}", "x".repeat(100)))).unwrap_err();
+        assert!(
+            long.contains("`listen.admin` cannot be") && long.contains("107 bytes"),
+            "{long}"
+        );
+    }
+
+    #[test]
+    fn a_near_miss_is_answered_with_a_suggestion() {
+        for (key, value, suggestion) in [
+            ("mirror.unsigned", "\"allowed\"", "did you mean `allow`?"),
+            ("mirror.load_test", "\"alway\"", "did you mean `always`?"),
+            ("mirror.quite", "\"3s\"", "did you mean `quiet`?"),
+            ("rollout.wave", "[]", "did you mean `waves`?"),
             (
-                "keys = \"manifest.pub\"",
-                "keys = \"manifest.pub\"\nfresh = \"5s\"",
-                "at least \"1m\"",
-            ),
-            (
-                "path = \"/srv/mirror\"",
-                "path = \"/srv/mirror\"\nrescan = \"0s\"",
-                "above zero",
-            ),
-            ("[tls]", "[store]\nkeep = 0\n[tls]", "at least 1"),
-            (
-                "path = \"/srv/mirror\"",
-                "path = \"/srv/mirror\"\nquite = \"3s\"",
-                "quiet",
+                "signing.manifestkey",
+                "\"a\"",
+                "did you mean `manifest_key`?",
             ),
         ] {
-            let error = load(&MINIMAL.replace(from, to)).unwrap_err();
-            assert!(error.contains(expected), "{error}");
+            let error = load(&with(key, value)).unwrap_err();
+            assert!(error.ends_with(suggestion), "{error}");
         }
+    }
+
+    #[test]
+    fn every_key_has_words_for_what_is_expected_and_is_tried_with_wrong_values() {
+        let mut known = Vec::new();
+        for table in [
+            "", "mirror.", "listen.", "tls.", "signing.", "store.", "push.", "rollout.",
+        ] {
+            let text = match table {
+                "" => format!("zzz = 1\n{MINIMAL}"),
+                table => with(&format!("{table}zzz"), "1"),
+            };
+            let error = load(&text).unwrap_err();
+            let (_, keys) = error.split_once("expected one of: ").expect(&error);
+            known.extend(keys.split(", ").map(|key| format!("{table}{key}")));
+        }
+        for key in &known {
+            let below = Raw::KEYS
+                .iter()
+                .any(|(name, _)| name.starts_with(&format!("{key}.")));
+            let here = Raw::KEYS.iter().any(|(name, _)| name == key);
+            assert!(below || here, "{key} has no words");
+        }
+        for (key, words) in Raw::KEYS {
+            let plain = key.strip_suffix(".*").unwrap_or(key);
+            assert!(known.iter().any(|name| name == plain), "{key} is no key");
+            assert!(
+                WRONG.iter().any(|(tried, _)| tried.starts_with(plain)),
+                "{key} is not tried"
+            );
+            for jargon in [
+                "string",
+                "sequence",
+                "struct",
+                "usize",
+                "integer",
+                "socket address",
+                "invalid",
+            ] {
+                assert!(!words.contains(jargon), "{key}: {words}");
+            }
+        }
+    }
+
+    #[test]
+    fn every_key_without_a_default_is_missed() {
+        for key in [
+            "fleet",
+            "state",
+            "path",
+            "ca",
+            "cert",
+            "key",
+            "manifest_key",
+            "audit_key",
+            "keys",
+        ] {
+            let text: Vec<&str> = MINIMAL
+                .lines()
+                .filter(|line| !line.starts_with(&format!("{key} =")))
+                .collect();
+            let error = load(&text.join("\n")).unwrap_err();
+            assert!(
+                error.contains(&format!("key `{key}` is missing")),
+                "{error}"
+            );
+        }
+        let error = load(MINIMAL.split("[signing]").next().unwrap()).unwrap_err();
+        assert!(error.contains("table [signing] is missing"), "{error}");
     }
 }

@@ -1,0 +1,227 @@
+//! Reads the small files that an operator names: a configuration, a certificate, a key.
+//!
+//! A name may be mistyped to anything. What is not a plain file is never read, so a FIFO hangs
+//! nobody, and what is too long is never taken into memory.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read as _};
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::OFlag;
+use nix::unistd::{Uid, User};
+
+/// A file that an operator named cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum InputError {
+    /// There is none.
+    #[error("{key}: {path} does not exist; {origin}")]
+    Missing {
+        /// The configuration key, or the option, that names it.
+        key: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Where such a file comes from.
+        origin: &'static str,
+    },
+    /// This user may not.
+    #[error("{key}: user `{user}` may not read {path}; {next}")]
+    Denied {
+        /// The configuration key.
+        key: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Who tried.
+        user: String,
+        /// Who may, and how.
+        next: String,
+    },
+    /// A directory, a FIFO, a device.
+    #[error("{key}: {path} is {kind}; {origin}")]
+    NotAFile {
+        /// The configuration key.
+        key: &'static str,
+        /// The name.
+        path: PathBuf,
+        /// What has it.
+        kind: &'static str,
+        /// Where such a file comes from.
+        origin: &'static str,
+    },
+    /// Longer than any such file.
+    #[error("{key}: {path} has more than {limit} bytes, which no such file has; {origin}")]
+    TooLong {
+        /// The configuration key.
+        key: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// The bound.
+        limit: u64,
+        /// Where such a file comes from.
+        origin: &'static str,
+    },
+    /// The disk.
+    #[error("{key}: cannot read {path}")]
+    Io {
+        /// The configuration key.
+        key: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// Reads the file `path`, which `key` names and which has at most `limit` bytes. `origin` is the
+/// next step if it is not there, or something else is: where such a file comes from.
+pub fn read(
+    key: &'static str,
+    path: &Path,
+    limit: u64,
+    origin: &'static str,
+) -> Result<Vec<u8>, InputError> {
+    let failed = |source: io::Error| match source.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => InputError::Missing {
+            key,
+            path: path.to_owned(),
+            origin,
+        },
+        io::ErrorKind::PermissionDenied => denied(key, path),
+        _ => InputError::Io {
+            key,
+            path: path.to_owned(),
+            source,
+        },
+    };
+    let facts = fs::metadata(path).map_err(failed)?;
+    if !facts.is_file() {
+        return Err(InputError::NotAFile {
+            key,
+            path: path.to_owned(),
+            kind: kind(facts.file_type()),
+            origin,
+        });
+    }
+    // Should a FIFO take its place now, opening it does not wait for somebody at the other end.
+    let file: File = OpenOptions::new()
+        .read(true)
+        .custom_flags(OFlag::O_NONBLOCK.bits())
+        .open(path)
+        .map_err(failed)?;
+    let mut bytes = Vec::new();
+    file.take(limit + 1)
+        .read_to_end(&mut bytes)
+        .map_err(failed)?;
+    if bytes.len() as u64 > limit {
+        let path = path.to_owned();
+        return Err(InputError::TooLong {
+            key,
+            path,
+            limit,
+            origin,
+        });
+    }
+    Ok(bytes)
+}
+
+fn kind(file: fs::FileType) -> &'static str {
+    if file.is_dir() {
+        "a directory"
+    } else if file.is_fifo() {
+        "a named pipe"
+    } else if file.is_socket() {
+        "a socket"
+    } else {
+        "a device"
+    }
+}
+
+/// Whose the file is, or the nearest directory above it that can be looked at, tells who may.
+fn denied(key: &'static str, path: &Path) -> InputError {
+    let me = Uid::effective();
+    let facts = path.ancestors().find_map(|above| fs::metadata(above).ok());
+    let next = match facts.map(|facts| Uid::from_raw(facts.uid())) {
+        Some(owner) if owner == me => {
+            "its permissions keep its own user out; see `ls -l`".to_owned()
+        }
+        Some(owner) => {
+            let owner = user_name(owner);
+            format!(
+                "it belongs to `{owner}`: run this as the daemon's user, `sudo -u {owner} ...`, \
+                 or give that file to `{}`",
+                user_name(me)
+            )
+        }
+        None => "run this as the daemon's user, `sudo -u clamcast ...`".to_owned(),
+    };
+    InputError::Denied {
+        key,
+        path: path.to_owned(),
+        user: user_name(me),
+        next,
+    }
+}
+
+/// The user's name, or the number of one without a name.
+pub fn user_name(uid: Uid) -> String {
+    let user = User::from_uid(uid).ok().flatten();
+    user.map_or_else(|| uid.to_string(), |user| user.name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sys::stat::Mode;
+    use std::os::unix::fs::PermissionsExt as _;
+
+    fn check(prepare: impl FnOnce(&Path), expected: &str) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ca.pem");
+        prepare(&path);
+        let said = match read("tls.ca", &path, 10, "it comes from `init`") {
+            Ok(bytes) => format!("{} bytes", bytes.len()),
+            Err(error) => error.to_string(),
+        };
+        assert_eq!(
+            said.replace(&path.display().to_string(), "ca.pem"),
+            expected
+        );
+    }
+
+    #[test]
+    fn only_a_plain_file_of_reasonable_length_is_read() {
+        check(|path| fs::write(path, [0; 10]).unwrap(), "10 bytes");
+        check(
+            |path| fs::write(path, [0; 11]).unwrap(),
+            "tls.ca: ca.pem has more than 10 bytes, which no such file has; it comes from `init`",
+        );
+        check(
+            |_| {},
+            "tls.ca: ca.pem does not exist; it comes from `init`",
+        );
+        check(
+            |path| fs::create_dir(path).unwrap(),
+            "tls.ca: ca.pem is a directory; it comes from `init`",
+        );
+        check(
+            |path| nix::unistd::mkfifo(path, Mode::S_IRWXU).unwrap(),
+            "tls.ca: ca.pem is a named pipe; it comes from `init`",
+        );
+    }
+
+    #[test]
+    fn who_may_not_read_is_told_who_may() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ca.pem");
+        fs::write(&path, "x").unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0)).unwrap();
+        match read("tls.ca", &path, 10, "") {
+            Ok(_) => assert!(Uid::effective().is_root(), "nothing keeps root out"),
+            Err(error) => assert!(error.to_string().contains("own user out"), "{error}"),
+        }
+        let error = denied("tls.ca", Path::new("/"));
+        if !Uid::effective().is_root() {
+            assert!(error.to_string().contains("sudo -u root"), "{error}");
+        }
+    }
+}
