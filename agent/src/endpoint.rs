@@ -1,12 +1,12 @@
 //! The agent's QUIC endpoint: who the host is, and whom it takes for its master.
 
-use std::fs;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use clamcast_daemon::input::{self, InputError};
 use clamcast_proto::dsse::PublicKey;
 use clamcast_proto::identity::{Certificate, CertificateError, Identity, Role};
 use clamcast_proto::{AgentName, FleetName, wire};
@@ -20,7 +20,7 @@ use rustls::client::verify_server_cert_signed_by_trust_anchor;
 use rustls::crypto::{CryptoProvider, verify_tls13_signature};
 use rustls::pki_types::pem::{self, PemObject as _};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
-use rustls::server::ParsedCertificate;
+use rustls::server::{ParsedCertificate, WebPkiClientVerifier};
 use rustls::{DigitallySignedStruct, RootCertStore, SignatureScheme};
 use tokio::time::timeout;
 
@@ -71,24 +71,23 @@ impl std::fmt::Debug for Key {
 /// The host's identity cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum CredentialsError {
-    /// A file.
-    #[error("cannot read {path}; it comes with the bundle of `clamcast-certs agent`")]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// A file has no certificate in it.
-    #[error("{path} is not a certificate in PEM")]
+    /// A file cannot be read.
+    #[error(transparent)]
+    Read(#[from] InputError),
+    /// A file has no certificate or key in it.
+    #[error("{key}: {path} is not {expected} in PEM; {ORIGIN}")]
     Pem {
+        /// The configuration key.
+        key: &'static str,
         /// The file.
         path: PathBuf,
+        /// What it should be.
+        expected: &'static str,
         /// Why.
         source: pem::Error,
     },
     /// A certificate is not one of ours.
-    #[error("{path} is not a certificate that an agent can use")]
+    #[error("tls.cert: {path} is not a certificate that an agent can use; {ORIGIN}")]
     Certificate {
         /// The file.
         path: PathBuf,
@@ -96,13 +95,27 @@ pub enum CredentialsError {
         source: CertificateError,
     },
     /// The certificate is the master's, a CA's or somebody else's.
-    #[error("{path} is not the certificate of an agent; make one with `clamcast-certs agent`")]
+    #[error("tls.cert: {path} is not the certificate of an agent; {ORIGIN}")]
     NotAnAgent {
         /// The file.
         path: PathBuf,
     },
+    /// The certificate is another CA's.
+    #[error(
+        "tls.cert: {cert} was not signed by the CA in {ca} (tls.ca), so no master would believe it; \
+         take both from one bundle of `clamcast-certs agent`"
+    )]
+    OtherCa {
+        /// The certificate file.
+        cert: PathBuf,
+        /// The CA's.
+        ca: PathBuf,
+    },
     /// It belongs to another fleet than the pinned keys.
-    #[error("{path} is for fleet `{found}`, the pinned key set is for fleet `{expected}`")]
+    #[error(
+        "tls.cert: {path} is for fleet `{found}`, the pinned key set is for fleet `{expected}`; take \
+         both from one bundle of `clamcast-certs agent`"
+    )]
     Fleet {
         /// The file.
         path: PathBuf,
@@ -113,7 +126,7 @@ pub enum CredentialsError {
     },
     /// Its time is over.
     #[error(
-        "the certificate {path} ran out at {not_after}; make a new one with `clamcast-certs agent \
+        "tls.cert: {path} ran out at {not_after}; make a new one with `clamcast-certs agent \
          --force`, or set this host's clock"
     )]
     Expired {
@@ -123,7 +136,7 @@ pub enum CredentialsError {
         not_after: Timestamp,
     },
     /// Its time has not come.
-    #[error("the certificate {path} counts only from {not_before}; set this host's clock")]
+    #[error("tls.cert: {path} counts only from {not_before}; set this host's clock")]
     NotYetValid {
         /// The file.
         path: PathBuf,
@@ -131,7 +144,7 @@ pub enum CredentialsError {
         not_before: Timestamp,
     },
     /// The key file.
-    #[error("{path} is not an Ed25519 key in PKCS#8 PEM")]
+    #[error("tls.key: {path} is not an Ed25519 key in PKCS#8 PEM; {ORIGIN}")]
     Key {
         /// The file.
         path: PathBuf,
@@ -139,7 +152,7 @@ pub enum CredentialsError {
         source: pkcs8::Error,
     },
     /// Certificate and key are not a pair.
-    #[error("{key} is not the key of {cert}; take both from one bundle")]
+    #[error("tls.key: {key} is not the key of {cert} (tls.cert); take both from one bundle")]
     OtherKey {
         /// The certificate file.
         cert: PathBuf,
@@ -147,7 +160,7 @@ pub enum CredentialsError {
         key: PathBuf,
     },
     /// TLS refuses what it was given.
-    #[error("certificate {cert} and key {key} cannot be used for TLS")]
+    #[error("tls.cert: certificate {cert} and key {key} cannot be used for TLS")]
     Tls {
         /// The certificate file.
         cert: PathBuf,
@@ -161,19 +174,11 @@ pub enum CredentialsError {
 impl Credentials {
     /// Reads and checks the files for a host of `fleet` at the time `now`.
     pub fn load(tls: &Tls, fleet: &FleetName, now: Timestamp) -> Result<Self, CredentialsError> {
-        let pem = |path: &Path| {
-            let path = path.to_owned();
-            move |source| CredentialsError::Pem { path, source }
-        };
-        let ca = CertificateDer::from_pem_slice(&read(&tls.ca)?).map_err(pem(&tls.ca))?;
-        let chain: Vec<CertificateDer<'static>> = CertificateDer::pem_slice_iter(&read(&tls.cert)?)
-            .collect::<Result<_, _>>()
-            .map_err(pem(&tls.cert))?;
-        let own = chain.first().ok_or(pem::Error::NoItemsFound);
-        let own = own.map_err(pem(&tls.cert))?;
-        let (certificate, agent) = own_certificate(&tls.cert, own, fleet, now)?;
+        let (_, ca) = load_chain("tls.ca", &tls.ca)?;
+        let (chain, own) = load_chain("tls.cert", &tls.cert)?;
+        let (certificate, agent) = own_certificate(&tls.cert, &own, fleet, now)?;
 
-        let key_pem = read(&tls.key)?;
+        let key_pem = input::read("tls.key", &tls.key, FILE_BYTES_MAX, ORIGIN)?;
         let key =
             SigningKey::from_pkcs8_pem(&String::from_utf8_lossy(&key_pem)).map_err(|source| {
                 CredentialsError::Key {
@@ -191,10 +196,23 @@ impl Credentials {
             key: tls.key.clone(),
             source,
         };
-        let key_der = PrivateKeyDer::from_pem_slice(&key_pem).map_err(pem(&tls.key))?;
+        let key_der = PrivateKeyDer::from_pem_slice(&key_pem).map_err(|source| {
+            let (key, path, expected) = ("tls.key", tls.key.clone(), "a private key");
+            CredentialsError::Pem {
+                key,
+                path,
+                expected,
+                source,
+            }
+        })?;
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
         let mut roots = RootCertStore::empty();
         roots.add(ca).map_err(unusable)?;
+        let other_ca = |_| CredentialsError::OtherCa {
+            cert: tls.cert.clone(),
+            ca: tls.ca.clone(),
+        };
+        check_signer(&chain, &roots, &provider, now).map_err(other_ca)?;
         let verifier = MasterVerifier {
             roots,
             master: Identity {
@@ -334,11 +352,46 @@ impl ServerCertVerifier for OnlyLooks {
     }
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, CredentialsError> {
-    fs::read(path).map_err(|source| CredentialsError::Read {
+/// Longest certificate or key file in bytes that is read: ours have some hundred.
+const FILE_BYTES_MAX: u64 = 64 << 10;
+
+const ORIGIN: &str = "it comes with the bundle of `clamcast-certs agent`";
+
+/// Reads the certificates of a file, and a copy of the first; there is one at least.
+fn load_chain(
+    key: &'static str,
+    path: &Path,
+) -> Result<(Vec<CertificateDer<'static>>, CertificateDer<'static>), CredentialsError> {
+    let pem = input::read(key, path, FILE_BYTES_MAX, ORIGIN)?;
+    let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem).collect();
+    let chain = chain.and_then(|chain| match chain.first().cloned() {
+        Some(first) => Ok((chain, first)),
+        None => Err(pem::Error::NoItemsFound),
+    });
+    chain.map_err(|source| CredentialsError::Pem {
+        key,
         path: path.to_owned(),
+        expected: "a certificate",
         source,
     })
+}
+
+/// Checks that the CA signed the host's certificate, as the master does.
+fn check_signer(
+    chain: &[CertificateDer<'static>],
+    roots: &RootCertStore,
+    provider: &Arc<CryptoProvider>,
+    now: Timestamp,
+) -> Result<(), rustls::Error> {
+    let (first, intermediates) = chain.split_first().expect("one at least was read");
+    let verifier =
+        WebPkiClientVerifier::builder_with_provider(Arc::new(roots.clone()), provider.clone())
+            .build()
+            .map_err(|error| rustls::Error::General(error.to_string()))?;
+    let now = u64::try_from(now.as_second()).unwrap_or_default();
+    let now = UnixTime::since_unix_epoch(Duration::from_secs(now));
+    verifier.verify_client_cert(first, intermediates, now)?;
+    Ok(())
 }
 
 /// Checks that a certificate is an agent's of this fleet, now.

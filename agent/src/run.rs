@@ -40,10 +40,10 @@ pub enum StartError {
     #[error(transparent)]
     State(#[from] StateError),
     /// What is to be trusted.
-    #[error("cannot establish whom to trust")]
+    #[error(transparent)]
     Trust(#[from] trust::OpenError),
     /// Who this host is.
-    #[error("cannot establish who this host is")]
+    #[error(transparent)]
     Credentials(#[from] CredentialsError),
     /// clamd's configuration.
     #[error(

@@ -23,13 +23,15 @@ pub struct State {
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
     /// Another agent has it.
-    #[error("another agent runs with this state directory")]
+    #[error("state: another agent runs with this directory, and one at a time may")]
     Shared(#[source] LockError),
     /// Its lock file.
-    #[error("cannot use the state directory; it and what is in it must belong to the agent's user")]
+    #[error(
+        "state: cannot use the directory; it and what is in it must belong to the agent's user"
+    )]
     Lock(#[source] LockError),
     /// The directory.
-    #[error("cannot make the state directory {path}; it must belong to the agent's user")]
+    #[error("state: cannot make the directory {path}; it must belong to the agent's user")]
     Directory {
         /// The directory.
         path: PathBuf,

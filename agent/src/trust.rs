@@ -1,9 +1,8 @@
 //! The agent's trust on disk: the pinned root with the newest key set, and how far it has come.
 
-use std::fs;
-use std::io;
 use std::path::{Path, PathBuf};
 
+use clamcast_daemon::input::{self, InputError};
 use clamcast_proto::dsse::{Envelope, KeyId, Verified};
 use clamcast_proto::keys::{KeySet, KeySetError};
 use clamcast_proto::manifest::Manifest;
@@ -55,15 +54,10 @@ pub enum OpenError {
         source: KeySetError,
     },
     /// The configured file is not there or cannot be read.
-    #[error("cannot read the key set {path}; it comes with the bundle of `clamcast-certs agent`")]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
+    #[error(transparent)]
+    Read(#[from] InputError),
     /// The configured file is no envelope.
-    #[error("{path} is not a key set; it comes with the bundle of `clamcast-certs agent`")]
+    #[error("trust.keys: {path} is not a key set; {ORIGIN}")]
     Parse {
         /// The file.
         path: PathBuf,
@@ -71,7 +65,7 @@ pub enum OpenError {
         source: serde_json::Error,
     },
     /// The configured file is not to be believed.
-    #[error("the key set {path} is refused")]
+    #[error("trust.keys: the key set {path} is refused; {ORIGIN}")]
     Refused {
         /// The file.
         path: PathBuf,
@@ -218,15 +212,10 @@ fn chosen(state: &Path, configured: &Path) -> Result<Chosen, OpenError> {
     Ok(newer.map_or(Chosen::Kept(pinned), Chosen::Newer))
 }
 
+const ORIGIN: &str = "it comes with the bundle of `clamcast-certs agent`";
+
 fn read_configured(path: &Path) -> Result<Envelope, OpenError> {
-    use std::io::Read as _;
-    let mut text = Vec::new();
-    fs::File::open(path)
-        .and_then(|file| file.take(KEYS_FILE_BYTES_MAX).read_to_end(&mut text))
-        .map_err(|source| OpenError::Read {
-            path: path.to_owned(),
-            source,
-        })?;
+    let text = input::read("trust.keys", path, KEYS_FILE_BYTES_MAX, ORIGIN)?;
     serde_json::from_slice(&text).map_err(|source| OpenError::Parse {
         path: path.to_owned(),
         source,
@@ -315,7 +304,7 @@ mod tests {
 
         fn start(&self, bundle: &Verified<KeySet>) -> Result<TrustStore, String> {
             let configured = self.0.path().join("manifest.pub");
-            fs::write(&configured, serde_json::to_vec(bundle.envelope()).unwrap()).unwrap();
+            std::fs::write(&configured, serde_json::to_vec(bundle.envelope()).unwrap()).unwrap();
             TrustStore::open(self.0.path(), &configured).map_err(|error| error.to_string())
         }
     }

@@ -9,14 +9,17 @@ use std::time::Duration;
 
 use aws_lc_rs::hmac;
 use clamcast_daemon::durable;
+use clamcast_daemon::input::{self, InputError};
 use clamcast_proto::identity::{Certificate, CertificateError, Identity, Role};
 use clamcast_proto::{FleetName, wire};
 use quinn::crypto::rustls::QuicServerConfig;
 use quinn::{Endpoint, EndpointConfig, ServerConfig, TransportConfig, VarInt};
 use rustls::RootCertStore;
-use rustls::server::WebPkiClientVerifier;
+use rustls::client::verify_server_cert_signed_by_trust_anchor;
+use rustls::crypto::CryptoProvider;
+use rustls::server::{ParsedCertificate, WebPkiClientVerifier};
 use rustls_pki_types::pem::{self, PemObject as _};
-use rustls_pki_types::{CertificateDer, PrivateKeyDer};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::config::Tls;
@@ -44,26 +47,38 @@ const RECEIVE_WINDOW: u32 = 128 << 10;
 /// The endpoint could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum EndpointError {
-    /// A certificate or key file.
-    #[error("cannot read {path}")]
+    /// A certificate or key file cannot be read.
+    #[error(transparent)]
+    Read(#[from] InputError),
+    /// There is something else in it.
+    #[error("{key}: {path} is not {expected} in PEM; {origin}")]
     Pem {
+        /// The configuration key.
+        key: &'static str,
         /// The file.
         path: PathBuf,
+        /// What it should be.
+        expected: &'static str,
+        /// Where such a file comes from.
+        origin: &'static str,
         /// Why.
         source: pem::Error,
     },
-    /// The master's certificate does not fit.
-    #[error("{path} is not a certificate that this master can use")]
+    /// A certificate is not one of ours.
+    #[error("{key}: {path} is not a certificate that this master can use; {origin}")]
     Certificate {
+        /// The configuration key.
+        key: &'static str,
         /// The file.
         path: PathBuf,
+        /// Where such a file comes from.
+        origin: &'static str,
         /// Why.
         source: CertificateError,
     },
     /// The certificate is somebody else's.
     #[error(
-        "{path} is not the certificate of the master of fleet `{fleet}`; make one with \
-         `clamcast-certs master`"
+        "tls.cert: {path} is not the certificate of the master of fleet `{fleet}`; {CERT_ORIGIN}"
     )]
     NotTheMaster {
         /// The file.
@@ -71,8 +86,27 @@ pub enum EndpointError {
         /// The configured fleet.
         fleet: FleetName,
     },
+    /// The certificate is another CA's.
+    #[error(
+        "tls.cert: {cert} was not signed by the CA in {ca} (tls.ca), so no agent would believe it; \
+         take both from one directory of `clamcast-certs`"
+    )]
+    OtherCa {
+        /// The certificate file.
+        cert: PathBuf,
+        /// The CA's.
+        ca: PathBuf,
+    },
+    /// Certificate and key are not a pair.
+    #[error("tls.key: {key} is not the key of {cert} (tls.cert); take both from one directory")]
+    OtherKey {
+        /// The certificate file.
+        cert: PathBuf,
+        /// The key file.
+        key: PathBuf,
+    },
     /// TLS refuses what it was given.
-    #[error("certificate {cert} and key {key} cannot be used for TLS")]
+    #[error("tls.cert: certificate {cert} and key {key} cannot be used for TLS")]
     Tls {
         /// The certificate file.
         cert: PathBuf,
@@ -90,7 +124,7 @@ pub enum EndpointError {
         source: io::Error,
     },
     /// The socket.
-    #[error("cannot listen on UDP {address}; is another master running there?")]
+    #[error("listen.quic: cannot listen on UDP {address}{}", bind_hint(source))]
     Bind {
         /// The address.
         address: SocketAddr,
@@ -99,18 +133,62 @@ pub enum EndpointError {
     },
 }
 
+/// What to do about an address that cannot be listened on.
+fn bind_hint(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::AddrInUse => "; another program has the port: stop it, or choose another",
+        io::ErrorKind::AddrNotAvailable => {
+            "; no interface of this host has the address: choose one of `ip address`, or \"[::]:7310\""
+        }
+        io::ErrorKind::PermissionDenied => "; ports below 1024 are root's: choose another",
+        _ => "",
+    }
+}
+
+/// Longest certificate or key file in bytes that is read: ours have some hundred.
+pub(crate) const FILE_BYTES_MAX: u64 = 64 << 10;
+
+const CA_ORIGIN: &str = "copy ca.pem from the directory of `clamcast-certs init --dir DIR`";
+const CERT_ORIGIN: &str =
+    "`clamcast-certs master --dir DIR --host NAME` makes it, as DIR/master/cert.pem";
+const KEY_ORIGIN: &str =
+    "`clamcast-certs master --dir DIR --host NAME` makes it, as DIR/master/key.pem";
+
 /// Reads the CA certificate, which must be one of ours.
 pub fn load_ca(path: &Path) -> Result<(CertificateDer<'static>, Certificate), EndpointError> {
-    let read = |source| EndpointError::Pem {
+    let (mut chain, facts) = load_chain("tls.ca", path, CA_ORIGIN)?;
+    Ok((chain.swap_remove(0), facts))
+}
+
+/// Reads certificates, and what the first of them says; there is one at least.
+fn load_chain(
+    key: &'static str,
+    path: &Path,
+    origin: &'static str,
+) -> Result<(Vec<CertificateDer<'static>>, Certificate), EndpointError> {
+    let pem = input::read(key, path, FILE_BYTES_MAX, origin)?;
+    let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem).collect();
+    let first =
+        chain.and_then(
+            |chain| match chain.first().map(|first| Certificate::from_der(first)) {
+                Some(facts) => Ok((chain, facts)),
+                None => Err(pem::Error::NoItemsFound),
+            },
+        );
+    let (chain, facts) = first.map_err(|source| EndpointError::Pem {
+        key,
         path: path.to_owned(),
-        source,
-    };
-    let der = CertificateDer::from_pem_file(path).map_err(read)?;
-    let facts = Certificate::from_der(&der).map_err(|source| EndpointError::Certificate {
-        path: path.to_owned(),
+        expected: "a certificate",
+        origin,
         source,
     })?;
-    Ok((der, facts))
+    let facts = facts.map_err(|source| EndpointError::Certificate {
+        key,
+        path: path.to_owned(),
+        origin,
+        source,
+    })?;
+    Ok((chain, facts))
 }
 
 /// TLS for the master: its own certificate, and agents' certificates under the fleet's CA.
@@ -121,23 +199,17 @@ pub fn server_config(
     tls: &Tls,
     fleet: &FleetName,
 ) -> Result<(ServerConfig, Certificate), EndpointError> {
-    let read = |path: &Path| {
-        let path = path.to_owned();
-        move |source| EndpointError::Pem { path, source }
-    };
     let (ca, _) = load_ca(&tls.ca)?;
-    let chain = CertificateDer::pem_file_iter(&tls.cert)
-        .and_then(Iterator::collect::<Result<Vec<_>, _>>)
-        .map_err(read(&tls.cert))?;
-    let key = PrivateKeyDer::from_pem_file(&tls.key).map_err(read(&tls.key))?;
-
-    let own = chain
-        .first()
-        .ok_or_else(|| read(&tls.cert)(pem::Error::NoItemsFound))?;
-    let own = Certificate::from_der(own).map_err(|source| EndpointError::Certificate {
-        path: tls.cert.clone(),
+    let (chain, own) = load_chain("tls.cert", &tls.cert, CERT_ORIGIN)?;
+    let key = input::read("tls.key", &tls.key, FILE_BYTES_MAX, KEY_ORIGIN)?;
+    let key = PrivateKeyDer::from_pem_slice(&key).map_err(|source| EndpointError::Pem {
+        key: "tls.key",
+        path: tls.key.clone(),
+        expected: "a private key",
+        origin: KEY_ORIGIN,
         source,
     })?;
+
     let expected = Identity {
         fleet: fleet.clone(),
         role: Role::Master,
@@ -147,14 +219,23 @@ pub fn server_config(
         return Err(EndpointError::NotTheMaster { path, fleet });
     }
 
-    let unusable = |source| EndpointError::Tls {
-        cert: tls.cert.clone(),
-        key: tls.key.clone(),
-        source,
+    let unusable = |source| {
+        let (cert, key) = (tls.cert.clone(), tls.key.clone());
+        if matches!(source, rustls::Error::InconsistentKeys(_)) {
+            return EndpointError::OtherKey { cert, key };
+        }
+        EndpointError::Tls { cert, key, source }
     };
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let mut roots = RootCertStore::empty();
     roots.add(ca).map_err(unusable)?;
+    check_signer(&chain, &own, &roots, &provider).map_err(|error| {
+        let (cert, ca) = (tls.cert.clone(), tls.ca.clone());
+        match error {
+            rustls::Error::InvalidCertificate(_) => EndpointError::OtherCa { cert, ca },
+            error => unusable(error),
+        }
+    })?;
     let verifier = WebPkiClientVerifier::builder_with_provider(roots.into(), provider.clone())
         .build()
         .map_err(|error| unusable(rustls::Error::General(error.to_string())))?;
@@ -176,6 +257,25 @@ pub fn server_config(
     server.max_incoming(INCOMING_MAX);
     server.incoming_buffer_size_total(INCOMING_BUFFER);
     Ok((server, own))
+}
+
+/// Checks that the CA signed the master's certificate, as every agent does. Its dates are not
+/// looked at here: a master whose certificate has run out still answers its operators.
+fn check_signer(
+    chain: &[CertificateDer<'_>],
+    own: &Certificate,
+    roots: &RootCertStore,
+    provider: &CryptoProvider,
+) -> Result<(), rustls::Error> {
+    let (first, intermediates) = chain.split_first().expect("one at least was read");
+    let begin = u64::try_from(own.not_before.as_second()).unwrap_or_default();
+    verify_server_cert_signed_by_trust_anchor(
+        &ParsedCertificate::try_from(first)?,
+        roots,
+        intermediates,
+        UnixTime::since_unix_epoch(Duration::from_secs(begin)),
+        provider.signature_verification_algorithms.all,
+    )
 }
 
 fn transport() -> TransportConfig {

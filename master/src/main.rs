@@ -14,9 +14,9 @@ use clamcast_daemon::service::{self, Service};
 use clamcast_daemon::{audit, logging};
 use clamcast_master::admin::Request;
 use clamcast_master::config::{self, Config};
-use clamcast_master::doubts::doubts;
 use clamcast_master::events::{self, AgentPattern, EVENTS};
 use clamcast_master::force::Selection;
+use clamcast_master::preflight;
 use clamcast_master::serve::{self, Master};
 use clamcast_proto::GroupName;
 use clap::builder::{PossibleValuesParser, TypedValueParser as _};
@@ -55,7 +55,10 @@ enum Command {
         #[arg(long, value_name = "FILE", default_value = config::DEFAULT_PATH)]
         config: PathBuf,
     },
-    /// Read the configuration and say what is wrong with it
+    /// Try what `serve` would do at its start, and say what is wrong, changing nothing
+    ///
+    /// An error is what the daemon would not start with (exit 2); what it would start with, but what
+    /// is probably not meant, is doubtful (exit 0). Run it as the daemon's user.
     #[command(after_long_help = help::CHECK_CONFIG)]
     CheckConfig {
         /// The configuration
@@ -250,7 +253,7 @@ fn run(cli: Cli) -> Result<(), Exit> {
                 for key in &config.without_effect {
                     tracing::warn!("{key} has no effect in this version");
                 }
-                for doubt in doubts(&config) {
+                for doubt in preflight::doubts(&config, Timestamp::now()) {
                     tracing::warn!("{doubt}");
                 }
                 Ok(config)
@@ -390,20 +393,38 @@ impl Service for Daemon {
 /// The configuration, and a look at every file that it names.
 fn load(path: &Path) -> Result<Config, Exit> {
     let config = Config::load(path).or_exit(exit::USAGE)?;
-    let keys = serve::load_keys(&config.signing.keys).or_exit(exit::USAGE)?;
-    serve::check_files(&config, &keys).or_exit(exit::USAGE)?;
-    Ok(config)
+    match serve::check_files(&config).into_iter().next() {
+        None => Ok(config),
+        Some(error) => Err(Exit::new(exit::USAGE, error)),
+    }
 }
 
-/// Everything that `serve` would stumble over, without taking the lock or a port.
+/// Everything that `serve` would stumble over, and what is probably not meant. Nothing is changed.
 fn check_config(path: &Path) -> Result<(), Exit> {
-    let config = load(path)?;
-    say!("{}: good", path.display());
+    let config = Config::load(path).or_exit(exit::USAGE)?;
+    let mut errors: Vec<String> = serve::check_files(&config)
+        .iter()
+        .map(|error| clamcast_daemon::chain(error))
+        .collect();
+    errors.extend(preflight::obstacles(&config));
+    for error in &errors {
+        say!("error: {error}");
+    }
     for key in &config.without_effect {
         say!("{key} has no effect in this version");
     }
-    for doubt in doubts(&config) {
+    for doubt in preflight::doubts(&config, Timestamp::now()) {
         say!("doubtful: {doubt}");
+    }
+    match errors.len() {
+        0 => say!("{}: good", path.display()),
+        count => {
+            say!(
+                "{}: `serve` would not start, for {count} error(s)",
+                path.display()
+            );
+            return Err(Exit::quietly(exit::USAGE));
+        }
     }
     Ok(())
 }
@@ -429,7 +450,7 @@ fn verify(
             (config.state, keys.unwrap_or(config.signing.keys))
         }
     };
-    let keys = serve::load_keys(&keys).or_exit(exit::USAGE)?;
+    let keys = serve::load_keys("--keys", &keys).or_exit(exit::USAGE)?;
     let origin = serve::audit_origin(&keys.fleet);
     let verification = audit::verify(&state.join("audit"), &keys.audit, Some(&origin))?;
     show::audit::verification(&verification, json)

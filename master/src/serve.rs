@@ -1,6 +1,5 @@
 //! The daemon: puts the parts together, and takes them apart in order.
 
-use std::fs;
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -12,6 +11,7 @@ use std::time::{Duration, Instant};
 use clamcast_daemon::admin::{AdminError, Listener};
 use clamcast_daemon::audit::{self, AuditError, Draft};
 use clamcast_daemon::durable;
+use clamcast_daemon::input::{self, InputError};
 use clamcast_proto::dsse::{Envelope, PublicKey, Verified};
 use clamcast_proto::keys::{KeySet, KeySetError};
 use ed25519_dalek::SigningKey;
@@ -24,8 +24,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::admin::{self, Commands};
 use crate::archive::Archive;
-use crate::config::Config;
-use crate::endpoint::{self, EndpointError};
+use crate::config::{Config, Signing};
+use crate::endpoint::{self, EndpointError, FILE_BYTES_MAX};
 use crate::fleet::Fleet;
 use crate::hub::{self, Event, Hub};
 use crate::link::{self, Shared};
@@ -54,7 +54,7 @@ const FORGOTTEN_MAX: usize = 16;
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// A directory of the state.
-    #[error("cannot use the state directory {path}")]
+    #[error("state: cannot use {path}; it and what is in it must belong to the daemon's user")]
     State {
         /// The directory.
         path: PathBuf,
@@ -64,44 +64,44 @@ pub enum StartError {
     /// The store.
     #[error("cannot open the store")]
     Store(#[from] StoreError),
-    /// The key set file.
-    #[error("cannot read the key set {path}")]
-    ReadKeys {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
+    /// A key or key set file cannot be read.
+    #[error(transparent)]
+    Read(#[from] InputError),
     /// The key set is not one.
-    #[error("{path} is not a key set")]
+    #[error("{key}: {path} is not a key set; {KEYS_ORIGIN}")]
     Keys {
+        /// The configuration key, or the option.
+        key: &'static str,
         /// The file.
         path: PathBuf,
         /// Why.
         source: KeysError,
     },
-    /// A private key.
-    #[error("cannot read the private key {path}")]
+    /// A private key is not one.
+    #[error("{key}: {path} is not an Ed25519 key in PKCS#8 PEM; {SIGNING_ORIGIN}")]
     PrivateKey {
+        /// The configuration key.
+        key: &'static str,
         /// The file.
         path: PathBuf,
-        /// Why.
-        source: io::Error,
     },
     /// A private key that nobody would believe.
     #[error(
-        "{path} is not one of the {role} keys of the key set {keys}; agents would refuse what it signs"
+        "{key}: {path} is not one of the keys for this in the key set {keys} (signing.keys), so \
+         agents would refuse what it signs; take both from one directory of `clamcast-certs`"
     )]
     ForeignKey {
+        /// The configuration key.
+        key: &'static str,
         /// The key file.
         path: PathBuf,
-        /// What it is for.
-        role: &'static str,
         /// The key set file.
         keys: PathBuf,
     },
     /// The key set of another fleet.
-    #[error("the key set {path} is for fleet `{found}`, the configuration says `{expected}`")]
+    #[error(
+        "signing.keys: {path} is for fleet `{found}`, the configuration says fleet = \"{expected}\""
+    )]
     Fleet {
         /// The key set file.
         path: PathBuf,
@@ -111,7 +111,7 @@ pub enum StartError {
         expected: String,
     },
     /// TLS or the socket.
-    #[error("cannot listen to agents")]
+    #[error(transparent)]
     Endpoint(#[from] EndpointError),
     /// The operators' socket.
     #[error("cannot listen to operators")]
@@ -135,17 +135,20 @@ pub enum KeysError {
     Set(#[from] KeySetError),
 }
 
-/// Reads a key set file; it must be signed by the root that it names.
-pub fn load_keys(path: &Path) -> Result<Verified<KeySet>, StartError> {
-    let text = fs::read(path).map_err(|source| StartError::ReadKeys {
-        path: path.to_owned(),
-        source,
-    })?;
+const KEYS_ORIGIN: &str = "copy manifest.pub from the directory of `clamcast-certs init --dir DIR`";
+const SIGNING_ORIGIN: &str =
+    "copy manifest.key and audit.key from the directory of `clamcast-certs init --dir DIR`";
+
+/// Reads the key set file that `key`, a configuration key or an option, names; it must be signed by
+/// the root that it names.
+pub fn load_keys(key: &'static str, path: &Path) -> Result<Verified<KeySet>, StartError> {
+    let text = input::read(key, path, FILE_BYTES_MAX, KEYS_ORIGIN)?;
     let parse = || -> Result<_, KeysError> {
         let envelope: Envelope = serde_json::from_slice(&text)?;
         Ok(KeySet::verify(&envelope)?)
     };
     parse().map_err(|source| StartError::Keys {
+        key,
         path: path.to_owned(),
         source,
     })
@@ -153,38 +156,48 @@ pub fn load_keys(path: &Path) -> Result<Verified<KeySet>, StartError> {
 
 /// Reads a private key that must be one of `among`.
 fn load_key(
+    key: &'static str,
     path: &Path,
-    role: &'static str,
     among: &[PublicKey],
     keys: &Path,
 ) -> Result<SigningKey, StartError> {
-    let failed = |source| StartError::PrivateKey {
-        path: path.to_owned(),
-        source,
+    let pem = input::read(key, path, FILE_BYTES_MAX, SIGNING_ORIGIN)?;
+    let path = path.to_owned();
+    let Ok(private) = SigningKey::from_pkcs8_pem(&String::from_utf8_lossy(&pem)) else {
+        return Err(StartError::PrivateKey { key, path });
     };
-    let pem = fs::read_to_string(path).map_err(failed)?;
-    let key = SigningKey::from_pkcs8_pem(&pem)
-        .map_err(|_| failed(io::Error::other("expected an Ed25519 key in PKCS#8 PEM")))?;
-    if !among.contains(&PublicKey::of(&key)) {
-        let (path, keys) = (path.to_owned(), keys.to_owned());
-        return Err(StartError::ForeignKey { path, role, keys });
+    if !among.contains(&PublicKey::of(&private)) {
+        let keys = keys.to_owned();
+        return Err(StartError::ForeignKey { key, path, keys });
     }
-    Ok(key)
+    Ok(private)
 }
 
-/// Reads every key and certificate that the daemon needs, as a check.
-pub fn check_files(config: &Config, keys: &Verified<KeySet>) -> Result<(), StartError> {
+fn load_manifest_key(signing: &Signing, keys: &KeySet) -> Result<SigningKey, StartError> {
+    let (key, path) = ("signing.manifest_key", &signing.manifest_key);
+    load_key(key, path, &keys.manifest, &signing.keys)
+}
+
+fn load_audit_key(signing: &Signing, keys: &KeySet) -> Result<SigningKey, StartError> {
+    let (key, path) = ("signing.audit_key", &signing.audit_key);
+    load_key(key, path, &keys.audit, &signing.keys)
+}
+
+/// Reads every key and certificate that the daemon needs, and returns all that is wrong with them.
+pub fn check_files(config: &Config) -> Vec<StartError> {
     let signing = &config.signing;
-    check_fleet(config, keys)?;
-    load_key(
-        &signing.manifest_key,
-        "manifest",
-        &keys.manifest,
-        &signing.keys,
-    )?;
-    load_key(&signing.audit_key, "audit", &keys.audit, &signing.keys)?;
-    endpoint::server_config(&config.tls, &config.fleet)?;
-    Ok(())
+    let mut errors = Vec::new();
+    match load_keys("signing.keys", &signing.keys) {
+        Err(error) => errors.push(error),
+        Ok(keys) => {
+            errors.extend(check_fleet(config, &keys).err());
+            errors.extend(load_manifest_key(signing, &keys).err());
+            errors.extend(load_audit_key(signing, &keys).err());
+        }
+    }
+    let tls = endpoint::server_config(&config.tls, &config.fleet);
+    errors.extend(tls.err().map(StartError::from));
+    errors
 }
 
 fn check_fleet(config: &Config, keys: &KeySet) -> Result<(), StartError> {
@@ -241,16 +254,10 @@ impl Master {
             move |source| StartError::State { path, source }
         };
 
-        let keys = load_keys(&config.signing.keys)?;
+        let keys = load_keys("signing.keys", &config.signing.keys)?;
         check_fleet(&config, &keys)?;
-        let signing = &config.signing;
-        let manifest_key = load_key(
-            &signing.manifest_key,
-            "manifest",
-            &keys.manifest,
-            &signing.keys,
-        )?;
-        let audit_key = load_key(&signing.audit_key, "audit", &keys.audit, &signing.keys)?;
+        let manifest_key = load_manifest_key(&config.signing, &keys)?;
+        let audit_key = load_audit_key(&config.signing, &keys)?;
         let (server, own) = endpoint::server_config(&config.tls, &config.fleet)?;
         let (_, ca) = endpoint::load_ca(&config.tls.ca)?;
 

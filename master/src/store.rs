@@ -67,8 +67,13 @@ struct Generations {
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     /// Another master runs on it.
-    #[error("the state directory is in use; one master at a time may publish from it")]
+    #[error("state: the directory is in use; one master at a time may publish from it")]
     Locked(#[source] LockError),
+    /// Its lock file.
+    #[error(
+        "state: cannot use the directory; it and what is in it must belong to the daemon's user"
+    )]
+    Lock(#[source] LockError),
     /// A file or directory of ours.
     #[error("cannot {action} {}", path.display())]
     Io {
@@ -154,7 +159,10 @@ impl Store {
             let path = directory.join(name);
             durable::create_dir(&path, 0o750).map_err(io_error("create", &path))?;
         }
-        let lock = durable::lock(&directory.join("lock")).map_err(StoreError::Locked)?;
+        let lock = durable::lock(&directory.join("lock")).map_err(|error| match error {
+            LockError::Held { .. } => StoreError::Locked(error),
+            LockError::Io { .. } => StoreError::Lock(error),
+        })?;
         let store = Self {
             directory: directory.to_owned(),
             generations: RwLock::default(),

@@ -363,7 +363,7 @@ fn check_config_names_line_and_nearest_key() {
             says,
         );
     };
-    check(0, "the mirror");
+    check(0, "doubtful: mirror.path: ");
     fs::create_dir_all(fleet.join("mirror")).unwrap();
     check(0, "good");
     master.configure("quiet = \"300ms\"", "quite = \"300ms\"");
@@ -372,5 +372,5 @@ fn check_config_names_line_and_nearest_key() {
     check(2, "master.toml:5");
     master.configure("quiet = \"soon\"", "quiet = \"1s\"");
     master.configure("manifest.key", "audit.key");
-    check(2, "not one of the manifest keys");
+    check(2, "is not one of the keys for this in the key set");
 }
