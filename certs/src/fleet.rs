@@ -1,7 +1,6 @@
 //! The directory that holds a fleet: its CA, its signing keys, and what was issued.
 
-use std::fs::File;
-use std::io::{self, Read as _};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -9,7 +8,7 @@ use std::time::{Duration, Instant};
 use clamcast_daemon::config::{self, ConfigError, Settings};
 use clamcast_daemon::durable::{self, LockError, LockGuard};
 use clamcast_daemon::exit;
-use clamcast_daemon::input::InputError;
+use clamcast_daemon::input::{self, InputError, this_user};
 use clamcast_proto::dsse::{Envelope, EnvelopeError, PublicKey, Verified};
 use clamcast_proto::identity::{Certificate, Role};
 use clamcast_proto::keys::{KeySet, KeySetError};
@@ -39,6 +38,10 @@ pub(crate) const REVOKED: &str = "revoked.json";
 pub(crate) const UNFINISHED: &str = ".unfinished";
 
 const LOCK: &str = ".lock";
+
+/// What the files are named by, and what to do about one that is not there.
+const OPTION: &str = "--dir";
+const FROM_BACKUP: &str = "put a copy back from a backup";
 
 /// Modes: of what is secret, of what is not, and of directories, which all hold secrets.
 pub(crate) const PRIVATE: u32 = 0o600;
@@ -119,9 +122,12 @@ pub enum OpenError {
     #[error(transparent)]
     Charter(#[from] ConfigError),
     /// A file cannot be read.
-    #[error("cannot read {path}")]
-    Read {
-        /// The file.
+    #[error(transparent)]
+    Input(#[from] InputError),
+    /// A directory cannot be listed.
+    #[error("cannot list {path}; run this as the user whose it is")]
+    List {
+        /// The directory.
         path: PathBuf,
         /// Why.
         source: io::Error,
@@ -176,12 +182,26 @@ pub enum OpenError {
 
 /// A file or directory could not be written.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot write {path}")]
+#[error("cannot write {path}; {}", write_hint(source))]
 pub struct WriteError {
     /// The file or directory.
     pub path: PathBuf,
     /// Why.
     pub source: io::Error,
+}
+
+fn write_hint(error: &io::Error) -> String {
+    let is = |kind| error.kind() == kind;
+    if is(io::ErrorKind::AlreadyExists) || is(io::ErrorKind::NotADirectory) {
+        "--dir is to be a directory, or a name that is free".to_owned()
+    } else if is(io::ErrorKind::PermissionDenied) {
+        format!(
+            "user `{}` may not: run this as the user whose directory it is, or name another --dir",
+            this_user()
+        )
+    } else {
+        "run it again when that is mended".to_owned()
+    }
 }
 
 impl OpenError {
@@ -190,9 +210,11 @@ impl OpenError {
         match self {
             Self::NoFleet { .. } | Self::Unfinished { .. } | Self::Charter(_) => exit::USAGE,
             Self::Keys { .. } | Self::OtherFleet { .. } | Self::Revoked { .. } => exit::REFUSED,
-            Self::Lock(_) | Self::Read { .. } | Self::Damaged { .. } | Self::Mismatch { .. } => {
-                exit::FAILED
-            }
+            Self::Lock(_)
+            | Self::Input(_)
+            | Self::List { .. }
+            | Self::Damaged { .. }
+            | Self::Mismatch { .. } => exit::FAILED,
         }
     }
 }
@@ -203,13 +225,17 @@ impl Fleet {
         if is_there(&dir.join(UNFINISHED)) {
             return Err(OpenError::Unfinished { dir: dir.into() });
         }
-        let charter = config::load(&dir.join(CHARTER)).map_err(|error| match error {
-            ConfigError::Read(InputError::Missing { .. }) => OpenError::NoFleet { dir: dir.into() },
-            ConfigError::Read(_)
-            | ConfigError::NotText { .. }
-            | ConfigError::Empty { .. }
-            | ConfigError::Content { .. } => OpenError::Charter(error),
-        })?;
+        let charter = config::File::read_for(OPTION, &dir.join(CHARTER), FROM_BACKUP)
+            .and_then(|file| file.parse())
+            .map_err(|error| match error {
+                ConfigError::Read(InputError::Missing { .. }) => {
+                    OpenError::NoFleet { dir: dir.into() }
+                }
+                ConfigError::Read(error) => OpenError::Input(error),
+                ConfigError::NotText { .. }
+                | ConfigError::Empty { .. }
+                | ConfigError::Content { .. } => OpenError::Charter(error),
+            })?;
         let path = dir.join(CA);
         let ca_pem = read(&path)?;
         let ca = x509::read(&ca_pem).ok_or(OpenError::Damaged {
@@ -367,7 +393,7 @@ fn names(path: &Path) -> Result<Vec<String>, OpenError> {
             .filter(|name| !name.as_ref().is_ok_and(|name| name.starts_with('.')))
             .collect()
     };
-    names().map_err(|source| OpenError::Read {
+    names().map_err(|source| OpenError::List {
         path: path.into(),
         source,
     })
@@ -418,12 +444,7 @@ pub(crate) fn read(path: &Path) -> Result<String, OpenError> {
 }
 
 fn read_up_to(path: &Path, bytes_max: u64) -> Result<String, OpenError> {
-    let mut text = String::new();
-    File::open(path)
-        .and_then(|file| file.take(bytes_max).read_to_string(&mut text))
-        .map_err(|source| OpenError::Read {
-            path: path.into(),
-            source,
-        })?;
-    Ok(text) // what was cut off at the limit does not parse
+    let bytes = input::read(OPTION, path, bytes_max, FROM_BACKUP)?;
+    // What is no text does not parse.
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
 }

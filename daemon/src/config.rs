@@ -66,10 +66,19 @@ pub struct File {
 }
 
 impl File {
-    /// Reads `path`.
+    /// Reads `path`, which the option `--config` names.
     pub fn read(path: &Path) -> Result<Self, ConfigError> {
         let origin = "name the configuration file with --config";
-        let bytes = input::read("--config", path, CONFIG_BYTES_MAX, origin)?;
+        Self::read_for("--config", path, origin)
+    }
+
+    /// Reads `path`, see [`input::read`].
+    pub fn read_for(
+        option: &'static str,
+        path: &Path,
+        origin: &'static str,
+    ) -> Result<Self, ConfigError> {
+        let bytes = input::read(option, path, CONFIG_BYTES_MAX, origin)?;
         let path = path.to_owned();
         let text = match String::from_utf8(bytes) {
             Err(error) => {
@@ -116,11 +125,6 @@ impl File {
 /// The line, from 1, in which the text after `before` begins.
 fn line_of(before: &[u8]) -> usize {
     before.iter().filter(|byte| **byte == b'\n').count() + 1
-}
-
-/// Reads the file `path` into `T`.
-pub fn load<T: Settings>(path: &Path) -> Result<T, ConfigError> {
-    File::read(path)?.parse()
 }
 
 /// The path as the file `file` means it: relative to the directory that the file is in.

@@ -76,7 +76,7 @@ pub enum LockError {
         holder: String,
     },
     /// The lock file cannot be used.
-    #[error("cannot lock {path}")]
+    #[error("cannot lock {path}; it must belong to the user who runs this")]
     Io {
         /// The lock file.
         path: PathBuf,

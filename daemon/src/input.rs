@@ -80,18 +80,17 @@ pub fn read(
     limit: u64,
     origin: &'static str,
 ) -> Result<Vec<u8>, InputError> {
-    let failed = |source: io::Error| match source.kind() {
-        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => InputError::Missing {
-            key,
-            path: path.to_owned(),
-            origin,
-        },
-        io::ErrorKind::PermissionDenied => denied(key, path),
-        _ => InputError::Io {
-            key,
-            path: path.to_owned(),
-            source,
-        },
+    let failed = |source: io::Error| {
+        let kind = source.kind();
+        if kind == io::ErrorKind::PermissionDenied {
+            return denied(key, path);
+        }
+        let path = path.to_owned();
+        if kind == io::ErrorKind::NotFound || kind == io::ErrorKind::NotADirectory {
+            InputError::Missing { key, path, origin }
+        } else {
+            InputError::Io { key, path, source }
+        }
     };
     let facts = fs::metadata(path).map_err(failed)?;
     if !facts.is_file() {
@@ -149,7 +148,7 @@ fn denied(key: &'static str, path: &Path) -> InputError {
             format!(
                 "it belongs to `{owner}`: run this as the daemon's user, `sudo -u {owner} ...`, \
                  or give that file to `{}`",
-                user_name(me)
+                this_user()
             )
         }
         None => "run this as the daemon's user, `sudo -u clamcast ...`".to_owned(),
@@ -157,9 +156,14 @@ fn denied(key: &'static str, path: &Path) -> InputError {
     InputError::Denied {
         key,
         path: path.to_owned(),
-        user: user_name(me),
+        user: this_user(),
         next,
     }
+}
+
+/// Who runs this.
+pub fn this_user() -> String {
+    user_name(Uid::effective())
 }
 
 /// The user's name, or the number of one without a name.
@@ -214,7 +218,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("ca.pem");
         fs::write(&path, "x").unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0)).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o000)).unwrap();
         match read("tls.ca", &path, 10, "") {
             Ok(_) => assert!(Uid::effective().is_root(), "nothing keeps root out"),
             Err(error) => assert!(error.to_string().contains("own user out"), "{error}"),

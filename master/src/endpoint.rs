@@ -135,13 +135,15 @@ pub enum EndpointError {
 
 /// What to do about an address that cannot be listened on.
 fn bind_hint(error: &io::Error) -> &'static str {
-    match error.kind() {
-        io::ErrorKind::AddrInUse => "; another program has the port: stop it, or choose another",
-        io::ErrorKind::AddrNotAvailable => {
-            "; no interface of this host has the address: choose one of `ip address`, or \"[::]:7310\""
-        }
-        io::ErrorKind::PermissionDenied => "; ports below 1024 are root's: choose another",
-        _ => "",
+    let is = |kind| error.kind() == kind;
+    if is(io::ErrorKind::AddrInUse) {
+        "; another program has the port: stop it, or choose another"
+    } else if is(io::ErrorKind::AddrNotAvailable) {
+        "; no interface of this host has the address: choose one that `ip address` shows"
+    } else if is(io::ErrorKind::PermissionDenied) {
+        "; ports below 1024 are root's: choose another"
+    } else {
+        ""
     }
 }
 
@@ -231,10 +233,10 @@ pub fn server_config(
     roots.add(ca).map_err(unusable)?;
     check_signer(&chain, &own, &roots, &provider).map_err(|error| {
         let (cert, ca) = (tls.cert.clone(), tls.ca.clone());
-        match error {
-            rustls::Error::InvalidCertificate(_) => EndpointError::OtherCa { cert, ca },
-            error => unusable(error),
+        if matches!(error, rustls::Error::InvalidCertificate(_)) {
+            return EndpointError::OtherCa { cert, ca };
         }
+        unusable(error)
     })?;
     let verifier = WebPkiClientVerifier::builder_with_provider(roots.into(), provider.clone())
         .build()

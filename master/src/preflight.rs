@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use clamcast_daemon::clamscan;
-use clamcast_daemon::input::user_name;
+use clamcast_daemon::input::{this_user, user_name};
 use clamcast_proto::identity::Certificate;
 use clamcast_proto::names::looks_like_a_database;
 use jiff::{SignedDuration, Timestamp};
@@ -66,7 +66,7 @@ fn directory(key: &str, path: &Path) -> Option<String> {
     }
     let all = AccessFlags::R_OK | AccessFlags::W_OK | AccessFlags::X_OK;
     let error = access(there, all).err()?;
-    let user = user_name(Uid::effective());
+    let user = this_user();
     let owner = fs::metadata(there).map_or(String::new(), |found| {
         let owner = user_name(Uid::from_raw(found.uid()));
         format!("; {above} belongs to `{owner}`")
@@ -158,7 +158,7 @@ fn mirror_doubts(config: &Config) -> Vec<String> {
             .filter(|name| looks_like_a_database(name))
             .collect(),
         Err(error) => {
-            let user = user_name(Uid::effective());
+            let user = this_user();
             return vec![format!(
                 "mirror.path: user `{user}` cannot list {shown} ({error}); nothing is published until \
                  it can: name the directory that freshclam writes"
@@ -177,7 +177,7 @@ fn mirror_doubts(config: &Config) -> Vec<String> {
     }
     let unreadable = |name: &&String| access(&mirror.join(name), AccessFlags::R_OK).is_err();
     if let Some(name) = names.iter().find(unreadable) {
-        let user = user_name(Uid::effective());
+        let user = this_user();
         doubts.push(format!(
             "mirror.path: user `{user}` may not read {}; `chmod a+r`, or run this as the daemon's user",
             mirror.join(name).display()

@@ -357,7 +357,7 @@ fn nearest(name: &str, known: impl Iterator<Item = String>) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{ConfigError, FilePath, Percent, Size, Span, load};
+    use super::super::{ConfigError, File, FilePath, Percent, Size, Span};
     use super::*;
     use serde::Deserialize;
     use std::collections::BTreeMap;
@@ -400,6 +400,10 @@ mod tests {
             ("mirror.unsigned", "\"allow\" or \"refuse\""),
             ("groups.*", "a list of names"),
         ];
+    }
+
+    fn load<T: Settings>(path: &std::path::Path) -> Result<T, ConfigError> {
+        File::read(path)?.parse()
     }
 
     fn checked(text: &[u8], expected: &str) {
