@@ -460,7 +460,7 @@ fn the_way_to_the_master_is_tried_without_taking_the_agents_place() {
     fs::copy(other.pki().join("ca.pem"), bundle.join("ca.pem")).unwrap();
     let lines = said(&agent, "certificate");
     assert!(
-        lines.contains("bad web1's certificate is not from the ca"),
+        lines.contains("cert.pem was not signed by the CA"),
         "{lines}"
     );
     fs::write(bundle.join("ca.pem"), kept).unwrap();
