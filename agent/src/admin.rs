@@ -1,10 +1,12 @@
 //! What operators ask of the running agent. Nothing that can be asked changes anything, so who may
 //! open the socket may ask: root, the agent's user, and its group.
 
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use clamcast_daemon::admin::{AdminError, Finish, Listener, Session};
 use clamcast_daemon::exit;
+use clamcast_daemon::service::Occasion;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Mutex, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
@@ -41,40 +43,59 @@ pub struct Commands {
     pub prover: Prover,
     /// One reads the disk at a time.
     pub reading: Mutex<()>,
+    /// Ends what is under way.
+    pub stop: CancellationToken,
+    /// Why it ends, once it does.
+    pub ending: Arc<OnceLock<Occasion>>,
 }
 
-/// Serves operators until `stop` fires.
-pub async fn serve(mut listener: Listener, commands: Commands, stop: CancellationToken) {
-    let commands = std::sync::Arc::new(commands);
-    let answer = |session| {
+/// Serves operators until the agent stops; the sessions that are under way are told so. Returns the
+/// socket.
+pub async fn serve(mut listener: Listener, commands: Commands) -> Listener {
+    let commands = Arc::new(commands);
+    let stop = commands.stop.clone();
+    let answer = move |session| {
         let commands = commands.clone();
         async move { commands.answer(session).await }
     };
-    let mut sessions = listener.serve(SESSIONS_MAX, stop, answer).await;
-    sessions.shutdown().await;
+    let mut sessions = listener.serve(SESSIONS_MAX, &stop, answer).await;
+    while sessions.join_next().await.is_some() {}
+    listener
 }
 
 impl Commands {
-    async fn answer(&self, mut session: Session) -> Result<(), AdminError> {
-        let finish = match session.request().await {
-            Ok(Request::Status) => self.status().await,
-            Ok(Request::Verify) => self.verify().await,
-            Err(error @ (AdminError::Request(_) | AdminError::RequestLine)) => {
-                Finish::because(exit::USAGE, chain(&error))
-            }
-            Err(error) => return Err(error),
+    async fn answer(&self, session: Session) -> Result<(), AdminError> {
+        let finish = match session.request() {
+            Ok(request) => tokio::select! {
+                biased;
+                () = self.stop.cancelled() => self.ending(),
+                finish = self.result(request) => finish,
+            },
+            Err(error) => Finish::because(exit::USAGE, chain(&error)),
         };
         session.finish(finish).await
+    }
+
+    async fn result(&self, request: Request) -> Finish {
+        match request {
+            Request::Status => self.status().await,
+            Request::Verify => self.verify().await,
+        }
+    }
+
+    fn ending(&self) -> Finish {
+        let ending = self.ending.get().copied();
+        ending.unwrap_or(Occasion::Exit).finish()
     }
 
     async fn status(&self) -> Finish {
         // Brings up to date what the keeper then tells of clamd.
         let _ = tokio::time::timeout(LOOK_TIME, self.prover.look()).await;
         let (question, answer) = oneshot::channel();
-        let asked = self.questions.send(question).await;
+        let asked = self.questions.send(Question::Status(question)).await;
         match (asked, answer.await) {
             (Ok(()), Ok(status)) => Finish::done(status),
-            (Err(_), _) | (_, Err(_)) => Finish::because(exit::FAILED, "the agent is stopping"),
+            (Err(_), _) | (_, Err(_)) => self.ending(),
         }
     }
 

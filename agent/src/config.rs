@@ -14,6 +14,9 @@ pub const DEFAULT_PATH: &str = "/etc/clamcast/agent.toml";
 /// Where the admin socket is unless told otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/clamcast/agent.sock";
 
+/// The program, as it is called at its admin socket.
+pub const PROGRAM: &str = "clamcast-agent";
+
 /// Addresses of the one master, at most: they are tried one after the other, so each one that is
 /// dead delays the next.
 pub const MASTERS_MAX: usize = 16;

@@ -71,8 +71,14 @@ const STOP_GRACE: Duration = Duration::from_secs(20);
 /// A phase that an install reports is lost when this many wait already, which is harmless.
 const PHASES_MAX: usize = 64;
 
-/// Asks for the agent's status.
-pub type Question = oneshot::Sender<Status>;
+/// What the keeper is asked or told from outside the link.
+#[derive(Debug)]
+pub enum Question {
+    /// For the agent's status.
+    Status(oneshot::Sender<Status>),
+    /// The configuration was read again; or, for this reason, it is not in use.
+    Reloaded(Result<(), String>),
+}
 
 /// What the agent knows.
 pub struct Keeper {
@@ -85,6 +91,8 @@ pub struct Keeper {
     stale: Stale,
     installer: Installer<Prover>,
     prover: Prover,
+    /// Why the configuration on disk is not in use, if it is not.
+    unused_configuration: Option<String>,
 
     slot: Slot<Arc<Job>>,
     /// What the last plan found missing.
@@ -262,6 +270,7 @@ impl Keeper {
             stale,
             installer,
             prover,
+            unused_configuration: None,
             stop,
         }
     }
@@ -286,8 +295,7 @@ impl Keeper {
                 Some(phase) = self.phases.1.recv() => self.entered(phase),
                 Some(done) = self.workers.join_next() => self.done(done.unwrap_or_else(died)),
                 Some(event) = link.recv() => self.heard(event),
-                // Whoever asked may have gone.
-                Some(question) = questions.recv() => drop(question.send(self.status())),
+                Some(question) = questions.recv() => self.asked(question),
                 () = sleep_until(wake) => self.tick(),
             }
         }
@@ -302,6 +310,21 @@ impl Keeper {
         }
         let installed = self.installed_position();
         self.audit.note("stopped", installed, None, json!({}));
+    }
+
+    fn asked(&mut self, question: Question) {
+        match question {
+            // Whoever asked may have gone.
+            Question::Status(answer) => drop(answer.send(self.status())),
+            Question::Reloaded(Ok(())) => {
+                self.audit.note("reload", None, Some("done"), json!({}));
+            }
+            Question::Reloaded(Err(reason)) => {
+                let detail = json!({ "reason": reason, "in use": "the configuration before" });
+                self.audit.note("reload", None, Some("failed"), detail);
+                self.unused_configuration = Some(reason);
+            }
+        }
     }
 
     /// Ends what `open` rolled forward.
@@ -1010,6 +1033,10 @@ impl Keeper {
             }),
             live: outcome == Some(Outcome::Live) && self.installer.missing_file().is_none(),
             outcome: last.map(|last| last.outcome).or(outcome),
+            alarm: self
+                .unused_configuration
+                .as_ref()
+                .map(|reason| format!("configuration on disk is not in use: {reason}")),
             phase: if self.phase == Phase::Idle {
                 self.slot.phase()
             } else {

@@ -11,11 +11,11 @@ use clamcast_agent::config::{self, Config};
 use clamcast_agent::doctor::{self, Host, Inventory};
 use clamcast_agent::run::Agent;
 use clamcast_agent::status::{Status, Verification};
-use clamcast_daemon::admin::{self, Finish};
+use clamcast_daemon::admin::{self, Finish, Listener};
 use clamcast_daemon::exit::{self, Exit, OrExit as _};
 use clamcast_daemon::logging;
 use clamcast_daemon::say;
-use clamcast_daemon::service::{self, Service};
+use clamcast_daemon::service::{self, Occasion, Service};
 use clamcast_daemon::table;
 use clap::{ArgAction, Parser, Subcommand};
 use indicatif::ProgressBar;
@@ -199,8 +199,8 @@ struct Daemon(Agent);
 impl Service for Daemon {
     type Config = Config;
 
-    async fn start(config: Config) -> Result<Self, Exit> {
-        let started = Agent::start(config).await;
+    async fn start(config: Config, kept: &mut Option<Listener>) -> Result<Self, Exit> {
+        let started = Agent::start(config, kept).await;
         started
             .map(Self)
             .map_err(|error| Exit::new(error.exit_code(), error))
@@ -210,8 +210,12 @@ impl Service for Daemon {
         self.0.failed().await
     }
 
-    async fn stop(self) {
-        self.0.stop().await;
+    async fn reloaded(&mut self, outcome: Result<(), String>) {
+        self.0.reloaded(outcome).await;
+    }
+
+    async fn stop(self, occasion: Occasion) -> Option<Listener> {
+        self.0.stop(occasion).await
     }
 }
 
@@ -225,7 +229,12 @@ fn load(path: &Path) -> Result<Config, Exit> {
 
 fn call(socket: &Path, request: &Request) -> Result<Finish, Exit> {
     let ignored = |_| {}; // the agent's commands report no progress
-    admin::call(socket, request, ignored).map_err(|error| Exit::new(error.exit_code(), error))
+    let agent = admin::Daemon {
+        program: config::PROGRAM,
+        socket: config::DEFAULT_SOCKET,
+    };
+    admin::call(agent, socket, request, ignored)
+        .map_err(|error| Exit::new(error.exit_code(), error))
 }
 
 /// Prints a result, and ends with the code that the daemon gave.

@@ -1,10 +1,11 @@
 //! The daemon: puts the parts together, and takes them apart in order.
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use clamcast_daemon::admin::{AdminError, Listener};
 use clamcast_daemon::exit;
+use clamcast_daemon::service::Occasion;
 use clamcast_proto::identity::Certificate;
 use jiff::{SignedDuration, Timestamp};
 use tokio::runtime::Handle;
@@ -15,10 +16,10 @@ use tokio_util::sync::CancellationToken;
 use crate::admin::{self, Commands};
 use crate::audit::{AuditLog, KeyError};
 use crate::clamd::{self, ClamdConf, ConfError, Prover};
-use crate::config::{ClamdConfFile, Config};
+use crate::config::{self, ClamdConfFile, Config};
 use crate::endpoint::{self, Credentials, CredentialsError};
 use crate::install::{self, HostFault, Installer};
-use crate::keeper::{Begin, Keeper};
+use crate::keeper::{Begin, Keeper, Question};
 use crate::link::{self, Link};
 use crate::receipts::Receipts;
 use crate::state::{State, StateError};
@@ -86,7 +87,9 @@ pub struct Agent {
     keeper: JoinHandle<()>,
     keeper_stop: CancellationToken,
     link: JoinHandle<()>,
-    admin: JoinHandle<()>,
+    admin: JoinHandle<Listener>,
+    questions: mpsc::Sender<Question>,
+    ending: Arc<OnceLock<Occasion>>,
     stop: CancellationToken,
 }
 
@@ -100,8 +103,9 @@ struct Opened {
 
 impl Agent {
     /// Starts everything. When this returns, an install that the last run left in the middle is
-    /// whole on disk, and the daemon is ready; it need not have reached its master.
-    pub async fn start(config: Config) -> Result<Self, StartError> {
+    /// whole on disk, and the daemon is ready; it need not have reached its master. `kept` is the
+    /// operators' socket from before a reload.
+    pub async fn start(config: Config, kept: &mut Option<Listener>) -> Result<Self, StartError> {
         let (addresses, socket) = (config.master.clone(), config.admin.clone());
         let opened = tokio::task::spawn_blocking(move || open(config));
         let opened = opened.await.unwrap_or_else(re_raise)?;
@@ -111,8 +115,8 @@ impl Agent {
             installer,
             prover,
         } = opened;
-        let listener = Listener::bind(&socket, None)?;
         let endpoint = endpoint::bind().map_err(StartError::Socket)?;
+        let listener = Listener::open(config::PROGRAM, &socket, None, kept)?;
 
         let (stop, keeper_stop) = (CancellationToken::new(), CancellationToken::new());
         let (events, from_link) = mpsc::channel(LINK_EVENTS_MAX);
@@ -129,18 +133,23 @@ impl Agent {
             events,
         };
         let link = tokio::spawn(link::run(link, stop.clone()));
+        let ending = Arc::new(OnceLock::new());
         let commands = Commands {
-            questions,
+            questions: questions.clone(),
             installer,
             prover,
             reading: Mutex::default(),
+            stop: stop.clone(),
+            ending: ending.clone(),
         };
-        let admin = tokio::spawn(admin::serve(listener, commands, stop.clone()));
+        let admin = tokio::spawn(admin::serve(listener, commands));
         Ok(Self {
             keeper,
             keeper_stop,
             link,
             admin,
+            questions,
+            ending,
             stop,
         })
     }
@@ -150,7 +159,7 @@ impl Agent {
         let (what, ended) = tokio::select! {
             ended = &mut self.keeper => ("keeper", ended),
             ended = &mut self.link => ("link", ended),
-            ended = &mut self.admin => ("admin socket", ended),
+            ended = &mut self.admin => ("admin socket", ended.map(drop)),
         };
         match ended {
             Ok(()) => format!("the {what} ended"),
@@ -158,21 +167,30 @@ impl Agent {
         }
     }
 
+    /// The configuration was read again, and this runs with it, or, for the reason given, with the
+    /// old one. Noted; that it is not in use is shown as long as this runs.
+    pub async fn reloaded(&self, outcome: Result<(), String>) {
+        // A keeper that has died is reported by `failed`.
+        let _ = self.questions.send(Question::Reloaded(outcome)).await;
+    }
+
     /// Stops at a file boundary. The link goes last, so that a receipt that is ready may still
-    /// reach the master.
-    pub async fn stop(self) {
+    /// reach the master. Returns the operators' socket, unless its task has died.
+    pub async fn stop(self, occasion: Occasion) -> Option<Listener> {
+        let _ = self.ending.set(occasion); // it ends once
         self.keeper_stop.cancel();
         ended(self.keeper).await;
         self.stop.cancel();
         ended(self.link).await;
-        ended(self.admin).await;
+        ended(self.admin).await
     }
 }
 
 /// Waits for a part of the agent. One that died was reported by [`Agent::failed`].
-async fn ended(part: JoinHandle<()>) {
-    if !part.is_finished() {
-        let _ = part.await;
+async fn ended<T>(part: JoinHandle<T>) -> Option<T> {
+    match part.is_finished() {
+        true => None,
+        false => part.await.ok(),
     }
 }
 

@@ -55,6 +55,9 @@ pub struct Status {
     pub foreign: Vec<String>,
     /// What stands in the way, if anything does.
     pub error: Option<String>,
+    /// What somebody should look at although nothing stands in the way.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub alarm: Option<String>,
     /// Receipts that the master has not acknowledged.
     pub receipts_pending: usize,
     /// Last second of the host certificate's validity.
@@ -203,6 +206,9 @@ impl Status {
         );
         if let Some(error) = &self.error {
             line("error:", error);
+        }
+        if let Some(alarm) = &self.alarm {
+            line("alarm:", alarm);
         }
         text
     }

@@ -15,6 +15,7 @@ use clamcast_agent::config::Config;
 use clamcast_agent::run::Agent;
 use clamcast_agent::status::{Status, Verification};
 use clamcast_daemon::admin;
+use clamcast_daemon::service::Occasion;
 use clamcast_proto::dsse::{Envelope, PublicKey, Verified, sign};
 use clamcast_proto::fresh::Freshness;
 use clamcast_proto::identity::{Identity, Role};
@@ -91,7 +92,7 @@ async fn an_offer_is_fetched_and_installed_and_its_receipt_waits_to_be_acknowled
     fs::write(lab.database().join("a.ndb"), b"drift").unwrap();
     let (exit, verification): (_, Verification) = lab.ask(&Request::Verify).await;
     assert!(!verification.ok && exit == 1);
-    agent.stop().await;
+    agent.stop(Occasion::Exit).await;
 }
 
 #[tokio::test]
@@ -110,7 +111,7 @@ async fn a_database_of_a_kind_that_this_version_does_not_know_is_installed_and_w
     let receipt = talk.install(&lab, 2, &[("a.ndb", b"three")]).await;
     assert_eq!(receipt.outcome, Outcome::Live);
     assert!(!lab.database().join("b.laterclamav").exists());
-    agent.stop().await;
+    agent.stop(Occasion::Exit).await;
 }
 
 #[tokio::test]
@@ -123,7 +124,7 @@ async fn a_restarted_agent_knows_what_it_accepted_and_goes_on_numbering() {
     talk.say(&ToAgent::ReceiptAck { seq: 1 }).await;
     lab.until("it is forgotten", |status| status.receipts_pending == 0)
         .await;
-    agent.stop().await;
+    agent.stop(Occasion::Exit).await;
 
     let agent = lab.start(&master).await;
     let mut talk = master.greet().await;
@@ -133,7 +134,7 @@ async fn a_restarted_agent_knows_what_it_accepted_and_goes_on_numbering() {
     assert!(why.contains("older than"), "{why}");
     let receipt = talk.install(&lab, 8, &[("a.ndb", b"eight")]).await;
     assert_eq!((receipt.seq, receipt.outcome), (2, Outcome::Live));
-    agent.stop().await;
+    agent.stop(Occasion::Exit).await;
 }
 
 #[tokio::test]
@@ -147,7 +148,7 @@ async fn a_set_with_a_missing_file_is_not_said_to_be_installed_and_is_put_back()
     talk.say(&ToAgent::ReceiptAck { seq: 1 }).await;
     lab.until("it is forgotten", |status| status.receipts_pending == 0)
         .await;
-    agent.stop().await;
+    agent.stop(Occasion::Exit).await;
 
     fs::remove_file(lab.database().join("b.ndb")).unwrap();
     let agent = lab.start(&master).await;
@@ -163,7 +164,7 @@ async fn a_set_with_a_missing_file_is_not_said_to_be_installed_and_is_put_back()
     assert_eq!(fs::read(lab.database().join("b.ndb")).unwrap(), b"two");
     let status: Status = lab.ask(&Request::Status).await.1;
     assert!(status.live);
-    agent.stop().await;
+    agent.stop(Occasion::Exit).await;
 }
 
 #[tokio::test]
@@ -198,7 +199,7 @@ async fn what_is_not_signed_for_this_fleet_is_refused_with_the_reason() {
             .is_some_and(|error| error.contains("two manifests"))
     );
     assert_eq!(fs::read(lab.database().join("a.ndb")).unwrap(), b"five");
-    agent.stop().await;
+    agent.stop(Occasion::Exit).await;
 }
 
 #[tokio::test]
@@ -218,7 +219,7 @@ async fn a_stale_offer_is_refused_where_the_configuration_says_so() {
     talk.say(&ToAgent::Offer(offer)).await;
     let why = talk.refusal().await;
     assert!(why.contains("ran out"), "{why}");
-    agent.stop().await;
+    agent.stop(Occasion::Exit).await;
 }
 
 #[tokio::test]
@@ -244,7 +245,7 @@ async fn a_host_with_a_slow_clock_takes_offers_and_holds_them_no_longer_than_was
     let status: Status = lab.ask(&Request::Status).await.1;
     let until = status.fresh_until.unwrap();
     assert!(!status.stale && until <= Timestamp::now() + HOUR * 3);
-    agent.stop().await;
+    agent.stop(Occasion::Exit).await;
 }
 
 #[tokio::test]
@@ -256,12 +257,12 @@ async fn a_newer_key_set_is_taken_over_the_wire_and_kept() {
         .greet_with(Some(lab.keys(1, 2).envelope().clone()))
         .await;
     talk.answered().await;
-    agent.stop().await;
+    agent.stop(Occasion::Exit).await;
 
     let agent = lab.start(&master).await;
     let status: Status = lab.ask(&Request::Status).await.1;
     assert_eq!(status.keys_version, 2);
-    agent.stop().await;
+    agent.stop(Occasion::Exit).await;
 }
 
 #[tokio::test]
@@ -275,7 +276,7 @@ async fn a_master_with_another_root_is_not_spoken_to() {
     say(&mut send, &welcome(keys)).await;
     let closed = timeout(PATIENCE, connection.closed()).await.unwrap();
     assert!(closed.to_string().contains("key set refused"), "{closed}");
-    agent.stop().await;
+    agent.stop(Occasion::Exit).await;
 }
 
 #[tokio::test]
@@ -306,7 +307,7 @@ async fn only_the_certificate_of_the_fleets_master_is_believed() {
             error.is_some_and(|error| error.contains("not this fleet's master"))
         })
         .await;
-        agent.stop().await;
+        agent.stop(Occasion::Exit).await;
     }
 }
 
@@ -318,7 +319,7 @@ async fn a_message_of_a_newer_master_is_answered_and_survived() {
     let mut talk = master.greet().await;
     talk.answered().await;
     talk.install(&lab, 1, &[("a.ndb", b"first")]).await;
-    agent.stop().await;
+    agent.stop(Occasion::Exit).await;
 }
 
 #[tokio::test]
@@ -338,7 +339,7 @@ async fn what_a_peer_says_begins_no_line_of_the_log() {
     talk.connection
         .close(VarInt::from_u32(99), b"bye\nERROR forged twice");
     master.greet().await;
-    agent.stop().await;
+    agent.stop(Occasion::Exit).await;
 
     let log = fs::read_to_string(log).unwrap();
     for said in ["forged once", "forged twice"] {
@@ -361,7 +362,7 @@ async fn a_broken_frame_ends_the_connection_and_the_agent_comes_back() {
         assert!(closed.to_string().contains("broken frame"), "{closed}");
     }
     master.greet().await;
-    agent.stop().await;
+    agent.stop(Occasion::Exit).await;
 }
 
 #[tokio::test]
@@ -389,7 +390,7 @@ async fn a_stream_that_is_reset_is_no_file_and_is_asked_for_again_from_where_it_
     stream.finish().unwrap();
     assert_eq!(talk.receipt(&lab).await.outcome, Outcome::Live);
     assert!(fs::read(lab.database().join("a.ndb")).unwrap() == content);
-    agent.stop().await;
+    agent.stop(Occasion::Exit).await;
 }
 
 #[tokio::test]
@@ -413,7 +414,7 @@ async fn files_that_never_come_after_one_that_was_cut_off_are_asked_for_again() 
         talk.push(1, name, content).await;
     }
     assert_eq!(talk.receipt(&lab).await.outcome, Outcome::Live);
-    agent.stop().await;
+    agent.stop(Occasion::Exit).await;
 }
 
 #[tokio::test]
@@ -438,7 +439,7 @@ async fn what_comes_out_wrong_is_never_installed_and_is_a_fault_after_the_last_r
     // A newer offer does not wait for the next try.
     let receipt = talk.install(&lab, 2, &[("a.ndb", b"other")]).await;
     assert_eq!(receipt.outcome, Outcome::Live);
-    agent.stop().await;
+    agent.stop(Occasion::Exit).await;
 }
 
 #[tokio::test]
@@ -455,7 +456,7 @@ async fn the_newest_offer_wins_while_files_are_on_their_way() {
     let receipt = talk.install(&lab, 2, &[("a.ndb", b"second")]).await;
     assert_eq!(receipt.generation, Generation::new(2).unwrap());
     assert_eq!(fs::read(lab.database().join("a.ndb")).unwrap(), b"second");
-    agent.stop().await;
+    agent.stop(Occasion::Exit).await;
 }
 
 #[tokio::test]
@@ -482,7 +483,7 @@ async fn an_offer_does_not_wait_for_a_clamd_that_is_still_to_show_the_set_before
     talk.say(&ToAgent::Offer(lab.offer(2, &[("a.ndb", b"second")])))
         .await;
     assert_eq!(names(&talk.need().await), ["a.ndb"]);
-    agent.stop().await;
+    agent.stop(Occasion::Exit).await;
 }
 
 /// Answers as a clamd does that has none of the host's databases.
@@ -519,7 +520,7 @@ async fn a_transfer_that_dies_with_the_agent_leaves_nothing_and_is_resumed() {
     let mut stream = talk.part(1, "a.ndb", &content, 0).await;
     stream.write_all(&content[..2 << 20]).await.unwrap();
     lab.until_spooled(1 << 20).await;
-    agent.stop().await;
+    agent.stop(Occasion::Exit).await;
     assert_eq!(lab.visible(), Vec::<String>::new());
 
     let agent = lab.start(&master).await;
@@ -527,7 +528,7 @@ async fn a_transfer_that_dies_with_the_agent_leaves_nothing_and_is_resumed() {
     talk.say(&ToAgent::Offer(lab.offer(1, &[("a.ndb", &content)])))
         .await;
     assert!(talk.need().await[0].resume_at > 0);
-    agent.stop().await;
+    agent.stop(Occasion::Exit).await;
 }
 
 #[tokio::test]
@@ -757,18 +758,24 @@ socket = "none"
     }
 
     async fn start(&self, master: &Master) -> Agent {
-        Agent::start(self.config(master)).await.unwrap()
+        Agent::start(self.config(master), &mut None).await.unwrap()
     }
 
     async fn fails_to_start(&self, master: &Master) -> String {
-        let error = Agent::start(self.config(master)).await.unwrap_err();
+        let error = Agent::start(self.config(master), &mut None)
+            .await
+            .unwrap_err();
         format!("{:#}", anyhow::Error::from(error))
     }
 
     /// Asks the agent through its socket: exit code and result.
     async fn ask<T: serde::de::DeserializeOwned>(&self, request: &Request) -> (u8, T) {
         let (socket, request) = (self.path("agent.sock"), request.clone());
-        let call = move || admin::call(&socket, &request, |_| {}).unwrap();
+        let agent = admin::Daemon {
+            program: "clamcast-agent",
+            socket: "",
+        };
+        let call = move || admin::call(agent, &socket, &request, |_| {}).unwrap();
         let finish = tokio::task::spawn_blocking(call).await.unwrap();
         (finish.exit, serde_json::from_value(finish.result).unwrap())
     }

@@ -5,21 +5,51 @@ use std::future::Future;
 use sd_notify::NotifyState;
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::exit::Exit;
+use crate::admin::{Finish, Listener};
+use crate::exit::{self, Exit};
 
 /// A daemon that can be started, watched and stopped.
 pub trait Service: Sized {
     /// What it is started with.
     type Config: Clone;
 
-    /// Starts it. When this returns it is ready.
-    fn start(config: Self::Config) -> impl Future<Output = Result<Self, Exit>>;
+    /// Starts it. When this returns it is ready. `kept` is its admin socket from before a reload,
+    /// which it takes with [`Listener::open`] once nothing else can fail.
+    fn start(
+        config: Self::Config,
+        kept: &mut Option<Listener>,
+    ) -> impl Future<Output = Result<Self, Exit>>;
 
     /// Returns if a part of it ends by itself, which is a bug: what it died of.
     fn failed(&mut self) -> impl Future<Output = String>;
 
-    /// Stops it within seconds, with nothing lost.
-    fn stop(self) -> impl Future<Output = ()>;
+    /// The configuration was read again, and this runs with it; or, with the reason, it is not in
+    /// use, and this runs with the old one. To be written down, and shown until the next start.
+    fn reloaded(&mut self, outcome: Result<(), String>) -> impl Future<Output = ()>;
+
+    /// Stops it within seconds, with nothing lost. Returns its admin socket, with the commands that
+    /// wait there; none if that is what has died.
+    fn stop(self, occasion: Occasion) -> impl Future<Output = Option<Listener>>;
+}
+
+/// Why a service is stopped.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Occasion {
+    /// The process ends.
+    Exit,
+    /// It is started again at once, with a configuration that was read again.
+    Reload,
+}
+
+impl Occasion {
+    /// What a command is told that cannot be served any more.
+    pub fn finish(self) -> Finish {
+        let message = match self {
+            Self::Exit => "the daemon is stopping; nothing was done",
+            Self::Reload => "the daemon reads its configuration again; try again in a moment",
+        };
+        Finish::because(exit::UNREACHABLE, message)
+    }
 }
 
 /// Runs a service until SIGTERM or SIGINT, and tells systemd where it is (`Type=notify`).
@@ -27,15 +57,17 @@ pub trait Service: Sized {
 /// SIGHUP reads everything again: `load` returns the new configuration, after it has also looked at
 /// the files that it names. If it fails, the running service stays as it is. If it succeeds, the
 /// service is stopped and started with it: simpler than changing a running one piece by piece, and
-/// nothing can be forgotten. Peers reconnect within seconds. If the start fails all the same (a
-/// port that is taken), the service goes back to the configuration that worked.
+/// nothing can be forgotten. Peers reconnect within seconds, and commands wait at the admin socket,
+/// which stays open. If the start fails all the same (a port that is taken), the service goes back to
+/// the configuration that worked.
 pub async fn run<S: Service>(load: impl Fn() -> Result<S::Config, Exit>) -> Result<(), Exit> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut hang_up = signal(SignalKind::hangup())?;
     let mut config = load()?;
+    let mut none = None; // nothing is kept from before
     let mut service = tokio::select! {
-        started = S::start(config.clone()) => started?,
+        started = S::start(config.clone(), &mut none) => started?,
         _ = terminate.recv() => return Ok(()),
         _ = interrupt.recv() => return Ok(()),
     };
@@ -50,17 +82,27 @@ pub async fn run<S: Service>(load: impl Fn() -> Result<S::Config, Exit>) -> Resu
                 match load() {
                     Ok(new) => {
                         tracing::info!("configuration read again, starting with it");
-                        service.stop().await;
-                        (service, config) = restart(new, config).await?;
+                        let mut kept = service.stop(Occasion::Reload).await;
+                        let restarted = restart::<S>(new, config, &mut kept).await;
+                        if let Some(old) = kept {
+                            // The new configuration has it elsewhere, or there is no service any more.
+                            old.close(Occasion::Reload.finish()).await;
+                        }
+                        (service, config) = restarted?;
                     }
-                    Err(exit) => report(&exit, "the new configuration is not used, the old one stays"),
+                    Err(exit) => {
+                        report(&exit, "the new configuration is not used, the old one stays");
+                        service.reloaded(Err(reason(&exit))).await;
+                    }
                 }
                 continue;
             }
         };
         tell(NotifyState::Stopping);
         tracing::info!("stopping");
-        service.stop().await;
+        if let Some(listener) = service.stop(Occasion::Exit).await {
+            listener.close(Occasion::Exit.finish()).await;
+        }
         return match failure {
             None => Ok(()),
             Some(failure) => Err(anyhow::anyhow!("stopped by a bug: {failure}").into()),
@@ -69,22 +111,38 @@ pub async fn run<S: Service>(load: impl Fn() -> Result<S::Config, Exit>) -> Resu
 }
 
 /// Starts with the new configuration, or else with the old one.
-async fn restart<S: Service>(new: S::Config, old: S::Config) -> Result<(S, S::Config), Exit> {
-    match S::start(new.clone()).await {
-        Ok(service) => Ok((service, new)),
+async fn restart<S: Service>(
+    new: S::Config,
+    old: S::Config,
+    kept: &mut Option<Listener>,
+) -> Result<(S, S::Config), Exit> {
+    match S::start(new.clone(), kept).await {
+        Ok(mut service) => {
+            service.reloaded(Ok(())).await;
+            Ok((service, new))
+        }
         Err(exit) => {
             report(
                 &exit,
                 "cannot start with the new configuration, going back to the old one",
             );
-            Ok((S::start(old.clone()).await?, old))
+            let mut service = S::start(old.clone(), kept).await?;
+            service.reloaded(Err(reason(&exit))).await;
+            Ok((service, old))
         }
     }
 }
 
+fn reason(exit: &Exit) -> String {
+    let error = exit.error.as_ref();
+    error.map_or_else(
+        || "no reason given".to_owned(),
+        |error| format!("{error:#}"),
+    )
+}
+
 fn report(exit: &Exit, what: &str) {
-    let error = exit.error.as_ref().map(|error| format!("{error:#}"));
-    tracing::error!(error, "{what}");
+    tracing::error!(error = reason(exit), "{what}");
 }
 
 fn tell(state: NotifyState<'_>) {
@@ -101,16 +159,20 @@ mod tests {
     /// What the service of the test was told, in order.
     static TOLD: Mutex<Vec<String>> = Mutex::new(Vec::new());
 
-    struct Scripted(u32);
+    struct Scripted(u32, Listener);
 
     impl Service for Scripted {
         type Config = u32;
 
-        async fn start(config: u32) -> Result<Self, Exit> {
+        async fn start(config: u32, kept: &mut Option<Listener>) -> Result<Self, Exit> {
             note(format!("start {config}"));
             if config == 3 {
                 return Err(anyhow::anyhow!("the port is taken").into());
             }
+            let path = std::env::temp_dir().join(format!("service-{}", std::process::id()));
+            assert_eq!(kept.is_some(), config > 1);
+            let listener = Listener::open("scripted", &path, None, kept)?;
+            assert!(kept.is_none(), "the socket is kept over every reload");
             // The next signal comes when this one is up.
             let signal = if config == 4 {
                 Signal::SIGTERM
@@ -118,15 +180,23 @@ mod tests {
                 Signal::SIGHUP
             };
             tokio::spawn(async move { raise(signal) });
-            Ok(Self(config))
+            Ok(Self(config, listener))
         }
 
         async fn failed(&mut self) -> String {
             std::future::pending().await
         }
 
-        async fn stop(self) {
-            note(format!("stop {}", self.0));
+        async fn reloaded(&mut self, outcome: Result<(), String>) {
+            match outcome {
+                Ok(()) => note("reloaded".to_owned()),
+                Err(reason) => note(reason),
+            }
+        }
+
+        async fn stop(self, occasion: Occasion) -> Option<Listener> {
+            note(format!("{occasion:?} {}", self.0));
+            Some(self.1)
         }
     }
 
@@ -144,7 +214,6 @@ mod tests {
                 .pop()
                 .expect("the script is long enough");
             if next.is_err() {
-                note("bad".to_owned());
                 tokio::spawn(async { raise(Signal::SIGHUP) });
             }
             next.map_err(|()| anyhow::anyhow!("unknown key").into())
@@ -152,8 +221,8 @@ mod tests {
         let ended = run::<Scripted>(load).await;
         assert!(ended.is_ok());
         let told = TOLD.lock().unwrap().join(", ");
-        let expected =
-            "start 1, stop 1, start 2, bad, stop 2, start 3, start 2, stop 2, start 4, stop 4";
+        let expected = "start 1, Reload 1, start 2, reloaded, unknown key, Reload 2, start 3, \
+                        start 2, the port is taken, Reload 2, start 4, reloaded, Exit 4";
         assert_eq!(told, expected);
     }
 }

@@ -1,32 +1,45 @@
 //! What operators ask of the running daemon.
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
-use clamcast_daemon::admin::{AdminError, Finish, Listener, Session};
+use clamcast_daemon::admin::{AdminError, Finish, Listener, Operator, Place, Places, Session};
 use clamcast_daemon::audit::{self, Draft};
 use clamcast_daemon::exit;
+use clamcast_daemon::service::Occasion;
 use clamcast_daemon::table::printable;
 use clamcast_proto::manifest::Manifest;
+use clamcast_proto::wire::OfferId;
 use clamcast_proto::{AgentName, FleetName, Position};
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::sync::oneshot;
+use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use crate::events::Filter;
 use crate::fleet::{AWAY, Row};
-use crate::force::{News, Selection, Work};
+use crate::force::{self, INTERRUPTED, Meant, News, Selection, Work};
 use crate::hub::{Event, Hub, Stopping, View};
 use crate::pipeline::Pipeline;
-use crate::publish::{Published, Request as PublishRequest};
+use crate::publish::{PublishError, Published, Request as PublishRequest};
 use crate::recorder::Recorder;
 use crate::store::Store;
 
 /// Commands served at a time. A waiting `publish` is one of them.
 const SESSIONS_MAX: usize = 64;
+
+/// `force-sync`s under way at a time: each looks at the whole fleet after every change.
+pub const ORDERS_MAX: usize = 16;
+
+/// Failed agents that the last line of a `force-sync` names; the table above it has them all.
+const NAMED_MAX: usize = 20;
+
+/// Longest time that a `force-sync` follows its agents: a weekend.
+const TIMEOUT_MAX: Duration = Duration::from_secs(72 * 3600);
 
 /// While it waits, `publish` looks again at least this often, for silence is no event.
 const LOOK: Duration = Duration::from_secs(5);
@@ -73,7 +86,7 @@ pub enum Request {
         /// Without a delta.
         full: bool,
         /// The generation that the operator means; refused if it is not the current one.
-        generation: Option<u64>,
+        generation: Option<Meant>,
         /// Why, for the audit log.
         accept: Option<String>,
         /// Return when the agents are done.
@@ -105,28 +118,89 @@ pub struct Commands {
     pub recorder: Recorder,
     /// The audit log's directory.
     pub audit: PathBuf,
-    /// Silence that counts as failure.
-    pub deadline: Duration,
+    /// Whether it ends, and with which configuration it runs.
+    pub life: Life,
+    /// Ends what is under way.
+    pub stop: CancellationToken,
+    /// What was ordered.
+    pub orders: Orders,
     /// When the master's own certificate ends.
     pub certificate_ends: Timestamp,
 }
 
-/// Serves operators until `stop` fires, and lets the sessions that saw it end.
-pub async fn serve(mut listener: Listener, commands: Commands, stop: CancellationToken) {
-    let answer = |session| {
-        let (commands, stop) = (commands.clone(), stop.clone());
-        async move { commands.answer(session, stop).await }
+/// The `force-sync`s under way, whether anybody waits for them or not.
+#[derive(Clone, Debug)]
+pub struct Orders {
+    tasks: TaskTracker,
+    places: Places,
+}
+
+impl Default for Orders {
+    fn default() -> Self {
+        Self {
+            tasks: TaskTracker::new(),
+            places: Places::new(ORDERS_MAX),
+        }
+    }
+}
+
+/// What the operators of a running daemon have to know of its life.
+#[derive(Clone, Debug, Default)]
+pub struct Life(Arc<Shared>);
+
+#[derive(Debug, Default)]
+struct Shared {
+    unused: Mutex<Option<String>>,
+    ending: OnceLock<Occasion>,
+}
+
+impl Life {
+    /// The configuration on disk is not in use, for this reason.
+    pub fn configuration_is_unused(&self, reason: String) {
+        *self.0.unused.lock().expect("nothing panics with it") = Some(reason);
+    }
+
+    /// Commands that are still served end soon, for this reason.
+    pub fn ends(&self, occasion: Occasion) {
+        let _ = self.0.ending.set(occasion); // it ends once
+    }
+
+    fn unused(&self) -> Option<String> {
+        let unused = self.0.unused.lock().expect("nothing panics with it");
+        let reason = unused.as_ref()?;
+        Some(format!("configuration on disk is not in use: {reason}"))
+    }
+
+    fn ending(&self) -> Occasion {
+        self.0.ending.get().copied().unwrap_or(Occasion::Exit)
+    }
+
+    /// What ended a command that was under way.
+    fn word(&self) -> &'static str {
+        match self.ending() {
+            Occasion::Exit => "the daemon stopped",
+            Occasion::Reload => "the daemon read its configuration again",
+        }
+    }
+}
+
+/// Serves operators until the daemon stops, and lets the sessions and orders that saw it end. Returns
+/// the socket.
+pub async fn serve(mut listener: Listener, commands: Commands) -> Listener {
+    let (stop, orders) = (commands.stop.clone(), commands.orders.tasks.clone());
+    let answer = move |session| {
+        let commands = commands.clone();
+        async move { commands.answer(session).await }
     };
-    let mut sessions = listener.serve(SESSIONS_MAX, stop.clone(), answer).await;
+    let mut sessions = listener.serve(SESSIONS_MAX, &stop, answer).await;
     while sessions.join_next().await.is_some() {}
+    orders.close();
+    orders.wait().await;
+    listener
 }
 
 impl Commands {
-    async fn answer(
-        &self,
-        mut session: Session,
-        stop: CancellationToken,
-    ) -> Result<(), AdminError> {
+    async fn answer(&self, mut session: Session) -> Result<(), AdminError> {
         if !session.operator.may_act {
             let who = session.operator.name.clone();
             let message = format!(
@@ -136,18 +210,20 @@ impl Commands {
                 .finish(Finish::because(exit::REFUSED, message))
                 .await;
         }
-        let request: Request = match session.request().await {
+        let request: Request = match session.request() {
             Ok(request) => request,
-            Err(error @ (AdminError::Request(_) | AdminError::RequestLine)) => {
+            Err(error) => {
                 let message = crate::chain(&error);
                 return session.finish(Finish::because(exit::USAGE, message)).await;
             }
-            Err(error) => return Err(error),
         };
+        let stopping = |_: Stopping| self.life.ending().finish();
         let finish = match request.clone() {
-            Request::Publish { wait, accept } => {
-                self.publish(&mut session, wait, accept, &stop).await?
+            // Nothing that changes anything begins when the end has begun.
+            Request::Publish { .. } | Request::ForceSync { .. } if self.stop.is_cancelled() => {
+                stopping(Stopping)
             }
+            Request::Publish { wait, accept } => self.publish(&mut session, wait, accept).await?,
             Request::Status => self.status().await.unwrap_or_else(stopping),
             Request::Agents => self
                 .hub
@@ -155,9 +231,9 @@ impl Commands {
                 .await
                 .map_or_else(stopping, |view| Finish::done(view.rows)),
             Request::Generations => Finish::done(self.generations()),
-            Request::ForceSync { .. } => return self.force_sync(session, request, &stop).await,
+            Request::ForceSync { .. } => return self.force_sync(session, request).await,
             Request::AuditShow { filter, follow } => {
-                self.audit_show(&mut session, filter, follow, &stop).await?
+                self.audit_show(&mut session, filter, follow).await?
             }
         };
         session.finish(finish).await
@@ -168,7 +244,6 @@ impl Commands {
         session: &mut Session,
         wait: bool,
         accept: Option<String>,
-        stop: &CancellationToken,
     ) -> Result<Finish, AdminError> {
         let actor = session.operator.to_string();
         tracing::info!(
@@ -184,6 +259,7 @@ impl Commands {
             .await
         {
             Ok(published) => published,
+            Err(PublishError::Stopping) => return Ok(self.life.ending().finish()),
             Err(error) => {
                 return Ok(Finish::because(exit::FAILED, crate::chain(&error)));
             }
@@ -220,10 +296,19 @@ impl Commands {
         if !wait {
             return Ok(Finish::done(result));
         }
+        // It is published; whoever waits is told so also when the waiting ends early.
+        let left = |result| Finish {
+            exit: exit::NOT_CONFORMANT,
+            result,
+            message: Some(format!(
+                "{} before every agent had settled; they go on, `agents` shows how far they are",
+                self.life.word()
+            )),
+        };
         let mut hub = self.hub.clone();
         loop {
             let Ok(view) = self.hub.view().await else {
-                return Ok(stopping(Stopping));
+                return Ok(left(result));
             };
             session.progress(&progress(&view)).await?;
             if view.unsettled.is_empty() {
@@ -231,25 +316,18 @@ impl Commands {
             }
             tokio::select! {
                 biased;
-                () = stop.cancelled() => return Ok(stopping(Stopping)),
+                () = self.stop.cancelled() => return Ok(left(result)),
                 () = session.gone() => return Ok(Finish::done(result)), // nobody hears it
                 changed = hub.changed() => match changed {
-                    Ok(()) => tokio::time::sleep(CHANGES_SETTLE).await,
-                    Err(stop) => return Ok(stopping(stop)),
+                    Ok(()) => sleep(CHANGES_SETTLE).await,
+                    Err(Stopping) => return Ok(left(result)),
                 },
-                () = tokio::time::sleep(LOOK) => {}
+                () = sleep(LOOK) => {}
             }
         }
     }
 
-    /// Once it has begun it goes on to its end, whether the operator still listens or not: what was
-    /// ordered is carried out and its outcome stands in the audit log.
-    async fn force_sync(
-        &self,
-        session: Session,
-        request: Request,
-        stop: &CancellationToken,
-    ) -> Result<(), AdminError> {
+    async fn force_sync(&self, session: Session, request: Request) -> Result<(), AdminError> {
         let Request::ForceSync {
             selection,
             full,
@@ -262,85 +340,77 @@ impl Commands {
             unreachable!("called for no other")
         };
         let operator = session.operator.clone();
+        let Some(place) = self.orders.places.take(operator.uid) else {
+            let message = format!(
+                "too many force-syncs are under way, at most {ORDERS_MAX} may be; wait for one to end (`audit show --event force-sync-end`)"
+            );
+            return session
+                .finish(Finish::because(exit::REFUSED, message))
+                .await;
+        };
         let (position, agents) = match self.forced(&selection, generation).await {
             Ok(forced) => forced,
             Err(finish) => return session.finish(finish).await,
         };
-        let note = |event: &str, outcome: Option<&str>, detail: Value| Draft {
-            event: event.to_owned(),
-            actor: operator.to_string(),
-            subject: "fleet".to_owned(),
-            position: Some(position),
-            outcome: outcome.map(str::to_owned),
-            detail,
+        let timeout = Duration::from_secs(timeout).min(TIMEOUT_MAX);
+        let mut order = Order {
+            commands: self.clone(),
+            operator,
+            position,
+            deadline: Instant::now() + timeout,
+            work: Work::default(),
+            _place: place,
         };
-        let detail = json!({
-            "agents": agents, "full": full, "reason": accept, "login_uid": operator.login_uid,
-        });
-        self.recorder.note(note("force-sync", None, detail)).await;
-        tracing::info!(%operator, agents = agents.len(), full, "force-sync");
+        let mut detail = force::named("agents", agents.iter());
+        detail.insert("full".to_owned(), full.into());
+        detail.insert("reason".to_owned(), json!(accept));
+        detail.insert("login_uid".to_owned(), json!(order.operator.login_uid));
+        order.note("force-sync", None, detail.into()).await;
+        tracing::info!(operator = %order.operator, agents = agents.len(), full, "force-sync");
 
         let (reply, forced) = oneshot::channel();
         let event = Event::Force {
-            agents,
+            agents: agents.clone(),
             full,
             reply,
         };
         let told = self.hub.tell(event).await;
-        let (Ok(()), Ok(forced)) = (told, forced.await) else {
-            return session.finish(stopping(Stopping)).await;
+        let first;
+        (order.work, first) = if let (Ok(()), Ok(forced)) = (told, forced.await) {
+            Work::new(forced.offers, forced.offline)
+        } else {
+            let nobody = agents.into_iter().map(|agent| (agent, OfferId(u64::MAX)));
+            let (mut work, _) = Work::new(nobody.collect(), Vec::new());
+            let news = work.interrupt("what was current was withdrawn");
+            (work, news)
         };
-        let (mut work, first) = Work::new(forced.offers, forced.offline);
         let mut listener = Some(session);
         tell(&mut listener, &first).await;
-        if !wait && let Some(session) = listener.take() {
-            // Whoever did not wait does not hear more, and nothing depends on it.
-            let _ = session.finish(Finish::done(ends(&work, position))).await;
-        }
-        let end = self.follow(&mut work, &mut listener, timeout, stop).await;
-
-        let failed: Vec<_> = work.ended().iter().filter(|end| !end.conformant).collect();
-        let outcome = match end {
-            Err(Stopping) => "interrupted",
-            Ok(()) if failed.is_empty() => "done",
-            Ok(()) => "failed",
-        };
-        let names: Vec<_> = failed.iter().map(|end| &end.agent).collect();
-        let detail = json!({ "done": work.ended().len() - failed.len(), "failed": names });
-        self.recorder
-            .note(note("force-sync-end", Some(outcome), detail))
-            .await;
-        let Some(session) = listener else {
+        if wait {
+            self.orders.tasks.spawn(order.carry_out(listener));
             return Ok(());
-        };
-        let finish = match end {
-            Err(stop) => stopping(stop),
-            Ok(()) => Finish {
-                exit: if failed.is_empty() {
-                    exit::DONE
-                } else {
-                    exit::NOT_CONFORMANT
-                },
-                result: ends(&work, position),
-                message: (!failed.is_empty())
-                    .then(|| format!("{} of {} agents failed", failed.len(), work.ended().len())),
-            },
-        };
-        session.finish(finish).await
+        }
+        let finish = order.finish("not told");
+        self.orders.tasks.spawn(order.carry_out(None));
+        match listener {
+            Some(session) => session.finish(finish).await,
+            None => Ok(()),
+        }
     }
 
     /// The generation and the agents of a `force-sync`, or why there is nothing to do.
     async fn forced(
         &self,
         selection: &Selection,
-        generation: Option<u64>,
+        generation: Option<Meant>,
     ) -> Result<(Position, Vec<AgentName>), Finish> {
-        let view = self.hub.view().await.map_err(stopping)?;
+        let view = self.hub.view().await;
+        let view = view.map_err(|Stopping| self.life.ending().finish())?;
         let Some(current) = view.current.as_ref().map(|manifest| manifest.position()) else {
             let message = "no generation is published yet; `publish` makes one";
             return Err(Finish::because(exit::FAILED, message));
         };
-        if generation.is_some_and(|number| number != current.generation.number()) {
+        if generation.is_some_and(|meant| !meant.is(current)) {
             let message = format!(
                 "only the current generation, {current}, can be forced: agents never go back to a \
                  lower number"
@@ -350,39 +420,6 @@ impl Commands {
         match selection.resolve(&view.rows) {
             Ok(agents) => Ok((current, Vec::from_iter(agents))),
             Err(error) => Err(Finish::because(exit::USAGE, crate::chain(&error))),
-        }
-    }
-
-    /// Follows the agents until each is done or the time is over.
-    async fn follow(
-        &self,
-        work: &mut Work,
-        listener: &mut Option<Session>,
-        timeout: u64,
-        stop: &CancellationToken,
-    ) -> Result<(), Stopping> {
-        let mut hub = self.hub.clone();
-        let deadline = tokio::time::sleep(Duration::from_secs(timeout));
-        tokio::pin!(deadline);
-        loop {
-            let view = self.hub.view().await?;
-            tell(listener, &work.look(&view.rows)).await;
-            if deadline.is_elapsed() {
-                tell(listener, &work.time_out(&view.rows)).await;
-            }
-            if work.is_done() {
-                return Ok(());
-            }
-            tokio::select! {
-                biased;
-                () = stop.cancelled() => return Err(Stopping),
-                changed = hub.changed() => {
-                    changed?;
-                    tokio::time::sleep(CHANGES_SETTLE).await;
-                }
-                () = &mut deadline => {}
-                () = hang_up(listener) => *listener = None,
-            }
         }
     }
 
@@ -403,9 +440,14 @@ impl Commands {
             });
             fields.insert("refused".to_owned(), refused);
         }
-        let trouble = self.pipeline.trouble();
-        if let Some(alarm) = self.recorder.alarm().or(trouble) {
-            fields.insert("alarm".to_owned(), alarm.into());
+        let alarms = [
+            self.recorder.alarm(),
+            self.pipeline.trouble(),
+            self.life.unused(),
+        ];
+        let alarms: Vec<_> = alarms.into_iter().flatten().collect();
+        if !alarms.is_empty() {
+            fields.insert("alarm".to_owned(), alarms.join("; ").into());
         }
         // The whole fleet is one wave.
         let state = match (&view.current, view.unsettled.is_empty()) {
@@ -470,7 +512,6 @@ impl Commands {
         session: &mut Session,
         filter: Filter,
         follow: bool,
-        stop: &CancellationToken,
     ) -> Result<Finish, AdminError> {
         // Read in a thread, sent in pieces: the log of years does not fit in memory. What is there
         // now ends with an empty piece.
@@ -512,10 +553,14 @@ impl Commands {
             Ok::<_, audit::AuditError>(())
         });
         let mut any = false;
+        let mut cut_off = false;
         loop {
             tokio::select! {
                 biased;
-                () = stop.cancelled() => break,
+                () = self.stop.cancelled() => {
+                    cut_off = true;
+                    break;
+                }
                 () = session.gone() => break,
                 piece = read.recv() => match piece {
                     Some(piece) if !piece.is_empty() => {
@@ -530,6 +575,10 @@ impl Commands {
         }
         drop(read);
         Ok(match reading.await.expect("reading does not panic") {
+            Ok(()) if cut_off => {
+                let message = format!("{}; there may be more records", self.life.word());
+                Finish::because(exit::UNREACHABLE, message)
+            }
             Ok(()) => Finish::done(Value::Null),
             Err(error) => Finish::because(exit::FAILED, crate::chain(&error)),
         })
@@ -552,6 +601,100 @@ impl Commands {
     }
 }
 
+/// One `force-sync`. It goes on to its end whether the operator still listens or not, and its outcome
+/// stands in the audit log.
+#[derive(Debug)]
+struct Order {
+    commands: Commands,
+    operator: Operator,
+    position: Position,
+    deadline: Instant,
+    work: Work,
+    _place: Place,
+}
+
+impl Order {
+    async fn carry_out(mut self, mut listener: Option<Session>) {
+        if let Err(Stopping) = self.follow(&mut listener).await {
+            let news = self.work.interrupt(self.commands.life.word());
+            tell(&mut listener, &news).await;
+        }
+        let outcome = self.work.outcome();
+        self.note("force-sync-end", Some(outcome), self.work.detail())
+            .await;
+        if let Some(session) = listener {
+            let mut finish = self.finish("failed");
+            if let (INTERRUPTED, Some(message)) = (outcome, &mut finish.message) {
+                let word = self.commands.life.word();
+                *message += &format!("; {word}: order it again for those");
+            }
+            // Whoever has gone finds it in the log.
+            let _ = session.finish(finish).await;
+        }
+    }
+
+    /// Follows the agents until each is done or the time is over.
+    async fn follow(&mut self, listener: &mut Option<Session>) -> Result<(), Stopping> {
+        let mut hub = self.commands.hub.clone();
+        loop {
+            let view = hub.view().await?;
+            tell(listener, &self.work.look(&view.rows)).await;
+            if Instant::now() >= self.deadline {
+                tell(listener, &self.work.time_out()).await;
+            }
+            if self.work.is_done() {
+                return Ok(());
+            }
+            tokio::select! {
+                biased;
+                () = self.commands.stop.cancelled() => return Err(Stopping),
+                changed = hub.changed() => {
+                    changed?;
+                    sleep(CHANGES_SETTLE).await;
+                }
+                () = sleep_until(self.deadline) => {}
+                () = hang_up(listener) => *listener = None,
+            }
+        }
+    }
+
+    /// What the command is told at its end; `what` is what the failed agents have done.
+    fn finish(&self, what: &str) -> Finish {
+        let Position { epoch, generation } = self.position;
+        let (failed, all) = (self.work.failed(), self.work.agents());
+        let result = json!({
+            "epoch": epoch, "generation": generation, "agents": self.work.ended(),
+        });
+        if failed.is_empty() {
+            return Finish::done(result);
+        }
+        let names = failed.iter().take(NAMED_MAX).map(|end| end.agent.as_str());
+        let names: Vec<_> = names.collect();
+        let more = if failed.len() > NAMED_MAX { " ..." } else { "" };
+        Finish {
+            exit: exit::NOT_CONFORMANT,
+            result,
+            message: Some(format!(
+                "{} of {all} agents {what}: {}{more}",
+                failed.len(),
+                names.join(" ")
+            )),
+        }
+    }
+
+    async fn note(&self, event: &str, outcome: Option<&str>, detail: Value) {
+        let draft = Draft {
+            event: event.to_owned(),
+            actor: self.operator.to_string(),
+            subject: "fleet".to_owned(),
+            position: Some(self.position),
+            outcome: outcome.map(str::to_owned),
+            detail,
+        };
+        self.commands.recorder.note(draft).await;
+    }
+}
+
 /// Tells whoever still listens. One that does not is as good as gone: the work goes on.
 async fn tell(listener: &mut Option<Session>, news: &[News]) {
     for news in news {
@@ -569,11 +712,6 @@ async fn hang_up(listener: &mut Option<Session>) {
         Some(session) => session.gone().await,
         None => std::future::pending().await,
     }
-}
-
-/// What `force-sync` answers.
-fn ends(work: &Work, position: Position) -> Value {
-    json!({ "epoch": position.epoch, "generation": position.generation, "agents": work.ended() })
 }
 
 /// The age of what changes daily: the database `daily`, or the one that was built last.
@@ -636,8 +774,4 @@ fn settled(mut result: Value, view: &View) -> Finish {
         result,
         message,
     }
-}
-
-fn stopping(_: Stopping) -> Finish {
-    Finish::because(exit::UNREACHABLE, "the daemon is stopping")
 }

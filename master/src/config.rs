@@ -16,6 +16,9 @@ pub const DEFAULT_PATH: &str = "/etc/clamcast/master.toml";
 /// Where the admin socket is unless told otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/clamcast/master.sock";
 
+/// The program, as it is called at its admin socket.
+pub const PROGRAM: &str = "clamcast-master";
+
 /// The configuration, checked: once one exists, nothing downstream validates it again. All paths
 /// are absolute or relative to the working directory, no longer to the file.
 #[derive(Clone, Debug)]

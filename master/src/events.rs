@@ -9,7 +9,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 /// Every event that the master records.
-pub const EVENTS: [&str; 16] = [
+pub const EVENTS: [&str; 17] = [
     "alarm",
     "declined",
     "enrolled",
@@ -21,6 +21,7 @@ pub const EVENTS: [&str; 16] = [
     "receipt",
     "refused",
     "rejected",
+    "reload",
     "restored",
     "revocation_list",
     "revoked",

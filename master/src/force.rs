@@ -3,13 +3,27 @@
 //! Pure: `admin.rs` feeds it what the hub sees and writes down what comes out.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::str::FromStr;
 
-use clamcast_proto::wire::OfferId;
-use clamcast_proto::{AgentName, GroupName};
+use clamcast_proto::receipt::{Drift, Found};
+use clamcast_proto::wire::{OfferId, Phase};
+use clamcast_proto::{AgentName, Epoch, Generation, GroupName, Position};
 use globset::Glob;
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 
 use crate::fleet::Row;
+
+/// Bytes of names that one record of the audit log lists: a fleet of thousands, and far below what
+/// fits a line.
+const NAMES_BYTES_MAX: usize = 400_000;
+
+/// Bytes of reasons, and of what was mended, that one record lists: enough to see what went wrong;
+/// each host's own receipt has the rest.
+const REASONS_BYTES_MAX: usize = 100_000;
+
+/// Longest of these in bytes.
+const REASON_BYTES_MAX: usize = 300;
 
 /// Which agents an operator means.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
@@ -111,8 +125,44 @@ impl Selection {
     }
 }
 
+/// The generation that an operator means: `EPOCH.NUMBER`, or a number in the current epoch.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Meant {
+    /// The epoch, if it was said.
+    pub epoch: Option<Epoch>,
+    /// The number.
+    pub generation: Generation,
+}
+
+impl Meant {
+    /// Whether this is the generation at `position`, if that is current.
+    pub fn is(self, position: Position) -> bool {
+        self.generation == position.generation
+            && self.epoch.is_none_or(|epoch| epoch == position.epoch)
+    }
+}
+
+/// A text does not name a generation.
+#[derive(Debug, thiserror::Error)]
+#[error("expected a generation as `generations` lists it, like 1.42, or its number alone")]
+pub struct MeantError;
+
+impl FromStr for Meant {
+    type Err = MeantError;
+
+    fn from_str(text: &str) -> Result<Self, MeantError> {
+        let number = |text: &str| text.parse().map_err(|_| MeantError);
+        let (epoch, generation) = match text.split_once('.') {
+            Some((epoch, generation)) => (Some(Epoch(number(epoch)?)), generation),
+            None => (None, text),
+        };
+        let generation = Generation::new(number(generation)?).ok_or(MeantError)?;
+        Ok(Self { epoch, generation })
+    }
+}
+
 /// One forced install on its way through the fleet.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Work {
     waiting: BTreeMap<AgentName, Waiting>,
     ended: Vec<End>,
@@ -125,18 +175,29 @@ struct Waiting {
     said: String,
 }
 
+/// The outcome of a work, and of an agent, that nobody followed to its end.
+pub const INTERRUPTED: &str = "interrupted";
+
+/// What is said of an agent that has given no sign of its offer.
+const ORDERED: &str = "ordered";
+
 /// What became of one agent.
 #[derive(Clone, Debug, Eq, PartialEq, Serialize)]
 pub struct End {
     /// The agent.
     pub agent: AgentName,
-    /// An outcome of its receipt, or `offline`, `gone`, `timeout`.
+    /// An outcome of its receipt, or `offline`, `gone`, `no answer`, `timeout`, `interrupted`.
     pub outcome: String,
-    /// The generation it has now.
+    /// Epoch of the generation that it has now; nothing is said of one that has not answered.
+    pub epoch: Option<u64>,
+    /// Number of that generation.
     pub generation: Option<u64>,
     /// Whether it is what the master wants, with every file intact.
     pub conformant: bool,
-    /// Why not.
+    /// What its re-hash found to be other than published.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub drift: Vec<Drift>,
+    /// Why it is not conformant.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
 }
@@ -160,30 +221,35 @@ impl Work {
     /// Begins with the agents that were offered, and those that are not connected, which are done
     /// at once.
     pub fn new(offers: Vec<(AgentName, OfferId)>, offline: Vec<AgentName>) -> (Self, Vec<News>) {
+        let ordered = offers.iter().map(|(agent, _)| News::Phase {
+            agent: agent.clone(),
+            phase: ORDERED.to_owned(),
+        });
+        let mut news: Vec<_> = ordered.collect();
         let waiting = offers.into_iter().map(|(agent, offer)| {
-            let said = String::new();
+            let said = ORDERED.to_owned();
             (agent, Waiting { offer, said })
         });
         let mut work = Self {
             waiting: waiting.collect(),
             ended: Vec::new(),
         };
-        let offline = offline.into_iter().map(|agent| {
+        for agent in offline {
             let error = "not connected; it catches up when it comes back, without a re-hash";
-            work.end(agent, "offline", None, Some(error.to_owned()))
-        });
-        let news = offline.collect();
+            let end = End::new(agent, "offline", None, Some(error.to_owned()));
+            news.push(work.end(end));
+        }
         (work, news)
     }
 
-    /// What the hub sees now.
+    /// What the hub sees now, in the order of names.
     pub fn look(&mut self, rows: &[Row]) -> Vec<News> {
         let names: Vec<_> = self.waiting.keys().cloned().collect();
         let mut news = Vec::new();
         for agent in names {
-            let Some(row) = rows.iter().find(|row| row.name == agent) else {
+            let Some(row) = of(&agent, rows) else {
                 let error = Some("revoked meanwhile".to_owned());
-                news.push(self.end(agent, "gone", None, error));
+                news.push(self.end(End::new(agent, "gone", None, error)));
                 continue;
             };
             let waiting = self.waiting.get_mut(&agent).expect("taken from its keys");
@@ -193,14 +259,14 @@ impl Work {
             // It lost the connection and is back without a newer offer: nothing was left to do.
             let back = row.connected && row.offered.is_none() && row.conformant;
             if answered || back {
-                let outcome = row.outcome.clone();
-                news.push(self.end(agent, &outcome, Some(row), row.error.clone()));
+                let end = End::new(agent, &row.outcome, Some(row), row.error.clone());
+                news.push(self.end(end));
                 continue;
             }
-            let said = if row.connected {
-                row.outcome.as_str()
-            } else {
-                "connection lost"
+            let said = match row.outcome.as_str() {
+                _ if !row.connected => "connection lost",
+                idle if idle == Phase::Idle.to_string() => ORDERED,
+                phase => phase,
             };
             if waiting.said != said {
                 said.clone_into(&mut waiting.said);
@@ -212,15 +278,35 @@ impl Work {
     }
 
     /// The time is over: whoever is not done has failed.
-    pub fn time_out(&mut self, rows: &[Row]) -> Vec<News> {
-        let names: Vec<_> = self.waiting.keys().cloned().collect();
-        let late = names.into_iter().map(|agent| {
-            let said = self.waiting[&agent].said.clone();
-            let row = rows.iter().find(|row| row.name == agent);
-            let error = format!("not done in time, last seen: {said}; it goes on by itself");
-            self.end(agent, "timeout", row, Some(error))
-        });
-        late.collect()
+    pub fn time_out(&mut self) -> Vec<News> {
+        self.end_all(|said| match said {
+            ORDERED => (
+                "no answer",
+                "it gave no sign of the order in time".to_owned(),
+            ),
+            said => (
+                "timeout",
+                format!("not done in time, last seen: {said}; it goes on by itself"),
+            ),
+        })
+    }
+
+    /// Nobody follows it any more, because of `reason`: what becomes of the others is not known here.
+    pub fn interrupt(&mut self, reason: &str) -> Vec<News> {
+        self.end_all(|said| {
+            let error = format!("{reason} before it was done, last seen: {said}");
+            (INTERRUPTED, error)
+        })
+    }
+
+    fn end_all(&mut self, how: impl Fn(&str) -> (&'static str, String)) -> Vec<News> {
+        let mut news = Vec::new();
+        for (agent, waiting) in std::mem::take(&mut self.waiting) {
+            let (outcome, error) = how(&waiting.said);
+            let end = End::new(agent, outcome, None, Some(error));
+            news.push(self.end(end));
+        }
+        news
     }
 
     /// Whether every agent is done.
@@ -233,24 +319,122 @@ impl Work {
         &self.ended
     }
 
-    fn end(
-        &mut self,
-        agent: AgentName,
-        outcome: &str,
-        row: Option<&Row>,
-        error: Option<String>,
-    ) -> News {
-        self.waiting.remove(&agent);
-        let end = End {
-            agent,
-            outcome: outcome.to_owned(),
-            generation: row.and_then(|row| row.generation),
-            conformant: row.is_some_and(|row| row.conformant) && outcome != "timeout",
-            error,
-        };
+    /// Those that did not get there.
+    pub fn failed(&self) -> Vec<&End> {
+        self.ended.iter().filter(|end| !end.conformant).collect()
+    }
+
+    /// How many agents it is about.
+    pub fn agents(&self) -> usize {
+        self.waiting.len() + self.ended.len()
+    }
+
+    /// What came of it, in one word.
+    pub fn outcome(&self) -> &'static str {
+        let mut ended = self.ended.iter();
+        if ended.any(|end| end.outcome == INTERRUPTED) {
+            INTERRUPTED
+        } else if self.failed().is_empty() {
+            "done"
+        } else {
+            "failed"
+        }
+    }
+
+    /// What the audit log keeps of it.
+    pub fn detail(&self) -> Value {
+        let failed = self.failed();
+        let mut detail = named("failed", failed.iter().map(|end| &end.agent));
+        let done = self.ended.len() - failed.len();
+        detail.insert("done".to_owned(), done.into());
+        let errors = failed.iter().map(|end| {
+            let error = end.error.as_deref().unwrap_or("not there yet");
+            format!("{}: {}: {error}", end.agent, end.outcome)
+        });
+        let drift = self.ended.iter().filter(|end| !end.drift.is_empty());
+        let drift = drift.map(|end| format!("{}: {}", end.agent, found(&end.drift)));
+        for (key, lines) in [
+            ("errors", listed(errors, REASONS_BYTES_MAX)),
+            ("drift", listed(drift, REASONS_BYTES_MAX)),
+        ] {
+            if !lines.is_empty() {
+                detail.insert(key.to_owned(), json!(lines));
+            }
+        }
+        Value::Object(detail)
+    }
+
+    fn end(&mut self, end: End) -> News {
+        self.waiting.remove(&end.agent);
         self.ended.push(end.clone());
         News::End(end)
     }
+}
+
+impl End {
+    /// `row` is what is known of the agent now that it has ended; none if it has not answered.
+    fn new(agent: AgentName, outcome: &str, row: Option<&Row>, error: Option<String>) -> Self {
+        Self {
+            agent,
+            outcome: outcome.to_owned(),
+            epoch: row.and_then(|row| row.epoch),
+            generation: row.and_then(|row| row.generation),
+            conformant: row.is_some_and(|row| row.conformant),
+            drift: row.map(|row| row.drift.clone()).unwrap_or_default(),
+            error,
+        }
+    }
+}
+
+/// The agent's row among `rows`, which are in the order of names.
+fn of<'a>(agent: &AgentName, rows: &'a [Row]) -> Option<&'a Row> {
+    let index = rows.binary_search_by(|row| row.name.cmp(agent)).ok()?;
+    Some(&rows[index])
+}
+
+/// What the re-hash of a host found, for people.
+pub fn found(drift: &[Drift]) -> String {
+    let one = |drift: &Drift| {
+        let found = match drift.found {
+            Found::Missing => "was missing",
+            Found::Changed => "was changed",
+            Found::Unreadable => "could not be read",
+        };
+        let mended = if drift.mended { "mended" } else { "not mended" };
+        format!("{} {found}, {mended}", drift.name)
+    };
+    drift.iter().map(one).collect::<Vec<_>>().join("; ")
+}
+
+/// A list of agents as it stands in the audit log: all of them unless they are too many for one
+/// record, and then how many there are.
+pub fn named<'a>(
+    key: &str,
+    agents: impl ExactSizeIterator<Item = &'a AgentName>,
+) -> serde_json::Map<String, Value> {
+    let total = agents.len();
+    let names = listed(agents.map(AgentName::to_string), NAMES_BYTES_MAX);
+    let mut map = serde_json::Map::new();
+    if names.len() < total {
+        map.insert(format!("{key}_total"), total.into());
+    }
+    map.insert(key.to_owned(), json!(names));
+    map
+}
+
+/// As many `lines` as fit `bytes_max` in JSON, each cut to what one may have.
+fn listed(lines: impl Iterator<Item = String>, bytes_max: usize) -> Vec<String> {
+    let mut left = bytes_max;
+    let cut = lines.map(|mut line| {
+        line.truncate(line.floor_char_boundary(REASON_BYTES_MAX));
+        line
+    });
+    let fits = cut.take_while(|line| {
+        let bytes = json!(line).to_string().len() + 1;
+        left = left.saturating_sub(bytes);
+        left > 0
+    });
+    fits.collect()
 }
 
 #[cfg(test)]
@@ -342,7 +526,7 @@ mod tests {
             ("web2".parse().unwrap(), OfferId(6)),
         ];
         let (mut work, first) = Work::new(offers, vec!["db1".parse().unwrap()]);
-        assert_eq!(news(&first), "db1 = offline");
+        assert_eq!(news(&first), "web1 ordered, web2 ordered, db1 = offline");
         let look = |work: &mut Work, text: &str| news(&work.look(&rows(text)));
         let fetching = "web1 dmz fetching 5 4 | web2 dmz live 6 2";
         assert_eq!(look(&mut work, fetching), "web1 fetching, web2 live");
@@ -368,7 +552,66 @@ mod tests {
         let (mut work, _) = Work::new(offers, vec![]);
         let rows = rows("web1 dmz proving 5");
         assert_eq!(news(&work.look(&rows)), "web1 proving, web2 = gone");
-        assert_eq!(news(&work.time_out(&rows)), "web1 = timeout");
+        assert_eq!(news(&work.time_out()), "web1 = timeout");
         assert!(work.is_done() && work.ended().iter().all(|end| !end.conformant));
+    }
+
+    #[test]
+    fn whoever_never_answered_is_told_from_whoever_is_slow() {
+        let offers = || {
+            let names = ["web1", "web2"].map(|name| name.parse().unwrap());
+            names.into_iter().zip([5, 6].map(OfferId)).collect()
+        };
+        let (mut work, _) = Work::new(offers(), vec![]);
+        work.look(&rows("web1 dmz idle 5 | web2 dmz fetching 6"));
+        assert_eq!(news(&work.time_out()), "web1 = no answer, web2 = timeout");
+        let (mut work, _) = Work::new(offers(), vec![]);
+        work.look(&rows("web1 dmz live - 5 | web2 dmz proving 6"));
+        assert_eq!(news(&work.interrupt("reload")), "web2 = interrupted");
+        assert_eq!(work.detail()["failed"], json!(["web2"]));
+        let errors = json!(["web2: interrupted: reload before it was done, last seen: proving"]);
+        assert_eq!(work.detail()["errors"], errors);
+    }
+
+    #[test]
+    fn a_record_of_a_whole_fleet_keeps_its_size() {
+        let name = |number| format!("{}-{number:05}", "n".repeat(57)).parse().unwrap();
+        let record = |count: u64| {
+            let names: Vec<AgentName> = (0..count).map(name).collect();
+            let ordered = Value::Object(named("agents", names.iter()));
+            let (work, _) = Work::new(vec![], names);
+            (ordered, work.detail())
+        };
+        let (ordered, ended) = record(2_000);
+        assert_eq!(ordered["agents"].as_array().unwrap().len(), 2_000);
+        assert_eq!(ended["failed"].as_array().unwrap().len(), 2_000);
+        let (ordered, ended) = record(20_000);
+        assert_eq!(
+            (&ordered["agents_total"], &ended["failed_total"]),
+            (&json!(20_000), &json!(20_000))
+        );
+        for record in [ordered, ended] {
+            let bytes = record.to_string().len();
+            assert!((300_000..600_000).contains(&bytes), "{bytes}");
+        }
+    }
+
+    #[test]
+    fn a_generation_is_meant_by_its_number_in_the_current_epoch_or_by_both() {
+        let current = Position {
+            epoch: Epoch(2),
+            generation: Generation::new(7).unwrap(),
+        };
+        let check = |text: &str, expected: Option<bool>| {
+            let meant: Option<Meant> = text.parse().ok();
+            assert_eq!(meant.map(|meant| meant.is(current)), expected, "{text}");
+        };
+        check("7", Some(true));
+        check("2.7", Some(true));
+        check("1.7", Some(false));
+        check("8", Some(false));
+        for wrong in ["", "0", "2.", "x", "2.7.1", "-1"] {
+            check(wrong, None);
+        }
     }
 }

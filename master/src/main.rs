@@ -7,15 +7,15 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clamcast_daemon::admin::{self, Finish};
+use clamcast_daemon::admin::{self, Finish, Listener};
 use clamcast_daemon::exit::{self, Exit, OrExit as _};
 use clamcast_daemon::say;
-use clamcast_daemon::service::{self, Service};
+use clamcast_daemon::service::{self, Occasion, Service};
 use clamcast_daemon::{audit, logging};
 use clamcast_master::admin::Request;
 use clamcast_master::config::{self, Config};
 use clamcast_master::events::{self, AgentPattern, EVENTS};
-use clamcast_master::force::Selection;
+use clamcast_master::force::{Meant, Selection};
 use clamcast_master::preflight;
 use clamcast_master::serve::{self, Master};
 use clamcast_proto::GroupName;
@@ -118,8 +118,9 @@ enum Command {
     ///
     /// They re-hash what is really on their disks first, fetch what is missing or damaged, install
     /// it at once and prove it. An agent that is not connected is named at once. What was ordered is
-    /// carried out also if this command is interrupted; its outcome stands in the audit log. Exit 1
-    /// if an agent failed.
+    /// carried out also if this command is interrupted (exit 130); its outcome stands in the audit log
+    /// (`audit show --event force-sync-end`). Exit 1 if an agent failed, or if the daemon was stopped
+    /// before every agent was done.
     #[command(after_long_help = help::FORCE_SYNC)]
     ForceSync(ForceSync),
     /// The log of what happened
@@ -141,13 +142,14 @@ struct ForceSync {
     /// Send whole files, no deltas
     #[arg(long)]
     full: bool,
-    /// Only if this number is the current generation's; needs --accept, and never goes with --all
+    /// Only if this generation (1.42, or 42 in the current epoch) is the current one; needs --accept,
+    /// and never goes with --all
     #[arg(long, value_name = "N", conflicts_with = "all", requires = "accept")]
-    generation: Option<u64>,
+    generation: Option<Meant>,
     /// Why, for the audit log
     #[arg(long, value_name = "REASON")]
     accept: Option<String>,
-    /// Return once the agents are told
+    /// Return once the agents are told; exit 1 if one is not connected
     #[arg(long)]
     no_wait: bool,
     /// How long to wait for them
@@ -330,33 +332,28 @@ fn force_sync(socket: &Path, args: ForceSync) -> Result<(), Exit> {
         timeout: args.timeout.as_secs().max(1),
     };
     let hosts = show::force::Hosts::new(json);
+    hosts.on_interrupt();
     let finish = call(socket, &request, |news| hosts.show(&news))?;
     hosts.clear();
-    // With --json the table was printed line by line.
     let Finish {
         exit,
-        result,
+        mut result,
         message,
     } = finish;
-    let result = if json {
-        serde_json::Value::Null
-    } else {
-        result
-    };
+    if json {
+        result = serde_json::Value::Null; // it was printed line by line
+    }
     let table = if args.no_wait {
         show::force::ordered
     } else {
         show::force::synced
     };
-    show::end(
-        Finish {
-            exit,
-            result,
-            message,
-        },
-        false,
-        table,
-    )
+    let finish = Finish {
+        exit,
+        result,
+        message,
+    };
+    show::end(finish, false, table)
 }
 
 fn ask(socket: &Path, request: &Request) -> Result<Finish, Exit> {
@@ -368,7 +365,12 @@ fn call(
     request: &Request,
     progress: impl FnMut(serde_json::Value),
 ) -> Result<Finish, Exit> {
-    admin::call(socket, request, progress).map_err(|error| Exit::new(error.exit_code(), error))
+    let master = admin::Daemon {
+        program: config::PROGRAM,
+        socket: config::DEFAULT_SOCKET,
+    };
+    admin::call(master, socket, request, progress)
+        .map_err(|error| Exit::new(error.exit_code(), error))
 }
 
 /// The daemon's life is the same for master and agent.
@@ -377,16 +379,20 @@ struct Daemon(Master);
 impl Service for Daemon {
     type Config = Config;
 
-    async fn start(config: Config) -> Result<Self, Exit> {
-        Ok(Self(Master::start(config).await?))
+    async fn start(config: Config, kept: &mut Option<Listener>) -> Result<Self, Exit> {
+        Ok(Self(Master::start(config, kept).await?))
     }
 
     async fn failed(&mut self) -> String {
         self.0.failed().await
     }
 
-    async fn stop(self) {
-        self.0.stop().await;
+    async fn reloaded(&mut self, outcome: Result<(), String>) {
+        self.0.reloaded(outcome).await;
+    }
+
+    async fn stop(self, occasion: Occasion) -> Option<Listener> {
+        self.0.stop(occasion).await
     }
 }
 

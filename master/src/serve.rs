@@ -12,6 +12,7 @@ use clamcast_daemon::admin::{AdminError, Listener};
 use clamcast_daemon::audit::{self, AuditError, Draft};
 use clamcast_daemon::durable;
 use clamcast_daemon::input::{self, InputError};
+use clamcast_daemon::service::Occasion;
 use clamcast_proto::dsse::{Envelope, PublicKey, Verified};
 use clamcast_proto::keys::{KeySet, KeySetError};
 use ed25519_dalek::SigningKey;
@@ -22,9 +23,9 @@ use tokio::sync::{Notify, mpsc};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 
-use crate::admin::{self, Commands};
+use crate::admin::{self, Commands, Life, Orders};
 use crate::archive::Archive;
-use crate::config::{Config, Signing};
+use crate::config::{self, Config, Signing};
 use crate::endpoint::{self, EndpointError, FILE_BYTES_MAX};
 use crate::fleet::Fleet;
 use crate::hub::{self, Event, Hub};
@@ -225,6 +226,8 @@ pub struct Master {
     hub: Hub,
     stop: CancellationToken,
     tasks: JoinSet<()>,
+    admin: JoinHandle<Listener>,
+    life: Life,
     hub_task: JoinHandle<()>,
     hub_stop: CancellationToken,
     recorder: Recorder,
@@ -233,8 +236,8 @@ pub struct Master {
 
 impl Master {
     /// Starts everything. When this returns, agents and operators are listened to and the first
-    /// look at the mirror is under way.
-    pub async fn start(config: Config) -> Result<Self, StartError> {
+    /// look at the mirror is under way. `kept` is the operators' socket from before a reload.
+    pub async fn start(config: Config, kept: &mut Option<Listener>) -> Result<Self, StartError> {
         let state = |directory: &str| {
             let path = config.state.join(directory);
             durable::create_dir(&path, 0o700).map_err(|source| StartError::State {
@@ -315,7 +318,9 @@ impl Master {
                 address: config.listen.quic,
                 source,
             })?;
-        let listener = Listener::bind(&config.listen.admin, Some(&config.listen.admin_group))?;
+        let archive = Archive::open(certificates.clone()).map_err(failed(&certificates))?;
+        let (socket, group) = (&config.listen.admin, &config.listen.admin_group);
+        let listener = Listener::open(config::PROGRAM, socket, Some(group), kept)?;
         recorder
             .note(Draft {
                 event: "started".to_owned(),
@@ -360,9 +365,7 @@ impl Master {
             hub: hub.clone(),
             pusher: Pusher::new(store.clone(), config.push_concurrent),
             groups: config.groups.clone(),
-            archive: Mutex::new(
-                Archive::open(certificates.clone()).map_err(failed(&certificates))?,
-            ),
+            archive: Mutex::new(archive),
             rejections: Rejections::new(recorder.clone()),
         };
         tasks.spawn(link::serve(endpoint, Arc::new(shared), stop.clone()));
@@ -372,6 +375,7 @@ impl Master {
             hub.clone(),
             stop.clone(),
         ));
+        let life = Life::default();
         let commands = Commands {
             fleet: config.fleet.clone(),
             hub: hub.clone(),
@@ -379,16 +383,20 @@ impl Master {
             store,
             recorder: recorder.clone(),
             audit: audit_dir,
-            deadline: config.deadline,
+            life: life.clone(),
+            stop: stop.clone(),
+            orders: Orders::default(),
             certificate_ends: own.not_after,
         };
-        tasks.spawn(admin::serve(listener, commands, stop.clone()));
+        let admin = tokio::spawn(admin::serve(listener, commands));
         tracing::info!(%address, fleet = %config.fleet, mirror = %config.mirror.path.display(), "ready");
         Ok(Self {
             address,
             hub,
             stop,
             tasks,
+            admin,
+            life,
             hub_task,
             hub_stop,
             recorder,
@@ -406,29 +414,55 @@ impl Master {
         &self.hub
     }
 
-    /// Stops in order: no new agents, open connections end, then the fleet's state, then the log.
-    pub async fn stop(mut self) {
+    /// The configuration was read again, and this runs with it, or, for the reason given, with the
+    /// old one. Audited; that it is not in use is an alarm as long as this runs.
+    pub async fn reloaded(&self, outcome: Result<(), String>) {
+        let (word, detail) = match outcome {
+            Ok(()) => ("done", json!({})),
+            Err(reason) => {
+                self.life.configuration_is_unused(reason.clone());
+                (
+                    "failed",
+                    json!({ "reason": reason, "in use": "the configuration before" }),
+                )
+            }
+        };
+        self.note("reload", Some(word), detail).await;
+    }
+
+    async fn note(&self, event: &str, outcome: Option<&str>, detail: serde_json::Value) {
+        let draft = Draft {
+            event: event.to_owned(),
+            actor: "master".to_owned(),
+            subject: "master".to_owned(),
+            position: None,
+            outcome: outcome.map(str::to_owned),
+            detail,
+        };
+        self.recorder.note(draft).await;
+    }
+
+    /// Stops in order: no new agents, open connections and commands end, then the fleet's state, then
+    /// the log. Returns the operators' socket, unless its task has died.
+    pub async fn stop(mut self, occasion: Occasion) -> Option<Listener> {
         let give_up = self.recorder.give_up();
         let patience = tokio::spawn(async move {
             tokio::time::sleep(DISK_PATIENCE).await;
             give_up.store(true, Ordering::Relaxed);
         });
+        self.life.ends(occasion);
         self.stop.cancel();
+        let listener = match self.admin.is_finished() {
+            true => None, // it has died, as `failed` reported
+            false => (&mut self.admin).await.ok(),
+        };
         while let Some(ended) = self.tasks.join_next().await {
             if let Err(error) = ended {
                 tracing::error!(%error, "a task of the daemon panicked; this is a bug");
             }
         }
-        self.recorder
-            .note(Draft {
-                event: "stopped".to_owned(),
-                actor: "master".to_owned(),
-                subject: "master".to_owned(),
-                position: None,
-                outcome: None,
-                detail: json!({}),
-            })
-            .await;
+        let reload = (occasion == Occasion::Reload).then_some("reload");
+        self.note("stopped", reload, json!({})).await;
         self.hub_stop.cancel();
         if let Err(error) = self.hub_task.await {
             tracing::error!(%error, "the hub panicked; this is a bug");
@@ -441,6 +475,7 @@ impl Master {
             tracing::error!("the recorder panicked; this is a bug");
         }
         patience.abort();
+        listener
     }
 
     /// Returns when one of the daemon's tasks has ended by itself, which none does but by a bug.
@@ -450,6 +485,10 @@ impl Master {
                 Some(Err(error)) => error.to_string(),
                 Some(Ok(())) => "a task ended".to_owned(),
                 None => std::future::pending().await,
+            },
+            ended = &mut self.admin => match ended {
+                Err(error) => error.to_string(),
+                Ok(_) => "the admin socket ended".to_owned(),
             },
             () = self.recorder.ended() => "the recorder ended".to_owned(),
             () = self.hub.ended() => "the hub ended".to_owned(),

@@ -1,9 +1,12 @@
 //! What operators do, with the real commands on real daemons.
 
 use std::fs;
-use std::process::{Output, Stdio};
+use std::os::unix::net::UnixStream;
+use std::process::{Child, Output, Stdio};
 
-use clamcast_tests::lab::{Agent, Container, Fleet, Master, PATIENCE, signatures, until};
+use clamcast_tests::lab::{Agent, Container, Fleet, Master, PATIENCE, program, signatures, until};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::Value;
 
 /// A master with `agents`, all live at generation 1 of a small set.
@@ -137,7 +140,7 @@ fn force_sync_names_whoever_is_offline_unknown_or_too_late() {
 fn what_was_ordered_survives_the_operators_interruption() {
     let (_fleet, master, agents) = fleet_of(&["web1"]);
     fs::remove_file(agents[0].database().join("daily.cud")).unwrap();
-    let mut command = clamcast_tests::lab::program("clamcast-master");
+    let mut command = program("clamcast-master");
     command
         .arg("--socket")
         .arg(master.socket())
@@ -185,6 +188,13 @@ fn a_reload_takes_what_is_good_and_keeps_the_old_on_an_error() {
         true,
         "nothing else happened"
     );
+    let alarm = |master: &Master| master.json(&["status"]).unwrap()["alarm"].clone();
+    let shown = alarm(&master).to_string();
+    assert!(
+        shown.contains("not in use") && shown.contains("did you mean `quiet`?"),
+        "{shown}"
+    );
+    assert_eq!(master.wait_audit("reload", 1)[0]["outcome"], "failed");
 
     // A new certificate and another quiet time.
     fleet.certs(&["master", "--host", "127.0.0.1", "--force"]);
@@ -193,6 +203,9 @@ fn a_reload_takes_what_is_good_and_keeps_the_old_on_an_error() {
     until(PATIENCE, "it starts anew", || {
         master.audit("started").len() == 2
     });
+    assert_eq!(master.wait_audit("reload", 2)[1]["outcome"], "done");
+    assert_eq!(master.audit("stopped")[0]["outcome"], "reload");
+    assert_eq!(alarm(&master), Value::Null);
     agents[0].reload();
     Container::new("daily", 2)
         .member("hsb", signatures(0..1100))
@@ -232,7 +245,7 @@ fn status_names_who_is_not_conformant_and_the_age_of_the_signatures() {
 #[test]
 fn audit_show_follows_and_filters() {
     let (fleet, master, _agents) = fleet_of(&["web1"]);
-    let mut follow = clamcast_tests::lab::program("clamcast-master");
+    let mut follow = program("clamcast-master");
     follow.arg("--socket").arg(master.socket());
     follow.args([
         "audit",
@@ -334,12 +347,12 @@ fn output_that_cannot_be_written_is_an_error_and_not_a_panic() {
         &["generations", "--json"],
         &["audit", "show"],
     ] {
-        let mut command = clamcast_tests::lab::program("clamcast-master");
+        let mut command = program("clamcast-master");
         command.arg("--socket").arg(master.socket()).args(arguments);
         let output = command.stdout(full()).output().unwrap();
         exits(&output, 5, "cannot write the result");
     }
-    let mut command = clamcast_tests::lab::program("clamcast-agent");
+    let mut command = program("clamcast-agent");
     command
         .arg("--socket")
         .arg(agents[0].socket())
@@ -373,4 +386,202 @@ fn check_config_names_line_and_nearest_key() {
     master.configure("quiet = \"soon\"", "quiet = \"1s\"");
     master.configure("manifest.key", "audit.key");
     check(2, "is not one of the keys for this in the key set");
+}
+
+#[test]
+fn a_configuration_that_cannot_be_used_is_an_alarm_on_the_agent_until_a_good_one_is() {
+    let (_fleet, _master, agents) = fleet_of(&["web1"]);
+    let agent = &agents[0];
+    let alarm = || {
+        agent
+            .json(&["status"])
+            .map(|status| status["alarm"].clone())
+    };
+    let log = || fs::read_to_string(agent.directory().join("state/audit/log.jsonl")).unwrap();
+    agent.configure("[trust]", "[thrust]");
+    agent.reload();
+    until(PATIENCE, "the alarm is shown", || {
+        alarm().is_some_and(|alarm| alarm.to_string().contains("not in use: "))
+    });
+    assert!(log().contains(r#""event":"reload""#) && log().contains("thrust"));
+    agent.configure("[thrust]", "[trust]");
+    agent.reload();
+    until(PATIENCE, "the alarm is over", || {
+        alarm() == Some(Value::Null)
+    });
+    assert!(log().contains(r#""outcome":"done""#));
+}
+
+/// A `force-sync` that does not end, for its agent is held.
+fn held_order(master: &Master, agent: &Agent, arguments: &[&str]) -> Child {
+    let before = master.audit("force-sync").len();
+    signal(agent.pid(), Signal::SIGSTOP);
+    let mut command = program("clamcast-master");
+    command.arg("--socket").arg(master.socket());
+    command.arg("force-sync").args(arguments);
+    let command = command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let child = command.spawn().unwrap();
+    master.wait_audit("force-sync", before + 1);
+    child
+}
+
+fn signal(pid: u32, signal: Signal) {
+    kill(Pid::from_raw(pid.try_into().unwrap()), signal).unwrap();
+}
+
+#[test]
+fn an_order_that_a_reload_interrupts_says_who_is_done_and_who_is_not() {
+    let (_fleet, mut master, agents) = fleet_of(&["web1", "web2"]);
+    let waiting = held_order(&master, &agents[0], &["--all"]);
+    until(PATIENCE, "web2 has answered", || {
+        master.audit("receipt").len() > 2
+    });
+    master.reload();
+    let output = waiting.wait_with_output().unwrap();
+    exits(
+        &output,
+        1,
+        "1 of 2 agents failed: web1; the daemon read its configuration again",
+    );
+    exits(&output, 1, "interrupted");
+    let end = &master.wait_audit("force-sync-end", 1)[0];
+    assert_eq!(end["outcome"], "interrupted");
+    assert_eq!(end["detail"]["failed"], serde_json::json!(["web1"]));
+    assert_eq!(end["detail"]["done"], 1);
+
+    // The same for an end of the daemon; nobody waits for the order.
+    signal(agents[0].pid(), Signal::SIGCONT);
+    master.wait_agent("web1", "is back", |row| row["connected"] == true);
+    let mut order = held_order(&master, &agents[0], &["web1", "--no-wait"]);
+    order.wait().unwrap();
+    assert!(master.stop().success());
+    signal(agents[0].pid(), Signal::SIGCONT);
+    let log = fs::read_to_string(master.directory().join("state/audit/log.jsonl")).unwrap();
+    assert_eq!(
+        log.matches(r#""outcome":"interrupted""#).count(),
+        2,
+        "{log}"
+    );
+    assert!(!master.socket().exists());
+}
+
+#[test]
+fn commands_that_come_during_a_reload_are_answered() {
+    let (_fleet, master, _agents) = fleet_of(&["web1"]);
+    master.reload();
+    while master.audit("reload").is_empty() {
+        exits(&master.command(&["status"]), 0, "fleet");
+    }
+}
+
+#[test]
+fn an_interrupted_force_sync_says_that_the_work_goes_on() {
+    let (_fleet, master, agents) = fleet_of(&["web1"]);
+    let waiting = held_order(&master, &agents[0], &["web1", "--json"]);
+    until(PATIENCE, "the order is taken", || {
+        master.agent("web1").unwrap()["outcome"] == "idle"
+    });
+    signal(waiting.id(), Signal::SIGINT);
+    let output = waiting.wait_with_output().unwrap();
+    exits(&output, 130, "audit show --event force-sync-end");
+    signal(agents[0].pid(), Signal::SIGCONT);
+    assert_eq!(master.wait_audit("force-sync-end", 1)[0]["outcome"], "done");
+}
+
+#[test]
+fn no_wait_names_the_offline_and_holds_no_session_and_orders_are_bounded() {
+    let (_fleet, master, mut agents) = fleet_of(&["web1", "web2"]);
+    agents[1].stop();
+    master.wait_agent("web2", "is gone", |row| row["connected"] == false);
+    let json = |output: &Output| -> Vec<Value> {
+        let lines = text(&output.stdout);
+        let lines = lines
+            .lines()
+            .map(|line| serde_json::from_str(line).unwrap());
+        lines.collect()
+    };
+    let output = master.command(&["force-sync", "web1", "--no-wait", "--json"]);
+    exits(&output, 0, "");
+    let ordered = serde_json::json!({"agent": "web1", "phase": "ordered"});
+    assert_eq!(json(&output), std::slice::from_ref(&ordered));
+    let output = master.command(&["force-sync", "--all", "--no-wait", "--json"]);
+    exits(&output, 1, "1 of 2 agents not told: web2");
+    assert_eq!(json(&output)[0], ordered);
+    assert_eq!(json(&output)[1]["outcome"], "offline");
+    master.wait_audit("force-sync-end", 2);
+
+    // One that does not answer has all the orders that may be under way.
+    held_order(&master, &agents[0], &["web1", "--no-wait"])
+        .wait()
+        .unwrap();
+    let mut refused = 0;
+    for _ in 1..=clamcast_master::admin::ORDERS_MAX {
+        let output = master.command(&["force-sync", "web1", "--no-wait"]);
+        if output.status.code() != Some(0) {
+            exits(&output, 4, "too many force-syncs");
+            refused += 1;
+        }
+    }
+    assert!(refused > 0);
+    exits(&master.command(&["status"]), 0, "fleet");
+    signal(agents[0].pid(), Signal::SIGCONT);
+    until(PATIENCE, "every order comes to its end", || {
+        master.audit("force-sync-end").len() == master.audit("force-sync").len()
+    });
+}
+
+#[test]
+fn a_host_that_gives_no_sign_is_said_to_give_no_answer() {
+    let (_fleet, master, agents) = fleet_of(&["web1"]);
+    let order = [
+        "web1",
+        "--timeout",
+        "1s",
+        "--generation",
+        "1.1",
+        "--accept",
+        "x",
+    ];
+    let waiting = held_order(&master, &agents[0], &order);
+    exits(&waiting.wait_with_output().unwrap(), 1, "no answer");
+    signal(agents[0].pid(), Signal::SIGCONT);
+}
+
+#[test]
+fn the_wrong_socket_says_whose_it_is() {
+    let (_fleet, master, agents) = fleet_of(&["web1"]);
+    let check = |program_name: &str, socket: std::path::PathBuf, says: &str| {
+        let mut command = program(program_name);
+        let output = command.arg("--socket").arg(socket).arg("status").output();
+        exits(&output.unwrap(), 2, says);
+    };
+    check(
+        "clamcast-master",
+        agents[0].socket(),
+        "is the admin socket of clamcast-agent",
+    );
+    check(
+        "clamcast-agent",
+        master.socket(),
+        "is the admin socket of clamcast-master",
+    );
+    check(
+        "clamcast-master",
+        master.config().to_owned(),
+        "is not a socket",
+    );
+    check(
+        "clamcast-agent",
+        master.directory().to_owned(),
+        "is not a socket",
+    );
+}
+
+#[test]
+fn hundreds_of_idle_connections_keep_no_operator_out() {
+    let (_fleet, master, _agents) = fleet_of(&["web1"]);
+    let connect = |_| UnixStream::connect(master.socket()).unwrap();
+    let _idle: Vec<_> = (0..900).map(connect).collect();
+    exits(&master.command(&["status"]), 0, "fleet");
+    exits(&master.command(&["force-sync", "web1"]), 0, "live");
 }

@@ -2,28 +2,45 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use clamcast_daemon::say;
 use clamcast_daemon::table::{Table, printable};
+use clamcast_master::force;
+use clamcast_proto::receipt::Drift;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use serde_json::Value;
 
-use super::{or_dash, text};
+use super::{or_dash, position, text};
 
 /// What became of each agent of a `force-sync`.
 pub(crate) fn synced(result: &Value) {
-    let mut table = Table::new(["NAME", "OUTCOME", "GENERATION", "CONFORMANT", "ERROR"]);
+    let mut table = Table::new([
+        "NAME",
+        "OUTCOME",
+        "GENERATION",
+        "CONFORMANT",
+        "FOUND",
+        "ERROR",
+    ]);
     for end in result["agents"].as_array().into_iter().flatten() {
+        let drift: Vec<Drift> = serde_json::from_value(end["drift"].clone()).unwrap_or_default();
         table.row([
             text(&end["agent"]),
             text(&end["outcome"]),
-            or_dash(text(&end["generation"])),
+            if end["generation"].is_null() {
+                "-".to_owned()
+            } else {
+                position(end)
+            },
             if end["conformant"] == true {
                 "yes"
             } else {
                 "no"
             }
             .to_owned(),
+            or_dash(force::found(&drift)),
             or_dash(text(&end["error"])),
         ]);
     }
@@ -32,7 +49,7 @@ pub(crate) fn synced(result: &Value) {
 
 /// What `force-sync --no-wait` can say.
 pub(crate) fn ordered(result: &Value) {
-    say!("ordered; `agents` and `audit show --event force-sync-end` tell the rest");
+    say!("ordered; {WHERE}");
     if result["agents"]
         .as_array()
         .is_some_and(|offline| !offline.is_empty())
@@ -41,12 +58,21 @@ pub(crate) fn ordered(result: &Value) {
     }
 }
 
+/// Where to look for what goes on without the command.
+const WHERE: &str =
+    "`agents` shows how far they are, `audit show --event force-sync-end` what came of it";
+
+/// The exit code of a command that Ctrl-C ended, as shells have it.
+const INTERRUPTED: i32 = 130;
+
 /// Lines on the terminal for as long as `force-sync` waits: one for each agent that is at it, and
 /// above them those that are done.
 pub(crate) struct Hosts {
     json: bool,
     lines: MultiProgress,
     bars: RefCell<BTreeMap<String, ProgressBar>>,
+    /// Whether the daemon has said anything.
+    ordered: Arc<AtomicBool>,
 }
 
 /// Agents with a line of their own at a time; a terminal has few more lines.
@@ -56,10 +82,41 @@ impl Hosts {
     pub(crate) fn new(json: bool) -> Self {
         let lines = MultiProgress::new(); // draws on a terminal only
         let bars = RefCell::default();
-        Self { json, lines, bars }
+        let ordered = Arc::default();
+        Self {
+            json,
+            lines,
+            bars,
+            ordered,
+        }
+    }
+
+    /// From now on Ctrl-C says that the work goes on. Without the signal (no runtime) the command just
+    /// ends.
+    pub(crate) fn on_interrupt(&self) {
+        let (lines, ordered) = (self.lines.clone(), self.ordered.clone());
+        std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_io()
+                .build();
+            let Ok(runtime) = runtime else { return };
+            if runtime.block_on(tokio::signal::ctrl_c()).is_err() {
+                return;
+            }
+            let _ = lines.clear(); // fails only if the terminal is gone
+            if ordered.load(Ordering::Relaxed) {
+                eprintln!("interrupted; what was ordered goes on: {WHERE}");
+            } else {
+                eprintln!(
+                    "interrupted before the daemon took the order; `audit show --event force-sync` says whether it did"
+                );
+            }
+            std::process::exit(INTERRUPTED);
+        });
     }
 
     pub(crate) fn show(&self, news: &Value) {
+        self.ordered.store(true, Ordering::Relaxed);
         if self.json {
             say!("{news}");
             return;
