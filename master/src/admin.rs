@@ -616,6 +616,9 @@ struct Order {
 impl Order {
     async fn carry_out(mut self, mut listener: Option<Session>) {
         if let Err(Stopping) = self.follow(&mut listener).await {
+            if let Ok(view) = self.commands.hub.view().await {
+                tell(&mut listener, &self.work.look(&view.rows)).await; // the last answers
+            }
             let news = self.work.interrupt(self.commands.life.word());
             tell(&mut listener, &news).await;
         }

@@ -52,6 +52,8 @@ pub struct Fleet {
 struct Agent {
     record: Record,
     link: Option<Link>,
+    /// The last offer that was answered on a connection which has ended.
+    answered: Option<OfferId>,
 }
 
 /// What is kept of an agent across restarts of the master.
@@ -211,7 +213,7 @@ pub struct Row {
     /// The offer that is under way.
     #[serde(skip)]
     pub offered: Option<OfferId>,
-    /// The last offer that a receipt answered.
+    /// The last offer that was answered, also on a connection which has ended.
     #[serde(skip)]
     pub answered: Option<OfferId>,
 }
@@ -236,7 +238,18 @@ impl Fleet {
     pub fn new(records: Vec<Record>, current: Option<Arc<Verified<Manifest>>>) -> Self {
         let agents = records
             .into_iter()
-            .map(|record| (record.name.clone(), Agent { record, link: None }))
+            .map(|record| {
+                let (link, answered) = (None, None);
+                let name = record.name.clone();
+                (
+                    name,
+                    Agent {
+                        record,
+                        link,
+                        answered,
+                    },
+                )
+            })
             .collect();
         Self { agents, current }
     }
@@ -276,6 +289,7 @@ impl Fleet {
                 receipts: VecDeque::new(),
             },
             link: None,
+            answered: None,
         });
         let record = &mut agent.record;
         let changed = new || record.groups != groups || record.serial != link.serial;
@@ -283,7 +297,10 @@ impl Fleet {
         record.seen = now;
         record.serial = link.serial.clone();
         record.certificate_ends = link.certificate_ends;
-        let replaced = agent.link.replace(link).map(|old| old.id);
+        let replaced = agent.link.replace(link).map(|old| {
+            agent.answered = old.answered.or(agent.answered);
+            old.id
+        });
         Arrival {
             new,
             changed,
@@ -294,9 +311,9 @@ impl Fleet {
     /// A connection ended. One that was replaced says nothing about its agent any more.
     pub fn disconnected(&mut self, name: &AgentName, id: LinkId, now: Timestamp) {
         if let Some(agent) = self.agents.get_mut(name)
-            && agent.link.as_ref().is_some_and(|link| link.id == id)
+            && let Some(link) = agent.link.take_if(|link| link.id == id)
         {
-            agent.link = None;
+            agent.answered = link.answered.or(agent.answered);
             agent.record.seen = now;
         }
     }
@@ -516,7 +533,11 @@ impl Fleet {
                 address: agent.link.as_ref().map(|link| link.address),
                 certificate_ends: record.certificate_ends,
                 offered: offer.map(|offer| offer.id),
-                answered: agent.link.as_ref().and_then(|link| link.answered),
+                answered: agent
+                    .link
+                    .as_ref()
+                    .and_then(|link| link.answered)
+                    .or(agent.answered),
             }
         };
         self.agents.iter().map(row).collect()
