@@ -320,7 +320,7 @@ impl Keeper {
                 self.audit.note("reload", None, Some("done"), json!({}));
             }
             Question::Reloaded(Err(reason)) => {
-                let detail = json!({ "reason": reason, "in use": "the configuration before" });
+                let detail = json!({ "reason": reason, "in_use": "the old configuration" });
                 self.audit.note("reload", None, Some("failed"), detail);
                 self.unused_configuration = Some(reason);
             }

@@ -344,7 +344,10 @@ impl Work {
     /// What the audit log keeps of it.
     pub fn detail(&self) -> Value {
         let failed = self.failed();
-        let mut detail = named("failed", failed.iter().map(|end| &end.agent));
+        let mut detail = match failed.is_empty() {
+            true => serde_json::Map::new(),
+            false => named("failed", failed.iter().map(|end| &end.agent)),
+        };
         let done = self.ended.len() - failed.len();
         detail.insert("done".to_owned(), done.into());
         let errors = failed.iter().map(|end| {

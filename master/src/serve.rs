@@ -423,7 +423,7 @@ impl Master {
                 self.life.configuration_is_unused(reason.clone());
                 (
                     "failed",
-                    json!({ "reason": reason, "in use": "the configuration before" }),
+                    json!({ "reason": reason, "in_use": "the old configuration" }),
                 )
             }
         };
