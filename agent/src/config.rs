@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use clamcast_daemon::admin::Daemon;
 use clamcast_daemon::config::{ConfigError, File, FilePath, Settings, Span, beside};
 use serde::Deserialize;
 
@@ -14,8 +15,11 @@ pub const DEFAULT_PATH: &str = "/etc/clamcast/agent.toml";
 /// Where the admin socket is unless told otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/clamcast/agent.sock";
 
-/// The program, as it is called at its admin socket.
-pub const PROGRAM: &str = "clamcast-agent";
+/// The daemon, as its commands find it.
+pub const DAEMON: Daemon = Daemon {
+    program: "clamcast-agent",
+    socket: DEFAULT_SOCKET,
+};
 
 /// Addresses of the one master, at most: they are tried one after the other, so each one that is
 /// dead delays the next.

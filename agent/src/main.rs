@@ -229,11 +229,7 @@ fn load(path: &Path) -> Result<Config, Exit> {
 
 fn call(socket: &Path, request: &Request) -> Result<Finish, Exit> {
     let ignored = |_| {}; // the agent's commands report no progress
-    let agent = admin::Daemon {
-        program: config::PROGRAM,
-        socket: config::DEFAULT_SOCKET,
-    };
-    admin::call(agent, socket, request, ignored)
+    admin::call(config::DAEMON, socket, request, ignored)
         .map_err(|error| Exit::new(error.exit_code(), error))
 }
 

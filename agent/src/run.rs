@@ -116,7 +116,7 @@ impl Agent {
             prover,
         } = opened;
         let endpoint = endpoint::bind().map_err(StartError::Socket)?;
-        let listener = Listener::open(config::PROGRAM, &socket, None, kept)?;
+        let listener = Listener::open(config::DAEMON.program, &socket, None, kept)?;
 
         let (stop, keeper_stop) = (CancellationToken::new(), CancellationToken::new());
         let (events, from_link) = mpsc::channel(LINK_EVENTS_MAX);

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use clamcast_agent::admin::Request;
-use clamcast_agent::config::Config;
+use clamcast_agent::config::{Config, DAEMON};
 use clamcast_agent::run::Agent;
 use clamcast_agent::status::{Status, Verification};
 use clamcast_daemon::admin;
@@ -771,11 +771,7 @@ socket = "none"
     /// Asks the agent through its socket: exit code and result.
     async fn ask<T: serde::de::DeserializeOwned>(&self, request: &Request) -> (u8, T) {
         let (socket, request) = (self.path("agent.sock"), request.clone());
-        let agent = admin::Daemon {
-            program: "clamcast-agent",
-            socket: "",
-        };
-        let call = move || admin::call(agent, &socket, &request, |_| {}).unwrap();
+        let call = move || admin::call(DAEMON, &socket, &request, |_| {}).unwrap();
         let finish = tokio::task::spawn_blocking(call).await.unwrap();
         (finish.exit, serde_json::from_value(finish.result).unwrap())
     }

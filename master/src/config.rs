@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use clamcast_daemon::admin::Daemon;
 use clamcast_daemon::config::{ConfigError, File, FilePath, Percent, Settings, Size, Span};
 use clamcast_proto::{FleetName, GroupName};
 use globset::{GlobBuilder, GlobMatcher};
@@ -16,8 +17,11 @@ pub const DEFAULT_PATH: &str = "/etc/clamcast/master.toml";
 /// Where the admin socket is unless told otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/clamcast/master.sock";
 
-/// The program, as it is called at its admin socket.
-pub const PROGRAM: &str = "clamcast-master";
+/// The daemon, as its commands find it.
+pub const DAEMON: Daemon = Daemon {
+    program: "clamcast-master",
+    socket: DEFAULT_SOCKET,
+};
 
 /// The configuration, checked: once one exists, nothing downstream validates it again. All paths
 /// are absolute or relative to the working directory, no longer to the file.

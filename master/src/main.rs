@@ -365,11 +365,7 @@ fn call(
     request: &Request,
     progress: impl FnMut(serde_json::Value),
 ) -> Result<Finish, Exit> {
-    let master = admin::Daemon {
-        program: config::PROGRAM,
-        socket: config::DEFAULT_SOCKET,
-    };
-    admin::call(master, socket, request, progress)
+    admin::call(config::DAEMON, socket, request, progress)
         .map_err(|error| Exit::new(error.exit_code(), error))
 }
 

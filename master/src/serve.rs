@@ -320,7 +320,7 @@ impl Master {
             })?;
         let archive = Archive::open(certificates.clone()).map_err(failed(&certificates))?;
         let (socket, group) = (&config.listen.admin, &config.listen.admin_group);
-        let listener = Listener::open(config::PROGRAM, socket, Some(group), kept)?;
+        let listener = Listener::open(config::DAEMON.program, socket, Some(group), kept)?;
         recorder
             .note(Draft {
                 event: "started".to_owned(),

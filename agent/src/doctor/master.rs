@@ -17,7 +17,7 @@ use super::Finding;
 use super::host::Process;
 use crate::admin::Request;
 use crate::chain;
-use crate::config::Config;
+use crate::config::{Config, DAEMON};
 use crate::endpoint::{self, Credentials, Knock};
 use crate::keeper::CLOCK_SKEW_SECS_MAX;
 use crate::link;
@@ -43,7 +43,7 @@ pub(super) enum Agent {
 impl Agent {
     /// Asks at its admin socket. Blocking.
     pub(super) fn ask(config: &Config) -> Self {
-        match admin::call(&config.admin, &Request::Status, |_| {}) {
+        match admin::call(DAEMON, &config.admin, &Request::Status, |_| {}) {
             Ok(finish) => match serde_json::from_value(finish.result) {
                 Ok(status) => Self::Runs(Box::new(status)),
                 Err(error) => Self::Unknown(finish.message.unwrap_or_else(|| error.to_string())),
@@ -51,6 +51,7 @@ impl Agent {
             Err(CallError::Unreachable { .. }) => Self::Away,
             Err(
                 error @ (CallError::Forbidden { .. }
+                | CallError::NotASocket { .. }
                 | CallError::Lost { .. }
                 | CallError::Answer { .. }),
             ) => Self::Unknown(chain(&error)),
