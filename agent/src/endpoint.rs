@@ -54,6 +54,9 @@ pub struct Credentials {
     pub certificate: Certificate,
     /// Signs receipts, and nothing that leaves this process unsigned.
     pub key: Key,
+    /// Why no master would believe the certificate. It is the master's to refuse it: a host whose
+    /// files do not fit together still ends its install and answers its operators.
+    pub doubt: Option<CredentialsError>,
     tls: rustls::ClientConfig,
     verifier: MasterVerifier,
 }
@@ -212,7 +215,9 @@ impl Credentials {
             cert: tls.cert.clone(),
             ca: tls.ca.clone(),
         };
-        check_signer(&chain, &roots, &provider, now).map_err(other_ca)?;
+        let doubt = check_signer(&chain, &roots, &provider, now)
+            .map_err(other_ca)
+            .err();
         let verifier = MasterVerifier {
             roots,
             master: Identity {
@@ -237,6 +242,7 @@ impl Credentials {
             agent,
             certificate,
             key: Key(key),
+            doubt,
             tls: config,
             verifier,
         })

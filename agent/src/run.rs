@@ -201,6 +201,9 @@ fn open(config: Config) -> Result<Opened, StartError> {
     let trust = TrustStore::open(state.path(), &config.keys)?;
     let credentials = Arc::new(Credentials::load(&config.tls, trust.trust().fleet(), now)?);
     warn_if_it_ends_soon(&credentials.certificate, now);
+    if let Some(doubt) = &credentials.doubt {
+        tracing::error!("{}", crate::chain(doubt));
+    }
     let audit = AuditLog::open(
         state.path(),
         &credentials.fleet,

@@ -143,6 +143,12 @@ fn denied(key: &'static str, path: &Path) -> InputError {
         Some(owner) if owner == me => {
             "its permissions keep its own user out; see `ls -l`".to_owned()
         }
+        Some(owner) if owner.is_root() => {
+            let me = this_user();
+            format!(
+                "it is root's: run this with sudo, or `chown {me}` that file if the daemon is `{me}`"
+            )
+        }
         Some(owner) => {
             let owner = user_name(owner);
             format!(
@@ -225,7 +231,7 @@ mod tests {
         }
         let error = denied("tls.ca", Path::new("/"));
         if !Uid::effective().is_root() {
-            assert!(error.to_string().contains("sudo -u root"), "{error}");
+            assert!(error.to_string().contains("it is root's"), "{error}");
         }
     }
 }

@@ -285,7 +285,7 @@ fn audit_show_follows_and_filters() {
         show(&["--agent", "web1", "--event", "force-sync"]) == 1,
         "who ordered it"
     );
-    assert_eq!(show(&["--operator", "nobody"]), 0);
+    assert_eq!(show(&["--operator", "somebody-else"]), 0);
 }
 
 #[test]
@@ -325,7 +325,7 @@ fn audit_show_says_what_matched_nothing_and_refuses_what_it_does_not_know() {
         assert_eq!(text(&output.stdout), "");
     };
     nothing(&["--since", "2999-01-01"], "no records match");
-    nothing(&["--operator", "nobody"], "no records match");
+    nothing(&["--operator", "somebody-else"], "no records match");
     nothing(
         &["--agent", "WBE1"],
         "no agent is called `WBE1`; did you mean `web1`?",

@@ -52,12 +52,12 @@ fn judge(
     };
     let credentials = match credentials {
         Ok(credentials) => credentials,
-        Err(error @ CredentialsError::OtherCa { .. }) => {
-            return Finding::bad(check, chain(error), "take ca, cert and key from one bundle");
-        }
         Err(error) => return Finding::bad(check, chain(error), renew("NAME")),
     };
     let (agent, ends) = (&credentials.agent, credentials.certificate.not_after);
+    if let Some(doubt) = &credentials.doubt {
+        return Finding::bad(check, chain(doubt), "take ca, cert and key from one bundle");
+    }
     let left = ends.duration_since(now);
     let days = left.as_hours() / 24;
     let found = format!("{agent} of fleet {fleet}, valid until {ends} ({days} days)");
