@@ -30,8 +30,8 @@ pub fn write(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
     sync_dir(directory)
 }
 
-/// Removes what crashes left of [`write`]s in a directory. For whoever holds the [`lock`] on it,
-/// before anything is written there. What cannot be removed stays: it is in nobody's way.
+/// Removes what crashes left of writes ([`write()`]) in a directory. For whoever holds the [`lock`] on
+/// it, before anything is written there. What cannot be removed stays: it is in nobody's way.
 pub fn sweep(directory: &Path) {
     for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
         let name = entry.file_name();
