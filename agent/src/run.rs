@@ -5,6 +5,7 @@ use std::sync::{Arc, OnceLock};
 
 use clamcast_daemon::admin::{AdminError, Listener};
 use clamcast_daemon::exit;
+use clamcast_daemon::input::InputError;
 use clamcast_daemon::service::Occasion;
 use clamcast_proto::identity::Certificate;
 use jiff::{SignedDuration, Timestamp};
@@ -15,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::admin::{self, Commands};
 use crate::audit::{AuditLog, KeyError};
-use crate::clamd::{self, ClamdConf, ConfError, Prover};
+use crate::clamd::{self, ClamdConf, Prover};
 use crate::config::{self, ClamdConfFile, Config};
 use crate::endpoint::{self, Credentials, CredentialsError};
 use crate::install::{self, HostFault, Installer};
@@ -47,11 +48,8 @@ pub enum StartError {
     #[error(transparent)]
     Credentials(#[from] CredentialsError),
     /// clamd's configuration.
-    #[error(
-        "cannot read the configuration of clamd; correct `[clamd] config`, or set it to \"\" and \
-         give `socket`"
-    )]
-    ClamdConf(#[from] ConfError),
+    #[error(transparent)]
+    ClamdConf(#[from] InputError),
     /// The database directory, or the journal of an install in it.
     #[error("cannot use the database directory")]
     Install(#[from] HostFault),
@@ -263,7 +261,7 @@ fn warn_if_it_ends_soon(certificate: &Certificate, now: Timestamp) {
 }
 
 /// clamd.conf, where one is to be looked at. Only one that was named has to be readable.
-fn clamd_conf(file: &ClamdConfFile) -> Result<Option<ClamdConf>, ConfError> {
+fn clamd_conf(file: &ClamdConfFile) -> Result<Option<ClamdConf>, InputError> {
     let path: PathBuf = match file {
         ClamdConfFile::None => return Ok(None),
         ClamdConfFile::At(path) => return ClamdConf::read(path).map(Some),

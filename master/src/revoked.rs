@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use clamcast_daemon::durable;
+use clamcast_daemon::input::{self, InputError};
 use clamcast_proto::FleetName;
 use clamcast_proto::dsse::{Envelope, EnvelopeError, PublicKey, Verified};
 use clamcast_proto::revocation::RevocationList;
@@ -49,10 +50,8 @@ pub enum Look {
 /// Why the file does not count.
 #[derive(Debug, thiserror::Error)]
 enum RevokedError {
-    #[error("cannot read it")]
-    Read(#[from] io::Error),
-    #[error("it is larger than {limit} bytes")]
-    TooLarge { limit: u64 },
+    #[error(transparent)]
+    Read(#[from] InputError),
     #[error("it is not a signed list")]
     Json(#[from] serde_json::Error),
     #[error("it is not signed by this fleet's CA")]
@@ -167,12 +166,9 @@ fn read(
     fleet: &FleetName,
     ca: &PublicKey,
 ) -> Result<Verified<RevocationList>, RevokedError> {
-    if fs::metadata(path)?.len() > FILE_BYTES_MAX {
-        return Err(RevokedError::TooLarge {
-            limit: FILE_BYTES_MAX,
-        });
-    }
-    let envelope: Envelope = serde_json::from_slice(&fs::read(path)?)?;
+    let origin = "`clamcast-certs revoke` writes it";
+    let text = input::read("tls.revoked", path, FILE_BYTES_MAX, origin)?;
+    let envelope: Envelope = serde_json::from_slice(&text)?;
     let list: Verified<RevocationList> = envelope.verify([ca])?;
     if list.fleet != *fleet {
         return Err(RevokedError::Fleet(list.fleet.clone()));
@@ -188,6 +184,8 @@ mod tests {
     use clamcast_proto::revocation::Revoked;
     use ed25519_dalek::SigningKey;
     use jiff::Timestamp;
+    use nix::sys::stat::Mode;
+    use nix::unistd::mkfifo;
 
     struct Case {
         dir: tempfile::TempDir,
@@ -250,12 +248,14 @@ mod tests {
         case.put(2, 1);
         assert!(matches!(case.revocations.look(), Look::Newer));
         assert!(matches!(case.revocations.look(), Look::Same));
-        for damage in 0..4 {
+        let given = case.dir.path().join("given.json");
+        for damage in 0..5 {
             match damage {
                 0 => case.write(b"{"),
                 1 => case.put(3, 9),
                 2 => case.put(1, 1),
-                _ => fs::remove_file(case.dir.path().join("given.json")).unwrap(),
+                3 => fs::remove_file(&given).unwrap(),
+                _ => mkfifo(&given, Mode::S_IRUSR).unwrap(), // which hangs nobody
             }
             assert!(
                 matches!(case.revocations.look(), Look::Alarm(_)),

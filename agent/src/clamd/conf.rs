@@ -5,9 +5,9 @@
 //! or stands in double quotes; `#` begins a comment only where a line begins; names are case
 //! sensitive; of an option that may stand once the first counts.
 
-use std::fs::File;
-use std::io::{self, Read};
 use std::path::{Path, PathBuf};
+
+use clamcast_daemon::input::{self, InputError};
 
 use super::client::Address;
 
@@ -43,25 +43,6 @@ pub struct ClamdConf {
     pub reload_command: Option<bool>,
 }
 
-/// Why there is nothing from a clamd.conf.
-#[derive(Debug, thiserror::Error)]
-pub enum ConfError {
-    /// It cannot be read.
-    #[error("cannot read {path}")]
-    Read {
-        /// Which file.
-        path: PathBuf,
-        /// What the system said.
-        source: io::Error,
-    },
-    /// It is no configuration file.
-    #[error("{path} is larger than {CONF_BYTES_MAX} bytes; is it a clamd.conf?")]
-    Large {
-        /// Which file.
-        path: PathBuf,
-    },
-}
-
 impl ClamdConf {
     /// Where distributions put it: Debian, Red Hat, older Red Hat, built from source.
     pub const PLACES: [&str; 4] = [
@@ -82,18 +63,9 @@ impl ClamdConf {
     /// # Errors
     ///
     /// If it cannot be read.
-    pub fn read(path: &Path) -> Result<Self, ConfError> {
-        let mut bytes = Vec::new();
-        File::open(path)
-            .and_then(|file| file.take(CONF_BYTES_MAX + 1).read_to_end(&mut bytes))
-            .map_err(|source| ConfError::Read {
-                path: path.to_owned(),
-                source,
-            })?;
-        if bytes.len() as u64 > CONF_BYTES_MAX {
-            let path = path.to_owned();
-            return Err(ConfError::Large { path });
-        }
+    pub fn read(path: &Path) -> Result<Self, InputError> {
+        let origin = "correct `[clamd] config`, or set it to \"\" and give `socket`";
+        let bytes = input::read("clamd.config", path, CONF_BYTES_MAX, origin)?;
         Ok(Self::parse(&String::from_utf8_lossy(&bytes)))
     }
 
@@ -251,6 +223,9 @@ mod tests {
     #[test]
     fn a_file_that_is_not_there_is_an_error_with_its_name() {
         let error = ClamdConf::read(Path::new("/nowhere/clamd.conf")).unwrap_err();
-        assert_eq!(error.to_string(), "cannot read /nowhere/clamd.conf");
+        assert_eq!(
+            error.to_string(),
+            "clamd.config: /nowhere/clamd.conf does not exist; correct `[clamd] config`, or set it to \"\" and give `socket`"
+        );
     }
 }

@@ -14,7 +14,7 @@ mod settings;
 mod signal;
 
 pub use client::{Address, AddressError, Clamd, ClamdError, Scan};
-pub use conf::{ClamdConf, ConfError};
+pub use conf::ClamdConf;
 pub use prover::{LogMark, Prover, Verdict};
 pub use settings::{Instance, ProofBy, RawClamd, Reload, ReloadBy, Settings};
 pub use signal::{SignalError, running_pid};
