@@ -8,6 +8,7 @@ use clamcast_daemon::config::{ConfigError, File, FilePath, Settings, Span, besid
 use serde::Deserialize;
 
 use crate::clamd::{Address, ProofBy, RawClamd, ReloadBy};
+use crate::drift::Policy;
 
 /// Where `--config` points unless told otherwise.
 pub const DEFAULT_PATH: &str = "/etc/clamcast/agent.toml";
@@ -48,6 +49,10 @@ pub struct Config {
     pub clamd_conf: ClamdConfFile,
     /// The host's clamd, and the database directory.
     pub clamd: RawClamd,
+    /// What is done about a changed database.
+    pub drift: Policy,
+    /// Time between two looks at every byte.
+    pub rescan: Duration,
     /// Keys that parse although what they are for does not exist in this version.
     pub without_effect: Vec<&'static str>,
 }
@@ -141,15 +146,9 @@ struct RawListen {
 #[serde(deny_unknown_fields)]
 struct RawDatabase {
     path: FilePath,
-    drift: Option<Drift>,
+    #[serde(default)]
+    drift: Policy,
     rescan: Option<Span>,
-}
-
-#[derive(Deserialize)]
-#[serde(rename_all = "snake_case")]
-enum Drift {
-    Repair,
-    Report,
 }
 
 #[derive(Default, Deserialize)]
@@ -255,13 +254,7 @@ impl Config {
             return Err(wrong(["listen", "admin"]));
         }
 
-        let mut without_effect = Vec::new();
-        if raw.database.drift.is_some() {
-            without_effect.push("database.drift");
-        }
-        if raw.database.rescan.is_some() {
-            without_effect.push("database.rescan");
-        }
+        let rescan = raw.database.rescan.map_or(RESCAN, |span| span.0);
 
         Ok(Self {
             master,
@@ -289,13 +282,19 @@ impl Config {
                 splay: raw.clamd.splay.map_or(Duration::ZERO, |span| span.0),
                 database_directory: beside(raw.database.path),
             },
-            without_effect,
+            drift: raw.database.drift,
+            rescan,
+            without_effect: Vec::new(),
         })
     }
 }
 
 /// `[clamd] deadline` unless told otherwise: the largest sets load in a minute.
 const DEADLINE: Duration = Duration::from_secs(300);
+
+/// `[database] rescan` unless told otherwise: a damaged file is found within the hour, and a guest
+/// reads its databases for ten seconds of it.
+const RESCAN: Duration = Duration::from_secs(3600);
 
 /// `host:port`, where an IPv6 address stands in brackets.
 fn is_host_and_port(text: &str) -> bool {
@@ -344,11 +343,12 @@ path = "/var/lib/clamav"
             config.state.is_absolute(),
             "relative paths are relative to the file"
         );
+        assert_eq!((config.drift, config.rescan), (Policy::Repair, RESCAN));
         assert_eq!(config.without_effect, Vec::<&str>::new());
     }
 
     #[test]
-    fn every_documented_key_parses_and_the_early_ones_are_named() {
+    fn every_documented_key_parses() {
         let config = load(
             r#"
 master = ["a.example.net:7310", "[2001:db8::1]:7310", "192.0.2.1:7310"]
@@ -364,8 +364,8 @@ stale = "refuse"
 admin = "/run/clamcast/agent.sock"
 [database]
 path = "/var/lib/clamav"
-drift = "repair"
-rescan = "1h"
+drift = "report"
+rescan = "30m"
 [clamd]
 config = ""
 socket = ["/run/clamav/clamd.ctl", "localhost:3310"]
@@ -381,7 +381,9 @@ splay = "30s"
         assert_eq!(config.stale, Stale::Refuse);
         assert_eq!(config.clamd_conf, ClamdConfFile::None);
         assert_eq!(config.clamd.sockets.unwrap().len(), 2);
-        assert_eq!(config.without_effect, ["database.drift", "database.rescan"]);
+        assert_eq!(config.drift, Policy::Report);
+        assert_eq!(config.rescan, Duration::from_secs(1800));
+        assert_eq!(config.without_effect, Vec::<&str>::new());
     }
 
     #[test]

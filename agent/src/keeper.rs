@@ -18,7 +18,7 @@ use clamcast_proto::dsse::{Envelope, Verified};
 use clamcast_proto::fresh::Freshness;
 use clamcast_proto::keys::KeySetError;
 use clamcast_proto::manifest::Manifest;
-use clamcast_proto::receipt::{ERROR_BYTES_MAX, Outcome, Receipt};
+use clamcast_proto::receipt::{Drift, ERROR_BYTES_MAX, Outcome, Receipt};
 use clamcast_proto::trust::TrustError;
 use clamcast_proto::wire::{
     FrameError, Hello, NeedFile, Offer, OfferId, Part, Phase, ToAgent, ToMaster, Welcome, close,
@@ -38,8 +38,9 @@ use crate::backoff::Backoff;
 use crate::chain;
 use crate::clamd::Prover;
 use crate::config::Stale;
+use crate::drift::{Depth, Event as GuardEvent, Guard, Updater, Watch};
 use crate::endpoint::Credentials;
-use crate::install::{Completed, HostFault, Installer, ReceiveError};
+use crate::install::{Completed, HostFault, Installer, Look, ReceiveError, RepairError};
 use crate::link::{self, Outbox};
 use crate::part::PartReader;
 use crate::receipts::Receipts;
@@ -47,6 +48,8 @@ use crate::slot::{Action, Ending, Event as SlotEvent, Slot, Work};
 use crate::state::{self, State, StateError};
 use crate::status::{LastStatus, MasterStatus, Status};
 use crate::trust::{RefusedKeys, TrustStore};
+
+mod drift;
 
 /// While something is going on, the master hears of it at least this often.
 const PROGRESS: Duration = Duration::from_secs(15);
@@ -113,6 +116,24 @@ pub struct Keeper {
     clock_said: bool,
     refusal: Option<String>,
     probing: Probing,
+
+    /// Watches over the installed files.
+    guard: Guard,
+    watch: Watch,
+    /// Breaks a look off.
+    looking: CancellationToken,
+    /// Ends the waiting of a repair for clamd; `None` while there is none.
+    repairing: Option<CancellationToken>,
+    /// Whether somebody else's updater is being looked for.
+    scanning: bool,
+    /// The last one that was seen.
+    updater: Option<(Updater, Timestamp)>,
+    /// Whether damaged files can come from the master alone.
+    lacking: bool,
+    /// When every byte was read last.
+    rehashed: Option<Timestamp>,
+    /// The manifest of the last install.
+    guarded: Option<Digest>,
 
     workers: JoinSet<Done>,
     phases: (mpsc::Sender<Phase>, mpsc::Receiver<Phase>),
@@ -182,6 +203,9 @@ enum Done {
     Resumed(Option<Box<Completed>>),
     Probed(Option<Box<Completed>>),
     Looked,
+    Scanned(Option<Updater>),
+    Inspected(Depth, Look, Option<Updater>),
+    Repaired(Result<Option<Box<Completed>>, RepairError>),
 }
 
 /// What a keeper is made of.
@@ -202,6 +226,10 @@ pub struct Begin {
     pub installer: Installer<Prover>,
     /// Knows clamd.
     pub prover: Prover,
+    /// Decides about changed files.
+    pub guard: Guard,
+    /// Sees them change.
+    pub watch: Watch,
 }
 
 /// Why an offer is not taken.
@@ -230,6 +258,8 @@ impl Keeper {
             stale,
             installer,
             prover,
+            guard,
+            watch,
         } = begin;
         let fresh = state::load(&fresh_path(&state), "the master says it again");
         let fresh = fresh.unwrap_or_else(|error| {
@@ -260,6 +290,15 @@ impl Keeper {
                 backoff: Backoff::new(PROBE_FIRST, PROBE_LONGEST),
                 stop: stop.child_token(),
             },
+            guard,
+            watch,
+            looking: stop.child_token(),
+            repairing: None,
+            scanning: false,
+            updater: None,
+            lacking: false,
+            rehashed: None,
+            guarded: None,
             workers: JoinSet::new(),
             phases: mpsc::channel(PHASES_MAX),
             state,
@@ -284,6 +323,7 @@ impl Keeper {
         let detail = json!({ "version": env!("CARGO_PKG_VERSION") });
         let installed = self.installed_position();
         self.audit.note("started", installed, None, detail);
+        self.watch_over();
         self.resume();
         self.look();
         let stop = self.stop.clone();
@@ -295,6 +335,7 @@ impl Keeper {
                 Some(phase) = self.phases.1.recv() => self.entered(phase),
                 Some(done) = self.workers.join_next() => self.done(done.unwrap_or_else(died)),
                 Some(event) = link.recv() => self.heard(event),
+                run_begun = self.watch.event() => self.touched(run_begun),
                 Some(question) = questions.recv() => self.asked(question),
                 () = sleep_until(wake) => self.tick(),
             }
@@ -354,6 +395,7 @@ impl Keeper {
         let mut due = |at: Option<Instant>| wake = at.map_or(wake, |at| wake.min(at));
         due(self.slot.deadline());
         due(self.probing.at);
+        due(self.guard.deadline().filter(|_| !self.is_busy()));
         if self.slot.job().is_some() && !self.slot.is_resting() {
             due(Some(self.progress_at));
         }
@@ -371,6 +413,9 @@ impl Keeper {
         }
         if self.probing.at.is_some_and(|at| at <= now) {
             self.probe();
+        }
+        if !self.is_busy() {
+            self.guard_event(GuardEvent::Tick);
         }
         if self.progress_at <= now {
             self.report_progress();
@@ -487,19 +532,15 @@ impl Keeper {
             clock_ahead_secs: ahead_secs(welcome.time),
             outbox,
         };
+        self.guard_event(GuardEvent::Connected);
     }
 
     /// What is installed, and what the last receipt said, as far as the disk bears it out. A set
-    /// with a missing file is not presented as installed, so that the master offers it again.
+    /// with files that only the master has is not presented as installed, so that it is offered
+    /// again.
     fn hello(&self) -> Hello {
-        let missing = self.installer.missing_file();
-        if let Some(path) = &missing {
-            tracing::warn!(
-                ?path,
-                "an installed database is gone; the master is asked for the set again"
-            );
-        }
-        let installed = self.installer.installed().filter(|_| missing.is_none());
+        let lacking = self.is_lacking();
+        let installed = self.installer.installed().filter(|_| !lacking);
         let last = self.receipts.last();
         let outcome = last.map(|last| last.outcome);
         let hostname = nix::unistd::gethostname().ok();
@@ -507,7 +548,7 @@ impl Keeper {
         Hello {
             agent_version: env!("CARGO_PKG_VERSION").to_owned(),
             clamd: self.prover.report(),
-            outcome: outcome.filter(|_| missing.is_none()),
+            outcome: outcome.filter(|_| !lacking),
             files: installed.as_ref().map_or_else(Vec::new, |i| i.set.files()),
             foreign: last.map_or_else(Vec::new, |last| last.foreign.clone()),
             installed: installed.map(|installed| installed.set.envelope),
@@ -595,6 +636,18 @@ impl Keeper {
                 "manifest_sha256": manifest.payload_sha256(), "forced": offer.rehash,
             });
             self.audit.note("accepted", Some(position), None, detail);
+        }
+        let installed = self.installer.installed();
+        let has_it = installed.is_some_and(|i| i.set.sha256() == manifest.payload_sha256());
+        if has_it
+            && !offer.rehash
+            && let Some(message) = self.stands_back()
+        {
+            self.say(&ToMaster::Error {
+                offer: Some(offer.offer),
+                message,
+            });
+            return;
         }
         self.accept(&manifest); // if that fails, it is tried again before anything is done
         let job = Job {
@@ -706,6 +759,7 @@ impl Keeper {
                     return Some(SlotEvent::PlanFailed);
                 }
                 self.phase = Phase::Fetching;
+                self.give_way();
                 self.probing.stop.cancel(); // it keeps the installer, for as long as a proof takes
                 self.progress_at = Instant::now() + PROGRESS;
                 let installer = self.installer.clone();
@@ -743,6 +797,7 @@ impl Keeper {
             }
             Action::Install(job) => {
                 self.phase = Phase::Staged;
+                self.give_way();
                 self.probing.stop.cancel(); // it would keep clamd, and the installer, waiting
                 say_progress(&job, Phase::Staged, None);
                 self.progress_at = Instant::now() + PROGRESS;
@@ -838,23 +893,24 @@ impl Keeper {
             }
             Done::Answered(completed) => {
                 let since = self.slot.job().map(|job| job.since);
-                self.complete(&completed, since);
+                self.complete(&completed, since, false);
                 self.slot_event(SlotEvent::Answered);
             }
             Done::Received(name, result) => {
                 let ending = self.received(&name, result);
                 self.slot_event(SlotEvent::PartEnded(name, ending));
             }
-            Done::Faulted(completed, since) => self.complete(&completed, Some(since)),
+            Done::Faulted(completed, since) => self.complete(&completed, Some(since), false),
             Done::Installed(completed, since) => {
-                self.complete(&completed, Some(since));
+                let forced = self.slot.job().is_some_and(|job| job.rehash);
+                self.complete(&completed, Some(since), forced);
                 self.phase = Phase::Idle;
                 let fault = completed.outcome == Outcome::HostFault;
                 self.slot_event(SlotEvent::Installed { fault });
             }
             Done::Resumed(completed) => {
                 if let Some(completed) = completed {
-                    self.complete(&completed, None);
+                    self.complete(&completed, None, false);
                 }
                 self.phase = Phase::Idle;
                 self.slot_event(SlotEvent::Installed { fault: false });
@@ -863,10 +919,13 @@ impl Keeper {
             Done::Probed(completed) => {
                 self.probing.running = false;
                 if let Some(completed) = completed {
-                    self.complete(&completed, None);
+                    self.complete(&completed, None, false);
                 }
                 self.schedule_probe();
             }
+            Done::Scanned(updater) => self.scanned(updater),
+            Done::Inspected(depth, look, updater) => self.inspected(depth, look, updater),
+            Done::Repaired(repaired) => self.repaired(repaired),
         }
     }
 
@@ -898,13 +957,18 @@ impl Keeper {
     fn wind_up(&mut self, done: Done) {
         match done {
             Done::Installed(completed, since) | Done::Faulted(completed, since) => {
-                self.complete(&completed, Some(since));
+                self.complete(&completed, Some(since), false);
             }
-            Done::Resumed(Some(completed)) | Done::Probed(Some(completed)) => {
-                self.complete(&completed, None);
+            Done::Resumed(Some(completed))
+            | Done::Probed(Some(completed))
+            | Done::Repaired(Ok(Some(completed))) => {
+                self.complete(&completed, None, false);
             }
             Done::Resumed(None)
             | Done::Probed(None)
+            | Done::Repaired(Ok(None) | Err(_))
+            | Done::Scanned(_)
+            | Done::Inspected(..)
             | Done::Looked
             | Done::Answered(_)
             | Done::Planned(_)
@@ -912,8 +976,9 @@ impl Keeper {
         }
     }
 
-    /// Signs, keeps and sends a receipt. `since`: when the offer was made, if it was in this run.
-    fn complete(&mut self, completed: &Completed, since: Option<Instant>) {
+    /// What came of an install goes into the logs and to the master. `since`: when the offer was
+    /// made, if it was in this run; `forced`: by an operator.
+    fn complete(&mut self, completed: &Completed, since: Option<Instant>, forced: bool) {
         let manifest = &completed.set.manifest;
         let position = manifest.position();
         let error = completed.error.clone().map(|error| bounded(&error));
@@ -942,6 +1007,14 @@ impl Keeper {
             let detail = json!({ "refused": position.to_string() });
             self.audit.note("rolled back", back, None, detail);
         }
+        let drift = self.mended_by(completed, forced);
+        self.send_receipt(completed, took, drift);
+    }
+
+    /// Signs, keeps and sends a receipt. `took` is in seconds.
+    fn send_receipt(&mut self, completed: &Completed, took: f64, drift: Vec<Drift>) {
+        let manifest = &completed.set.manifest;
+        let error = completed.error.as_deref().map(bounded);
         let (fleet, agent) = (self.fleet.clone(), self.credentials.agent.clone());
         let receipt = |seq| Receipt {
             fleet,
@@ -954,11 +1027,11 @@ impl Keeper {
             outcome: completed.outcome,
             files: completed.files.clone(),
             foreign: completed.foreign.clone(),
-            drift: Vec::new(),
+            drift,
             clamd: completed.clamd.clone(),
             error,
             took: took.max(0.0), // the clock may have been set back
-            time: now,
+            time: Timestamp::now(),
         };
         let receipt = self.receipts.add(&self.credentials.key.0, receipt);
         self.say(&ToMaster::Receipt { receipt });
@@ -976,7 +1049,7 @@ impl Keeper {
     }
 
     fn schedule_probe(&mut self) {
-        let busy = self.slot.phase() == Phase::Swapping;
+        let busy = self.slot.phase() == Phase::Swapping || self.repairing.is_some();
         if busy || !self.is_unproven() {
             self.probing.at = None;
             self.probing.backoff.reset();
@@ -1031,7 +1104,7 @@ impl Keeper {
             files: manifest.map_or_else(Vec::new, |manifest| {
                 manifest.files.iter().map(|f| f.name.clone()).collect()
             }),
-            live: outcome == Some(Outcome::Live) && self.installer.missing_file().is_none(),
+            live: outcome == Some(Outcome::Live) && self.guard.wrong().len() == 0,
             outcome: last.map(|last| last.outcome).or(outcome),
             alarm: self
                 .unused_configuration
@@ -1054,9 +1127,11 @@ impl Keeper {
             stale: self.stale_since().is_some(),
             clamd: self.prover.report(),
             foreign: last.map_or_else(Vec::new, |last| last.foreign.clone()),
+            drift: self.drift_status(),
             error: self
                 .refusal
                 .clone()
+                .or_else(|| self.guard.reason(self.watch.path()))
                 .or_else(|| unwell.and_then(|last| last.error.clone())),
             receipts_pending: self.receipts.pending().len(),
             certificate_expires: self.credentials.certificate.not_after,

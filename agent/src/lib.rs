@@ -6,6 +6,7 @@ pub mod backoff;
 pub mod clamd;
 pub mod config;
 pub mod doctor;
+pub mod drift;
 pub mod endpoint;
 pub mod install;
 pub mod keeper;

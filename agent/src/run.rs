@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
+use std::time::Instant;
 
 use clamcast_daemon::admin::{AdminError, Listener};
 use clamcast_daemon::exit;
@@ -18,6 +19,7 @@ use crate::admin::{self, Commands};
 use crate::audit::{AuditLog, KeyError};
 use crate::clamd::{self, ClamdConf, Prover};
 use crate::config::{self, ClamdConfFile, Config};
+use crate::drift::{Guard, Watch};
 use crate::endpoint::{self, Credentials, CredentialsError};
 use crate::install::{self, HostFault, Installer};
 use crate::keeper::{Begin, Keeper, Question};
@@ -219,6 +221,7 @@ fn open(config: Config) -> Result<Opened, StartError> {
     }
     let nonce = install::nonce(state.path(), rand::random())?;
     let prover = Prover::new(settings, nonce);
+    let watch = Watch::new(&database);
     let settings = install::Settings {
         database,
         state: state.path().to_owned(),
@@ -241,6 +244,8 @@ fn open(config: Config) -> Result<Opened, StartError> {
         stale: config.stale,
         installer: installer.clone(),
         prover: prover.clone(),
+        guard: Guard::new(config.drift, config.rescan, Instant::now(), rand::random()),
+        watch,
     };
     Ok(Opened {
         begin,

@@ -4,12 +4,13 @@ use std::fmt::{self, Write as _};
 use std::time::Duration;
 
 use clamcast_proto::dsse::KeyId;
-use clamcast_proto::receipt::{ClamdReport, ClamdState, FileState, Outcome, Proof};
+use clamcast_proto::receipt::{ClamdReport, ClamdState, Drift, FileState, Found, Outcome, Proof};
 use clamcast_proto::wire::Phase;
 use clamcast_proto::{AgentName, DatabaseName, Digest, Epoch, FleetName, Generation, Position};
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
+use crate::drift::Policy;
 use crate::install::FileCheck;
 
 /// The agent at one moment. The keys are for scripts and stay as they are.
@@ -53,6 +54,9 @@ pub struct Status {
     pub clamd: ClamdReport,
     /// Databases in the directory that are not clamcast's.
     pub foreign: Vec<String>,
+    /// What became of the installed files.
+    #[serde(default)]
+    pub drift: DriftStatus,
     /// What stands in the way, if anything does.
     pub error: Option<String>,
     /// What somebody should look at although nothing stands in the way.
@@ -84,6 +88,25 @@ pub struct MasterStatus {
     /// Seconds that this host's clock was ahead of the master's when the connection was made.
     #[serde(default)]
     pub clock_ahead_secs: Option<i64>,
+}
+
+/// How the installed files are watched over.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+pub struct DriftStatus {
+    /// What is done about a changed one.
+    pub policy: Policy,
+    /// Those that are not what was published.
+    pub files: Vec<Drift>,
+    /// Why they stay so.
+    pub reason: Option<String>,
+    /// The updater of somebody else that was last seen at work on the directory, and when.
+    pub updater: Option<String>,
+    /// When it was seen.
+    pub updater_seen: Option<Timestamp>,
+    /// When every byte was read and hashed last.
+    pub rehashed: Option<Timestamp>,
+    /// Whether the file system tells of changes; else there are looks from time to time.
+    pub watched: bool,
 }
 
 /// How a generation ended.
@@ -144,6 +167,7 @@ impl Status {
                 (true, ClamdState::None, _) => "yes: this host has no clamd by configuration",
                 (true, _, Proof::Canary) => "yes: clamd was seen scanning with it",
                 (true, _, Proof::Version | Proof::None) => "yes: by clamd's VERSION and log",
+                (false, ..) if !self.drift.files.is_empty() => "no: its files were changed",
                 (false, ..) => "no: clamd was not seen scanning with it yet",
             };
             line("live:", &live);
@@ -189,6 +213,7 @@ impl Status {
         if let Some(note) = &self.clamd.note {
             line("", note);
         }
+        self.drift.text(now, &mut line);
         if !self.foreign.is_empty() {
             line("foreign:", &self.foreign.join(", "));
         }
@@ -211,6 +236,37 @@ impl Status {
             line("alarm:", alarm);
         }
         text
+    }
+}
+
+impl DriftStatus {
+    fn text(&self, now: Timestamp, line: &mut impl FnMut(&str, &dyn fmt::Display)) {
+        let rehashed = match self.rehashed {
+            Some(time) => format!("every byte read {} ago", age(time, now)),
+            None => "not every byte read since the start".to_owned(),
+        };
+        let blind = if self.watched { "" } else { "; no file events" };
+        if self.files.is_empty() {
+            line("drift:", &format_args!("none; {rehashed}{blind}"));
+        }
+        for (n, file) in self.files.iter().enumerate() {
+            let what = match file.found {
+                Found::Missing => "is missing",
+                Found::Changed => "was changed",
+                Found::Unreadable => "cannot be read",
+            };
+            let key = if n == 0 { "drift:" } else { "" };
+            line(key, &format_args!("{} {what}", file.name));
+        }
+        if let Some(reason) = &self.reason {
+            line("", reason);
+        }
+        if let (Some(updater), Some(seen)) = (&self.updater, self.updater_seen) {
+            line(
+                "",
+                &format_args!("{updater} was at work {} ago", age(seen, now)),
+            );
+        }
     }
 }
 

@@ -21,7 +21,7 @@ use clamcast_proto::fresh::Freshness;
 use clamcast_proto::identity::{Identity, Role};
 use clamcast_proto::keys::KeySet;
 use clamcast_proto::manifest::{Manifest, ManifestFile, Publisher, content_digest};
-use clamcast_proto::receipt::{Outcome, Receipt};
+use clamcast_proto::receipt::{Drift, Found, Outcome, Receipt};
 use clamcast_proto::wire::{
     self, Have, Hello, NeedFile, Offer, OfferId, Part, PartEncoding, PartKind, ToAgent, ToMaster,
     Welcome, close,
@@ -138,32 +138,113 @@ async fn a_restarted_agent_knows_what_it_accepted_and_goes_on_numbering() {
 }
 
 #[tokio::test]
-async fn a_set_with_a_missing_file_is_not_said_to_be_installed_and_is_put_back() {
+async fn a_missing_file_is_put_back_from_the_hosts_own_copy_without_a_master() {
+    let lab = Lab::new();
+    let master = lab.master("bank");
+    let agent = lab.start(&master).await;
+    let files: [(&str, &[u8]); 2] = [("a.ndb", b"one"), ("b.ndb", b"two")];
+    let mut talk = master.greet().await;
+    let installed = talk.install(&lab, 1, &files).await;
+    agent.stop(Occasion::Exit).await;
+
+    fs::remove_file(lab.database().join("b.ndb")).unwrap();
+    let agent = lab.start(&master).await;
+    let mut talk = master.greet().await;
+    let mut receipts = Vec::new();
+    while receipts.len() < 3 {
+        receipts.push(talk.receipt(&lab).await);
+    }
+    assert_eq!(receipts[0], installed, "nobody has acknowledged it");
+    let drift = |mended| {
+        let (name, found) = ("b.ndb".parse().unwrap(), Found::Missing);
+        vec![Drift {
+            name,
+            found,
+            mended,
+        }]
+    };
+    let (found, mended) = (&receipts[1], &receipts[2]);
+    assert_eq!(
+        (found.outcome, &found.drift),
+        (Outcome::Live, &drift(false))
+    );
+    assert_eq!(found.files.len(), 1, "the files as they are");
+    assert_eq!(
+        (mended.outcome, &mended.drift),
+        (Outcome::Live, &drift(true))
+    );
+    assert_eq!(mended.files.len(), 2);
+    assert!(mended.install > installed.install);
+    assert_eq!(fs::read(lab.database().join("b.ndb")).unwrap(), b"two");
+    agent.stop(Occasion::Exit).await;
+}
+
+#[tokio::test]
+async fn what_has_no_good_copy_on_the_host_is_asked_of_the_master() {
     let lab = Lab::new();
     let master = lab.master("bank");
     let agent = lab.start(&master).await;
     let files: [(&str, &[u8]); 2] = [("a.ndb", b"one"), ("b.ndb", b"two")];
     let mut talk = master.greet().await;
     talk.install(&lab, 1, &files).await;
-    talk.say(&ToAgent::ReceiptAck { seq: 1 }).await;
-    lab.until("it is forgotten", |status| status.receipts_pending == 0)
-        .await;
-    agent.stop(Occasion::Exit).await;
+    // In place: the agent's own link to it is damaged, too.
+    fs::write(lab.database().join("b.ndb"), b"tWo").unwrap();
+    let found = talk.receipt(&lab).await;
+    assert!(!found.drift[0].mended && found.drift[0].found == Found::Changed);
+    assert!(matches!(talk.hear().await, ToMaster::Reoffer {}));
+    drop(talk);
 
-    fs::remove_file(lab.database().join("b.ndb")).unwrap();
-    let agent = lab.start(&master).await;
     let mut talk = master.greet().await;
     let hello = &talk.hello;
     assert!(hello.installed.is_none() && hello.files.is_empty());
     assert_eq!(hello.outcome, None);
     let status: Status = lab.ask(&Request::Status).await.1;
-    assert!(!status.live);
+    assert!(!status.live && status.drift.files.len() == 1);
+    talk.say(&ToAgent::ReceiptAck { seq: 1 }).await;
+    talk.say(&ToAgent::ReceiptAck { seq: 2 }).await;
     talk.say(&ToAgent::Offer(lab.offer(1, &files))).await;
-    assert!(talk.need().await.is_empty(), "there is a copy on the host");
-    assert_eq!(talk.receipt(&lab).await.outcome, Outcome::Live);
+    let needs = loop {
+        match talk.hear().await {
+            ToMaster::Need { files, .. } => break files,
+            // Sent again until they are acknowledged; and it asks until it is answered.
+            ToMaster::Receipt { .. } | ToMaster::Reoffer {} => {}
+            other @ (ToMaster::Hello(_) | ToMaster::Progress { .. } | ToMaster::Error { .. }) => {
+                panic!("{other:?}")
+            }
+        }
+    };
+    assert_eq!(names(&needs), ["b.ndb"]);
+    talk.push(1, "b.ndb", b"two").await;
+    let mended = talk.receipt(&lab).await;
+    assert!(mended.outcome == Outcome::Live && mended.drift[0].mended);
     assert_eq!(fs::read(lab.database().join("b.ndb")).unwrap(), b"two");
     let status: Status = lab.ask(&Request::Status).await.1;
-    assert!(status.live);
+    assert!(status.live && status.drift.files.is_empty());
+    agent.stop(Occasion::Exit).await;
+}
+
+#[tokio::test]
+async fn where_drift_is_only_reported_an_offer_of_the_same_is_declined() {
+    let lab = Lab::new();
+    let master = lab.master("bank");
+    lab.edit("[database]", "[database]\ndrift = \"report\"");
+    let agent = lab.start(&master).await;
+    let mut talk = master.greet().await;
+    talk.install(&lab, 1, &[("a.ndb", b"one")]).await;
+    fs::write(lab.database().join("a.ndb"), b"onE").unwrap();
+    assert!(!talk.receipt(&lab).await.drift[0].mended);
+    let offer = lab.offer(1, &[("a.ndb", b"one")]);
+    talk.say(&ToAgent::Offer(offer.clone())).await;
+    let why = talk.refusal().await;
+    assert!(why.contains("\"report\""), "{why}");
+    let forced = Box::new(Offer {
+        rehash: true,
+        ..*offer
+    });
+    talk.say(&ToAgent::Offer(forced)).await;
+    assert_eq!(names(&talk.need().await), ["a.ndb"]);
+    talk.push(1, "a.ndb", b"one").await;
+    assert!(talk.receipt(&lab).await.drift[0].mended);
     agent.stop(Occasion::Exit).await;
 }
 
@@ -911,6 +992,7 @@ impl Talk {
                 ToMaster::Progress { .. } => {}
                 message @ (ToMaster::Hello(_)
                 | ToMaster::Need { .. }
+                | ToMaster::Reoffer {}
                 | ToMaster::Receipt { .. }
                 | ToMaster::Error { .. }) => return message,
             }

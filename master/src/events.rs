@@ -9,9 +9,10 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 /// Every event that the master records.
-pub const EVENTS: [&str; 17] = [
+pub const EVENTS: [&str; 19] = [
     "alarm",
     "declined",
+    "drift",
     "enrolled",
     "force-sync",
     "force-sync-end",
@@ -22,6 +23,7 @@ pub const EVENTS: [&str; 17] = [
     "refused",
     "rejected",
     "reload",
+    "repair",
     "restored",
     "revocation_list",
     "revoked",
@@ -30,7 +32,9 @@ pub const EVENTS: [&str; 17] = [
 ];
 
 /// Those whose subject is an agent; that of the others only looks like one, if at all.
-const ABOUT_AN_AGENT: [&str; 5] = ["declined", "enrolled", "offer", "receipt", "revoked"];
+const ABOUT_AN_AGENT: [&str; 7] = [
+    "declined", "drift", "enrolled", "offer", "receipt", "repair", "revoked",
+];
 
 /// Lists in the detail of an order to several agents, which name them.
 const NAMING_AGENTS: [&str; 2] = ["agents", "failed"];

@@ -14,8 +14,8 @@ use clamcast_proto::identity::Serial;
 use clamcast_proto::manifest::Manifest;
 use clamcast_proto::names::DATABASE_NAME_BYTES_MAX;
 use clamcast_proto::receipt::{
-    ClamdReport, ClamdState, DRIFT_MAX, Drift, ERROR_BYTES_MAX, FOREIGN_MAX, FileState, Outcome,
-    Proof, Receipt,
+    ClamdReport, ClamdState, DRIFT_MAX, Drift, ERROR_BYTES_MAX, FOREIGN_MAX, FileState, Found,
+    Outcome, Proof, Receipt,
 };
 use clamcast_proto::revocation::RevocationList;
 use clamcast_proto::wire::{self, OfferId, Phase};
@@ -83,6 +83,9 @@ pub struct Record {
     /// Files that its last receipt says were found changed, and whether they are mended.
     #[serde(default)]
     pub drift: Vec<Drift>,
+    /// Why they are not mended, in the agent's words.
+    #[serde(default)]
+    pub drift_error: Option<String>,
     /// Digests of its last receipts.
     #[serde(default)]
     receipts: VecDeque<Digest>,
@@ -286,6 +289,7 @@ impl Fleet {
                 clamd: ClamdReport::default(),
                 foreign: Vec::new(),
                 drift: Vec::new(),
+                drift_error: None,
                 receipts: VecDeque::new(),
             },
             link: None,
@@ -399,6 +403,9 @@ impl Fleet {
         record.clamd = bounded(receipt.clamd.clone());
         record.foreign = bounded_list(receipt.foreign.clone());
         record.drift = receipt.drift.iter().take(DRIFT_MAX).cloned().collect();
+        let drifted = record.drift.iter().any(|file| !file.mended);
+        let error = receipt.error.clone().filter(|_| drifted);
+        record.drift_error = error.map(clipped);
         let (position, manifest_sha256) = (receipt.position(), receipt.manifest_sha256);
         match receipt.outcome {
             Outcome::Live | Outcome::Installed => {
@@ -408,7 +415,8 @@ impl Fleet {
                     position,
                     manifest_sha256,
                     live: receipt.outcome == Outcome::Live,
-                    intact: manifest.is_none_or(|manifest| is_intact(&manifest, &receipt.files)),
+                    intact: !drifted
+                        && manifest.is_none_or(|manifest| is_intact(&manifest, &receipt.files)),
                     time: receipt.time,
                 });
                 record.failed = None;
@@ -437,7 +445,10 @@ impl Fleet {
                 });
             }
         }
-        if let Some(link) = &mut agent.link
+        // News of drift says nothing about the offer that may be under way to mend it, a fault does.
+        let is_answer = !drifted || !matches!(receipt.outcome, Outcome::Live | Outcome::Installed);
+        if is_answer
+            && let Some(link) = &mut agent.link
             && let Some(offer) = link.offer.take_if(|offer| offer.position == position)
         {
             link.answered = Some(offer.id);
@@ -603,6 +614,29 @@ impl Agent {
         }
     }
 
+    /// Which files are not the published ones, and why that stays so.
+    fn drifted(&self) -> String {
+        let drift = self.record.drift.iter().filter(|file| !file.mended);
+        let words: Vec<_> = drift
+            .map(|file| match file.found {
+                Found::Missing => format!("{} is missing", file.name),
+                Found::Changed => format!("{} was changed", file.name),
+                Found::Unreadable => format!("{} cannot be read", file.name),
+            })
+            .collect();
+        let mut text = match words.len() {
+            0 => "a file on its disk is not the published one".to_owned(),
+            shown => words[..shown.min(DRIFT_SHOWN)].join(", "),
+        };
+        if words.len() > DRIFT_SHOWN {
+            text += &format!(" and {} more", words.len() - DRIFT_SHOWN);
+        }
+        match &self.record.drift_error {
+            Some(error) => format!("{text}: {error}"),
+            None => text,
+        }
+    }
+
     /// Why it is not conformant, as far as it or its silence says.
     fn error(&self, standing: Standing, now: Timestamp) -> Option<String> {
         if standing == Standing::Conformant {
@@ -631,7 +665,7 @@ impl Agent {
         let installed = self.record.installed.as_ref()?;
         let clamd = &self.record.clamd;
         match (installed.live, installed.intact, clamd.state) {
-            (_, false, _) => Some("a file on its disk is not the published one".to_owned()),
+            (_, false, _) => Some(self.drifted()),
             (true, true, _) => None, // behind, and on its way
             (false, true, ClamdState::Down) => Some("nobody answers at clamd's socket".to_owned()),
             (false, true, ClamdState::Up | ClamdState::Silent | ClamdState::None) => {
@@ -641,6 +675,9 @@ impl Agent {
         }
     }
 }
+
+/// Names of drifted files that a table has room for.
+const DRIFT_SHOWN: usize = 3;
 
 fn is_silent(offer: &Offered, now: Timestamp, deadline: Duration) -> bool {
     now.duration_since(offer.progress).unsigned_abs() > deadline && now > offer.progress
@@ -843,6 +880,41 @@ mod tests {
         assert_eq!(
             fleet.standing(&"web1".parse().unwrap(), at(200), DEADLINE),
             Standing::Behind
+        );
+    }
+
+    #[test]
+    fn a_drifted_file_is_named_and_its_news_answer_no_offer() {
+        let name: AgentName = "web1".parse().unwrap();
+        let mut fleet = fleet(7, &[(7, Outcome::Live)]);
+        fleet.offered(
+            &name,
+            LinkId(1),
+            OfferId(9),
+            manifest(7).position(),
+            at(150),
+        );
+        let mut drifted = |seq, mended, error: Option<&str>| {
+            let mut receipt = (*receipt(7, seq, Outcome::Live)).clone();
+            receipt.drift = vec![Drift {
+                name: "daily.cld".parse().unwrap(),
+                found: Found::Missing,
+                mended,
+            }];
+            receipt.error = error.map(str::to_owned);
+            fleet.receipt(&sign(receipt, &SigningKey::from_bytes(&[2; 32])));
+            fleet.rows(at(200), DEADLINE).remove(0)
+        };
+        let row = drifted(2, false, Some("freshclam (pid 812)"));
+        assert!(row.live && !row.conformant);
+        assert_eq!((row.offered, row.answered), (Some(OfferId(9)), None));
+        let row = drifted(3, true, None);
+        assert!(row.conformant && row.error.is_none());
+        assert_eq!(row.answered, Some(OfferId(9)));
+        let row = drifted(4, false, Some("freshclam (pid 812)"));
+        assert_eq!(
+            row.error.unwrap(),
+            "daily.cld is missing: freshclam (pid 812)"
         );
     }
 

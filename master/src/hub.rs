@@ -80,6 +80,13 @@ pub enum Event {
         /// The receipt.
         receipt: Box<Verified<Receipt>>,
     },
+    /// It lacks files of what it should run, and asks for an offer.
+    Reoffer {
+        /// Who.
+        name: AgentName,
+        /// On which connection.
+        id: LinkId,
+    },
     /// It does not take an offer.
     Declined {
         /// Who.
@@ -371,6 +378,12 @@ impl Running {
                         .await;
                 }
             }
+            Event::Reoffer { name, id } => {
+                if let Some(current) = self.task.current.clone() {
+                    tracing::info!(agent = %name, "lacks files, offered anew");
+                    self.offer(id, current, Manner::default(), now).await;
+                }
+            }
             Event::Disconnected { name, id } => {
                 self.links.remove(&id);
                 self.task.fleet.disconnected(&name, id, now);
@@ -649,9 +662,29 @@ impl Running {
             then: Some((line.clone(), acknowledge)),
             ..Job::default()
         };
+        self.drift(receipt).await; // before the acknowledgement
         self.task.recorder.write(job).await;
         if under_way && self.is_settled() {
             self.checkpoint().await; // the end of a rollout
+        }
+    }
+
+    /// Writes what a receipt says of changed files into the audit log.
+    async fn drift(&self, receipt: &Receipt) {
+        let name = &receipt.agent;
+        for (event, mended) in [("drift", false), ("repair", true)] {
+            let files = receipt.drift.iter().filter(|file| file.mended == mended);
+            let files: Vec<_> = files
+                .map(|file| json!({ "name": file.name, "found": file.found }))
+                .collect();
+            if files.is_empty() {
+                continue;
+            }
+            tracing::warn!(agent = %name, files = files.len(), error = receipt.error, "{event}");
+            let detail = json!({ "files": files, "error": receipt.error });
+            let outcome = Some(receipt.outcome.to_string());
+            self.note(event, name, Some(receipt.position()), outcome, detail)
+                .await;
         }
     }
 

@@ -506,6 +506,13 @@ impl Link<'_> {
                 until,
             },
             ToMaster::Need { offer, files } => return self.need(offer, files).await,
+            ToMaster::Reoffer {} => {
+                // An offer is a line in the audit log, as a receipt is.
+                if !self.receipts.spend(Instant::now()) {
+                    return Err(LinkError::TooManyReceipts);
+                }
+                Event::Reoffer { name, id: self.id }
+            }
             ToMaster::Receipt { receipt } => {
                 if !self.receipts.spend(Instant::now()) {
                     return Err(LinkError::TooManyReceipts);

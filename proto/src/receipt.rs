@@ -133,7 +133,7 @@ pub struct Drift {
 }
 
 /// What was found in the place of a published file.
-#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Deserialize, Eq, Ord, PartialEq, PartialOrd, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Found {
     /// Nothing.

@@ -90,6 +90,9 @@ pub enum ToMaster {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         until: Option<Timestamp>,
     },
+    /// Files of the installed generation are damaged, and no copy on the host is good: asks to be
+    /// offered anew what this host should run. A master that does not know it answers with `Error`.
+    Reoffer {},
     /// What came of a generation: a signed [`crate::receipt::Receipt`].
     Receipt {
         /// The signed statement.

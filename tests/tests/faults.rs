@@ -169,15 +169,7 @@ fn the_database_directory_was_emptied_while_the_agent_was_down() {
         let status = agent.json(&["status"]);
         status.is_some_and(|status| status["live"] == true)
     });
-    let outcome = |receipt: &serde_json::Value| receipt["outcome"] == "live";
-    until(PATIENCE, "the master heard of it", || {
-        master
-            .audit("receipt")
-            .iter()
-            .filter(|r| outcome(r))
-            .count()
-            == 2
-    });
+    master.wait_audit("repair", 1);
     assert_eq!(master.audit("published").len(), 1, "the same generation");
 }
 

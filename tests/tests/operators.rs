@@ -29,6 +29,13 @@ fn fleet_of(names: &[&str]) -> (Fleet, Master, Vec<Agent>) {
     (fleet, master, agents)
 }
 
+/// From now on it leaves a changed file to the operators.
+fn only_reports(agent: &mut Agent) {
+    assert!(agent.stop().success());
+    agent.configure("[database]\n", "[database]\ndrift = \"report\"\n");
+    agent.start();
+}
+
 fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
@@ -42,7 +49,9 @@ fn exits(output: &Output, code: i32, says: &str) {
 
 #[test]
 fn force_sync_finds_a_changed_file_and_mends_it() {
-    let (_fleet, master, agents) = fleet_of(&["web1", "web2"]);
+    let (_fleet, master, mut agents) = fleet_of(&["web1", "web2"]);
+    only_reports(&mut agents[0]);
+    master.wait_agent("web1", "it is back", |row| row["connected"] == true);
     let file = agents[0].database().join("daily.cud");
     let good = fs::read(&file).unwrap();
     // In place, with size and time kept: the link that the agent keeps is damaged with it.
@@ -79,7 +88,9 @@ fn force_sync_finds_a_changed_file_and_mends_it() {
 
 #[test]
 fn force_sync_full_sends_the_file_and_json_has_one_object_a_line() {
-    let (_fleet, master, agents) = fleet_of(&["web1"]);
+    let (_fleet, master, mut agents) = fleet_of(&["web1"]);
+    only_reports(&mut agents[0]);
+    master.wait_agent("web1", "it is back", |row| row["connected"] == true);
     fs::remove_file(agents[0].database().join("daily.cud")).unwrap();
     let output = master.command(&["force-sync", "--all", "--full", "--json"]);
     exits(&output, 0, "");

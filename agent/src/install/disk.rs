@@ -13,11 +13,12 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt as _;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError, RwLock};
 
 use clamcast_proto::Digest;
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, openat, renameat};
-use nix::sys::stat::{FileStat, Mode, SFlag, fstat, fstatat, mkdirat};
+use nix::sys::stat::{FchmodatFlags, FileStat, Mode, SFlag, fchmodat, fstat, fstatat, mkdirat};
 use nix::sys::statvfs::fstatvfs;
 use nix::unistd::{Uid, UnlinkatFlags, User, geteuid, linkat, unlinkat};
 use sha2::{Digest as _, Sha256};
@@ -97,8 +98,12 @@ pub struct Facts {
     pub mode: u32,
     /// Its owner.
     pub owner: u32,
+    /// Time of the last change of anything: content, rights, names.
+    pub changed: i128,
     /// A regular file, not a link, directory or device.
     pub regular: bool,
+    /// A directory.
+    pub directory: bool,
 }
 
 /// A file being written.
@@ -127,6 +132,8 @@ pub trait Disk: Send + Sync + 'static {
     fn append(&self, at: At<'_>) -> io::Result<Box<dyn Output>>;
     /// Gives a file a second name, which must not be taken.
     fn link(&self, from: At<'_>, to: At<'_>) -> io::Result<()>;
+    /// Sets the permissions of a file of ours in a directory of ours.
+    fn set_mode(&self, at: At<'_>, mode: u32) -> io::Result<()>;
     /// Moves a name over another one.
     fn rename(&self, from: At<'_>, to: At<'_>) -> io::Result<()>;
     /// Removes a name.
@@ -139,8 +146,11 @@ pub trait Disk: Send + Sync + 'static {
     fn sync_dir(&self, dir: Dir) -> io::Result<()>;
     /// Bytes that may still be written where the databases are.
     fn free_bytes(&self) -> io::Result<u64>;
-    /// Whether the path of the database directory still leads to the directory that was opened.
+    /// Whether the paths of the database directory and of those below it still lead to the
+    /// directories that were opened.
     fn in_place(&self) -> io::Result<bool>;
+    /// Opens what stands there now.
+    fn reopen(&self) -> Result<(), HostFault>;
     /// The path of a name, for messages and other programs.
     fn path(&self, at: At<'_>) -> PathBuf;
 }
@@ -205,12 +215,6 @@ pub enum HostFault {
         /// The database directory.
         path: PathBuf,
     },
-    /// Another directory stands there now.
-    #[error("{path} is another directory than at start; restart clamcast-agent")]
-    Replaced {
-        /// Its path.
-        path: PathBuf,
-    },
     /// A file that should be staged is not there with its digest.
     #[error("{path} is not staged with digest {digest}; it has to be transferred again")]
     Unstaged {
@@ -262,7 +266,13 @@ fn advice(source: &io::Error) -> &'static str {
 pub struct HostDisk {
     database: PathBuf,
     state: PathBuf,
-    dirs: Vec<(Dir, OwnedFd)>,
+    open: RwLock<Open>,
+}
+
+/// What is open, all of one directory.
+#[derive(Debug)]
+struct Open {
+    dirs: Vec<(Dir, Arc<OwnedFd>)>,
     /// Held as long as it is open. The kernel gives it up when the process dies.
     lock: Option<File>,
 }
@@ -270,52 +280,75 @@ pub struct HostDisk {
 impl HostDisk {
     /// Opens the directories and makes the hidden ones.
     pub fn open(database: &Path, state: &Path) -> Result<Self, HostFault> {
-        let user = user_name(geteuid());
-        let databases = open_directory(database, &user)?;
-        let hidden_path = database.join(HIDDEN);
-        let hidden = hidden_directory(&databases, HIDDEN, &hidden_path, &user)
-            .map_err(|fault| explain(fault, database, &databases, &user))?;
-        let mut dirs = Vec::new();
-        for (dir, name) in BELOW_HIDDEN {
-            let path = hidden_path.join(name);
-            dirs.push((dir, hidden_directory(&hidden, name, &path, &user)?));
-        }
-        dirs.push((Dir::State, open_directory(state, &user)?));
-        dirs.push((Dir::Databases, databases));
-        dirs.push((Dir::Hidden, hidden));
+        let open = open_all(database, state)?;
         Ok(Self {
             database: database.to_owned(),
             state: state.to_owned(),
-            dirs,
-            lock: None,
+            open: RwLock::new(open),
         })
     }
 
     /// The same, for one agent alone: two with state directories of their own would swap each
     /// other's sets away.
-    pub fn locked(mut self) -> Result<Self, HostFault> {
-        let path = self.path(At(Dir::Hidden, LOCK));
-        let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        let mode = Mode::from_bits_truncate(RECORD_MODE);
-        let opened = openat(self.fd(Dir::Hidden), LOCK, flags, mode);
-        let file = File::from(opened.map_err(|errno| io_fault("open", &path, errno.into()))?);
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                return Err(HostFault::Shared {
-                    path: self.database,
-                });
-            }
-            Err(TryLockError::Error(source)) => return Err(io_fault("lock", &path, source)),
+    pub fn locked(self) -> Result<Self, HostFault> {
+        {
+            let mut open = self.open.write().unwrap_or_else(PoisonError::into_inner);
+            open.lock = Some(self.lock(&open, None)?);
         }
-        self.lock = Some(file);
         Ok(self)
     }
 
-    fn fd(&self, dir: Dir) -> &OwnedFd {
-        let found = self.dirs.iter().find(|(open, _)| *open == dir);
-        &found.expect("every directory was opened").1
+    /// Locks what is open, unless `held` is that lock already.
+    fn lock(&self, open: &Open, held: Option<File>) -> Result<File, HostFault> {
+        let path = self.path(At(Dir::Hidden, LOCK));
+        let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let mode = Mode::from_bits_truncate(RECORD_MODE);
+        let opened = openat(open.fd(Dir::Hidden), LOCK, flags, mode);
+        let file = File::from(opened.map_err(|errno| io_fault("open", &path, errno.into()))?);
+        let inode = |file: &File| Input::facts(file).ok().map(|facts| facts.inode);
+        if let Some(held) = held
+            && inode(&held) == inode(&file)
+        {
+            return Ok(held);
+        }
+        match file.try_lock() {
+            Ok(()) => Ok(file),
+            Err(TryLockError::WouldBlock) => Err(HostFault::Shared {
+                path: self.database.clone(),
+            }),
+            Err(TryLockError::Error(source)) => Err(io_fault("lock", &path, source)),
+        }
     }
+
+    fn fd(&self, dir: Dir) -> Arc<OwnedFd> {
+        let open = self.open.read().unwrap_or_else(PoisonError::into_inner);
+        open.fd(dir)
+    }
+}
+
+impl Open {
+    fn fd(&self, dir: Dir) -> Arc<OwnedFd> {
+        let found = self.dirs.iter().find(|(open, _)| *open == dir);
+        found.expect("every directory was opened").1.clone()
+    }
+}
+
+fn open_all(database: &Path, state: &Path) -> Result<Open, HostFault> {
+    let user = user_name(geteuid());
+    let databases = open_directory(database, &user)?;
+    let hidden_path = database.join(HIDDEN);
+    let hidden = hidden_directory(&databases, HIDDEN, &hidden_path, &user)
+        .map_err(|fault| explain(fault, database, &databases, &user))?;
+    let mut dirs = Vec::new();
+    for (dir, name) in BELOW_HIDDEN {
+        let path = hidden_path.join(name);
+        let fd = hidden_directory(&hidden, name, &path, &user)?;
+        dirs.push((dir, Arc::new(fd)));
+    }
+    dirs.push((Dir::State, Arc::new(open_directory(state, &user)?)));
+    dirs.push((Dir::Databases, Arc::new(databases)));
+    dirs.push((Dir::Hidden, Arc::new(hidden)));
+    Ok(Open { dirs, lock: None })
 }
 
 const DIRECTORY: OFlag = OFlag::O_RDONLY
@@ -393,6 +426,11 @@ fn user_name(uid: Uid) -> String {
     }
 }
 
+/// The name of a user, or its number.
+pub(super) fn user_name_of(uid: u32) -> String {
+    user_name(Uid::from_raw(uid))
+}
+
 pub(super) fn io_fault(doing: &'static str, path: &Path, source: io::Error) -> HostFault {
     HostFault::Io {
         doing,
@@ -443,6 +481,16 @@ impl Disk for HostDisk {
         )?)
     }
 
+    fn set_mode(&self, At(dir, name): At<'_>, mode: u32) -> io::Result<()> {
+        let mode = Mode::from_bits_truncate(mode);
+        Ok(fchmodat(
+            self.fd(dir),
+            name,
+            mode,
+            FchmodatFlags::FollowSymlink,
+        )?)
+    }
+
     fn rename(&self, At(from, old): At<'_>, At(to, new): At<'_>) -> io::Result<()> {
         Ok(renameat(self.fd(from), old, self.fd(to), new)?)
     }
@@ -482,9 +530,32 @@ impl Disk for HostDisk {
     }
 
     fn in_place(&self) -> io::Result<bool> {
-        let opened = fstat(self.fd(Dir::Databases))?;
-        let there = std::fs::metadata(&self.database)?;
-        Ok((there.dev(), there.ino()) == (opened.st_dev, opened.st_ino))
+        let is_there = |dir| -> io::Result<bool> {
+            let opened = fstat(self.fd(dir))?;
+            let there = match std::fs::metadata(self.path(At(dir, ""))) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+                there => there?,
+            };
+            Ok((there.dev(), there.ino()) == (opened.st_dev, opened.st_ino))
+        };
+        let hidden = BELOW_HIDDEN.map(|(dir, _)| dir);
+        let mut dirs = [Dir::Databases, Dir::Hidden].into_iter().chain(hidden);
+        dirs.try_fold(true, |all, dir| Ok(all && is_there(dir)?))
+    }
+
+    fn reopen(&self) -> Result<(), HostFault> {
+        let mut new = open_all(&self.database, &self.state)?;
+        let mut open = self.open.write().unwrap_or_else(PoisonError::into_inner);
+        if let Some(held) = open.lock.take() {
+            let kept = held.try_clone();
+            let locked = self.lock(&new, Some(held));
+            if locked.is_err() {
+                open.lock = kept.ok(); // a clone is the same lock
+            }
+            new.lock = Some(locked?);
+        }
+        *open = new;
+        Ok(())
     }
 
     fn path(&self, At(dir, name): At<'_>) -> PathBuf {
@@ -507,6 +578,7 @@ impl Disk for HostDisk {
 }
 
 fn facts_of(stat: &FileStat) -> Facts {
+    let kind = SFlag::from_bits_truncate(stat.st_mode & SFlag::S_IFMT.bits());
     Facts {
         inode: Inode {
             device: stat.st_dev,
@@ -516,7 +588,9 @@ fn facts_of(stat: &FileStat) -> Facts {
         modified: i128::from(stat.st_mtime) * 1_000_000_000 + i128::from(stat.st_mtime_nsec),
         mode: stat.st_mode & 0o7777,
         owner: stat.st_uid,
-        regular: SFlag::from_bits_truncate(stat.st_mode & SFlag::S_IFMT.bits()) == SFlag::S_IFREG,
+        changed: i128::from(stat.st_ctime) * 1_000_000_000 + i128::from(stat.st_ctime_nsec),
+        regular: kind == SFlag::S_IFREG,
+        directory: kind == SFlag::S_IFDIR,
     }
 }
 
@@ -571,12 +645,19 @@ impl Tree {
         }
     }
 
-    /// The database directory must be the one that was opened: in a removed one all work is lost.
+    /// Work goes to the directory that stands there now: in one that was removed it is lost.
     pub(super) fn check_in_place(&self) -> Result<(), HostFault> {
         let path = self.directory(Dir::Databases);
         match self.disk.in_place() {
             Ok(true) => Ok(()),
-            Ok(false) => Err(HostFault::Replaced { path }),
+            Ok(false) => {
+                self.disk.reopen()?;
+                tracing::warn!(
+                    ?path,
+                    "the database directory was replaced, going on in the new one"
+                );
+                Ok(())
+            }
             Err(source) => Err(io_fault("look at", &path, source)),
         }
     }
@@ -622,6 +703,12 @@ impl Tree {
         self.disk
             .link(from, to)
             .map_err(self.failed("make the link", to))
+    }
+
+    pub(super) fn set_mode(&self, at: At<'_>, mode: u32) -> Result<(), HostFault> {
+        self.disk
+            .set_mode(at, mode)
+            .map_err(self.failed("set the permissions of", at))
     }
 
     pub(super) fn rename(&self, from: At<'_>, to: At<'_>) -> Result<(), HostFault> {

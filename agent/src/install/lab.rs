@@ -316,6 +316,10 @@ impl Disk for Shim {
         })
     }
 
+    fn set_mode(&self, at: At<'_>, mode: u32) -> io::Result<()> {
+        self.run(Kind::Write, || self.disk.set_mode(at, mode))
+    }
+
     fn rename(&self, from: At<'_>, to: At<'_>) -> io::Result<()> {
         self.run(Kind::Write, || {
             let inode = |at| self.disk.facts(at).ok().map(|facts| facts.inode);
@@ -357,6 +361,10 @@ impl Disk for Shim {
 
     fn in_place(&self) -> io::Result<bool> {
         self.run(Kind::Read, || self.disk.in_place())
+    }
+
+    fn reopen(&self) -> Result<(), HostFault> {
+        self.disk.reopen()
     }
 
     fn path(&self, at: At<'_>) -> PathBuf {

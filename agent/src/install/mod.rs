@@ -22,6 +22,7 @@ use tokio_util::sync::CancellationToken;
 use crate::chain;
 use crate::clamd::proof::Nonce;
 use crate::clamd::{LogMark, Prover, Verdict};
+use crate::drift::Depth;
 
 pub mod disk;
 #[cfg(test)]
@@ -29,6 +30,7 @@ mod faults;
 pub mod journal;
 #[cfg(test)]
 mod lab;
+mod look;
 pub mod machine;
 mod stage;
 mod swap;
@@ -37,10 +39,12 @@ mod tests;
 
 pub use disk::{HIDDEN, HostFault};
 pub use journal::{Installed, Set};
+pub use look::{Look, Sighting};
 pub use stage::{ReceiveError, SPACE_RESERVE_BYTES};
 
 use disk::{At, Dir, Disk, HostDisk, RECORD_MODE, Tree};
-use journal::{Ending, Journal, Records, Refusal, Step};
+use journal::{Ending, Journal, Records, Refusal, Step, Way};
+use look::Baseline;
 use machine::{Action, Event, Machine};
 use stage::{Known, Receiving, Stage};
 use swap::{Numbers, Swap, SwapFault};
@@ -197,6 +201,9 @@ struct Shared<P> {
     opened: Mutex<Option<(Set, Next)>>,
     known: Known,
     receiving: Receiving,
+    baseline: Baseline,
+    /// Files were seen other than installed since the last proof: clamd may have loaded them.
+    suspect: Mutex<bool>,
 }
 
 /// Where the blocking part of an install ends.
@@ -243,6 +250,8 @@ impl<P: Prove> Installer<P> {
             opened: Mutex::default(),
             known: Known::default(),
             receiving: Receiving::default(),
+            baseline: Baseline::default(),
+            suspect: Mutex::default(),
         };
         if let Some(journal) = journal {
             let set = journal.set.clone();
@@ -270,22 +279,13 @@ impl<P: Prove> Installer<P> {
         lock(&self.shared.installed).clone()
     }
 
-    /// A file of the installed generation whose name is gone from the database directory: then the
-    /// generation must not be taken for installed. Only names are looked at, and none in the middle
-    /// of an install, which takes some away itself. Blocking, for a moment.
-    pub fn missing_file(&self) -> Option<PathBuf> {
-        let between = match lock(&self.shared.machine).journal() {
-            Some(journal) => journal.step == Step::Waiting,
-            None => true,
-        };
-        let installed = self.installed().filter(|_| between)?;
-        let mut files = installed.set.manifest.files.iter();
-        let missing = files.find(|file| {
-            let at = At(Dir::Databases, file.name.as_str());
-            matches!(self.shared.tree.facts(at), Ok(None)) // what cannot be looked at may be there
-        })?;
-        let at = At(Dir::Databases, missing.name.as_str());
-        Some(self.shared.tree.path(at))
+    /// Compares the directory with the installed set; see [`Depth`] for how thoroughly. It waits for
+    /// nobody, and gives way when `stop` fires. Blocking.
+    pub fn look(&self, depth: Depth, stop: &CancellationToken) -> Look {
+        match self.shared.slot.try_lock() {
+            Ok(_guard) => self.shared.look(depth, stop),
+            Err(_) => Look::NotNow,
+        }
     }
 
     /// What is going on.
@@ -381,9 +381,8 @@ impl<P: Prove> Installer<P> {
                 .prove(journal.install, mark, stop.clone())
                 .await;
         }
-        let judged = Event::Judged(verdict);
         let (guard, next) = self
-            .blocking(guard, move |shared| shared.drive(judged))
+            .blocking(guard, move |shared| shared.drive(shared.judged(verdict)))
             .await;
         self.complete(guard, set, next, stop, &|_| ()).await
     }
@@ -564,9 +563,8 @@ impl<P: Prove> Installer<P> {
                     if matches!(verdict, Verdict::Refused { .. }) {
                         progress(Phase::Swapping);
                     }
-                    let judged = Event::Judged(verdict);
                     (guard, next) = self
-                        .blocking(guard, move |shared| shared.drive(judged))
+                        .blocking(guard, move |shared| shared.drive(shared.judged(verdict)))
                         .await;
                 }
             }
@@ -633,8 +631,8 @@ impl<P: Prove> Shared<P> {
         rehash: bool,
         full: bool,
     ) -> Result<Vec<NeedFile>, HostFault> {
-        self.recover()?;
         self.tree.check_in_place()?;
+        self.recover()?;
         self.known.clear();
         let installed = lock(&self.installed).clone();
         let installed = installed.as_ref().map(|installed| &installed.set.manifest);
@@ -658,18 +656,50 @@ impl<P: Prove> Shared<P> {
                     outcome: Outcome::HostFault | Outcome::Refused,
                     error: Some(reason),
                     ..
-                }) if self.is_unfinished() => Err(HostFault::Unfinished { reason }),
+                }) if self.is_unfinished()? => Err(HostFault::Unfinished { reason }),
                 Next::Finish(_) | Next::Prove(_) | Next::Nothing => Ok(()),
             },
             Some(_) | None => Ok(()),
         }
     }
 
-    fn is_unfinished(&self) -> bool {
-        let machine = lock(&self.machine);
-        machine
-            .journal()
-            .is_some_and(|journal| journal.step == Step::Swapping)
+    /// Whether the way back is still to be gone, and can be. Where the old files are lost, in the
+    /// directory and in `previous/`, the next install is the way out: it brings a whole set, and
+    /// its journal takes the place of this one.
+    fn is_unfinished(&self) -> Result<bool, HostFault> {
+        let open = lock(&self.machine).journal().cloned();
+        let Some(open) = open.filter(|open| open.step == Step::Swapping) else {
+            return Ok(false);
+        };
+        for file in &open.files {
+            if !self.stage().ensure(file)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// A set is blamed only if it was there: of files that somebody changed meanwhile clamd's
+    /// refusal says nothing, and probing goes on.
+    fn judged(&self, verdict: Verdict) -> Event {
+        let open = lock(&self.machine).journal().cloned();
+        let forward = open.filter(|open| open.way == Way::Forward);
+        match (verdict, forward) {
+            (Verdict::Refused { reason, report }, Some(open)) => {
+                // What cannot be read for a moment is not changed.
+                let mut checks = open.files.iter().map(|file| self.check(file.clone()));
+                let changed = checks.find(|check| check.error.is_none() && !check.is_right());
+                let Some(changed) = changed else {
+                    return Event::Judged(Verdict::Refused { reason, report });
+                };
+                let name = changed.expected.name;
+                let note = format!("{name} was changed by somebody: {reason}");
+                tracing::warn!(note, "clamd refuses what is not the published set");
+                let note = Some(note);
+                Event::Judged(Verdict::Unproven(ClamdReport { note, ..report }))
+            }
+            (verdict, _) => Event::Judged(verdict),
+        }
     }
 
     fn resume(&self, journal: Journal) -> Result<Next, HostFault> {
@@ -687,8 +717,8 @@ impl<P: Prove> Shared<P> {
         if let (false, Some(refusal)) = (forced, self.refusal(&set.sha256())) {
             return Ok(Prepared::Answered(refusal));
         }
-        self.recover()?;
         self.tree.check_in_place()?;
+        self.recover()?;
         for file in set.files() {
             if !self.stage().ensure(&file)? {
                 return Err(HostFault::Unstaged {
@@ -705,6 +735,7 @@ impl<P: Prove> Shared<P> {
             Some(installed)
                 if survey.in_place
                     && open.is_none()
+                    && !*lock(&self.suspect)
                     && installed.outcome == Outcome::Live
                     && installed.set.manifest.content == set.manifest.content =>
             {
@@ -784,8 +815,12 @@ impl<P: Prove> Shared<P> {
     fn completed(&self, set: Set, ending: Ending) -> Completed {
         self.known.clear(); // a receipt says what is on disk now
         let unknown = ending.clamd == ClamdReport::default();
+        let files = self.swap().files_on_disk(&set, &self.baseline);
+        if matches!(ending.outcome, Outcome::Live | Outcome::Installed) && files == set.files() {
+            *lock(&self.suspect) = false;
+        }
         Completed {
-            files: self.swap().files_on_disk(&set),
+            files,
             foreign: self.foreign(Some(&set)),
             clamd: if unknown {
                 self.prover.report()

@@ -208,6 +208,7 @@ impl Stage<'_> {
         {
             return Ok(true);
         }
+        self.give_rights_back(At(Dir::Current, file.name.as_str()))?;
         for dir in SOURCES {
             let source = At(dir, file.name.as_str());
             if let Some(facts) = self.holds(source, file)?
@@ -217,6 +218,16 @@ impl Stage<'_> {
             }
         }
         Ok(false)
+    }
+
+    /// Whoever took the rights of an installed file away took them from our link to it, too. It is
+    /// still ours.
+    fn give_rights_back(&self, at: At<'_>) -> Result<(), HostFault> {
+        let ours = |facts: &Facts| facts.regular && facts.owner == geteuid().as_raw();
+        match self.tree.facts(at)?.filter(ours) {
+            Some(facts) if facts.mode != DATABASE_MODE => self.tree.set_mode(at, DATABASE_MODE),
+            Some(_) | None => Ok(()),
+        }
     }
 
     /// Facts of the file if it is there with the right content. One that cannot be read is no
@@ -612,7 +623,6 @@ fn is_full(fault: &HostFault) -> bool {
         HostFault::NoDirectory { .. }
         | HostFault::NotOurs { .. }
         | HostFault::Planted { .. }
-        | HostFault::Replaced { .. }
         | HostFault::Unstaged { .. }
         | HostFault::Shared { .. }
         | HostFault::Unfinished { .. } => false,

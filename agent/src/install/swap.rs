@@ -13,6 +13,7 @@ use clamcast_proto::receipt::{FOREIGN_MAX, FileState};
 
 use super::disk::{At, DATABASE_MODE, Dir, HostFault, Tree};
 use super::journal::{Before, Installed, Journal, Set, Step, Way};
+use super::look::Baseline;
 use super::stage::{PLACE, Stage, state_of};
 use crate::clamd::proof::{
     CANARY, GATE, GATE_SPAN, Nonce, PROOF_FILE_BYTES_MAX, canary, canary_number, gate, gate_number,
@@ -22,6 +23,10 @@ use crate::clamd::proof::{
 /// disk is noticed while nothing has happened.
 const NEW_CANARY: At<'_> = At(Dir::Hidden, "canary");
 const NEW_GATE: At<'_> = At(Dir::Hidden, "gate");
+
+/// Directories that are kept of those that stood in the place of one database. One more is a fault,
+/// for somebody to look at.
+const DIRECTORIES_MAX: u32 = 100;
 
 const CANARY_AT: At<'_> = At(Dir::Databases, CANARY);
 const GATE_AT: At<'_> = At(Dir::Databases, GATE);
@@ -395,9 +400,27 @@ impl Swap<'_> {
         let signs = |file: &&FileState| file.name.kind() == DatabaseKind::Sign;
         let (first, then): (Vec<_>, Vec<_>) = files.iter().partition(signs);
         for file in first.into_iter().chain(then) {
+            self.move_directory_away(&file.name)?;
             self.link_over(file, At(Dir::Databases, file.name.as_str()))?;
         }
         self.remove(withdraw)
+    }
+
+    /// A file cannot be renamed over a directory. Whoever made one in the place of a database finds
+    /// it in `adopted/`.
+    fn move_directory_away(&self, name: &DatabaseName) -> Result<(), HostFault> {
+        let there = At(Dir::Databases, name.as_str());
+        if !self.tree.is_directory(there)? {
+            return Ok(());
+        }
+        let mut kept = format!("{name}.directory");
+        for n in 2..=DIRECTORIES_MAX {
+            if self.tree.facts(At(Dir::Adopted, &kept))?.is_none() {
+                break;
+            }
+            kept = format!("{name}.directory-{n}");
+        }
+        self.tree.rename(there, At(Dir::Adopted, &kept))
     }
 
     /// Takes names away; `previous/` holds what stood there.
@@ -438,15 +461,18 @@ impl Swap<'_> {
     }
 
     /// What is on disk under the names of a set, by reading it.
-    pub(super) fn files_on_disk(&self, set: &Set) -> Vec<FileState> {
+    pub(super) fn files_on_disk(&self, set: &Set, baseline: &Baseline) -> Vec<FileState> {
         let mut files = Vec::new();
         for file in &set.manifest.files {
             match self.stage.state(At(Dir::Databases, file.name.as_str())) {
-                Ok(Some((facts, sha256))) => files.push(FileState {
-                    name: file.name.clone(),
-                    size: facts.size,
-                    sha256,
-                }),
+                Ok(Some((facts, sha256))) => {
+                    baseline.insert(file.name.as_str(), facts, sha256);
+                    files.push(FileState {
+                        name: file.name.clone(),
+                        size: facts.size,
+                        sha256,
+                    });
+                }
                 Ok(None) => {}
                 Err(fault) => {
                     tracing::warn!(error = %crate::chain(&fault), "cannot report on a file")

@@ -345,15 +345,209 @@ fn a_missing_directory_is_named_with_the_command_that_makes_it() {
 }
 
 #[test]
-fn a_replaced_directory_is_noticed_before_anything_is_written_into_the_void() {
+fn a_replaced_or_emptied_directory_is_worked_on_and_the_one_that_was_open_is_not() {
+    for emptied in [false, true] {
+        let host = Host::with(1, "daily.cld@1=one");
+        let installer = host.start();
+        let moved = host.state().join("moved");
+        fs::rename(host.database(), &moved).unwrap();
+        fs::create_dir(host.database()).unwrap();
+        if emptied {
+            // With the same inode, as after `rm -r DB/* DB/.clamcast`.
+            fs::remove_dir(host.database()).unwrap();
+            fs::rename(&moved, host.database()).unwrap();
+            fs::remove_dir_all(host.hidden("")).unwrap();
+            fs::remove_file(host.database().join("daily.cld")).unwrap();
+        }
+        let line = "daily.cld@2=two";
+        let completed = host.take(&installer, &manifest(2, line), line).unwrap();
+        assert_eq!(completed.outcome, Outcome::Live, "{:?}", completed.error);
+        assert_eq!(host.there(), set(line));
+        if !emptied {
+            assert_eq!(loaded(&moved)["daily.cld"], "one");
+        }
+    }
+}
+
+#[test]
+fn a_lost_way_back_does_not_keep_the_next_set_out() {
+    let host = Host::with(1, "daily.cld@1=one");
+    let shim = host.shim(Fault::None);
+    let (installer, _) = host.start_on(shim.clone()).unwrap();
+    mood(&host, Mood::Away);
+    let bad = "daily.cld@2=BAD";
+    host.take(&installer, &manifest(2, bad), bad).unwrap();
+    // The old set is nowhere any more when clamd comes and refuses the new one.
+    fs::remove_file(host.hidden("previous/daily.cld")).unwrap();
+    mood(&host, Mood::Up);
+    host.probe_on(&installer);
+    let good = "daily.cld@3=three";
+    let completed = host.take(&installer, &manifest(3, good), good).unwrap();
+    assert_eq!(completed.outcome, Outcome::Live, "{:?}", completed.error);
+    assert_eq!(host.there(), set(good));
+}
+
+#[test]
+fn a_set_that_somebody_damaged_is_not_blamed_for_what_clamd_says() {
     let host = Host::with(1, "daily.cld@1=one");
     let installer = host.start();
-    fs::rename(host.database(), host.state().join("moved")).unwrap();
-    fs::create_dir(host.database()).unwrap();
-    let fault = installer
-        .plan(&manifest(2, "daily.cld@2=two"), false, false)
-        .unwrap_err();
-    assert!(matches!(fault, HostFault::Replaced { .. }), "{fault}");
+    mood(&host, Mood::Away);
+    let line = "daily.cld@2=two";
+    host.take(&installer, &manifest(2, line), line).unwrap();
+    host.put("daily.cld=BAD");
+    mood(&host, Mood::Up);
+    assert!(host.probe_on(&installer).is_none(), "probing goes on");
+    assert!(installer.refused_before(&manifest(2, line)).is_none());
+    let completed = host.repair(&installer).unwrap().unwrap();
+    assert_eq!(completed.outcome, Outcome::Live, "{:?}", completed.error);
+    assert_eq!(host.there(), set(line));
+}
+
+/// What a look says of a host that has this set, after `damage`.
+fn sight(depth: Depth, damage: impl FnOnce(&Host)) -> String {
+    let host = Host::with(1, "daily.cld@1=one main.cvd@62=main");
+    let installer = host.start();
+    let stop = CancellationToken::new();
+    // What is read in this look is known in the next one.
+    assert_eq!(installer.look(Depth::Full, &stop), Look::Made(Vec::new()));
+    damage(&host);
+    let Look::Made(wrong) = installer.look(depth, &stop) else {
+        panic!("nothing is in its way");
+    };
+    let words = wrong.iter().map(|wrong| {
+        let read = wrong.state.as_ref().map_or("", |_| " and read");
+        format!("{} {:?}{read}", wrong.name, wrong.found)
+    });
+    words.collect::<Vec<_>>().join(", ")
+}
+
+#[test]
+fn a_look_names_what_is_wrong_and_reads_what_was_touched() {
+    let daily = |host: &Host| host.database().join("daily.cld");
+    for depth in [Depth::Touched, Depth::Full] {
+        let check = |damage: &dyn Fn(&Host), expected: &str| {
+            assert_eq!(sight(depth, damage), expected, "{depth:?}");
+        };
+        check(&|_| (), "");
+        check(
+            &|host| fs::write(daily(host), "onE").unwrap(),
+            "daily.cld Changed and read",
+        );
+        check(
+            &|host| fs::write(daily(host), "o").unwrap(),
+            "daily.cld Changed and read",
+        );
+        check(
+            &|host| fs::write(daily(host), "much too long").unwrap(),
+            "daily.cld Changed",
+        );
+        check(
+            &|host| fs::remove_file(daily(host)).unwrap(),
+            "daily.cld Missing",
+        );
+        let mode = |mode: u32| {
+            move |host: &Host| {
+                fs::set_permissions(daily(host), fs::Permissions::from_mode(mode)).unwrap();
+            }
+        };
+        check(&mode(0o600), "daily.cld Unreadable and read");
+        check(&mode(0o666), "daily.cld Changed and read");
+        let instead = |make: &dyn Fn(&std::path::Path)| {
+            sight(depth, |host| {
+                fs::remove_file(daily(host)).unwrap();
+                make(&daily(host));
+            })
+        };
+        assert_eq!(
+            instead(&|path| fs::create_dir(path).unwrap()),
+            "daily.cld Changed"
+        );
+        assert_eq!(
+            instead(&|path| symlink("main.cvd", path).unwrap()),
+            "daily.cld Changed"
+        );
+        let pipe = |path: &std::path::Path| {
+            nix::unistd::mkfifo(path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        };
+        assert_eq!(instead(&pipe), "daily.cld Changed");
+        assert_eq!(
+            instead(&|path| fs::write(path, "one").unwrap()),
+            "",
+            "put back by somebody"
+        );
+        check(
+            &|host| host.put("daily.cvd=theirs"),
+            "daily.cld Changed and read",
+        );
+        check(&|host| host.put("other.ndb=theirs"), "");
+        let canary = |host: &Host| fs::remove_file(host.database().join(CANARY)).unwrap();
+        check(&canary, "clamcast-canary.hsb Missing");
+    }
+}
+
+#[test]
+fn a_look_gives_way_and_does_not_judge_an_install_under_way() {
+    let host = Host::with(1, "daily.cld@1=one");
+    let installer = host.start();
+    let stop = CancellationToken::new();
+    stop.cancel();
+    assert_eq!(installer.look(Depth::Full, &stop), Look::Stopped);
+    let stop = CancellationToken::new();
+    let guard = installer.shared.slot.try_lock().unwrap();
+    assert_eq!(installer.look(Depth::Full, &stop), Look::NotNow);
+    drop(guard);
+    let nothing = Host::new();
+    let look = nothing.start().look(Depth::Full, &stop);
+    assert_eq!(look, Look::Made(Vec::new()));
+}
+
+#[test]
+fn whatever_stands_in_the_place_of_a_file_is_repaired_and_proven_anew() {
+    let line = "daily.cld@1=one x.ndb=x y.ndb=y z.ndb=z w.ndb=w";
+    let host = Host::with(1, line);
+    let installer = host.start();
+    let number = host.canary();
+    let at = |name: &str| host.database().join(name);
+    for name in ["daily.cld", "x.ndb", "y.ndb"] {
+        fs::remove_file(at(name)).unwrap();
+    }
+    fs::create_dir(at("daily.cld")).unwrap();
+    fs::write(at("daily.cld").join("inside"), "kept").unwrap();
+    symlink("z.ndb", at("x.ndb")).unwrap();
+    nix::unistd::mkfifo(&at("y.ndb"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    fs::set_permissions(at("z.ndb"), fs::Permissions::from_mode(0o000)).unwrap();
+    fs::remove_file(at(GATE)).unwrap();
+    let stop = CancellationToken::new();
+    let Look::Made(wrong) = installer.look(Depth::Touched, &stop) else {
+        panic!("nothing is in its way");
+    };
+    assert_eq!(wrong.len(), 5, "{wrong:?}");
+    let completed = host.repair(&installer).unwrap().unwrap();
+    assert_eq!(completed.outcome, Outcome::Live, "{:?}", completed.error);
+    assert!(completed.install > number);
+    assert_eq!(host.there(), set(line));
+    assert_eq!(installer.look(Depth::Full, &stop), Look::Made(Vec::new()));
+    let kept = host.hidden("adopted/daily.cld.directory/inside");
+    assert_eq!(fs::read_to_string(kept).unwrap(), "kept");
+}
+
+#[test]
+fn a_file_that_came_right_by_itself_is_proven_anew() {
+    let line = "daily.cld@1=one";
+    let host = Host::with(1, line);
+    let installer = host.start();
+    let number = host.canary();
+    let aside = host.state().join("aside");
+    fs::rename(host.database().join("daily.cld"), &aside).unwrap();
+    let stop = CancellationToken::new();
+    assert_ne!(
+        installer.look(Depth::Touched, &stop),
+        Look::Made(Vec::new())
+    );
+    // Meanwhile clamd may have loaded the directory without it.
+    fs::rename(&aside, host.database().join("daily.cld")).unwrap();
+    let completed = host.repair(&installer).unwrap().unwrap();
+    assert!(completed.install > number);
 }
 
 #[test]

@@ -1,0 +1,641 @@
+//! Decides when the installed files are looked at, and what is done about one that was changed.
+//!
+//! Pure: no disk, no clock, no randomness. `keeper/drift.rs` feeds events in and carries out the
+//! actions that come back. Invariants: a look is made only after the directory was quiet for a
+//! moment or for want of quiet; nothing is repaired where the configuration says so, where somebody
+//! else's updater is at work, or where repairs did not last; what goes on being wrong is reported
+//! at longer and longer intervals.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use clamcast_proto::receipt::{DRIFT_MAX, Drift, Found};
+use serde::{Deserialize, Serialize};
+
+use crate::backoff::Backoff;
+use crate::install::Sighting;
+
+pub mod updater;
+mod watch;
+
+pub use updater::Updater;
+pub use watch::Watch;
+
+/// What is done about a changed file.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Policy {
+    /// It is reported, and the published one is put back.
+    #[default]
+    Repair,
+    /// It is reported.
+    Report,
+}
+
+/// How much of the files a look reads.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Depth {
+    /// Nothing: names, kinds, lengths and rights.
+    Surface,
+    /// What seems to have been written since it was read last.
+    Touched,
+    /// Every byte. Damage that changes neither size nor time is found by nothing else.
+    Full,
+}
+
+/// After an event the directory must be quiet for this long: a file that is being written in place
+/// is looked at once, not a hundred times.
+const QUIET: Duration = Duration::from_millis(500);
+
+/// A look is not put off for longer than this, however much goes on.
+const BURST_LONGEST: Duration = Duration::from_secs(5);
+
+/// Between two looks without an event: one may have been lost.
+const LOOK: Duration = Duration::from_secs(60);
+
+/// The same where there are no events at all.
+const LOOK_BLIND: Duration = Duration::from_secs(5);
+
+/// A look that could not be made is tried again after this.
+const LOOK_AGAIN: Duration = Duration::from_secs(2);
+
+/// A file that was put back so often within [`REPAIRS_WINDOW`] and is wrong again has another
+/// writer, and goes its way: each repair costs clamd a reload.
+pub const REPAIRS_MAX: usize = 3;
+
+/// See [`REPAIRS_MAX`]. As long as the hourly job of another updater takes to come round so often.
+pub const REPAIRS_WINDOW: Duration = Duration::from_secs(4 * 3600);
+
+/// Drift this soon after an updater was seen at work is its doing.
+const SIGHT_HOLDS: Duration = Duration::from_secs(120);
+
+/// Waits between two reports of the same.
+const REPORT_FIRST: Duration = Duration::from_secs(10 * 60);
+const REPORT_LONGEST: Duration = Duration::from_secs(6 * 3600);
+
+/// Waits between two tries of a repair that comes to nothing: the disk is full, or the master is
+/// asked for a file and does not answer.
+const REPAIR_FIRST: Duration = Duration::from_secs(15);
+const REPAIR_LONGEST: Duration = Duration::from_secs(15 * 60);
+
+/// What happened.
+#[derive(Debug)]
+pub enum Event {
+    /// Something in the database directory.
+    Touched {
+        /// As a run of freshclam begins.
+        run_begun: bool,
+    },
+    /// Somebody else was seen at work on it.
+    Sighted(Updater),
+    /// A look was made.
+    Looked {
+        /// How thorough it was.
+        depth: Depth,
+        /// Every file that is wrong.
+        wrong: Vec<Sighting>,
+        /// Whether events come.
+        watched: bool,
+    },
+    /// A look was not made or cut short.
+    NotLooked,
+    /// All files were put in place, under a new proof.
+    Installed {
+        /// On somebody's word, not by a repair: what went before counts no more.
+        anew: bool,
+    },
+    /// The master is there again, which may have what a repair lacked.
+    Connected,
+    /// [`Guard::deadline`] has come.
+    Tick,
+}
+
+/// What to do.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Action {
+    /// Look for the updater of somebody else; answer with [`Event::Sighted`] if there is one.
+    Scan,
+    /// Look at the files; answer with [`Event::Looked`] or [`Event::NotLooked`].
+    Look(Depth),
+    /// Tell what is wrong, or is not any more.
+    Report(Vec<Drift>),
+    /// Put the published files back; [`Event::Installed`] says that it worked.
+    Repair,
+}
+
+/// Why nothing is repaired.
+#[derive(Clone, Debug, Eq, PartialEq)]
+enum Rest {
+    /// This one is at work.
+    Updater(Updater),
+    /// Somebody is.
+    Again,
+}
+
+/// Watches over the installed files of one host.
+#[derive(Debug)]
+pub struct Guard {
+    policy: Policy,
+    rescan: Duration,
+    burst: Option<Burst>,
+    look_at: Instant,
+    rehash_at: Instant,
+    looking: bool,
+    wrong: BTreeMap<String, Sighting>,
+    /// When it began.
+    since: Option<Instant>,
+    /// What was reported since it began.
+    reported: BTreeSet<(String, Found)>,
+    report_at: Instant,
+    reports: Backoff,
+    repair_at: Instant,
+    repairs: Backoff,
+    /// When files were put back, the newest last.
+    repaired: BTreeMap<String, VecDeque<Instant>>,
+    rest: Option<Rest>,
+    sighted: Option<(Updater, Instant)>,
+}
+
+/// Events that belong together.
+#[derive(Clone, Copy, Debug)]
+struct Burst {
+    first: Instant,
+    last: Instant,
+}
+
+impl Guard {
+    /// Nothing is known to be wrong. The first re-hash comes after a random part of `rescan`, so
+    /// that the guests of one machine do not read their disks at once; `random` is from 0 to 1.
+    pub fn new(policy: Policy, rescan: Duration, now: Instant, random: f64) -> Self {
+        Self {
+            policy,
+            rescan,
+            burst: None,
+            look_at: now,
+            rehash_at: now + rescan.mul_f64(random.clamp(0.0, 1.0)),
+            looking: false,
+            wrong: BTreeMap::new(),
+            since: None,
+            reported: BTreeSet::new(),
+            report_at: now,
+            reports: Backoff::new(REPORT_FIRST, REPORT_LONGEST),
+            repair_at: now,
+            repairs: Backoff::new(REPAIR_FIRST, REPAIR_LONGEST),
+            repaired: BTreeMap::new(),
+            rest: None,
+            sighted: None,
+        }
+    }
+
+    /// What is done about a changed file.
+    pub fn policy(&self) -> Policy {
+        self.policy
+    }
+
+    /// The files that are wrong.
+    pub fn wrong(&self) -> impl ExactSizeIterator<Item = &Sighting> {
+        self.wrong.values()
+    }
+
+    /// The same for a receipt, which knows only databases.
+    pub fn drift(&self, mended: bool) -> Vec<Drift> {
+        let drift = |wrong: &Sighting| {
+            let (name, found) = (wrong.name.parse().ok()?, wrong.found);
+            Some(Drift {
+                name,
+                found,
+                mended,
+            })
+        };
+        let drift = self.wrong.values().filter_map(drift);
+        drift.take(DRIFT_MAX).collect()
+    }
+
+    /// When the first of them was found.
+    pub fn since(&self) -> Option<Instant> {
+        self.since
+    }
+
+    /// Whether files that are wrong are to stay so until somebody says otherwise.
+    pub fn holds_back(&self) -> bool {
+        !self.wrong.is_empty() && (self.policy == Policy::Report || self.rest.is_some())
+    }
+
+    /// Why they stay, with the next step; `None` if they do not.
+    pub fn reason(&self, directory: &Path) -> Option<String> {
+        let name = self.wrong.keys().next()?;
+        match (&self.rest, self.policy) {
+            (Some(Rest::Updater(updater)), _) => Some(format!(
+                "{name} is rewritten by somebody: {updater}; stop it: {}",
+                updater.remedy()
+            )),
+            (Some(Rest::Again), _) => {
+                let owner = self.wrong.values().find_map(|wrong| wrong.owner.as_ref());
+                let owner = owner.map(|user| format!(" as user {user}"));
+                let seen = self.sighted.as_ref();
+                let seen = seen.map(|(writer, _)| format!(", {writer} was seen there"));
+                Some(format!(
+                    "{name} is rewritten by somebody{}, {REPAIRS_MAX} repairs did not last{}; find \
+                     out who writes to {} (cron jobs, configuration management)",
+                    owner.unwrap_or_default(),
+                    seen.unwrap_or_default(),
+                    directory.display(),
+                ))
+            }
+            (None, Policy::Report) => {
+                Some("it stays as it is: `[database] drift` is \"report\"".to_owned())
+            }
+            (None, Policy::Repair) => None,
+        }
+    }
+
+    /// When [`Event::Tick`] is due, as long as no install keeps the directory busy.
+    pub fn deadline(&self) -> Option<Instant> {
+        (!self.looking).then(|| self.next_look().0)
+    }
+
+    fn next_look(&self) -> (Instant, Depth) {
+        let quiet = self
+            .burst
+            .map(|burst| (burst.last + QUIET).min(burst.first + BURST_LONGEST));
+        let touched = quiet.map_or(self.look_at, |at| at.min(self.look_at));
+        if self.rehash_at < touched {
+            (self.rehash_at, Depth::Full)
+        } else {
+            (touched, Depth::Touched)
+        }
+    }
+
+    /// Takes one event and returns what to do about it, in order. `random` is from 0 to 1.
+    pub fn handle(&mut self, event: Event, now: Instant, random: f64) -> Vec<Action> {
+        match event {
+            Event::Touched { run_begun } => {
+                let begins = run_begun || self.burst.is_none();
+                let first = self.burst.map_or(now, |burst| burst.first);
+                self.burst = Some(Burst { first, last: now });
+                // An updater may be gone by the time of the look.
+                begins.then_some(Action::Scan).into_iter().collect()
+            }
+            Event::Sighted(updater) => {
+                self.sighted = Some((updater, now));
+                Vec::new()
+            }
+            Event::Looked {
+                depth,
+                wrong,
+                watched,
+            } => {
+                self.looking = false;
+                self.look_at = now + if watched { LOOK } else { LOOK_BLIND };
+                if depth == Depth::Full {
+                    self.rehash_at = now + self.rescan;
+                }
+                self.looked(wrong, now, random)
+            }
+            Event::NotLooked => {
+                self.looking = false;
+                self.look_at = now + LOOK_AGAIN;
+                self.rehash_at = self.rehash_at.max(now + LOOK_AGAIN);
+                Vec::new()
+            }
+            Event::Installed { anew } => {
+                let names = std::mem::take(&mut self.wrong).into_keys();
+                for name in names {
+                    self.repaired.entry(name).or_default().push_back(now);
+                }
+                if anew {
+                    self.repaired.clear();
+                }
+                self.well(now);
+                self.rehash_at = now + self.rescan; // the install has read everything
+                Vec::new()
+            }
+            Event::Connected => {
+                self.repair_at = now;
+                self.repairs.reset();
+                if !self.wrong.is_empty() {
+                    self.look_at = now;
+                }
+                Vec::new()
+            }
+            Event::Tick => {
+                let (due, depth) = self.next_look();
+                if self.looking || now < due {
+                    return Vec::new();
+                }
+                self.looking = true;
+                self.burst = None;
+                vec![Action::Look(depth)]
+            }
+        }
+    }
+
+    /// Nothing is wrong any more.
+    fn well(&mut self, now: Instant) {
+        self.wrong.clear();
+        self.since = None;
+        self.reported.clear();
+        self.reports.reset();
+        self.report_at = now;
+        self.repairs.reset();
+        self.repair_at = now;
+        self.rest = None;
+    }
+
+    fn looked(&mut self, wrong: Vec<Sighting>, now: Instant, random: f64) -> Vec<Action> {
+        if wrong.is_empty() {
+            return self.came_right(now);
+        }
+        self.since.get_or_insert(now);
+        self.wrong = wrong
+            .into_iter()
+            .map(|wrong| (wrong.name.clone(), wrong))
+            .collect();
+        self.rest = self.rest_for(now).or_else(|| self.rest.take());
+        let mut actions = Vec::new();
+        let mut news = false;
+        for wrong in self.wrong.values() {
+            news |= self.reported.insert((wrong.name.clone(), wrong.found));
+        }
+        if news || self.report_at <= now {
+            self.report_at = now + self.reports.next(random);
+            actions.push(Action::Report(self.drift(false)));
+        }
+        if !self.holds_back() && self.repair_at <= now {
+            self.repair_at = now + self.repairs.next(random);
+            actions.push(Action::Repair);
+        }
+        self.look_at = self.look_at.min(self.report_at);
+        if !self.holds_back() {
+            self.look_at = self.look_at.min(self.repair_at);
+        }
+        actions
+    }
+
+    /// Somebody else has put the files right. Only an install proves that clamd has them.
+    fn came_right(&mut self, now: Instant) -> Vec<Action> {
+        if self.wrong.is_empty() {
+            return Vec::new();
+        }
+        if self.holds_back() {
+            let drift = self.drift(true);
+            self.well(now);
+            return vec![Action::Report(drift)];
+        }
+        if now < self.repair_at {
+            self.look_at = self.look_at.min(self.repair_at);
+            return Vec::new();
+        }
+        self.repair_at = now + self.repairs.next(1.0);
+        vec![Action::Repair]
+    }
+
+    fn rest_for(&mut self, now: Instant) -> Option<Rest> {
+        if self.policy == Policy::Report {
+            return None;
+        }
+        if let Some((updater, seen)) = &self.sighted
+            && updater.comes_again()
+            && now.duration_since(*seen) < SIGHT_HOLDS
+        {
+            return Some(Rest::Updater(updater.clone()));
+        }
+        for times in self.repaired.values_mut() {
+            times.retain(|time| now.duration_since(*time) < REPAIRS_WINDOW);
+        }
+        self.repaired.retain(|_, times| !times.is_empty());
+        let again = |name: &String| self.repaired.get(name).map_or(0, VecDeque::len) >= REPAIRS_MAX;
+        self.wrong.keys().any(again).then_some(Rest::Again)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Runs a script and compares what was done about each step, `;` between the steps. A step is
+    /// `touch`, `run` (of freshclam, which begins), `saw freshclam`, `saw cp`, `FILE ...` (a look finds these wrong, a `?` after a name says
+    /// missing), `fine` (it finds none), `not looked`, `installed`, `forced`, `connected`, or a
+    /// time like `500ms` or `20m` that passes, at the end of which what is due is done.
+    #[track_caller]
+    fn check(policy: Policy, script: &str, expected: &str) {
+        let start = Instant::now();
+        let mut now = start;
+        let mut guard = Guard::new(policy, Duration::from_secs(3600), start, 1.0);
+        let mut depth = Depth::Touched;
+        let mut said = Vec::new();
+        for step in script.split(';').map(str::trim) {
+            let event = match step {
+                "touch" => Event::Touched { run_begun: false },
+                "run" => Event::Touched { run_begun: true },
+                "saw freshclam" => Event::Sighted(writer("freshclam")),
+                "saw cp" => Event::Sighted(writer("cp")),
+                "not looked" => Event::NotLooked,
+                "installed" => Event::Installed { anew: false },
+                "forced" => Event::Installed { anew: true },
+                "connected" => Event::Connected,
+                time if time.starts_with(|c: char| c.is_ascii_digit()) => {
+                    now += humantime::parse_duration(time).unwrap();
+                    Event::Tick
+                }
+                files => Event::Looked {
+                    depth,
+                    wrong: match files {
+                        "fine" => Vec::new(),
+                        files => files.split(' ').map(sighting).collect(),
+                    },
+                    watched: true,
+                },
+            };
+            let actions = guard.handle(event, now, 1.0);
+            let words = actions.into_iter().map(|action| match action {
+                Action::Scan => "scan".to_owned(),
+                Action::Look(wanted) => {
+                    depth = wanted;
+                    if wanted == Depth::Full {
+                        "hash"
+                    } else {
+                        "look"
+                    }
+                    .to_owned()
+                }
+                Action::Report(drift) if drift.iter().all(|file| file.mended) => "mended".into(),
+                Action::Report(drift) => format!("report {}", drift.len()),
+                Action::Repair => "repair".to_owned(),
+            });
+            said.push(words.collect::<Vec<_>>().join(" "));
+        }
+        assert_eq!(said.join(";").replace(' ', ""), expected.replace(' ', ""));
+    }
+
+    fn writer(name: &str) -> Updater {
+        Updater {
+            name: name.into(),
+            pid: 812,
+            user: "clamav".into(),
+        }
+    }
+
+    fn sighting(word: &str) -> Sighting {
+        let (name, found) = match word.strip_suffix('?') {
+            Some(name) => (name, Found::Missing),
+            None => (word, Found::Changed),
+        };
+        Sighting {
+            name: name.to_owned(),
+            found,
+            state: None,
+            owner: None,
+        }
+    }
+
+    #[test]
+    fn a_changed_file_is_reported_and_repaired() {
+        check(
+            Policy::Repair,
+            "0s; fine; touch; touch; 400ms; 100ms; a.ndb b.ndb?; installed; touch; 500ms; fine",
+            "look;; scan;;; look; report 2 repair;; scan; look;",
+        );
+    }
+
+    #[test]
+    fn a_burst_is_one_look_and_does_not_put_it_off_for_ever() {
+        check(
+            Policy::Repair,
+            "0s; fine; touch; 400ms; touch; 400ms; touch; 400ms; 100ms; fine",
+            "look;; scan;;;;;; look;",
+        );
+        let busy = "touch; 450ms; ".repeat(11);
+        let script = format!("0s; fine; {busy} touch; 50ms");
+        let quiet = ";".repeat(22);
+        check(
+            Policy::Repair,
+            &script,
+            &format!("look;; scan {quiet}; look"),
+        );
+    }
+
+    #[test]
+    fn without_any_event_there_is_a_look_a_minute_and_every_byte_is_read_an_hour() {
+        check(
+            Policy::Repair,
+            "0s; fine; 59s; 1s; not looked; 2s; fine; 58m; fine; 1h; fine; 59s; 1s",
+            "look;;; look;; look;; look;; hash;;; look",
+        );
+    }
+
+    #[test]
+    fn the_first_rehash_comes_after_a_random_part_of_its_interval() {
+        let now = Instant::now();
+        let hour = Duration::from_secs(3600);
+        for (random, minutes) in [(0.0, 0), (0.5, 30), (1.0, 60)] {
+            let guard = Guard::new(Policy::Repair, hour, now, random);
+            assert_eq!(guard.rehash_at, now + Duration::from_secs(minutes * 60));
+        }
+    }
+
+    #[test]
+    fn where_the_configuration_says_report_nothing_is_repaired() {
+        check(
+            Policy::Report,
+            "0s; a.ndb; touch; 500ms; a.ndb; 500ms; touch; 500ms; a.ndb b.ndb; touch; 500ms; fine",
+            "look; report 1; scan; look;;; scan; look; report 2; scan; look; mended",
+        );
+    }
+
+    #[test]
+    fn what_stays_wrong_is_reported_at_longer_and_longer_intervals() {
+        check(
+            Policy::Report,
+            "0s; a.ndb; 1m; a.ndb; 9m; a.ndb; 1m; a.ndb; 19m; a.ndb",
+            "look; report 1; look;; look; report 1; look;; look; report 1",
+        );
+    }
+
+    #[test]
+    fn another_updater_that_was_seen_is_not_fought() {
+        check(
+            Policy::Repair,
+            "0s; fine; touch; saw freshclam; 500ms; a.ndb; touch; 500ms; a.ndb; 1h; a.ndb",
+            "look;; scan;; look; report 1; scan; look;; look; report 1",
+        );
+        // Whoever copies a file by hand is none.
+        check(
+            Policy::Repair,
+            "0s; fine; touch; saw cp; 500ms; a.ndb",
+            "look;; scan;; look; report 1 repair",
+        );
+        // The word of an operator, or a new generation, ends that; a sight too long ago is none.
+        check(
+            Policy::Repair,
+            "0s; fine; touch; run; saw freshclam; 500ms; a.ndb; forced; 2m; fine; touch; 500ms; a.ndb",
+            "look;; scan; scan;; look; report 1;; look;; scan; look; report 1 repair",
+        );
+    }
+
+    #[test]
+    fn repairs_that_do_not_last_end() {
+        let again = "touch; 500ms; a.ndb; installed; ".repeat(REPAIRS_MAX);
+        let fought = "scan; look; report 1 repair;; ".repeat(REPAIRS_MAX);
+        check(
+            Policy::Repair,
+            &format!("0s; fine; {again} touch; 500ms; a.ndb; touch; 500ms; a.ndb"),
+            &format!("look;; {fought} scan; look; report 1; scan; look; "),
+        );
+        // Another file is another matter, as long as it is alone.
+        check(
+            Policy::Repair,
+            &format!("0s; fine; {again} touch; 500ms; b.ndb"),
+            &format!("look;; {fought} scan; look; report 1 repair"),
+        );
+        check(
+            Policy::Repair,
+            &format!("0s; fine; {again} forced; touch; 500ms; a.ndb"),
+            &format!("look;; {fought}; scan; look; report 1 repair"),
+        );
+        check(
+            Policy::Repair,
+            &format!("0s; fine; {again} touch; 4h; a.ndb"),
+            &format!("look;; {fought} scan; look; report 1 repair"),
+        );
+    }
+
+    #[test]
+    fn a_repair_that_comes_to_nothing_is_tried_again_in_time_and_when_the_master_is_there() {
+        check(
+            Policy::Repair,
+            "0s; a.ndb; 14s; 1s; a.ndb; 29s; 1s; a.ndb; 1s; connected; 0s; a.ndb",
+            "look; report 1 repair;; look; repair;; look; repair;;; look; repair",
+        );
+    }
+
+    #[test]
+    fn what_came_right_by_itself_is_proven_again() {
+        check(
+            Policy::Repair,
+            "0s; a.ndb; 15s; fine; installed; 1m; fine",
+            "look; report 1 repair; look; repair;; look;",
+        );
+    }
+
+    #[test]
+    fn whoever_writes_there_is_named_with_the_next_step() {
+        let now = Instant::now();
+        let directory = Path::new("/var/lib/clamav");
+        let mut guard = Guard::new(Policy::Repair, Duration::from_secs(3600), now, 1.0);
+        assert_eq!(guard.reason(directory), None);
+        guard.handle(Event::Sighted(writer("freshclam")), now, 1.0);
+        let looked = Event::Looked {
+            depth: Depth::Touched,
+            wrong: vec![sighting("daily.cld")],
+            watched: true,
+        };
+        guard.handle(looked, now, 1.0);
+        assert_eq!(
+            guard.reason(directory).unwrap(),
+            "daily.cld is rewritten by somebody: freshclam (pid 812, user clamav); stop it: \
+             systemctl disable --now clamav-freshclam"
+        );
+    }
+}

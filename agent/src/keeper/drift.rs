@@ -1,0 +1,283 @@
+//! The part of the keeper that watches over the installed files: it carries out what
+//! [`crate::drift::Guard`] decides, one look or repair at a time, and none while an install is
+//! under way.
+
+use clamcast_proto::receipt::{Drift, Outcome};
+use clamcast_proto::wire::{Phase, ToMaster};
+use jiff::Timestamp;
+use serde_json::json;
+
+use super::{Done, Keeper};
+use crate::chain;
+use crate::drift::{Action, Depth, Event, Policy, Updater};
+use crate::install::{Completed, Look, RepairError};
+use crate::status::DriftStatus;
+
+impl Keeper {
+    /// Begins to watch. Names, kinds and lengths are looked at before anything is said to a master;
+    /// what is written there, in time.
+    pub(super) fn watch_over(&mut self) {
+        self.watch.follow();
+        let look = self.installer.look(Depth::Surface, &self.stop);
+        self.inspected(Depth::Surface, look, None);
+    }
+
+    /// Something happened in the database directory.
+    pub(super) fn touched(&mut self, run_begun: bool) {
+        if self.probing.running && !self.is_busy() {
+            self.probing.stop.cancel(); // it keeps the installer, for as long as a proof takes
+        }
+        self.guard_event(Event::Touched { run_begun });
+    }
+
+    /// Whether the directory is being worked on: then nothing in it is drift.
+    pub(super) fn is_busy(&self) -> bool {
+        self.slot.phase() != Phase::Idle || self.repairing.is_some()
+    }
+
+    /// An install begins: whatever keeps the installer gives way.
+    pub(super) fn give_way(&mut self) {
+        self.looking.cancel();
+        if let Some(repairing) = &self.repairing {
+            repairing.cancel();
+        }
+    }
+
+    pub(super) fn guard_event(&mut self, event: Event) {
+        let (now, random) = (std::time::Instant::now(), rand::random());
+        for action in self.guard.handle(event, now, random) {
+            match action {
+                Action::Scan => self.scan(),
+                Action::Look(depth) => self.inspect(depth),
+                Action::Report(drift) => self.report_drift(drift),
+                Action::Repair => self.repair(),
+            }
+        }
+    }
+
+    fn scan(&mut self) {
+        if self.is_busy() || self.scanning {
+            return; // it is the agent itself that works there, or was asked already
+        }
+        self.scanning = true;
+        let directory = self.watch.path().to_owned();
+        self.workers
+            .spawn_blocking(move || Done::Scanned(Updater::find(&directory)));
+    }
+
+    pub(super) fn scanned(&mut self, updater: Option<Updater>) {
+        self.scanning = false;
+        if let Some(updater) = updater {
+            if self.updater.as_ref().map(|(known, _)| known) != Some(&updater) {
+                tracing::warn!(%updater, "somebody else is at work on the database directory");
+            }
+            self.updater = Some((updater.clone(), Timestamp::now()));
+            self.guard_event(Event::Sighted(updater));
+        }
+    }
+
+    fn inspect(&mut self, depth: Depth) {
+        self.looking = self.stop.child_token();
+        let (installer, stop) = (self.installer.clone(), self.looking.clone());
+        let directory = self.watch.path().to_owned();
+        self.workers.spawn_blocking(move || {
+            let look = installer.look(depth, &stop);
+            let wrong = matches!(&look, Look::Made(wrong) if !wrong.is_empty());
+            let updater = wrong.then(|| Updater::find(&directory)).flatten();
+            Done::Inspected(depth, look, updater)
+        });
+    }
+
+    pub(super) fn inspected(&mut self, depth: Depth, look: Look, updater: Option<Updater>) {
+        if updater.is_some() {
+            self.scanned(updater);
+        }
+        let watched = self.watch.follow();
+        match look {
+            // What began meanwhile changes the files itself.
+            Look::Made(_) if self.is_busy() && depth != Depth::Surface => {
+                self.guard_event(Event::NotLooked);
+            }
+            Look::Made(wrong) => {
+                if depth == Depth::Full {
+                    self.rehashed = Some(Timestamp::now());
+                    tracing::debug!(wrong = wrong.len(), "every file was hashed anew");
+                }
+                self.guard_event(Event::Looked {
+                    depth,
+                    wrong,
+                    watched,
+                });
+            }
+            Look::NotNow | Look::Stopped => self.guard_event(Event::NotLooked),
+        }
+    }
+
+    /// Tells the master, and the host's own logs, what was found. What clamd has in its memory is
+    /// not changed by it, and so the outcome stays.
+    fn report_drift(&mut self, drift: Vec<Drift>) {
+        let Some(installed) = self.installer.installed() else {
+            return;
+        };
+        let reason = self.guard.reason(self.watch.path());
+        for wrong in self.guard.wrong() {
+            let (name, found, owner) = (&wrong.name, wrong.found, &wrong.owner);
+            tracing::warn!(name, ?found, owner, reason, "an installed file was changed");
+        }
+        if drift.is_empty() {
+            return; // canary and gate are the host's own affair
+        }
+        let event = match drift.iter().all(|file| file.mended) {
+            true => "repair",
+            false => "drift",
+        };
+        let position = Some(installed.set.manifest.position());
+        let files = json!({ "files": drift, "reason": reason });
+        self.audit.note(event, position, None, files);
+        let mut files = installed.set.files();
+        if event == "drift" {
+            for wrong in self.guard.wrong() {
+                match files
+                    .iter()
+                    .position(|file| file.name.as_str() == wrong.name)
+                {
+                    Some(at) if wrong.state.is_none() => drop(files.remove(at)),
+                    Some(at) => files[at] = wrong.state.clone().expect("looked at just before"),
+                    None => {}
+                }
+            }
+        }
+        let completed = Completed {
+            outcome: installed.outcome,
+            install: installed.install,
+            files,
+            foreign: self.installer.foreign(),
+            clamd: self.prover.report(),
+            error: reason,
+            set: installed.set,
+        };
+        self.send_receipt(&completed, 0.0, drift);
+    }
+
+    fn repair(&mut self) {
+        if self.is_busy() {
+            self.guard_event(Event::NotLooked);
+            return;
+        }
+        tracing::info!(
+            files = self.guard.wrong().len(),
+            "putting the published files back"
+        );
+        self.probing.stop.cancel();
+        let stop = self.stop.child_token();
+        self.repairing = Some(stop.clone());
+        let (installer, progress) = (self.installer.clone(), self.progress());
+        self.workers.spawn(async move {
+            let repaired = installer.repair(stop, progress).await;
+            Done::Repaired(repaired.map(|completed| completed.map(Box::new)))
+        });
+    }
+
+    pub(super) fn repaired(&mut self, repaired: Result<Option<Box<Completed>>, RepairError>) {
+        self.repairing = None;
+        self.phase = Phase::Idle;
+        self.lacking = false;
+        match repaired {
+            Ok(Some(completed)) => self.complete(&completed, self.guard.since(), false),
+            Ok(None) => {}
+            Err(error @ RepairError::Missing(_)) => {
+                tracing::warn!(
+                    error = chain(&error),
+                    "the master is asked for the set again"
+                );
+                self.lacking = true;
+                self.say(&ToMaster::Reoffer {});
+            }
+            Err(error @ RepairError::Host(_)) => {
+                tracing::warn!(error = chain(&error), "cannot put the published files back");
+                self.trouble_with_drift(&error);
+            }
+        }
+        self.schedule_probe();
+    }
+
+    /// A repair that this host cannot make is a fault of the host, as an install would be.
+    fn trouble_with_drift(&mut self, error: &RepairError) {
+        let Some(installed) = self.installer.installed() else {
+            return;
+        };
+        let completed = Completed {
+            outcome: Outcome::HostFault,
+            install: 0,
+            files: Vec::new(),
+            foreign: Vec::new(),
+            clamd: self.prover.report(),
+            error: Some(chain(error)),
+            set: installed.set,
+        };
+        self.complete(&completed, self.guard.since(), false);
+    }
+
+    /// What a receipt about an install says of the files that were wrong before it, and what the
+    /// guard has to know of it. `forced`: by an operator.
+    pub(super) fn mended_by(&mut self, completed: &Completed, forced: bool) -> Vec<Drift> {
+        let digest = completed.set.sha256();
+        let installed = self.installer.installed();
+        if installed.is_none_or(|installed| installed.set.sha256() != digest) {
+            return Vec::new(); // it is about a set that did not come to stay
+        }
+        let good = matches!(completed.outcome, Outcome::Live | Outcome::Installed);
+        let whole = good && completed.files == completed.set.files();
+        let mut drift = self.guard.drift(false);
+        for file in &mut drift {
+            let published = completed.set.manifest.file(&file.name);
+            let is_right = published.is_none_or(|published| {
+                let mut there = completed.files.iter();
+                there.any(|there| there.name == file.name && there.sha256 == published.sha256)
+            });
+            file.mended = good && is_right;
+        }
+        if !drift.is_empty() {
+            let detail = json!({ "files": drift, "error": completed.error });
+            let event = if whole { "repair" } else { "drift" };
+            let position = Some(completed.set.manifest.position());
+            self.audit
+                .note(event, position, Some(completed.outcome.as_str()), detail);
+        }
+        if whole {
+            let anew = forced || self.guarded.replace(digest) != Some(digest);
+            self.lacking = false;
+            self.guard_event(Event::Installed { anew });
+        } else if good {
+            self.guard_event(Event::Touched { run_begun: false });
+        }
+        drift
+    }
+
+    pub(super) fn drift_status(&self) -> DriftStatus {
+        DriftStatus {
+            policy: self.guard.policy(),
+            files: self.guard.drift(false),
+            reason: self.guard.reason(self.watch.path()),
+            updater: self
+                .updater
+                .as_ref()
+                .map(|(updater, _)| updater.to_string()),
+            updater_seen: self.updater.as_ref().map(|(_, time)| *time),
+            rehashed: self.rehashed,
+            watched: self.watch.is_watching(),
+        }
+    }
+
+    /// Why an offer of what is installed is not taken: it would put files back that are to stay as
+    /// they are. `None` if it is taken.
+    pub(super) fn stands_back(&self) -> Option<String> {
+        let reason = self.guard.reason(self.watch.path());
+        reason.filter(|_| self.guard.holds_back())
+    }
+
+    /// Whether the set can be called installed: not if files of it can come from the master alone.
+    pub(super) fn is_lacking(&self) -> bool {
+        self.lacking && self.guard.policy() == Policy::Repair
+    }
+}
