@@ -186,6 +186,16 @@ pub struct Before {
     pub installed: Option<Installed>,
     /// The files as they really were, and a way back for each of them.
     pub files: Vec<FileState>,
+    /// Names under which somebody had put a symbolic link. `previous/` keeps the link itself.
+    #[serde(default)]
+    pub links: Vec<DatabaseName>,
+}
+
+impl Before {
+    /// Whether there was nothing that clamd could have loaded.
+    pub fn is_empty(&self) -> bool {
+        self.files.is_empty() && self.links.is_empty()
+    }
 }
 
 /// A generation that clamd refused, or `clamscan` in its place.

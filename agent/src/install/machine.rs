@@ -364,7 +364,7 @@ impl Machine {
         clamd: ClamdReport,
     ) -> Vec<Action> {
         match &journal.way {
-            Way::Forward if journal.before.files.is_empty() => {
+            Way::Forward if journal.before.is_empty() => {
                 // clamd does not even start without databases: nothing is taken away.
                 let ending = Ending {
                     outcome: Outcome::Refused,
@@ -484,7 +484,10 @@ impl Machine {
     }
 
     fn turn_back(&mut self, forward: Box<Journal>, cause: Cause) -> Vec<Action> {
-        let stays = |name: &_| forward.before.files.iter().any(|file| file.name == *name);
+        let before = &forward.before;
+        let stays = |name: &_| {
+            before.files.iter().any(|file| file.name == *name) || before.links.contains(name)
+        };
         let withdraw: Vec<_> = forward
             .files
             .iter()
@@ -628,6 +631,7 @@ mod tests {
                     install: 1,
                     outcome: Outcome::Live,
                 }),
+                links: Vec::new(),
             },
             false => Before::default(),
         };

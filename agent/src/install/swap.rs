@@ -162,9 +162,18 @@ impl Swap<'_> {
 
         let touched: BTreeSet<_> = files.iter().map(|file| file.name.clone()).collect();
         let touched = touched.iter().chain(&withdraw).chain(&later);
+        let old = self.before(touched, installed)?;
+        let mut links = Vec::new();
+        for file in &files {
+            let kept = old.iter().any(|old| old.name == file.name);
+            if !kept && self.is_symlink(At(Dir::Databases, file.name.as_str()))? {
+                links.push(file.name.clone());
+            }
+        }
         let before = Before {
             installed: installed.cloned(),
-            files: self.before(touched, installed)?,
+            files: old,
+            links,
         };
         // Names may have gone before a proof that is still to come.
         let unproven = open.is_some_and(|journal| journal.pass < journal.passes);
@@ -274,7 +283,7 @@ impl Swap<'_> {
         };
         let forward = journal.way == Way::Forward;
         if forward {
-            self.fill_previous(&journal.before.files)?;
+            self.fill_previous(&journal.before)?;
         }
         for file in &journal.files {
             self.must_be_staged(file)?;
@@ -287,6 +296,8 @@ impl Swap<'_> {
         self.place(&journal.files, &journal.withdraw)
             .map_err(touched)?;
         if !forward {
+            self.put_links_back(&journal.before.links)
+                .map_err(touched)?;
             // The old set comes first: it needs no room, and these two may find none.
             self.prepare_proof(journal.install).map_err(touched)?;
         }
@@ -303,8 +314,8 @@ impl Swap<'_> {
     }
 
     /// Links to everything that stands there, so that there is a way back.
-    fn fill_previous(&self, files: &[FileState]) -> Result<(), HostFault> {
-        for file in files {
+    fn fill_previous(&self, before: &Before) -> Result<(), HostFault> {
+        for file in &before.files {
             let previous = At(Dir::Previous, file.name.as_str());
             if self.stage.holds(previous, file)?.is_some() {
                 continue;
@@ -312,22 +323,41 @@ impl Swap<'_> {
             self.must_be_staged(file)?;
             self.link_over(file, previous)?;
         }
-        self.keep_only(Dir::Previous, files)?;
+        for name in &before.links {
+            let there = At(Dir::Databases, name.as_str());
+            // In a repeated swap the new file may have its place already.
+            if self.is_symlink(there)? {
+                let previous = At(Dir::Previous, name.as_str());
+                self.tree.remove(previous)?;
+                self.tree.link(there, previous)?;
+            }
+        }
+        let kept: Vec<_> = before.files.iter().map(|file| &file.name).collect();
+        self.keep_only(Dir::Previous, kept.into_iter().chain(&before.links))?;
         self.tree.sync_dir(Dir::Previous)
+    }
+
+    fn is_symlink(&self, at: At<'_>) -> Result<bool, HostFault> {
+        Ok(self.tree.facts(at)?.is_some_and(|facts| facts.symlink))
     }
 
     fn fill_current(&self, files: &[FileState]) -> Result<(), HostFault> {
         for file in files {
             self.link_over(file, At(Dir::Current, file.name.as_str()))?;
         }
-        self.keep_only(Dir::Current, files)?;
+        self.keep_only(Dir::Current, files.iter().map(|file| &file.name))?;
         self.tree.sync_dir(Dir::Current)
     }
 
-    fn keep_only(&self, dir: Dir, files: &[FileState]) -> Result<(), HostFault> {
+    fn keep_only<'n>(
+        &self,
+        dir: Dir,
+        names: impl Iterator<Item = &'n DatabaseName>,
+    ) -> Result<(), HostFault> {
+        let names: BTreeSet<_> = names.map(DatabaseName::as_str).collect();
         for name in self.tree.list(dir)? {
             let name = name.to_string_lossy();
-            if !files.iter().any(|file| file.name.as_str() == name) {
+            if !names.contains(&*name) {
                 self.tree.remove(At(dir, &name))?;
             }
         }
@@ -423,6 +453,22 @@ impl Swap<'_> {
         self.tree.rename(there, At(Dir::Adopted, &kept))
     }
 
+    fn put_links_back(&self, links: &[DatabaseName]) -> Result<(), HostFault> {
+        for name in links {
+            let (kept, there) = (
+                At(Dir::Previous, name.as_str()),
+                At(Dir::Databases, name.as_str()),
+            );
+            // Never linked over: two names of one link do not change by a rename.
+            if self.is_symlink(kept)? && !self.is_symlink(there)? {
+                self.tree.remove(PLACE)?;
+                self.tree.link(kept, PLACE)?;
+                self.tree.rename(PLACE, there)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Takes names away; `previous/` holds what stood there.
     fn remove(&self, names: &[DatabaseName]) -> Result<(), HostFault> {
         for name in names {
@@ -443,13 +489,13 @@ impl Swap<'_> {
             self.must_be_staged(file)?;
             self.link_over(file, At(Dir::Trial, file.name.as_str()))?;
         }
-        self.keep_only(Dir::Trial, files)
+        self.keep_only(Dir::Trial, files.iter().map(|file| &file.name))
     }
 
     /// Removes what an ended install leaves behind.
     pub(super) fn clean(&self) -> Result<(), HostFault> {
         self.tree.remove(PLACE)?;
-        self.keep_only(Dir::Trial, &[])?;
+        self.keep_only(Dir::Trial, [].iter())?;
         for name in self.tree.list(Dir::Stage)? {
             let name = name.to_string_lossy();
             // Spools of a newer offer go by their own plan.

@@ -168,6 +168,21 @@ fn a_refused_first_set_gives_way_to_what_freshclam_had_left() {
 }
 
 #[test]
+fn a_refused_set_gives_a_link_its_name_back() {
+    let host = Host::new();
+    let outside = host.state().join("outside.ndb");
+    fs::write(&outside, "own").unwrap();
+    let link = host.database().join("x.ndb");
+    symlink(&outside, &link).unwrap();
+    let bad = "daily.cld@1=BAD x.ndb=x";
+    let completed = host.take(&host.start(), &manifest(1, bad), bad).unwrap();
+    assert_eq!(completed.outcome, Outcome::Refused, "{:?}", completed.error);
+    assert_eq!(fs::read_link(&link).unwrap(), outside);
+    assert_eq!(host.there(), set("x.ndb=own"));
+    assert_eq!(fs::read_to_string(outside).unwrap(), "own");
+}
+
+#[test]
 fn where_a_failed_load_kills_clamd_it_never_sees_the_set() {
     let mut host = Host::with(1, "daily.cld@1=one");
     host.clamd.load_test = true;
