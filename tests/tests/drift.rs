@@ -387,7 +387,7 @@ fn a_full_look_at_a_real_size_is_slow_on_purpose_and_gives_way_to_an_install() {
         .len();
     println!("{} MB read in {:.1?}", bytes >> 20, begun.elapsed());
     Container::new("daily", 2)
-        .member("hsb", signatures(0..10))
+        .member("hsb", signatures(0..1001))
         .write(&mirror);
     master.wait_live("web1", 3);
 }
