@@ -23,6 +23,10 @@ const SESSIONS_MAX: usize = 16;
 /// A clamd that has not answered by then is shown as it was seen last.
 const LOOK_TIME: Duration = Duration::from_secs(3);
 
+/// A command that is under way when the agent stops is answered if it takes no longer: a `status`
+/// beside a clamd that answers.
+const LAST_ANSWER_TIME: Duration = Duration::from_secs(1);
+
 /// A command.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(tag = "command", rename_all = "kebab-case")]
@@ -68,12 +72,18 @@ impl Commands {
         let finish = match session.request() {
             Ok(request) => tokio::select! {
                 biased;
-                () = self.stop.cancelled() => self.ending(),
                 finish = self.result(request) => finish,
+                () = self.ended() => self.ending(),
             },
             Err(error) => Finish::because(exit::USAGE, chain(&error)),
         };
         session.finish(finish).await
+    }
+
+    /// Returns when what has been begun is not waited for any more.
+    async fn ended(&self) {
+        self.stop.cancelled().await;
+        tokio::time::sleep(LAST_ANSWER_TIME).await;
     }
 
     async fn result(&self, request: Request) -> Finish {

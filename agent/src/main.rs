@@ -9,7 +9,7 @@ use std::time::Duration;
 use clamcast_agent::admin::Request;
 use clamcast_agent::config::{self, Config};
 use clamcast_agent::doctor::{self, Host, Inventory};
-use clamcast_agent::run::Agent;
+use clamcast_agent::run::{self, Agent};
 use clamcast_agent::status::{Status, Verification};
 use clamcast_daemon::admin::{self, Finish, Listener};
 use clamcast_daemon::exit::{self, Exit, OrExit as _};
@@ -219,8 +219,10 @@ impl Service for Daemon {
     }
 }
 
+/// The configuration, if the files that it names can be used.
 fn load(path: &Path) -> Result<Config, Exit> {
     let config = Config::load(path).or_exit(exit::USAGE)?;
+    run::look(&config, Timestamp::now()).map_err(|error| Exit::new(error.exit_code(), error))?;
     for key in &config.without_effect {
         tracing::warn!("{key} has no effect in this version");
     }

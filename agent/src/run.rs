@@ -88,6 +88,7 @@ pub struct Agent {
     keeper_stop: CancellationToken,
     link: JoinHandle<()>,
     admin: JoinHandle<Listener>,
+    admin_stop: CancellationToken,
     questions: mpsc::Sender<Question>,
     ending: Arc<OnceLock<Occasion>>,
     stop: CancellationToken,
@@ -119,6 +120,7 @@ impl Agent {
         let listener = Listener::open(config::DAEMON.program, &socket, None, kept)?;
 
         let (stop, keeper_stop) = (CancellationToken::new(), CancellationToken::new());
+        let admin_stop = CancellationToken::new();
         let (events, from_link) = mpsc::channel(LINK_EVENTS_MAX);
         let (questions, asked) = mpsc::channel(QUESTIONS_MAX);
         let keeper = {
@@ -139,7 +141,7 @@ impl Agent {
             installer,
             prover,
             reading: Mutex::default(),
-            stop: stop.clone(),
+            stop: admin_stop.clone(),
             ending: ending.clone(),
         };
         let admin = tokio::spawn(admin::serve(listener, commands));
@@ -148,6 +150,7 @@ impl Agent {
             keeper_stop,
             link,
             admin,
+            admin_stop,
             questions,
             ending,
             stop,
@@ -174,24 +177,38 @@ impl Agent {
         let _ = self.questions.send(Question::Reloaded(outcome)).await;
     }
 
-    /// Stops at a file boundary. The link goes last, so that a receipt that is ready may still
-    /// reach the master. Returns the operators' socket, unless its task has died.
+    /// Stops at a file boundary. The operators' socket goes first, so that a command that comes from
+    /// now on waits for the next start, and the link last, so that a receipt that is ready may still
+    /// reach the master. Returns that socket, unless its task has died.
     pub async fn stop(self, occasion: Occasion) -> Option<Listener> {
         let _ = self.ending.set(occasion); // it ends once
-        self.keeper_stop.cancel();
-        ended(self.keeper).await;
-        self.stop.cancel();
-        ended(self.link).await;
-        ended(self.admin).await
+        let listener = end(self.admin, &self.admin_stop).await;
+        end(self.keeper, &self.keeper_stop).await;
+        end(self.link, &self.stop).await;
+        listener
     }
 }
 
-/// Waits for a part of the agent. One that died was reported by [`Agent::failed`].
-async fn ended<T>(part: JoinHandle<T>) -> Option<T> {
-    match part.is_finished() {
+/// Has a part of the agent end, and waits for it. One that had died before was reported by
+/// [`Agent::failed`], which took what is left of it.
+async fn end<T>(part: JoinHandle<T>, stop: &CancellationToken) -> Option<T> {
+    let died = part.is_finished();
+    stop.cancel();
+    match died {
         true => None,
         false => part.await.ok(),
     }
+}
+
+/// Reads the files that `config` names, as [`Agent::start`] will at the time `now`, and changes
+/// nothing: what cannot be used is found before an agent that runs is stopped for it. Blocking.
+pub fn look(config: &Config, now: Timestamp) -> Result<(), StartError> {
+    let keys = trust::look(&config.state, &config.keys)?;
+    Credentials::load(&config.tls, &keys.fleet, now)?;
+    if let ClamdConfFile::At(path) = &config.clamd_conf {
+        ClamdConf::read(path)?; // one that was not named need not be readable
+    }
+    Ok(())
 }
 
 /// Opens everything on disk, and ends there what the last run left. Blocking.

@@ -451,9 +451,10 @@ impl Master {
             give_up.store(true, Ordering::Relaxed);
         });
         self.life.ends(occasion);
+        let died = self.admin.is_finished(); // as `failed` reported
         self.stop.cancel();
-        let listener = match self.admin.is_finished() {
-            true => None, // it has died, as `failed` reported
+        let listener = match died {
+            true => None,
             false => (&mut self.admin).await.ok(),
         };
         while let Some(ended) = self.tasks.join_next().await {

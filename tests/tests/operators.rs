@@ -1,7 +1,9 @@
 //! What operators do, with the real commands on real daemons.
 
 use std::fs;
+use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::process::{Child, Output, Stdio};
 
 use clamcast_tests::lab::{Agent, Container, Fleet, Master, PATIENCE, program, signatures, until};
@@ -401,26 +403,50 @@ fn check_config_names_line_and_nearest_key() {
 
 #[test]
 fn a_configuration_that_cannot_be_used_is_an_alarm_on_the_agent_until_a_good_one_is() {
-    let (_fleet, _master, agents) = fleet_of(&["web1"]);
+    let (fleet, _master, agents) = fleet_of(&["web1"]);
     let agent = &agents[0];
     let alarm = || {
         agent
             .json(&["status"])
             .map(|status| status["alarm"].clone())
     };
-    let log = || fs::read_to_string(agent.directory().join("state/audit/log.jsonl")).unwrap();
-    agent.configure("[trust]", "[thrust]");
-    agent.reload();
-    until(PATIENCE, "the alarm is shown", || {
-        alarm().is_some_and(|alarm| alarm.to_string().contains("not in use: "))
-    });
+    let log = || agent_log(agent);
+    let check = |broken: &dyn Fn(), mended: &dyn Fn(), says: &str| {
+        broken();
+        agent.reload();
+        until(PATIENCE, "the alarm is shown", || {
+            let alarm = alarm()?.to_string();
+            (alarm.contains("not in use: ") && alarm.contains(says)).then_some(())
+        });
+        mended();
+        agent.reload();
+        until(PATIENCE, "the alarm is over", || {
+            alarm() == Some(Value::Null)
+        });
+    };
+    check(
+        &|| agent.configure("[trust]", "[thrust]"),
+        &|| agent.configure("[thrust]", "[trust]"),
+        "thrust",
+    );
     assert!(log().contains(r#""event":"reload""#) && log().contains("thrust"));
-    agent.configure("[thrust]", "[trust]");
-    agent.reload();
-    until(PATIENCE, "the alarm is over", || {
-        alarm() == Some(Value::Null)
-    });
     assert!(log().contains(r#""outcome":"done""#));
+
+    // The files that it names are part of it.
+    for (file, key) in [
+        ("key.pem", "tls.key"),
+        ("cert.pem", "tls.cert"),
+        ("ca.pem", "tls.ca"),
+        ("manifest.pub", "trust.keys"),
+    ] {
+        let path = fleet.pki().join("agents/web1").join(file);
+        let good = fs::read(&path).unwrap();
+        check(
+            &|| fs::write(&path, "nonsense").unwrap(),
+            &|| fs::write(&path, &good).unwrap(),
+            key,
+        );
+    }
 }
 
 /// A `force-sync` that does not end, for its agent is held.
@@ -476,13 +502,45 @@ fn an_order_that_a_reload_interrupts_says_who_is_done_and_who_is_not() {
     assert!(!master.socket().exists());
 }
 
+/// What the agent wrote down of itself.
+fn agent_log(agent: &Agent) -> String {
+    fs::read_to_string(agent.directory().join("state/audit/log.jsonl")).unwrap()
+}
+
+/// A command that has come to the admin socket, and asks with the last byte of its request.
+struct Waiting(UnixStream);
+
+impl Waiting {
+    fn at(socket: &Path) -> Self {
+        let mut stream = UnixStream::connect(socket).unwrap();
+        stream.write_all(br#"{"command":"status"}"#).unwrap();
+        Self(stream)
+    }
+
+    #[track_caller]
+    fn gets_an_answer(mut self) {
+        self.0.write_all(b"\n").unwrap();
+        let mut answer = String::new();
+        self.0.read_to_string(&mut answer).unwrap();
+        assert!(answer.contains(r#""exit":0"#), "{answer}");
+    }
+}
+
 #[test]
 fn commands_that_come_during_a_reload_are_answered() {
-    let (_fleet, master, _agents) = fleet_of(&["web1"]);
+    let (_fleet, master, agents) = fleet_of(&["web1"]);
+    let agent = &agents[0];
+    let (at_master, at_agent) = (Waiting::at(&master.socket()), Waiting::at(&agent.socket()));
     master.reload();
     while master.audit("reload").is_empty() {
         exits(&master.command(&["status"]), 0, "fleet");
     }
+    at_master.gets_an_answer();
+    agent.reload();
+    while !agent_log(agent).contains(r#""event":"reload""#) {
+        exits(&agent.command(&["status"]), 0, "web1");
+    }
+    at_agent.gets_an_answer();
 }
 
 #[test]
