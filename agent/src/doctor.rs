@@ -16,12 +16,12 @@ mod updaters;
 
 use std::path::{Path, PathBuf};
 
-use clamcast_daemon::table;
+use clamcast_daemon::{input, table};
 use jiff::Timestamp;
 use nix::unistd::{Gid, Uid, geteuid, initgroups, setgid, setuid};
 use serde::Serialize;
 
-use crate::clamd::{Address, Settings};
+use crate::clamd::{Address, Settings, running_pid};
 use crate::config::{Config, DEFAULT_PATH};
 
 pub use host::{Host, Process, User};
@@ -135,7 +135,7 @@ impl Inventory {
     pub fn take(host: &Host) -> Self {
         let processes = host.processes();
         Self {
-            updaters: updaters::look(host, &processes),
+            updaters: updaters::look(host),
             // With `hidepid` others' are not there, and init is always another's.
             sees_all_processes: processes.iter().any(|process| process.pid == 1),
             processes,
@@ -333,7 +333,8 @@ pub async fn examine(
         findings.extend(confinement::judge(&confinement, &ours));
     }
 
-    findings.extend(updaters::judge(inventory, &ours, |path| {
+    let told = updaters::told(host, &inventory.processes);
+    findings.extend(updaters::judge(inventory, &ours, told.as_deref(), |path| {
         real(&host.at(path))
     }));
     let databases = space::databases(database);
@@ -354,7 +355,7 @@ pub async fn examine(
 
     let (identity, credentials) = identity::look(config, Timestamp::now());
     findings.extend(identity);
-    let running = master::Agent::ask(config);
+    let running = master::Agent::ask(&config.admin, master::ANSWER_TIME).await;
     let tried = match &credentials {
         None => Vec::new(),
         Some(credentials) => {
@@ -378,7 +379,7 @@ pub async fn examine(
 fn judge_user(this: &User, agent: &User, config_path: &Path) -> Finding {
     let (own, agents) = (&this.name, &agent.name);
     let config = config_path.display();
-    if let Err(error) = std::fs::File::open(config_path) {
+    if let Err(error) = input::open(config_path) {
         let advice = format!("chown {agents}: {config}");
         return Finding::bad(
             "user",
@@ -409,7 +410,7 @@ fn judge_user(this: &User, agent: &User, config_path: &Path) -> Finding {
 fn clamds_process<'p>(file: &scanner::ConfFile, processes: &'p [Process]) -> Option<&'p Process> {
     let clamds = || processes.iter().filter(|process| process.name == "clamd");
     let pid_file = file.conf().and_then(|conf| conf.pid_file.as_deref());
-    let pid = pid_file.and_then(|path| std::fs::read_to_string(path).ok()?.trim().parse().ok());
+    let pid = pid_file.and_then(|path| u32::try_from(running_pid(path).ok()?.as_raw()).ok());
     let path = file.path().map(|path| path.display().to_string());
     let names = |process: &&Process| {
         let mut arguments = process.arguments.iter();

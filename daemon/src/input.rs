@@ -1,7 +1,8 @@
-//! Reads the small files that an operator names: a configuration, a certificate, a key.
+//! Reads the small files that an operator or somebody less trusted names: a configuration, a
+//! certificate, a key, another program's log.
 //!
-//! A name may be mistyped to anything. What is not a plain file is never read, so a FIFO hangs
-//! nobody, and what is too long is never taken into memory.
+//! A name may be mistyped to anything, or laid out to harm. What is not a plain file is never read,
+//! so a FIFO hangs nobody, and what is too long is never taken into memory.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _};
@@ -101,16 +102,7 @@ pub fn read(
             origin,
         });
     }
-    // Should a FIFO take its place now, opening it does not wait for somebody at the other end.
-    let file: File = OpenOptions::new()
-        .read(true)
-        .custom_flags(OFlag::O_NONBLOCK.bits())
-        .open(path)
-        .map_err(failed)?;
-    let mut bytes = Vec::new();
-    file.take(limit + 1)
-        .read_to_end(&mut bytes)
-        .map_err(failed)?;
+    let bytes = beginning(path, limit + 1).map_err(failed)?;
     if bytes.len() as u64 > limit {
         let path = path.to_owned();
         return Err(InputError::TooLong {
@@ -121,6 +113,34 @@ pub fn read(
         });
     }
     Ok(bytes)
+}
+
+/// The first `limit` bytes of the plain file `path`, or all of a shorter one. Errors as [`open`].
+pub fn beginning(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    open(path)?.take(limit).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// Opens the plain file `path`. An error says of anything else what it is: a FIFO, for one, would
+/// keep whoever opens it waiting for somebody at its other end.
+pub fn open(path: &Path) -> io::Result<File> {
+    plain(&fs::metadata(path)?)?;
+    // Something else may take its place now.
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags((OFlag::O_NONBLOCK | OFlag::O_NOCTTY).bits())
+        .open(path)?;
+    plain(&file.metadata()?)?;
+    Ok(file)
+}
+
+fn plain(facts: &fs::Metadata) -> io::Result<()> {
+    if facts.is_file() {
+        return Ok(());
+    }
+    let what = format!("it is {}", kind(facts.file_type()));
+    Err(io::Error::new(io::ErrorKind::InvalidInput, what))
 }
 
 fn kind(file: fs::FileType) -> &'static str {
@@ -217,6 +237,17 @@ mod tests {
             |path| nix::unistd::mkfifo(path, Mode::S_IRWXU).unwrap(),
             "tls.ca: ca.pem is a named pipe; it comes from `init`",
         );
+    }
+
+    #[test]
+    fn of_a_strangers_file_the_beginning_is_read_and_a_fifo_is_not_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let (long, fifo) = (dir.path().join("long"), dir.path().join("fifo"));
+        fs::write(&long, [7; 100]).unwrap();
+        assert_eq!(beginning(&long, 10).unwrap(), [7; 10]);
+        nix::unistd::mkfifo(&fifo, Mode::S_IRWXU).unwrap();
+        let error = beginning(&fifo, 10).unwrap_err();
+        assert_eq!(error.to_string(), "it is a named pipe");
     }
 
     #[test]

@@ -9,6 +9,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use clamcast_daemon::clamscan::is_hosts_trouble;
+use clamcast_daemon::input;
 
 /// Longest line that is looked at, in bytes: the ones that matter have less than 5 kB, the longest
 /// path and some words. The rest of a longer one is passed over.
@@ -167,7 +168,7 @@ struct Open {
 impl Tail {
     /// Marks the end of the log. One that is not there yet is read from its beginning.
     pub(super) fn at_end(path: &Path) -> io::Result<Self> {
-        let open = match File::open(path) {
+        let open = match input::open(path) {
             Ok(file) => Some(Open {
                 offset: file.metadata()?.len(),
                 file,
@@ -185,7 +186,7 @@ impl Tail {
         if let Some(open) = &mut self.open {
             open.read(loads, &mut ended)?;
         }
-        let now = match File::open(&self.path) {
+        let now = match input::open(&self.path) {
             Ok(file) => file,
             // Between the two steps of a rotation, or the log of a clamd that never ran.
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(ended),

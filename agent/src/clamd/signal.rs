@@ -1,9 +1,10 @@
 //! SIGUSR2: how clamd is asked to reload where it does not take the command.
 
-use std::fs::{self, File};
-use std::io::{self, Read};
+use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
+use clamcast_daemon::input;
 use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -69,11 +70,9 @@ pub fn running_pid(pid_file: &Path) -> Result<Pid, SignalError> {
 }
 
 fn read_pid(path: &Path) -> io::Result<Pid> {
-    let mut text = String::new();
-    File::open(path)?
-        .take(PID_FILE_BYTES_MAX)
-        .read_to_string(&mut text)?;
-    match text.trim().parse() {
+    // clamd's user can put anything there.
+    let bytes = input::beginning(path, PID_FILE_BYTES_MAX)?;
+    match String::from_utf8_lossy(&bytes).trim().parse() {
         // Zero and less are groups of processes.
         Ok(pid @ 1..) => Ok(Pid::from_raw(pid)),
         Ok(_) | Err(_) => Err(io::Error::new(
@@ -86,6 +85,14 @@ fn read_pid(path: &Path) -> io::Result<Pid> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_fifo_instead_of_the_pid_file_is_not_waited_for() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("clamd.pid");
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert!(read_pid(&path).is_err());
+    }
 
     #[track_caller]
     fn check(content: &str, expected: &str) {

@@ -4,11 +4,12 @@
 
 use std::ffi::CString;
 use std::fmt;
-use std::fs::{self, File};
-use std::io::{self, Read as _};
+use std::fs;
+use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
+use clamcast_daemon::input;
 use nix::unistd::{Gid, Uid, getegid, geteuid, getgrouplist, getgroups};
 
 /// Largest file of the system's that is read, in bytes. A crontab, unit or profile has a few kB.
@@ -45,11 +46,9 @@ impl Host {
         self.at(path).exists()
     }
 
-    /// The text of one of the system's files.
+    /// The text of a plain file.
     pub fn text(&self, path: impl AsRef<Path>) -> io::Result<String> {
-        let mut bytes = Vec::new();
-        let file = File::open(self.at(path))?;
-        file.take(FILE_BYTES_MAX).read_to_end(&mut bytes)?;
+        let bytes = input::beginning(&self.at(path), FILE_BYTES_MAX)?;
         Ok(String::from_utf8_lossy(&bytes).into_owned())
     }
 

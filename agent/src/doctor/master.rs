@@ -7,10 +7,12 @@
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
+use std::path::Path;
 use std::time::Duration;
 
 use clamcast_daemon::admin::{self, CallError};
 use jiff::{SignedDuration, Timestamp};
+use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 
 use super::Finding;
@@ -26,6 +28,10 @@ use crate::status::Status;
 /// Addresses that are tried, at most.
 const ADDRESSES_MAX: usize = 32;
 
+/// An agent that has not answered by then hangs, or is starting: `status` waits three seconds for a
+/// clamd that is silent.
+pub(super) const ANSWER_TIME: Duration = Duration::from_secs(10);
+
 /// Clocks that differ by this much are worth a word: audit logs are compared by time.
 const CLOCK_NOTE_SECS: i64 = 5;
 
@@ -36,17 +42,39 @@ pub(super) enum Agent {
     Runs(Box<Status>),
     /// It does not.
     Away,
-    /// It cannot be told.
-    Unknown(String),
+    /// It cannot be told: why, and what to do.
+    Unknown(String, &'static str),
 }
 
 impl Agent {
-    /// Asks at its admin socket. Blocking.
-    pub(super) fn ask(config: &Config) -> Self {
-        match admin::call(DAEMON, &config.admin, &Request::Status, |_| {}) {
+    /// Asks at its admin socket, and waits so long for the answer.
+    pub(super) async fn ask(socket: &Path, patience: Duration) -> Self {
+        let (tell, told) = oneshot::channel();
+        let path = socket.to_owned();
+        // A thread that nobody waits for: one that an agent never answers ends with this process.
+        std::thread::spawn(move || tell.send(Self::call(&path)));
+        match tokio::time::timeout(patience, told).await {
+            Ok(Ok(agent)) => agent,
+            Ok(Err(_)) | Err(_) => {
+                let secs = patience.as_secs();
+                Self::Unknown(
+                    format!("it did not answer at {} in {secs} s", socket.display()),
+                    "look again in a minute; if it is still silent: journalctl -u clamcast-agent, \
+                     systemctl restart clamcast-agent",
+                )
+            }
+        }
+    }
+
+    /// Blocking.
+    fn call(socket: &Path) -> Self {
+        match admin::call(DAEMON, socket, &Request::Status, |_| {}) {
             Ok(finish) => match serde_json::from_value(finish.result) {
                 Ok(status) => Self::Runs(Box::new(status)),
-                Err(error) => Self::Unknown(finish.message.unwrap_or_else(|| error.to_string())),
+                Err(error) => Self::Unknown(
+                    finish.message.unwrap_or_else(|| error.to_string()),
+                    "look again in a moment: clamcast-agent status",
+                ),
             },
             Err(CallError::Unreachable { .. }) => Self::Away,
             Err(
@@ -54,7 +82,7 @@ impl Agent {
                 | CallError::NotASocket { .. }
                 | CallError::Lost { .. }
                 | CallError::Answer { .. }),
-            ) => Self::Unknown(chain(&error)),
+            ) => Self::Unknown(chain(&error), "run this as root"),
         }
     }
 }
@@ -178,10 +206,10 @@ pub(super) fn judge(agent: &Agent, tried: &[Tried]) -> Vec<Finding> {
             "the agent does not run; this probe took its place for a moment",
             "systemctl enable --now clamcast-agent",
         )),
-        Agent::Unknown(why) => findings.push(Finding::unknown(
+        Agent::Unknown(why, advice) => findings.push(Finding::unknown(
             check,
             format!("the agent cannot be asked, so no probe took its place: {why}"),
-            Some("run this as root".into()),
+            Some((*advice).into()),
         )),
     }
     let reached =
@@ -246,7 +274,7 @@ pub(super) fn judge_clock(agent: &Agent, tried: &[Tried], processes: &[Process])
     });
     let ahead = welcomed.or(match agent {
         Agent::Runs(status) => status.master.clock_ahead_secs,
-        Agent::Away | Agent::Unknown(_) => None,
+        Agent::Away | Agent::Unknown(..) => None,
     });
     let set =
         "which one is wrong? timedatectl; systemctl enable --now systemd-timesyncd (or chronyd)";
@@ -325,13 +353,26 @@ mod tests {
         }
     }
 
+    #[tokio::test]
+    async fn an_agent_that_hangs_is_not_waited_for_for_ever() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("admin.sock");
+        let _hangs = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        let agent = Agent::ask(&socket, Duration::from_millis(1)).await;
+        let expected = "unknown master: | did not answer | journalctl";
+        testing::assert_lines(&judge(&agent, &[]), &[expected]);
+    }
+
     #[test]
     fn an_address_that_is_dead_beside_one_that_answers_is_a_note() {
         let both = [
             tried("a:7310", Answer::Nobody),
             tried("b:7310", Answer::Master),
         ];
-        let findings = judge(&Agent::Unknown("you may not".into()), &both);
+        let findings = judge(
+            &Agent::Unknown("you may not".into(), "run this as root"),
+            &both,
+        );
         testing::assert_lines(
             &findings,
             &[

@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use clamcast_daemon::input;
+
 use super::Finding;
 use super::host::{Host, Node, User};
 use crate::chain;
@@ -402,7 +404,7 @@ impl Log {
         let Some(path) = settings.log_file.clone() else {
             return Self::None;
         };
-        match std::fs::File::open(&path) {
+        match input::open(&path) {
             Ok(_) => Self::Readable(path),
             Err(error) => {
                 let node = Node::at(&path).ok();

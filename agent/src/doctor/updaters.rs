@@ -66,12 +66,12 @@ pub struct Signs {
     pub cron: Vec<(PathBuf, &'static str)>,
     /// Crontabs that cannot be read.
     pub unread: Vec<PathBuf>,
-    /// The directory in freshclam.conf.
+    /// The directory in the freshclam.conf of the distribution.
     pub freshclam_writes: Option<PathBuf>,
 }
 
 /// Looks for signs. What users have in their own crontabs only root can read.
-pub(super) fn look(host: &Host, processes: &[Process]) -> Signs {
+pub(super) fn look(host: &Host) -> Signs {
     let mut signs = Signs::default();
     let wants = host.names("/etc/systemd/system").into_iter();
     for wants in wants.filter(|name| name.ends_with(".wants")) {
@@ -106,12 +106,23 @@ pub(super) fn look(host: &Host, processes: &[Process]) -> Signs {
         signs.unread.push("/var/spool/cron/crontabs".into());
     }
 
-    let freshclam = processes.iter().filter(|process| UPDATERS[0].is(process));
-    let named = freshclam.filter_map(|process| option(process, "--config-file"));
-    let usual = FRESHCLAM_CONF.map(str::to_owned);
-    let conf = named.chain(usual).find_map(|path| host.text(path).ok());
+    let conf = FRESHCLAM_CONF.iter().find_map(|path| host.text(path).ok());
     signs.freshclam_writes = conf.map(|conf| directory_in(&conf));
     signs
+}
+
+/// Where the command line of the freshclam that runs leads: its directory, else that in its
+/// configuration. Anybody may call a program freshclam, so this is for a process without root's
+/// rights.
+pub(super) fn told(host: &Host, processes: &[Process]) -> Option<PathBuf> {
+    let mut freshclam = processes.iter().filter(|process| UPDATERS[0].is(process));
+    freshclam.find_map(|process| {
+        let directory = option(process, "--datadir").map(PathBuf::from);
+        directory.or_else(|| {
+            let conf = host.text(option(process, "--config-file")?).ok()?;
+            Some(directory_in(&conf))
+        })
+    })
 }
 
 /// The value of a long option on its command line.
@@ -144,10 +155,12 @@ fn directory_in(conf: &str) -> PathBuf {
     value.map_or(FRESHCLAM_DIRECTORY.into(), |value| value.trim().into())
 }
 
-/// Judges them. `ours` is the database directory after links, and so is what freshclam writes.
+/// Judges them. `ours` is the database directory after links, as `real` follows them; `told` is
+/// where the command line of freshclam leads.
 pub(super) fn judge(
     inventory: &Inventory,
     ours: &Path,
+    told: Option<&Path>,
     real: impl Fn(&Path) -> PathBuf,
 ) -> Vec<Finding> {
     let mut findings = Vec::new();
@@ -172,11 +185,9 @@ pub(super) fn judge(
         let end = end_it(&units, &cron, &running);
         findings.push(if updater.name == "freshclam" {
             // Its command line counts before its configuration.
-            let told = running.iter().find_map(|p| option(p, "--datadir"));
-            let writes = told.map(PathBuf::from);
-            let writes = writes.or_else(|| inventory.updaters.freshclam_writes.clone());
-            let writes = writes.unwrap_or_else(|| FRESHCLAM_DIRECTORY.into());
-            if real(&writes) == ours {
+            let writes = told.or(inventory.updaters.freshclam_writes.as_deref());
+            let writes = writes.unwrap_or(Path::new(FRESHCLAM_DIRECTORY));
+            if real(writes) == ours {
                 let found = format!("{found}; it writes {}, as the agent does", writes.display());
                 Finding::bad("updaters", found, end)
             } else {
@@ -255,7 +266,9 @@ mod tests {
             updaters: signs,
             sees_all_processes: true,
         };
-        let findings = judge(&inventory, Path::new("/var/lib/clamav"), Path::to_owned);
+        let told = told(&Host::below("/nowhere"), &inventory.processes);
+        let ours = Path::new("/var/lib/clamav");
+        let findings = judge(&inventory, ours, told.as_deref(), Path::to_owned);
         assert_eq!(testing::lines(&findings), expected);
     }
 
@@ -319,7 +332,7 @@ mod tests {
             std::fs::create_dir_all(path.parent().unwrap()).unwrap();
             std::fs::write(path, text).unwrap();
         };
-        assert!(look(&host, &[]).units.is_empty());
+        assert!(look(&host).units.is_empty());
         write(
             "/etc/systemd/system/multi-user.target.wants/clamav-freshclam.service",
             "",
@@ -344,7 +357,7 @@ mod tests {
             "/etc/freshclam.conf",
             "#DatabaseDirectory /x\nDatabaseDirectory /srv/clam\n",
         );
-        let signs = look(&host, &[]);
+        let signs = look(&host);
         assert_eq!(
             signs.units,
             ["clamav-freshclam.service", "fangfrisch.timer"]
@@ -356,8 +369,13 @@ mod tests {
         assert_eq!(signs.freshclam_writes, Some("/srv/clam".into()));
 
         write("/srv/f.conf", "DatabaseDirectory /srv/other\n");
-        let told = process("freshclam", &["freshclam", "--config-file=/srv/f.conf"]);
-        let signs = look(&host, &[told]);
-        assert_eq!(signs.freshclam_writes, Some("/srv/other".into()));
+        let running = |conf: &str| [process("freshclam", &["freshclam", "--config-file", conf])];
+        assert_eq!(
+            told(&host, &running("/srv/f.conf")),
+            Some("/srv/other".into())
+        );
+        let fifo = host.at("/srv/fifo");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert_eq!(told(&host, &running("/srv/fifo")), None);
     }
 }
