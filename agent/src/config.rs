@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clamcast_daemon::admin::Daemon;
-use clamcast_daemon::config::{ConfigError, File, FilePath, Settings, Span, beside};
+use clamcast_daemon::config::{ConfigError, File, FilePath, Settings, Span, beside, overlap};
 use serde::Deserialize;
 
 use crate::clamd::{Address, ProofBy, RawClamd, ReloadBy};
@@ -171,7 +171,10 @@ impl Settings for Raw {
             "master",
             "1 to 16 addresses of the master with their ports, such as [\"mirror.example.net:7310\"]",
         ),
-        ("state", "a directory such as \"/var/lib/clamcast/agent\""),
+        (
+            "state",
+            "a directory such as \"/var/lib/clamcast/agent\", neither within `database.path` nor around it",
+        ),
         ("tls.ca", "a file such as \"ca.pem\""),
         ("tls.cert", "a file such as \"cert.pem\""),
         ("tls.key", "a file such as \"key.pem\""),
@@ -255,10 +258,15 @@ impl Config {
         }
 
         let rescan = raw.database.rescan.map_or(RESCAN, |span| span.0);
+        let (state, database_directory) = (beside(raw.state), beside(raw.database.path));
+        // Keys do not belong where clamd looks for databases, nor databases among them.
+        if overlap(&state, &database_directory) {
+            return Err(file.wrong::<Raw>(&["state"], None));
+        }
 
         Ok(Self {
             master,
-            state: beside(raw.state),
+            state,
             tls: Tls {
                 ca: beside(raw.tls.ca),
                 cert: beside(raw.tls.cert),
@@ -280,7 +288,7 @@ impl Config {
                 proof: raw.clamd.proof,
                 deadline,
                 splay: raw.clamd.splay.map_or(Duration::ZERO, |span| span.0),
-                database_directory: beside(raw.database.path),
+                database_directory,
             },
             drift: raw.database.drift,
             rescan,
@@ -416,7 +424,18 @@ splay = "30s"
                 "true",
             ],
         ),
-        ("state", &["\"\"", "7", "[\"/srv\"]", "true"]),
+        (
+            "state",
+            &[
+                "\"\"",
+                "7",
+                "[\"/srv\"]",
+                "true",
+                "\"/var/lib/clamav\"",
+                "\"/var/lib/clamav/state\"",
+                "\"/var/lib\"",
+            ],
+        ),
         ("tls.ca", &["\"\"", "1"]),
         ("tls.cert", &["\"\"", "[]"]),
         ("tls.key", &["\"\"", "false"]),

@@ -1110,10 +1110,10 @@ impl Keeper {
                 .unused_configuration
                 .as_ref()
                 .map(|reason| format!("configuration on disk is not in use: {reason}")),
-            phase: if self.phase == Phase::Idle {
-                self.slot.phase()
-            } else {
+            phase: if self.repairing.is_some() {
                 self.phase
+            } else {
+                self.slot.phase_given(self.phase)
             },
             working_on: self.slot.job().map(|job| job.manifest.position()),
             last: last.map(|last| LastStatus {

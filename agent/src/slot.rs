@@ -191,6 +191,19 @@ impl<J: Work> Slot<J> {
         }
     }
 
+    /// The same, where the installer said `installing` last, which counts only within an install.
+    pub fn phase_given(&self, installing: Phase) -> Phase {
+        match self.state {
+            State::Installing { .. } => installing,
+            State::Idle
+            | State::Planning { .. }
+            | State::Fetching { .. }
+            | State::Draining { .. }
+            | State::Staged { .. }
+            | State::Resting { .. } => self.phase(),
+        }
+    }
+
     /// Whether a failed job waits for its next try.
     pub fn is_resting(&self) -> bool {
         matches!(self.state, State::Resting { .. })
@@ -671,6 +684,45 @@ mod tests {
             "plan 1; need 1 install 1; ; ; ",
         );
         check("offer 1; plan fails; lost; 30s", "plan 1; fault 1; ; ");
+    }
+
+    #[test]
+    fn an_order_that_was_cut_off_leaves_nothing_under_way() {
+        let (now, file): (_, DatabaseName) = (Instant::now(), "a.ndb".parse().unwrap());
+        let mut slot = Slot::new(false);
+        let mut check = |event, said, expected| {
+            slot.handle(event, now, 0.0);
+            assert_eq!(slot.phase_given(said), expected);
+        };
+        let (missing, splay) = (vec![file], Duration::ZERO);
+        check(
+            Event::Offered("1".to_owned()),
+            Phase::Fetching,
+            Phase::Fetching,
+        );
+        check(
+            Event::Planned { missing, splay },
+            Phase::Fetching,
+            Phase::Fetching,
+        );
+        check(Event::Disconnected, Phase::Fetching, Phase::Idle);
+        check(
+            Event::Offered("1".to_owned()),
+            Phase::Fetching,
+            Phase::Fetching,
+        );
+        let missing = Vec::new();
+        check(
+            Event::Planned { missing, splay },
+            Phase::Reloading,
+            Phase::Reloading,
+        );
+        check(Event::Disconnected, Phase::Proving, Phase::Proving);
+        check(
+            Event::Installed { fault: true },
+            Phase::Proving,
+            Phase::Idle,
+        );
     }
 
     #[test]

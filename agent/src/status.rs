@@ -168,6 +168,9 @@ impl Status {
                 (true, _, Proof::Canary) => "yes: clamd was seen scanning with it",
                 (true, _, Proof::Version | Proof::None) => "yes: by clamd's VERSION and log",
                 (false, ..) if !self.drift.files.is_empty() => "no: its files were changed",
+                (false, ClamdState::None, _) => {
+                    "no: this host has no clamd by configuration, and the set was not seen whole yet"
+                }
                 (false, ..) => "no: clamd was not seen scanning with it yet",
             };
             line("live:", &live);

@@ -132,6 +132,22 @@ pub fn beside(file: &Path, path: &Path) -> PathBuf {
     file.parent().unwrap_or(Path::new("")).join(path)
 }
 
+/// Whether one of two directories is the other, or is in it, wherever links lead. What is not there
+/// yet is taken to be a plain directory.
+pub fn overlap(one: &Path, other: &Path) -> bool {
+    let (one, other) = (without_links(one), without_links(other));
+    one.starts_with(&other) || other.starts_with(&one)
+}
+
+fn without_links(path: &Path) -> PathBuf {
+    let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    let real = path.ancestors().find_map(|there| {
+        let rest = path.strip_prefix(there).ok()?;
+        there.canonicalize().ok().map(|real| real.join(rest))
+    });
+    real.unwrap_or(path)
+}
+
 /// A path; nothing is none.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(try_from = "PathBuf")]
@@ -344,6 +360,26 @@ mod tests {
         assert_eq!(found("/srv/ca.pem"), "/srv/ca.pem");
         let bare = beside(Path::new("agent.toml"), Path::new("ca.pem"));
         assert_eq!(bare, Path::new("ca.pem"));
+    }
+
+    #[test]
+    fn directories_overlap_where_one_is_in_the_other_behind_links_too() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir_all(dir.path().join("db/inner")).unwrap();
+        std::os::unix::fs::symlink("db", dir.path().join("link")).unwrap();
+        let check = |one: &str, other: &str, expected: bool| {
+            let (one, other) = (dir.path().join(one), dir.path().join(other));
+            assert_eq!(overlap(&one, &other), expected, "{one:?} {other:?}");
+            assert_eq!(overlap(&other, &one), expected, "{other:?} {one:?}");
+        };
+        check("db", "db/", true);
+        check("db", "db/inner", true);
+        check("db", "db/not/there/yet", true);
+        check("db/inner/..", "db/state", true);
+        check("link/state", "db", true);
+        check("db", "db2", false);
+        check("db/inner", "db/state", false);
+        check("state", "link", false);
     }
 
     #[test]

@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clamcast_daemon::admin::Daemon;
-use clamcast_daemon::config::{ConfigError, File, FilePath, Percent, Settings, Size, Span};
+use clamcast_daemon::config::{
+    ConfigError, File, FilePath, Percent, Settings, Size, Span, overlap,
+};
 use clamcast_proto::{FleetName, GroupName};
 use globset::{GlobBuilder, GlobMatcher};
 use serde::Deserialize;
@@ -262,7 +264,10 @@ impl Settings for Raw {
             "the fleet's name as `clamcast-certs init --fleet` was given it, such as \"example\": \
              letters, digits, `.`, `_` and `-`, first and last a letter or digit",
         ),
-        ("state", "a directory such as \"/var/lib/clamcast/master\""),
+        (
+            "state",
+            "a directory such as \"/var/lib/clamcast/master\", neither within `mirror.path` nor around it",
+        ),
         (
             "mirror.path",
             "a directory such as \"/var/lib/clamav-mirror\"",
@@ -407,6 +412,12 @@ impl Config {
             return Err(file.wrong::<Raw>(&["listen", "admin"], None));
         }
 
+        let (state, mirror) = (beside(raw.state), beside(raw.mirror.path));
+        // The mirror is freshclam's, and is looked at whole: nothing is written or kept there.
+        if overlap(&state, &mirror) {
+            return Err(file.wrong::<Raw>(&["state"], None));
+        }
+
         let mut without_effect = Vec::new();
         let mut later = |key, written: bool| {
             if written {
@@ -433,9 +444,9 @@ impl Config {
 
         Ok(Self {
             fleet: raw.fleet,
-            state: beside(raw.state),
+            state,
             mirror: Mirror {
-                path: beside(raw.mirror.path),
+                path: mirror,
                 quiet: raw.mirror.quiet.map_or(QUIET, |span| span.0),
                 rescan: above_zero(&["mirror", "rescan"], raw.mirror.rescan, RESCAN)?,
                 require: raw
@@ -576,7 +587,18 @@ windows = {{ db = ["Mon-Fri 22:00-05:00"] }}
             "fleet",
             &["1", "\"\"", "\"a b\"", "\"-a\"", "[\"a\"]", "true"],
         ),
-        ("state", &["\"\"", "7", "[\"/srv\"]", "true"]),
+        (
+            "state",
+            &[
+                "\"\"",
+                "7",
+                "[\"/srv\"]",
+                "true",
+                "\"/srv/mirror\"",
+                "\"/srv/mirror/st\"",
+                "\"/srv\"",
+            ],
+        ),
         ("mirror.path", &["\"\"", "7", "[\"/srv\"]"]),
         (
             "mirror.quiet",

@@ -88,7 +88,6 @@ fn is_locked(path: &Path) -> bool {
 /// with the next step.
 pub fn doubts(config: &Config, now: Timestamp) -> Vec<String> {
     let mut doubts = mirror_doubts(config);
-    let mirror = &config.mirror.path;
     let group = &config.listen.admin_group;
     if matches!(Group::from_name(group), Ok(None)) {
         doubts.push(format!(
@@ -135,13 +134,6 @@ pub fn doubts(config: &Config, now: Timestamp) -> Vec<String> {
         doubts.push(format!(
             "state: {} is an agent's state directory; name another one",
             state.display()
-        ));
-    }
-    if within(&config.state, mirror) || within(mirror, &config.state) {
-        doubts.push(format!(
-            "the state directory {} and the mirror {} are one inside the other; give each its own",
-            config.state.display(),
-            mirror.display()
         ));
     }
     doubts
@@ -215,9 +207,4 @@ fn date_doubt(
     } else {
         None
     }
-}
-
-fn within(inner: &Path, outer: &Path) -> bool {
-    let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
-    real(inner).starts_with(real(outer))
 }
