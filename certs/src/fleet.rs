@@ -34,6 +34,9 @@ pub(crate) const AGENTS: &str = "agents";
 pub(crate) const ISSUED: &str = "issued";
 pub(crate) const REVOKED: &str = "revoked.json";
 
+/// The certificate in a holder's bundle.
+pub(crate) const CERTIFICATE: &str = "cert.pem";
+
 /// Stands while `init` is at work. Until it goes, nothing was issued from what is there.
 pub(crate) const UNFINISHED: &str = ".unfinished";
 
@@ -140,6 +143,12 @@ pub enum OpenError {
         /// What it should be.
         expected: &'static str,
     },
+    /// What was issued cannot be known.
+    #[error("the record of what was issued is gone; put {path} back from a backup")]
+    NoRecord {
+        /// The record's directory.
+        path: PathBuf,
+    },
     /// The CA's key and certificate do not belong together.
     #[error("{key} is not the key of {certificate}; put the right one back from a backup")]
     Mismatch {
@@ -214,6 +223,7 @@ impl OpenError {
             | Self::Input(_)
             | Self::List { .. }
             | Self::Damaged { .. }
+            | Self::NoRecord { .. }
             | Self::Mismatch { .. } => exit::FAILED,
         }
     }
@@ -312,19 +322,51 @@ impl Fleet {
         Ok(Some(list))
     }
 
-    /// The names of all agents that ever had a certificate, in order.
+    /// The names of all agents that ever had a certificate, in order: those in the record, and those
+    /// with a bundle, should the record be gone.
     pub(crate) fn agents(&self) -> Result<Vec<AgentName>, OpenError> {
-        let path = self.dir.join(ISSUED).join(AGENTS);
-        let mut names: Vec<AgentName> = names(&path)?
-            .iter()
-            .filter_map(|name| name.parse().ok())
-            .collect();
+        let mut found = names(&self.dir.join(ISSUED).join(AGENTS))?;
+        found.extend(names(&self.dir.join(AGENTS))?);
+        let mut names: Vec<AgentName> = found.iter().filter_map(|name| name.parse().ok()).collect();
         names.sort();
+        names.dedup();
         Ok(names)
     }
 
-    /// Every certificate that the holder of `role` ever had, in the order in which they run out.
+    /// Every certificate that the holder of `role` is known to have had, in the order in which they
+    /// run out.
     pub(crate) fn issued(&self, role: &Role) -> Result<Vec<Certificate>, OpenError> {
+        let mut issued = self.recorded(role)?;
+        issued.extend(self.unrecorded(role, &issued));
+        issued.sort_by_key(|certificate| certificate.not_after);
+        Ok(issued)
+    }
+
+    /// The certificate in the holder's bundle, if it is not among the `recorded` ones. The record is
+    /// written first, so then a part of it is gone.
+    pub(crate) fn unrecorded(&self, role: &Role, recorded: &[Certificate]) -> Option<Certificate> {
+        let path = self.bundle_path(role).join(CERTIFICATE);
+        let pem = is_there(&path).then(|| read(&path).ok())??;
+        let certificate = x509::read(&pem)?;
+        let identity = certificate.identity.as_ref()?;
+        let ours = identity.fleet == self.charter.fleet && same_holder(&identity.role, role);
+        let is_known = |known: &Certificate| known.serial == certificate.serial;
+        (ours && !recorded.iter().any(is_known)).then_some(certificate)
+    }
+
+    /// That there is a record, without which nobody can say that something was never issued: the
+    /// first certificate of a fleet is the master's.
+    pub(crate) fn check_record(&self) -> Result<(), OpenError> {
+        let path = self.dir.join(ISSUED);
+        let has_master = !self.charter.hosts.is_empty();
+        match has_master && !is_there(&self.issued_path(&Role::Master)) {
+            true => Err(OpenError::NoRecord { path }),
+            false => Ok(()),
+        }
+    }
+
+    /// The record of what was issued to the holder of `role`.
+    pub(crate) fn recorded(&self, role: &Role) -> Result<Vec<Certificate>, OpenError> {
         let path = self.issued_path(role);
         let mut issued = Vec::new();
         for name in names(&path)? {
@@ -338,7 +380,6 @@ impl Fleet {
                 expected: "a certificate issued to the holder that its directory names, in PEM",
             })?);
         }
-        issued.sort_by_key(|certificate| certificate.not_after);
         Ok(issued)
     }
 

@@ -129,7 +129,6 @@ impl IssueError {
 }
 
 const KEY: &str = "key.pem";
-const CERTIFICATE: &str = "cert.pem";
 const CA: &str = "ca.pem";
 const KEYS: &str = "manifest.pub";
 const AGENT_TOML: &str = "agent.toml";
@@ -152,7 +151,7 @@ pub fn issue_master(
         &fleet,
         Role::Master,
         &hosts,
-        &[KEY, CERTIFICATE],
+        &[KEY, fleet::CERTIFICATE],
         force,
         now,
     )?;
@@ -187,7 +186,7 @@ pub fn issue_agent(
     }
     let (set, keys) = fleet.keys()?;
     let toml = agent_toml(&fleet.charter.fleet, name, hosts);
-    let names = [KEY, CERTIFICATE, CA, KEYS, AGENT_TOML];
+    let names = [KEY, fleet::CERTIFICATE, CA, KEYS, AGENT_TOML];
     let name = name.clone();
     let role = Role::Agent { name, groups };
     let mut issued = issue(&fleet, role, &[], &names, force, now)?;
@@ -264,7 +263,11 @@ fn issue(
     let private = Written::new(bundle.join(KEY), "private key").with_key(&PublicKey::of(&key));
     let files = vec![
         fleet::write(private, &key::to_pem(&key), fleet::PRIVATE)?,
-        fleet::write(describe(bundle.join(CERTIFICATE)), &pem, fleet::PUBLIC)?,
+        fleet::write(
+            describe(bundle.join(fleet::CERTIFICATE)),
+            &pem,
+            fleet::PUBLIC,
+        )?,
     ];
     Ok(Issued {
         certificate,

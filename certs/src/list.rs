@@ -28,6 +28,9 @@ pub struct Listed {
     pub state: State,
     /// Whether the holder was issued a newer one. The older one counts all the same.
     pub replaced: bool,
+    /// Whether the record of what was issued has it. If not, a part of that record is gone, and
+    /// others may be missing here.
+    pub recorded: bool,
     /// Its serial number.
     pub serial: Serial,
     /// SHA-256 of its DER encoding.
@@ -66,7 +69,8 @@ impl fmt::Display for State {
     }
 }
 
-/// Everything that was issued: the master's first, then by agent, the oldest first.
+/// Everything that was issued: the master's first, then by agent, the oldest first. Where the record
+/// of it is gone, what the bundles hold.
 pub fn list(dir: &Path, now: Timestamp) -> Result<Vec<Listed>, OpenError> {
     let fleet = Fleet::open(dir)?;
     let revoked = fleet.revoked()?;
@@ -77,21 +81,28 @@ pub fn list(dir: &Path, now: Timestamp) -> Result<Vec<Listed>, OpenError> {
     let mut listed = Vec::new();
     for holder in std::iter::once(Role::Master).chain(agents) {
         let issued = fleet.issued(&holder)?;
+        let unrecorded = fleet.unrecorded(&holder, &fleet.recorded(&holder)?);
+        let unrecorded = unrecorded.map(|certificate| certificate.serial);
         let newest = issued
             .iter()
             .map(|certificate| certificate.not_before)
             .max();
         for certificate in issued {
             let replaced = Some(certificate.not_before) < newest;
-            listed.push(describe(certificate, replaced, revoked.as_ref(), now));
+            let recorded = Some(&certificate.serial) != unrecorded.as_ref();
+            let mut one = describe(certificate, revoked.as_ref(), now);
+            (one.replaced, one.recorded) = (replaced, recorded);
+            listed.push(one);
         }
+    }
+    if listed.is_empty() {
+        fleet.check_record()?;
     }
     Ok(listed)
 }
 
 fn describe(
     certificate: Certificate,
-    replaced: bool,
     revoked: Option<&Verified<RevocationList>>,
     now: Timestamp,
 ) -> Listed {
@@ -118,7 +129,8 @@ fn describe(
         role,
         groups,
         state,
-        replaced,
+        replaced: false,
+        recorded: true,
         serial: certificate.serial,
         fingerprint: certificate.fingerprint,
         not_before: certificate.not_before,

@@ -181,15 +181,18 @@ fn init(dir: &Path, fleet: &FleetName, force: bool, now: Timestamp) -> Result<()
             );
         }
     }
-    print(&format!(
-        "{}\n\
+    report(
+        "the fleet was made",
+        &format!(
+            "{}\n\
          {root} belongs offline: move it to a medium in a safe, with a second copy elsewhere.\n\
          Only a change of the manifest or audit key needs it, and whoever has it rules the fleet.\n\
          next: clamcast-certs master --dir {dir} --host NAME_OR_IP\n",
-        describe(&done.files),
-        root = dir.join("root.key").display(),
-        dir = quoted(dir),
-    ))
+            describe(&done.files),
+            root = dir.join("root.key").display(),
+            dir = quoted(dir),
+        ),
+    )
 }
 
 fn master(dir: &Path, issued: &Issued) -> Result<(), Exit> {
@@ -201,14 +204,17 @@ fn master(dir: &Path, issued: &Issued) -> Result<(), Exit> {
             joined(&issued.left)
         );
     }
-    print(&format!(
-        "{}\n\
+    report(
+        "the certificate was issued",
+        &format!(
+            "{}\n\
          for /etc/clamcast on the master: ca.pem, manifest.pub, manifest.key, audit.key and master/ \
          of {dir}\n\
          next: clamcast-certs agent --dir {dir} NAME [--group G]...\n",
-        describe(&issued.files),
-        dir = quoted(dir),
-    ))
+            describe(&issued.files),
+            dir = quoted(dir),
+        ),
+    )
 }
 
 fn agent(dir: &Path, name: &AgentName, issued: &Issued) -> Result<(), Exit> {
@@ -228,14 +234,17 @@ fn agent(dir: &Path, name: &AgentName, issued: &Issued) -> Result<(), Exit> {
     {
         eprintln!("{PROGRAM}: {name} was {before}");
     }
-    print(&format!(
-        "{}\n\
+    report(
+        "the certificate was issued",
+        &format!(
+            "{}\n\
          {name} is {groups}\n\
          next: copy {} to {name}, as /etc/clamcast, and run there\n      \
          clamcast-agent run --config /etc/clamcast/agent.toml\n",
-        describe(&issued.files),
-        quoted(&issued.bundle),
-    ))
+            describe(&issued.files),
+            quoted(&issued.bundle),
+        ),
+    )
 }
 
 /// Says that older certificates still count, lest somebody believes them gone.
@@ -249,9 +258,21 @@ fn tell_earlier(issued: &Issued, holder: &str, withdraw: &str) {
     }
 }
 
+/// Says that there may be certificates that nobody knows of any more.
+fn tell_lost(dir: &Path) {
+    eprintln!(
+        "{PROGRAM}: the record of what was issued is not whole: only the newest certificates, those \
+         in the bundles, are known; put {} back from a backup",
+        dir.join("issued").display()
+    );
+}
+
 fn list(dir: &Path, json: bool, now: Timestamp) -> Result<(), Exit> {
     let listed =
         clamcast_certs::list(dir, now).map_err(|error| Exit::new(error.exit_code(), error))?;
+    if listed.iter().any(|one| !one.recorded) {
+        tell_lost(dir);
+    }
     if json {
         return print(&(serde_json::to_string_pretty(&listed)? + "\n"));
     }
@@ -268,6 +289,9 @@ fn list(dir: &Path, json: bool, now: Timestamp) -> Result<(), Exit> {
 fn revoke(dir: &Path, name: &AgentName, reason: Option<&str>, now: Timestamp) -> Result<(), Exit> {
     let done = clamcast_certs::revoke(dir, name, reason, now)
         .map_err(|error| Exit::new(error.exit_code(), error))?;
+    if !done.recorded {
+        tell_lost(dir);
+    }
     if done.revoked.is_empty() {
         return print(&match done.before.last() {
             Some(last) => format!(
@@ -289,7 +313,7 @@ fn revoke(dir: &Path, name: &AgentName, reason: Option<&str>, now: Timestamp) ->
          next: copy {path} to /etc/clamcast/revoked.json on the master, which then acts within 5 s\n",
         done.version,
     );
-    print(&text)
+    report("it was revoked", &text)
 }
 
 /// `in group dmz`, as the certificate says it.
@@ -367,10 +391,29 @@ fn quoted(path: &Path) -> String {
     }
 }
 
+/// Prints what came of a command that changed something. Where that cannot be read, it is `done` all
+/// the same.
+fn report(done: &str, text: &str) -> Result<(), Exit> {
+    print(text).map_err(|exit| Exit {
+        error: exit
+            .error
+            .map(|error| error.context(format!("{done}; only this text is missing"))),
+        ..exit
+    })
+}
+
 /// Results go to stdout. A reader that has seen enough (`| head`) is not a failure.
 fn print(text: &str) -> Result<(), Exit> {
     match io::stdout().lock().write_all(text.as_bytes()) {
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error.into()),
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            let error = Exit::from(error);
+            Err(Exit {
+                error: error
+                    .error
+                    .map(|error| error.context("cannot write to stdout")),
+                ..error
+            })
+        }
         Ok(()) | Err(_) => Ok(()),
     }
 }

@@ -26,6 +26,9 @@ pub struct Revocation {
     pub revoked: Vec<Revoked>,
     /// What had been revoked before.
     pub before: Vec<Revoked>,
+    /// Whether the record of what was issued to the agent is whole, as far as can be seen. If not,
+    /// there may be certificates that are not revoked.
+    pub recorded: bool,
 }
 
 /// Why nothing was revoked.
@@ -99,7 +102,11 @@ pub fn revoke(
         groups: Vec::new(),
     };
     let issued = fleet.issued(&holder)?;
+    let recorded = fleet
+        .unrecorded(&holder, &fleet.recorded(&holder)?)
+        .is_none();
     if issued.is_empty() {
+        fleet.check_record()?;
         return Err(RevokeError::Unknown {
             name: name.clone(),
             nearest: nearest(name, fleet.agents()?),
@@ -151,6 +158,7 @@ pub fn revoke(
         version: list.version,
         revoked,
         before,
+        recorded,
     })
 }
 

@@ -91,6 +91,31 @@ fn each_command_says_what_it_wrote_and_what_comes_next() {
 }
 
 #[test]
+fn a_result_that_cannot_be_written_is_told_with_what_was_done_all_the_same() {
+    let scratch = tempfile::tempdir().unwrap();
+    let check = |line: &str, done: &str| {
+        let output = Command::new(env!("CARGO_BIN_EXE_clamcast-certs"))
+            .args(line.split_whitespace())
+            .current_dir(scratch.path())
+            .stdout(fs::File::create("/dev/full").unwrap())
+            .output()
+            .unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(5), "{line}: {said}");
+        assert!(
+            said.contains(done) && said.contains("cannot write to stdout"),
+            "{said}"
+        );
+    };
+    check("init --dir f --fleet bank", "the fleet was made");
+    check("master --dir f --host mirror", "the certificate was issued");
+    check("agent --dir f web1", "the certificate was issued");
+    check("list --dir f", "");
+    check("revoke --dir f web1", "it was revoked");
+    assert!(scratch.path().join("f/revoked.json").exists());
+}
+
+#[test]
 fn exit_codes_say_whose_fault_it_was() {
     let scratch = tempfile::tempdir().unwrap();
     let dir = scratch.path();

@@ -521,6 +521,35 @@ fn an_unknown_name_is_answered_with_the_nearest() {
 }
 
 #[test]
+fn without_the_record_bundles_are_listed_and_revoked_and_nothing_counts_as_never_issued() {
+    let lab = Lab::with_master();
+    lab.agent("web1", &["dmz"], false).unwrap();
+    lab.agent("web2", &[], false).unwrap();
+    let whole = lab.listed();
+    let recorded = |lab: &Lab| {
+        let listed = list(&lab.dir(), lab.now).unwrap();
+        listed.iter().filter(|one| one.recorded).count()
+    };
+    assert_eq!(recorded(&lab), 3);
+    fs::remove_dir_all(lab.dir().join("issued")).unwrap();
+    assert_eq!((lab.listed(), recorded(&lab)), (whole, 0));
+    let revocation = lab.revoke("web1").unwrap();
+    assert!(revocation.revoked.len() == 1 && !revocation.recorded);
+    let gone = [
+        "record of what was issued is gone",
+        "fleet/issued",
+        "backup",
+    ];
+    says(lab.revoke("web3"), &gone);
+    for bundles in ["master", "agents"] {
+        fs::remove_dir_all(lab.dir().join(bundles)).unwrap();
+    }
+    says(list(&lab.dir(), lab.now), &gone);
+    let fresh = Lab::initialised();
+    assert!(fresh.listed().is_empty());
+}
+
+#[test]
 fn a_list_of_another_ca_is_not_built_upon() {
     let [ours, other] = [Lab::with_master(), Lab::with_master()];
     for lab in [&ours, &other] {
