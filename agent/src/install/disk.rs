@@ -104,8 +104,6 @@ pub struct Facts {
     pub regular: bool,
     /// A directory.
     pub directory: bool,
-    /// A symbolic link.
-    pub symlink: bool,
 }
 
 /// A file being written.
@@ -593,7 +591,6 @@ fn facts_of(stat: &FileStat) -> Facts {
         changed: i128::from(stat.st_ctime) * 1_000_000_000 + i128::from(stat.st_ctime_nsec),
         regular: kind == SFlag::S_IFREG,
         directory: kind == SFlag::S_IFDIR,
-        symlink: kind == SFlag::S_IFLNK,
     }
 }
 

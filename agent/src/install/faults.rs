@@ -22,6 +22,8 @@ struct Scenario {
     old: &'static str,
     /// What others have in the directory. Under names of the new set it is the old set, too.
     foreign: &'static str,
+    /// The same, but the agent cannot read them.
+    denied: &'static str,
     /// The offer, as generation 2.
     new: &'static str,
     mood: Mood,
@@ -30,6 +32,7 @@ struct Scenario {
 const UPDATE: Scenario = Scenario {
     old: "daily.cld@1=daily-one main.cvd@62=main x.ndb=x",
     foreign: "local.ndb=local",
+    denied: "",
     new: "daily.cld@2=daily-two main.cvd@62=main y.ndb=y",
     mood: Mood::Up,
 };
@@ -37,6 +40,7 @@ const UPDATE: Scenario = Scenario {
 const OTHER_FORM: Scenario = Scenario {
     old: "daily.cvd@1=daily-one daily-1.cvd.sign=signed-one",
     foreign: "",
+    denied: "",
     new: "daily.cld@2=daily-two daily-2.cvd.sign=signed-two",
     mood: Mood::Up,
 };
@@ -44,6 +48,7 @@ const OTHER_FORM: Scenario = Scenario {
 const LOWER_FORM: Scenario = Scenario {
     old: "daily.cld@9=daily-nine",
     foreign: "",
+    denied: "",
     new: "daily.cvd@8=daily-eight",
     mood: Mood::Up,
 };
@@ -51,6 +56,7 @@ const LOWER_FORM: Scenario = Scenario {
 const FIRST: Scenario = Scenario {
     old: "",
     foreign: "",
+    denied: "",
     new: "daily.cld@2=daily-two main.cvd@62=main",
     mood: Mood::Up,
 };
@@ -58,6 +64,7 @@ const FIRST: Scenario = Scenario {
 const ADOPTION: Scenario = Scenario {
     old: "",
     foreign: "daily.cvd=freshclams main.cvd=main local.ndb=local",
+    denied: "",
     new: "daily.cld@2=daily-two main.cvd@62=main",
     mood: Mood::Up,
 };
@@ -65,13 +72,31 @@ const ADOPTION: Scenario = Scenario {
 const REFUSED: Scenario = Scenario {
     old: "daily.cvd@1=daily-one x.ndb=x",
     foreign: "local.ndb=local",
+    denied: "",
     new: "daily.cld@2=BAD y.ndb=y",
+    mood: Mood::Up,
+};
+
+const REFUSED_BESIDE_OTHERS: Scenario = Scenario {
+    old: "",
+    foreign: "local.ndb=local",
+    denied: "",
+    new: "daily.cld@2=BAD y.ndb=y",
+    mood: Mood::Up,
+};
+
+const REFUSED_OVER_UNREADABLE: Scenario = Scenario {
+    old: "",
+    foreign: "",
+    denied: "daily.cvd=freshclams x.ndb=x",
+    new: "daily.cld@2=BAD x.ndb=y",
     mood: Mood::Up,
 };
 
 const CLAMD_AWAY: Scenario = Scenario {
     old: "daily.cvd@1=daily-one",
     foreign: "",
+    denied: "",
     new: "daily.cld@2=daily-two",
     mood: Mood::Away,
 };
@@ -107,20 +132,21 @@ impl Scenario {
     fn host(&self) -> Host {
         let host = Host::with(1, self.old);
         host.put(self.foreign);
+        host.put_denied(self.denied);
         *host.clamd.mood.lock().unwrap() = self.mood;
         host
     }
 
     /// The directory before the offer.
     fn before(&self) -> Files {
-        set(&format!("{} {}", self.old, self.foreign))
+        set(&format!("{} {} {}", self.old, self.foreign, self.denied))
     }
 
     /// The directory after it: foreign files stay where the set has no successor for them.
     fn after(&self) -> Files {
         let new = set(self.new);
         let bases: BTreeSet<_> = new.keys().map(|name| base(name)).collect();
-        let mut after = set(self.foreign);
+        let mut after = set(&format!("{} {}", self.foreign, self.denied));
         after.retain(|name, _| !bases.contains(base(name)));
         after.extend(new);
         after
@@ -210,8 +236,13 @@ fn the_next_offer_ends_as_it_should(host: &Host, scenario: &Scenario, at: &str) 
         let installed = installer
             .installed()
             .map(|i| (i.set.manifest.generation.number(), i.outcome));
-        let generation = if refused { 1 } else { 2 };
-        assert_eq!(installed, Some((generation, Outcome::Live)), "{at}");
+        let generation = match (refused, scenario.old) {
+            (false, _) => Some(2),
+            (true, "") => None,
+            (true, _) => Some(1),
+        };
+        let expected = generation.map(|generation| (generation, Outcome::Live));
+        assert_eq!(installed, expected, "{at}");
         nothing_is_left_over(host, &installer, at);
     }
 }
@@ -367,6 +398,16 @@ fn an_adoption_survives_every_fault() {
 #[test]
 fn a_refusal_and_the_way_back_survive_every_fault() {
     survive_everything("refusal", &REFUSED);
+}
+
+#[test]
+fn a_refusal_beside_files_of_others_survives_every_fault() {
+    survive_everything("refusal beside others", &REFUSED_BESIDE_OTHERS);
+}
+
+#[test]
+fn a_refusal_over_files_that_cannot_be_read_survives_every_fault() {
+    survive_everything("refusal over unreadable", &REFUSED_OVER_UNREADABLE);
 }
 
 #[test]

@@ -186,16 +186,35 @@ pub struct Before {
     pub installed: Option<Installed>,
     /// The files as they really were, and a way back for each of them.
     pub files: Vec<FileState>,
-    /// Names under which somebody had put a symbolic link. `previous/` keeps the link itself.
+    /// Files of others that could not be read: they are kept by their names.
     #[serde(default)]
-    pub links: Vec<DatabaseName>,
+    pub moved: Vec<Moved>,
+    /// Whether there were databases of others, too, which stay where they are.
+    #[serde(default)]
+    pub others: bool,
 }
 
 impl Before {
     /// Whether there was nothing that clamd could have loaded.
     pub fn is_empty(&self) -> bool {
-        self.files.is_empty() && self.links.is_empty()
+        self.files.is_empty() && self.moved.is_empty() && !self.others
     }
+
+    /// Whether something stood under this name.
+    pub fn had(&self, name: &DatabaseName) -> bool {
+        self.files.iter().any(|file| file.name == *name)
+            || self.moved.iter().any(|moved| moved.name == *name)
+    }
+}
+
+/// What stood under a name and could not be read: another user's file, a symbolic link, a pipe.
+/// clamd may be able to use it all the same. To rename it takes no right to it.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub struct Moved {
+    /// Where it stood.
+    pub name: DatabaseName,
+    /// Its name in `adopted/`, from where it comes back.
+    pub kept: String,
 }
 
 /// A generation that clamd refused, or `clamscan` in its place.

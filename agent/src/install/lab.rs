@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::fs;
 use std::io::{self, Write};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -117,6 +118,10 @@ struct Undo {
     lost: Option<(PathBuf, PathBuf)>,
 }
 
+/// Stands for the rights of another user's file, which the tests cannot make: the agent may not read
+/// it, the fake clamd does.
+const DENIED_MODE: u32 = 0o640;
+
 /// Where the shim keeps what a power cut brings back.
 const KEPT: &str = "kept";
 
@@ -181,6 +186,15 @@ impl Shim {
         match after {
             Some(errno) => Err(errno.into()),
             None => Ok(done),
+        }
+    }
+
+    /// Another user's file cannot be opened, nor linked where `fs.protected_hardlinks` is set.
+    fn may_use(&self, at: At<'_>, errno: Errno) -> io::Result<()> {
+        let facts = self.disk.facts(at);
+        match facts.is_ok_and(|facts| facts.regular && facts.mode == DENIED_MODE) {
+            true => Err(errno.into()),
+            false => Ok(()),
         }
     }
 
@@ -290,7 +304,10 @@ impl Input for ShimFile<Box<dyn Input>> {
 
 impl Disk for Shim {
     fn open(&self, at: At<'_>) -> io::Result<Box<dyn Input>> {
-        let file = self.run(Kind::Read, || self.disk.open(at))?;
+        let file = self.run(Kind::Read, || {
+            self.may_use(at, Errno::EACCES)?;
+            self.disk.open(at)
+        })?;
         let (shim, path) = (self.clone(), self.path(at));
         Ok(Box::new(ShimFile { shim, path, file }))
     }
@@ -312,6 +329,7 @@ impl Disk for Shim {
 
     fn link(&self, from: At<'_>, to: At<'_>) -> io::Result<()> {
         self.run(Kind::Write, || {
+            self.may_use(from, Errno::EPERM)?;
             self.change(to, Some(None), || self.disk.link(from, to))
         })
     }
@@ -536,6 +554,15 @@ impl Host {
             let path = self.database().join(name);
             let _ = fs::remove_file(&path);
             fs::write(path, content).unwrap();
+        }
+    }
+
+    /// The same, as files of another user that the agent cannot read.
+    pub(super) fn put_denied(&self, line: &str) {
+        self.put(line);
+        for (name, _, _) in files(line) {
+            let rights = fs::Permissions::from_mode(DENIED_MODE);
+            fs::set_permissions(self.database().join(name), rights).unwrap();
         }
     }
 

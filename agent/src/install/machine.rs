@@ -484,15 +484,11 @@ impl Machine {
     }
 
     fn turn_back(&mut self, forward: Box<Journal>, cause: Cause) -> Vec<Action> {
-        let before = &forward.before;
-        let stays = |name: &_| {
-            before.files.iter().any(|file| file.name == *name) || before.links.contains(name)
-        };
         let withdraw: Vec<_> = forward
             .files
             .iter()
             .map(|file| file.name.clone())
-            .filter(|name| !stays(name))
+            .filter(|name| !forward.before.had(name))
             .collect();
         // Where the gate of the number before may not have been in place, or names vanish, one
         // proof is not enough.
@@ -631,7 +627,7 @@ mod tests {
                     install: 1,
                     outcome: Outcome::Live,
                 }),
-                links: Vec::new(),
+                ..Before::default()
             },
             false => Before::default(),
         };

@@ -5,14 +5,15 @@
 //! stage keeps every file until the outcome is decided, and what is gone need not be removed again.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io;
 
 use clamcast_proto::DatabaseName;
 use clamcast_proto::manifest::{Manifest, ManifestFile};
 use clamcast_proto::names::{DatabaseKind, looks_like_a_database};
 use clamcast_proto::receipt::{FOREIGN_MAX, FileState};
 
-use super::disk::{At, DATABASE_MODE, Dir, HostFault, Tree};
-use super::journal::{Before, Installed, Journal, Set, Step, Way};
+use super::disk::{At, DATABASE_MODE, Dir, HostFault, Tree, io_fault};
+use super::journal::{Before, Installed, Journal, Moved, Set, Step, Way};
 use super::look::Baseline;
 use super::stage::{PLACE, Stage, state_of};
 use crate::clamd::proof::{
@@ -24,9 +25,9 @@ use crate::clamd::proof::{
 const NEW_CANARY: At<'_> = At(Dir::Hidden, "canary");
 const NEW_GATE: At<'_> = At(Dir::Hidden, "gate");
 
-/// Directories that are kept of those that stood in the place of one database. One more is a fault,
-/// for somebody to look at.
-const DIRECTORIES_MAX: u32 = 100;
+/// So much is kept in `adopted/` of what stood in the place of one database. One more is a fault, for
+/// somebody to look at.
+const KEPT_MAX: u32 = 100;
 
 const CANARY_AT: At<'_> = At(Dir::Databases, CANARY);
 const GATE_AT: At<'_> = At(Dir::Databases, GATE);
@@ -162,18 +163,14 @@ impl Swap<'_> {
 
         let touched: BTreeSet<_> = files.iter().map(|file| file.name.clone()).collect();
         let touched = touched.iter().chain(&withdraw).chain(&later);
-        let old = self.before(touched, installed)?;
-        let mut links = Vec::new();
-        for file in &files {
-            let kept = old.iter().any(|old| old.name == file.name);
-            if !kept && self.is_symlink(At(Dir::Databases, file.name.as_str()))? {
-                links.push(file.name.clone());
-            }
-        }
+        let (old, moved) = self.before(touched, installed)?;
+        // What is moved need not be linked.
+        adopt.retain(|name| old.iter().any(|old| old.name == *name));
         let before = Before {
             installed: installed.cloned(),
             files: old,
-            links,
+            moved,
+            others: self.has_others(&set.manifest, &ours)?,
         };
         // Names may have gone before a proof that is still to come.
         let unproven = open.is_some_and(|journal| journal.pass < journal.passes);
@@ -197,7 +194,8 @@ impl Swap<'_> {
         })
     }
 
-    /// Regular files in the database directory whose names could be in a manifest.
+    /// Whatever stands in the database directory under a name that could be in a manifest, except
+    /// directories: clamd follows a link.
     fn databases(&self) -> Result<BTreeMap<String, DatabaseName>, HostFault> {
         let mut databases = BTreeMap::new();
         for name in self.tree.list(Dir::Databases)? {
@@ -206,7 +204,7 @@ impl Swap<'_> {
                 .and_then(|name| name.parse::<DatabaseName>().ok());
             let Some(name) = parsed else { continue };
             let facts = self.tree.facts(At(Dir::Databases, name.as_str()))?;
-            if facts.is_some_and(|facts| facts.regular) {
+            if facts.is_some_and(|facts| !facts.directory) {
                 databases.insert(name.as_str().to_owned(), name);
             }
         }
@@ -241,14 +239,32 @@ impl Swap<'_> {
         Ok(self.stage.holds(at, &state_of(old))?.is_some())
     }
 
+    /// Whether clamd finds databases here that are neither this set's nor from an earlier install.
+    fn has_others(
+        &self,
+        target: &Manifest,
+        ours: &BTreeSet<DatabaseName>,
+    ) -> Result<bool, HostFault> {
+        let names = self.tree.list(Dir::Databases)?;
+        Ok(names.iter().any(|name| {
+            let name = name.to_string_lossy();
+            let known = |known: &DatabaseName| known.as_str() == name;
+            name != CANARY
+                && name != GATE
+                && looks_like_a_database(&name)
+                && !ours.iter().any(known)
+                && !target.files.iter().any(|file| known(&file.name))
+        }))
+    }
+
     /// What stands under these names: the content that belongs there where the host still has it,
-    /// else what really is there.
+    /// else what really is there. What cannot be read is to be moved.
     fn before<'n>(
         &self,
         names: impl Iterator<Item = &'n DatabaseName>,
         installed: Option<&Installed>,
-    ) -> Result<Vec<FileState>, HostFault> {
-        let mut files = Vec::new();
+    ) -> Result<(Vec<FileState>, Vec<Moved>), HostFault> {
+        let (mut files, mut moved) = (Vec::new(), Vec::new());
         for name in names {
             let good = installed.and_then(|installed| installed.set.manifest.file(name));
             let good = good.map(state_of);
@@ -269,10 +285,32 @@ impl Swap<'_> {
                     sha256,
                 });
             }
+            let there = self.tree.facts(At(Dir::Databases, name.as_str()))?;
+            if found.is_none() && there.is_some_and(|facts| !facts.directory) {
+                moved.push(Moved {
+                    name: name.clone(),
+                    kept: self.free_in_adopted(name.as_str())?,
+                });
+            }
             files.extend(found);
         }
         files.sort_by(|a, b| a.name.cmp(&b.name));
-        Ok(files)
+        Ok((files, moved))
+    }
+
+    /// This name, or the first one after it that nothing in `adopted/` has.
+    fn free_in_adopted(&self, name: &str) -> Result<String, HostFault> {
+        let mut free = name.to_owned();
+        for n in 2..=KEPT_MAX + 1 {
+            if self.tree.facts(At(Dir::Adopted, &free))?.is_none() {
+                return Ok(free);
+            }
+            free = format!("{name}-{n}");
+        }
+        let path = self.tree.path(At(Dir::Adopted, name));
+        let reason = format!("{KEPT_MAX} of that name are kept there already; remove some");
+        let source = io::Error::new(io::ErrorKind::AlreadyExists, reason);
+        Err(io_fault("keep another", &path, source))
     }
 
     /// Carries out a journal's swap.
@@ -292,12 +330,14 @@ impl Swap<'_> {
         if forward {
             self.prepare_proof(journal.install)?;
             self.adopt(&journal.adopt)?;
+            self.move_away(journal).map_err(touched)?;
         }
-        self.place(&journal.files, &journal.withdraw)
-            .map_err(touched)?;
+        self.place(&journal.files).map_err(touched)?;
         if !forward {
-            self.put_links_back(&journal.before.links)
-                .map_err(touched)?;
+            self.move_back(&journal.before.moved).map_err(touched)?;
+        }
+        self.remove(&journal.withdraw).map_err(touched)?;
+        if !forward {
             // The old set comes first: it needs no room, and these two may find none.
             self.prepare_proof(journal.install).map_err(touched)?;
         }
@@ -323,22 +363,8 @@ impl Swap<'_> {
             self.must_be_staged(file)?;
             self.link_over(file, previous)?;
         }
-        for name in &before.links {
-            let there = At(Dir::Databases, name.as_str());
-            // In a repeated swap the new file may have its place already.
-            if self.is_symlink(there)? {
-                let previous = At(Dir::Previous, name.as_str());
-                self.tree.remove(previous)?;
-                self.tree.link(there, previous)?;
-            }
-        }
-        let kept: Vec<_> = before.files.iter().map(|file| &file.name).collect();
-        self.keep_only(Dir::Previous, kept.into_iter().chain(&before.links))?;
+        self.keep_only(Dir::Previous, before.files.iter().map(|file| &file.name))?;
         self.tree.sync_dir(Dir::Previous)
-    }
-
-    fn is_symlink(&self, at: At<'_>) -> Result<bool, HostFault> {
-        Ok(self.tree.facts(at)?.is_some_and(|facts| facts.symlink))
     }
 
     fn fill_current(&self, files: &[FileState]) -> Result<(), HostFault> {
@@ -426,14 +452,14 @@ impl Swap<'_> {
     }
 
     /// Detached signatures before the containers that they belong to.
-    fn place(&self, files: &[FileState], withdraw: &[DatabaseName]) -> Result<(), HostFault> {
+    fn place(&self, files: &[FileState]) -> Result<(), HostFault> {
         let signs = |file: &&FileState| file.name.kind() == DatabaseKind::Sign;
         let (first, then): (Vec<_>, Vec<_>) = files.iter().partition(signs);
         for file in first.into_iter().chain(then) {
             self.move_directory_away(&file.name)?;
             self.link_over(file, At(Dir::Databases, file.name.as_str()))?;
         }
-        self.remove(withdraw)
+        Ok(())
     }
 
     /// A file cannot be renamed over a directory. Whoever made one in the place of a database finds
@@ -443,27 +469,34 @@ impl Swap<'_> {
         if !self.tree.is_directory(there)? {
             return Ok(());
         }
-        let mut kept = format!("{name}.directory");
-        for n in 2..=DIRECTORIES_MAX {
-            if self.tree.facts(At(Dir::Adopted, &kept))?.is_none() {
-                break;
-            }
-            kept = format!("{name}.directory-{n}");
-        }
+        let kept = self.free_in_adopted(&format!("{name}.directory"))?;
         self.tree.rename(there, At(Dir::Adopted, &kept))
     }
 
-    fn put_links_back(&self, links: &[DatabaseName]) -> Result<(), HostFault> {
-        for name in links {
-            let (kept, there) = (
-                At(Dir::Previous, name.as_str()),
-                At(Dir::Databases, name.as_str()),
-            );
-            // Never linked over: two names of one link do not change by a rename.
-            if self.is_symlink(kept)? && !self.is_symlink(there)? {
-                self.tree.remove(PLACE)?;
-                self.tree.link(kept, PLACE)?;
-                self.tree.rename(PLACE, there)?;
+    /// Keeps what cannot be read in `adopted/`. The kernel may forbid a second name for another
+    /// user's file: then its own one moves, and is missing until the new file has it.
+    fn move_away(&self, journal: &Journal) -> Result<(), HostFault> {
+        for moved in &journal.before.moved {
+            let (there, kept) = places_of(moved);
+            let done = self.tree.facts(kept)?.is_some() || self.tree.facts(there)?.is_none();
+            if !done && self.tree.link(there, kept).is_err() {
+                self.tree.rename(there, kept)?;
+            }
+        }
+        if journal.before.moved.is_empty() {
+            return Ok(());
+        }
+        self.tree.sync_dir(Dir::Adopted)
+    }
+
+    /// In reverse: what the set has no file for comes back first, beside the whole set.
+    fn move_back(&self, moved: &[Moved]) -> Result<(), HostFault> {
+        for moved in moved.iter().rev() {
+            let (there, kept) = places_of(moved);
+            if self.tree.facts(kept)?.is_some() {
+                self.tree.rename(kept, there)?;
+                // A rename between two names of one file leaves both.
+                self.tree.remove(kept)?;
             }
         }
         Ok(())
@@ -551,6 +584,14 @@ impl Swap<'_> {
         }
         Ok(foreign)
     }
+}
+
+/// Where it stands, and where it is kept.
+fn places_of(moved: &Moved) -> (At<'_>, At<'_>) {
+    (
+        At(Dir::Databases, moved.name.as_str()),
+        At(Dir::Adopted, &moved.kept),
+    )
 }
 
 /// Names that are clamcast's from earlier installs, proven or not.

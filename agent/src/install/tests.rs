@@ -9,7 +9,7 @@ use clamcast_proto::receipt::{FOREIGN_MAX, Outcome};
 use clamcast_proto::wire::{Have, PartEncoding, PartKind};
 use nix::errno::Errno;
 
-use super::lab::{Fault, Host, Mood, full, loaded, manifest, set};
+use super::lab::{Fault, Files, Host, Mood, full, loaded, manifest, set};
 use super::*;
 use crate::clamd::proof::{CANARY, GATE, gate_number};
 
@@ -165,6 +165,64 @@ fn a_refused_first_set_gives_way_to_what_freshclam_had_left() {
         Outcome::Refused,
         left,
     );
+}
+
+#[test]
+fn a_refused_first_set_goes_where_clamd_had_a_database_of_others() {
+    let (host, completed) = check(
+        "",
+        "site.ndb=own",
+        "daily.cld@1=BAD",
+        Outcome::Refused,
+        "site.ndb=own",
+    );
+    let error = completed.error.unwrap();
+    assert!(error.contains("the previous set is back"), "{error}");
+    assert!(host.start().installed().is_none());
+}
+
+#[test]
+fn what_the_agent_cannot_read_is_kept_and_comes_back() {
+    let theirs = "daily.cvd=theirs loc.ndb=own test.cvd=test";
+    let adopted = |host: &Host| loaded(&host.hidden("adopted"));
+    for bad in ["daily.cld@1=BAD loc.ndb=x", "daily.cvd@1=BAD loc.ndb=x"] {
+        let host = Host::new();
+        host.put_denied(theirs);
+        let completed = host.take(&host.start(), &manifest(1, bad), bad).unwrap();
+        assert_eq!(completed.outcome, Outcome::Refused, "{:?}", completed.error);
+        assert_eq!(host.there(), set(theirs));
+        assert_eq!(adopted(&host), Files::new());
+    }
+    let host = Host::new();
+    for (theirs, kept) in [
+        ("daily.cvd=1 loc.ndb=1", "daily.cvd=1 loc.ndb=1"),
+        // Kept before, under that name.
+        ("loc.ndb=2", "daily.cvd=1 loc.ndb=1"),
+    ] {
+        host.put_denied(theirs);
+        let _ = fs::remove_file(host.state().join("installed.json"));
+        let good = "daily.cld@2=two loc.ndb=x";
+        let completed = host.take(&host.start(), &manifest(2, good), good).unwrap();
+        assert_eq!(completed.outcome, Outcome::Live, "{:?}", completed.error);
+        assert_eq!(host.there(), set(good));
+        assert_eq!(adopted(&host), set(kept));
+    }
+    let second = fs::read_to_string(host.hidden("adopted/loc.ndb-2"));
+    assert_eq!(second.unwrap(), "2");
+}
+
+#[test]
+fn a_link_that_outranks_the_set_goes_and_is_kept() {
+    let host = Host::new();
+    let outside = host.state().join("outside.cld");
+    fs::write(&outside, "own").unwrap();
+    symlink(&outside, host.database().join("daily.cld")).unwrap();
+    let new = "daily.cvd@2=two";
+    let completed = host.take(&host.start(), &manifest(2, new), new).unwrap();
+    assert_eq!(completed.outcome, Outcome::Live, "{:?}", completed.error);
+    assert_eq!(host.there(), set(new));
+    let kept = fs::read_link(host.hidden("adopted/daily.cld"));
+    assert_eq!(kept.unwrap(), outside);
 }
 
 #[test]
