@@ -1,8 +1,9 @@
 //! `clamcast-agent doctor`: what on this host would keep an install from being live, and what to do
 //! about it.
 //!
-//! It changes nothing and disturbs nobody: no lock, no port, no file is made, and beside an agent
-//! that runs nobody speaks to the master in its name. Facts are gathered in thin code; what they
+//! It changes nothing and disturbs nobody: no lock, no port, no file is made, and nobody speaks to
+//! the master in the name of an agent that runs, or of one that never has and that the master so
+//! does not know. Facts are gathered in thin code; what they
 //! mean is decided by functions without effects, the `judge` ones.
 
 mod confinement;
@@ -14,6 +15,7 @@ mod scanner;
 mod space;
 mod updaters;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use clamcast_daemon::{input, table};
@@ -23,6 +25,7 @@ use serde::Serialize;
 
 use crate::clamd::{Address, Settings, running_pid};
 use crate::config::{Config, DEFAULT_PATH};
+use crate::trust;
 
 pub use host::{Host, Process, User};
 pub use updaters::Signs;
@@ -183,16 +186,23 @@ pub fn agents_user(
     Ok(owner.unwrap_or_else(|_| User::this()))
 }
 
-/// The unit that runs this configuration, as text. Drop-ins come last and count.
+/// The unit that runs this configuration, as text. Drop-ins come last and count: those named `.conf`,
+/// by their names, of two with one name that of the directory that counts first (systemd.unit(5)).
 fn unit(host: &Host, config_path: &Path) -> Option<String> {
     let mut directories = UNIT_DIRECTORIES.iter().map(Path::new);
     let mut text = directories.find_map(|path| host.text(path.join(UNIT)).ok())?;
+    let mut dropins = BTreeMap::new();
     for directory in UNIT_DIRECTORIES.iter().rev() {
-        let dropins = PathBuf::from(format!("{directory}/{UNIT}.d"));
-        for name in host.names(&dropins) {
-            text += &host.text(dropins.join(name)).unwrap_or_default();
-        }
+        let directory = PathBuf::from(format!("{directory}/{UNIT}.d"));
+        let names = host.names(&directory).into_iter();
+        let names = names.filter(|name| name.ends_with(".conf"));
+        dropins.extend(names.map(|name| (name.clone(), directory.join(name))));
     }
+    for path in dropins.values() {
+        text += "\n"; // the last line of a file may lack its own
+        text += &host.text(path).unwrap_or_default();
+    }
+    let text = text.replace("\\\n", " ");
     let start = settings(&text, "ExecStart").last()?;
     let ours = match start.split_once("--config") {
         Some((_, named)) => {
@@ -218,34 +228,53 @@ fn settings<'u>(unit: &'u str, name: &str) -> impl DoubleEndedIterator<Item = &'
     values.into_iter().skip(taken_back.map_or(0, |at| at + 1))
 }
 
+/// Whether a value means yes (`parse_boolean` in systemd.syntax(7)).
+fn is_yes(value: &str) -> bool {
+    let value = value.to_ascii_lowercase();
+    ["1", "yes", "y", "true", "t", "on"].contains(&value.as_str())
+}
+
 /// Judges whether the unit's sandbox, which this process is not in, leaves the agent what it needs:
-/// the database directory (after links) to write, and clamd's sockets.
-fn judge_unit(unit: &str, database: &Path, sockets: &[&Path]) -> Finding {
+/// the directories of databases and state (both after links) to write, and clamd's sockets.
+fn judge_unit(unit: &str, written: [&Path; 2], sockets: &[&Path]) -> Finding {
     let edit = |setting: &str| {
         format!("systemctl edit {UNIT}, with `[Service]` and `{setting}`; then restart it")
     };
     let closed = settings(unit, "ProtectSystem").last() == Some("strict");
-    let open = settings(unit, "ReadWritePaths").flat_map(str::split_whitespace);
-    let mut open = open.map(|path| path.trim_start_matches(['-', '+']));
-    if closed && !open.any(|path| database.starts_with(path)) {
-        let database = database.display();
-        let found =
-            format!("{UNIT} does not let the agent write {database} (ProtectSystem=strict)");
-        return Finding::bad("unit", found, edit(&format!("ReadWritePaths={database}")));
+    let words = |name| settings(unit, name).flat_map(str::split_whitespace);
+    let open =
+        words("ReadWritePaths").map(|path| PathBuf::from(path.trim_start_matches(['-', '+'])));
+    // `NAME:LINK` makes a link to it besides.
+    let own = words("StateDirectory").filter_map(|name| name.split(':').next());
+    let open: Vec<_> = open
+        .chain(own.map(|name| Path::new("/var/lib").join(name)))
+        .collect();
+    let shut = |path: &&Path| closed && !open.iter().any(|open| path.starts_with(open));
+    let shut = written.iter().copied().filter(shut);
+    let shut: Vec<_> = shut.map(|path| path.display().to_string()).collect();
+    if !shut.is_empty() {
+        let found = format!(
+            "{UNIT} does not let the agent write {} (ProtectSystem=strict)",
+            shut.join(" and ")
+        );
+        let setting = format!("ReadWritePaths={}", shut.join(" "));
+        return Finding::bad("unit", found, edit(&setting));
     }
-    let private = settings(unit, "PrivateTmp")
-        .last()
-        .is_some_and(|value| value == "yes");
+    let private = settings(unit, "PrivateTmp").last().filter(|value| {
+        is_yes(value) || *value == "disconnected" // yes, in a file system of its own
+    });
     let hidden = |path: &&&Path| path.starts_with("/tmp") || path.starts_with("/var/tmp");
-    match sockets.iter().find(hidden) {
-        Some(path) if private => {
+    match (sockets.iter().find(hidden), private) {
+        (Some(path), Some(private)) => {
             let path = path.display();
             let found =
-                format!("{UNIT} has a /tmp of its own (PrivateTmp=yes): {path} is not in it");
+                format!("{UNIT} has a /tmp of its own (PrivateTmp={private}): {path} is not in it");
             let advice = edit("PrivateTmp=no") + ", or give clamd a `LocalSocket` in /run";
             Finding::bad("unit", found, advice)
         }
-        Some(_) | None => Finding::good("unit", format!("{UNIT} lets the agent do its work")),
+        (Some(_), None) | (None, _) => {
+            Finding::good("unit", format!("{UNIT} lets the agent do its work"))
+        }
     }
 }
 
@@ -318,7 +347,7 @@ pub async fn examine(
     if let Some(unit) = unit(host, config_path) {
         let addresses = settings.instances.iter().map(|instance| &instance.address);
         let sockets: Vec<_> = addresses.filter_map(Address::path).collect();
-        findings.push(judge_unit(&unit, &ours, &sockets));
+        findings.push(judge_unit(&unit, [&ours, &real(&config.state)], &sockets));
     }
     let clamd = clamds_process(&file, &inventory.processes);
     let paths = rights::Paths::look(database, &config.state, &config.tls.key);
@@ -359,7 +388,8 @@ pub async fn examine(
     let tried = match &credentials {
         None => Vec::new(),
         Some(credentials) => {
-            let alone = matches!(running, master::Agent::Away);
+            // The master's first words enrol a host that it does not know.
+            let alone = matches!(running, master::Agent::Away) && trust::is_pinned(&config.state);
             master::try_all(config, credentials, alone).await
         }
     };
@@ -634,6 +664,34 @@ mod tests {
         );
         let other = "[Service]\nUser=other\n";
         check_unit(&[(lib, unit), (dropin, other)], DEFAULT_PATH, Some("other"));
+        let (high, low) = (
+            "/etc/systemd/system/clamcast-agent.service.d/a.conf",
+            "/usr/lib/systemd/system/clamcast-agent.service.d/a.conf",
+        );
+        check_unit(
+            &[(lib, unit), (high, "[Service]"), (low, other)],
+            DEFAULT_PATH,
+            Some("clamcast"),
+        );
+        let later = "/usr/lib/systemd/system/clamcast-agent.service.d/z.conf";
+        check_unit(
+            &[(lib, unit), (high, "[Service]\nUser=high"), (later, other)],
+            DEFAULT_PATH,
+            Some("other"),
+        );
+        check_unit(
+            &[(lib, unit.trim_end()), (dropin, "User=other")],
+            DEFAULT_PATH,
+            Some("other"),
+        );
+        let saved = "/etc/systemd/system/clamcast-agent.service.d/user.conf.rpmsave";
+        check_unit(
+            &[(lib, unit), (saved, other)],
+            DEFAULT_PATH,
+            Some("clamcast"),
+        );
+        let broken = "[Service]\nUser=me\nExecStart=/a run \\\n  --config /srv/agent.toml\n";
+        check_unit(&[(etc, broken)], "/srv/agent.toml", Some("me"));
         let named = "[Service]\nUser=me\nExecStart=/a run --config /srv/agent.toml\n";
         check_unit(&[(etc, named)], "/srv/agent.toml", Some("me"));
     }
@@ -641,7 +699,8 @@ mod tests {
     #[track_caller]
     fn check_sandbox(dropin: &str, database: &str, socket: &str, expected: &str) {
         let unit = include_str!("../clamcast-agent.service").to_owned() + dropin;
-        let finding = judge_unit(&unit, Path::new(database), &[Path::new(socket)]);
+        let written = [database, "/var/lib/clamcast/agent"].map(Path::new);
+        let finding = judge_unit(&unit, written, &[Path::new(socket)]);
         testing::assert_lines(&[finding], &[expected]);
     }
 
@@ -669,5 +728,21 @@ mod tests {
             "/tmp/clamd.socket",
             "bad unit: | PrivateTmp=yes | `LocalSocket` in /run",
         );
+        let (own, private) = ("/tmp/clamd.socket", "PrivateTmp=True\n");
+        check_sandbox(private, usual, own, "bad unit: | PrivateTmp=True");
+        check_sandbox("PrivateTmp=0\n", usual, own, "good unit");
+        check_sandbox(
+            "StateDirectory=\n",
+            usual,
+            socket,
+            "bad unit: | write /var/lib/clamcast/agent ( | `ReadWritePaths=/var/lib/clamcast/agent`",
+        );
+        check_sandbox(
+            "StateDirectory=\nReadWritePaths=/var/lib/clamcast\n",
+            usual,
+            socket,
+            "good unit",
+        );
+        check_sandbox("StateDirectory=x:y\n", "/var/lib/x/db", socket, "good unit");
     }
 }

@@ -113,6 +113,18 @@ pub enum CredentialsError {
         cert: PathBuf,
         /// The CA's.
         ca: PathBuf,
+        /// What the master would say.
+        source: rustls::Error,
+    },
+    /// The CA signed it, and no master would believe it nonetheless.
+    #[error(
+        "tls.cert: a master would refuse {path}; make a new one with `clamcast-certs agent --force`"
+    )]
+    Unfit {
+        /// The file.
+        path: PathBuf,
+        /// What the master would say.
+        source: rustls::Error,
     },
     /// It belongs to another fleet than the pinned keys.
     #[error(
@@ -211,13 +223,8 @@ impl Credentials {
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
         let mut roots = RootCertStore::empty();
         roots.add(ca).map_err(unusable)?;
-        let other_ca = |_| CredentialsError::OtherCa {
-            cert: tls.cert.clone(),
-            ca: tls.ca.clone(),
-        };
-        let doubt = check_signer(&chain, &roots, &provider, now)
-            .map_err(other_ca)
-            .err();
+        let checked = check_signer(&chain, &roots, &provider, now);
+        let doubt = checked.err().map(|error| doubt(tls, error));
         let verifier = MasterVerifier {
             roots,
             master: Identity {
@@ -400,6 +407,20 @@ fn check_signer(
     Ok(())
 }
 
+/// What it means that the master would refuse the certificate.
+fn doubt(tls: &Tls, source: rustls::Error) -> CredentialsError {
+    let (cert, ca) = (tls.cert.clone(), tls.ca.clone());
+    // A CA with the same name and another key leaves a signature that does not fit.
+    let other_ca = [
+        rustls::CertificateError::UnknownIssuer,
+        rustls::CertificateError::BadSignature,
+    ];
+    match other_ca.map(rustls::Error::from).contains(&source) {
+        true => CredentialsError::OtherCa { cert, ca, source },
+        false => CredentialsError::Unfit { path: cert, source },
+    }
+}
+
 /// Checks that a certificate is an agent's of this fleet, now.
 fn own_certificate(
     path: &Path,
@@ -525,5 +546,41 @@ impl ServerCertVerifier for MasterVerifier {
         self.provider
             .signature_verification_algorithms
             .supported_schemes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustls::CertificateError as Certificate;
+
+    #[track_caller]
+    fn check(error: Certificate, expected: &str) {
+        let tls = Tls {
+            ca: "ca.pem".into(),
+            cert: "cert.pem".into(),
+            key: "key.pem".into(),
+        };
+        let doubt = doubt(&tls, error.clone().into());
+        let said = crate::chain(&doubt);
+        assert!(said.contains(expected), "{said}");
+        let source = rustls::Error::from(error).to_string();
+        assert!(said.ends_with(&source), "{said} lacks {source}");
+    }
+
+    #[test]
+    fn only_a_signature_that_does_not_fit_is_another_ca() {
+        check(
+            Certificate::UnknownIssuer,
+            "cert.pem was not signed by the CA in ca.pem",
+        );
+        check(
+            Certificate::BadSignature,
+            "cert.pem was not signed by the CA in ca.pem",
+        );
+        check(
+            Certificate::InvalidPurpose,
+            "a master would refuse cert.pem",
+        );
     }
 }

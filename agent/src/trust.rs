@@ -183,6 +183,11 @@ pub fn look(state: &Path, configured: &Path) -> Result<Verified<KeySet>, OpenErr
     }
 }
 
+/// Whether a root was pinned in the state directory, and so an agent has started with it.
+pub fn is_pinned(state: &Path) -> bool {
+    state.join(KEYS).exists()
+}
+
 /// Which key set is believed.
 enum Chosen {
     /// The one that was kept.

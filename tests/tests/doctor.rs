@@ -385,7 +385,19 @@ fn the_way_to_the_master_is_tried_without_taking_the_agents_place() {
     );
     agent.configure(&direct, &way);
 
-    // No agent runs: the probe goes as far as the master's first words.
+    // No agent has ever run: the master does not get to know of the host.
+    let lines = said(&agent, "master");
+    assert!(lines.contains("note the agent does not run ->"), "{lines}");
+    assert!(
+        lines.contains(&format!("good {way} answers over UDP as this fleet")),
+        "{lines}"
+    );
+    assert!(master.agent("web1").is_none());
+
+    // One has: the probe goes as far as the master's first words.
+    agent.start();
+    master.wait_agent("web1", "web1 is connected", |row| row["connected"] == true);
+    agent.stop();
     let lines = said(&agent, "master");
     assert!(lines.contains("note the agent does not run"), "{lines}");
     assert!(

@@ -1,7 +1,8 @@
 //! Who this host is: its certificate, and the keys that it believes.
 
+use clamcast_daemon::input::InputError;
 use clamcast_proto::FleetName;
-use jiff::{SignedDuration, Timestamp};
+use jiff::Timestamp;
 
 use super::Finding;
 use crate::chain;
@@ -52,11 +53,11 @@ fn judge(
     };
     let credentials = match credentials {
         Ok(credentials) => credentials,
-        Err(error) => return Finding::bad(check, chain(error), renew("NAME")),
+        Err(error) => return Finding::bad(check, chain(error), advice(error, renew("NAME"))),
     };
     let (agent, ends) = (&credentials.agent, credentials.certificate.not_after);
     if let Some(doubt) = &credentials.doubt {
-        return Finding::bad(check, chain(doubt), "take ca, cert and key from one bundle");
+        return Finding::bad(check, chain(doubt), advice(doubt, renew(agent.as_str())));
     }
     let left = ends.duration_since(now);
     let days = left.as_hours() / 24;
@@ -64,8 +65,89 @@ fn judge(
     if left < CERTIFICATE_ENDS_SOON {
         return Finding::note(check, found, renew(agent.as_str()));
     }
-    if credentials.certificate.not_before.duration_since(now) > SignedDuration::ZERO {
-        return Finding::bad(check, found, "set this host's clock");
-    }
     Finding::good(check, found)
+}
+
+/// What to do about files that cannot be used; `renew` is how to make a new certificate.
+fn advice(error: &CredentialsError, renew: String) -> String {
+    match error {
+        CredentialsError::Read(InputError::Denied { .. } | InputError::Io { .. }) => {
+            "let the agent's user read it".into()
+        }
+        CredentialsError::Read(
+            InputError::Missing { .. } | InputError::NotAFile { .. } | InputError::TooLong { .. },
+        )
+        | CredentialsError::Pem { .. }
+        | CredentialsError::Certificate { .. }
+        | CredentialsError::NotAnAgent { .. }
+        | CredentialsError::Key { .. } => {
+            "correct [tls] in agent.toml, or put ca.pem, cert.pem and key.pem of this host's bundle \
+             there"
+                .into()
+        }
+        CredentialsError::OtherCa { .. }
+        | CredentialsError::OtherKey { .. }
+        | CredentialsError::Fleet { .. } => {
+            "take ca.pem, cert.pem, key.pem and manifest.pub from one bundle".into()
+        }
+        CredentialsError::NotYetValid { .. } => "set this host's clock: timedatectl".into(),
+        CredentialsError::Expired { .. }
+        | CredentialsError::Unfit { .. }
+        | CredentialsError::Tls { .. } => renew,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::doctor::testing;
+
+    #[track_caller]
+    fn check(error: CredentialsError, expected: &str) {
+        let fleet = "bank".parse().unwrap();
+        let finding = judge(&Err(error), Timestamp::UNIX_EPOCH, &fleet);
+        testing::assert_lines(&[finding], &[&format!("bad certificate: | {expected}")]);
+    }
+
+    #[test]
+    fn a_new_certificate_is_advised_only_where_it_helps() {
+        let path = || "/etc/clamcast/x.pem".into();
+        check(
+            CredentialsError::Expired {
+                path: path(),
+                not_after: Timestamp::UNIX_EPOCH,
+            },
+            "-> where the CA is: clamcast-certs agent",
+        );
+        check(
+            CredentialsError::NotYetValid {
+                path: path(),
+                not_before: Timestamp::MAX,
+            },
+            "-> set this host's clock",
+        );
+        check(
+            CredentialsError::Read(InputError::Missing {
+                key: "tls.key",
+                path: path(),
+                origin: "it comes with the bundle",
+            }),
+            "-> correct [tls] in agent.toml, or put",
+        );
+        check(
+            CredentialsError::Read(InputError::Io {
+                key: "tls.key",
+                path: path(),
+                source: std::io::ErrorKind::PermissionDenied.into(),
+            }),
+            "-> let the agent's user read it",
+        );
+        check(
+            CredentialsError::OtherKey {
+                cert: path(),
+                key: path(),
+            },
+            "-> take ca.pem, cert.pem, key.pem and manifest.pub from one bundle",
+        );
+    }
 }

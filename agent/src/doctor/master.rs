@@ -3,7 +3,7 @@
 //! A master takes a connection that got through the handshake for the host's only one and closes
 //! the one before. So the agent that runs is asked, and what is tried beside it ends at the master's
 //! certificate, before this host's own was sent: the master does not know who knocked. Only where
-//! no agent runs does the probe go on to the master's first words.
+//! an agent has run, and none runs, does the probe go on to the master's first words.
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
@@ -201,14 +201,18 @@ pub(super) fn judge(agent: &Agent, tried: &[Tried]) -> Vec<Finding> {
                 )
             }
         }),
-        Agent::Away => findings.push(Finding::note(
-            check,
-            "the agent does not run; this probe took its place for a moment",
-            "systemctl enable --now clamcast-agent",
-        )),
+        Agent::Away => {
+            let welcomed = |tried: &Tried| matches!(&tried.answer, Ok((_, Answer::Welcome(_))));
+            let found = match tried.iter().any(welcomed) {
+                true => "the agent does not run; this probe took its place for a moment",
+                false => "the agent does not run",
+            };
+            let advice = "systemctl enable --now clamcast-agent";
+            findings.push(Finding::note(check, found, advice));
+        }
         Agent::Unknown(why, advice) => findings.push(Finding::unknown(
             check,
-            format!("the agent cannot be asked, so no probe took its place: {why}"),
+            format!("the agent cannot be asked: {why}"),
             Some((*advice).into()),
         )),
     }
@@ -345,11 +349,12 @@ mod tests {
                 "good master: 192.0.2.1:7310 answers over UDP and welcomes",
             ),
         ] {
+            let place = match tried.answer {
+                Ok((_, Answer::Welcome(_))) => "does not run; this probe took its place",
+                Ok(_) | Err(_) => "the agent does not run ->",
+            };
             let findings = judge(&Agent::Away, &[tried]);
-            testing::assert_lines(
-                &findings,
-                &["note master: the agent does not run", expected],
-            );
+            testing::assert_lines(&findings, &[&format!("note master: | {place}"), expected]);
         }
     }
 

@@ -177,12 +177,32 @@ pub(super) fn judge_clamd(paths: &Paths, clamd: Option<&User>, agent: &User) -> 
         && key.split_last().is_some_and(|(key, way)| {
             clamd.may(key, 4) && way.iter().all(|node| clamd.may(node, 1))
         });
-    let writes = |node: &&Node| clamd.may(node, 2);
+    let user = &agent.name;
+    // An owner can give itself the right.
+    let writes = |node: &&Node| clamd.uid == node.uid || clamd.may(node, 2);
     let planted = last.filter(writes).or(paths.hidden.as_ref().filter(writes));
     let written = planted.or_else(|| paths.files.iter().find(writes));
+    // Whoever can write a directory on the way can put another one under its name, unless it is
+    // sticky and another's.
+    let way = |nodes: &'_ [Node]| nodes.len().saturating_sub(1);
+    let ways = databases[..way(databases)].iter().chain(&key[..way(key)]);
+    let moved = { ways }.find(|node| {
+        let sticky = node.mode & 0o1000 != 0 && node.uid != clamd.uid;
+        writes(node) && !sticky
+    });
+    if let Some(node) = moved {
+        let (path, rights) = (node.path.display(), node.rights());
+        findings.push(Finding::bad(
+            "clamd-writes",
+            format!(
+                "clamd's user {name} can write {path} ({rights}): it could put a directory of its \
+                 own in the place of one in there that the agent uses"
+            ),
+            format!("chown root: {path} && chmod go-w {path}"),
+        ));
+    }
     if let Some(node) = written {
         let (path, rights) = (node.path.display(), node.rights());
-        let user = &agent.name;
         findings.push(Finding::bad(
             "clamd-writes",
             format!(
@@ -199,7 +219,13 @@ pub(super) fn judge_clamd(paths: &Paths, clamd: Option<&User>, agent: &User) -> 
             format!("chmod 600 {path}"),
         ));
     }
-    if written.is_none() && !reaches_key {
+    let unseen = paths.database.as_ref().err().or(paths.key.as_ref().err());
+    if moved.is_some() || written.is_some() || reaches_key {
+        // It is said.
+    } else if let Some(why) = unseen {
+        let why = format!("not everything can be looked at: {why}");
+        findings.push(Finding::unknown("clamd-writes", why, None));
+    } else {
         let found = format!("{name} can neither write databases nor read the agent's key");
         findings.push(Finding::good("clamd-writes", found));
     }
@@ -304,7 +330,37 @@ mod tests {
                 paths.files.clear();
                 paths.hidden = None;
             },
-            &["bad database: | install -d -o clamcast -g clamcast -m 755 /var/db"],
+            &[
+                "bad database: | install -d -o clamcast -g clamcast -m 755 /var/db",
+                "unknown clamd-writes: | No such file or directory",
+            ],
+        );
+    }
+
+    #[test]
+    fn clamds_user_can_put_nothing_in_the_place_of_what_the_agent_uses() {
+        let parent = |uid: u32, mode: u32| {
+            move |paths: &mut Paths| {
+                let node = &mut paths.database.as_mut().unwrap()[1];
+                (node.uid, node.mode) = (uid, mode);
+            }
+        };
+        let found = "bad clamd-writes: | can write /var ( | chown root: /var && chmod go-w /var";
+        check(parent(CLAMD, 0o755), &[found]);
+        check(parent(CLAMD, 0o555), &[found]);
+        check(parent(CLAMD, 0o1777), &[found]);
+        check(parent(0, 0o777), &[found]);
+        check(parent(0, 0o1777), &[]);
+        check(
+            |paths| paths.key.as_mut().unwrap()[0].mode = 0o777,
+            &["bad clamd-writes: | can write / ("],
+        );
+        check(
+            |paths| paths.key = Err("Permission denied".into()),
+            &[
+                "bad key: | Permission denied",
+                "unknown clamd-writes: | Permission denied",
+            ],
         );
     }
 

@@ -33,6 +33,21 @@ const FRESHCLAM_CONF: [&str; 3] = [
     "/usr/local/etc/freshclam.conf",
 ];
 
+/// Files that cron reads itself.
+const CRONTABS: [&str; 2] = ["/etc/crontab", "/etc/anacrontab"];
+
+/// Directories of crontabs and of scripts that cron starts. Users' own crontabs are in the last two:
+/// Red Hat's, Debian's.
+const CRON_DIRECTORIES: [&str; 7] = [
+    "/etc/cron.d",
+    "/etc/cron.hourly",
+    "/etc/cron.daily",
+    "/etc/cron.weekly",
+    "/etc/cron.monthly",
+    "/var/spool/cron",
+    "/var/spool/cron/crontabs",
+];
+
 /// Where freshclam writes unless told otherwise, in all of them.
 const FRESHCLAM_DIRECTORY: &str = "/var/lib/clamav";
 
@@ -82,10 +97,13 @@ pub(super) fn look(host: &Host) -> Signs {
         }
     }
 
-    let directories = ["/etc/cron.d", "/etc/cron.hourly", "/etc/cron.daily"];
-    let more = ["/etc/cron.weekly", "/var/spool/cron/crontabs"];
-    let mut tabs = vec![PathBuf::from("/etc/crontab")];
-    for directory in directories.into_iter().chain(more).map(Path::new) {
+    let mut tabs = CRONTABS.map(PathBuf::from).to_vec();
+    for directory in CRON_DIRECTORIES.map(Path::new) {
+        if let Err(error) = std::fs::read_dir(host.at(directory))
+            && error.kind() == std::io::ErrorKind::PermissionDenied
+        {
+            signs.unread.push(directory.to_owned());
+        }
         let names = host.names(directory).into_iter();
         tabs.extend(names.map(|name| directory.join(name)));
     }
@@ -99,11 +117,6 @@ pub(super) fn look(host: &Host) -> Signs {
             }
             Err(_) => signs.unread.push(tab),
         }
-    }
-    if let Err(error) = std::fs::read_dir(host.at("/var/spool/cron/crontabs"))
-        && error.kind() == std::io::ErrorKind::PermissionDenied
-    {
-        signs.unread.push("/var/spool/cron/crontabs".into());
     }
 
     let conf = FRESHCLAM_CONF.iter().find_map(|path| host.text(path).ok());
@@ -362,9 +375,21 @@ mod tests {
             signs.units,
             ["clamav-freshclam.service", "fangfrisch.timer"]
         );
+        write("/etc/cron.monthly/sigs", "exec fangfrisch refresh\n");
+        write("/var/spool/cron/root", "@daily freshclam\n");
+        write("/var/spool/cron/crontabs/clamav", "@daily cvdupdate\n");
+        let found = look(&host).cron;
+        let found = found
+            .iter()
+            .map(|(path, name)| (path.to_str().unwrap(), *name));
         assert_eq!(
-            signs.cron,
-            [("/etc/cron.d/clamav-update".into(), "freshclam")]
+            found.collect::<Vec<_>>(),
+            [
+                ("/etc/cron.d/clamav-update", "freshclam"),
+                ("/etc/cron.monthly/sigs", "fangfrisch"),
+                ("/var/spool/cron/root", "freshclam"),
+                ("/var/spool/cron/crontabs/clamav", "cvdupdate"),
+            ]
         );
         assert_eq!(signs.freshclam_writes, Some("/srv/clam".into()));
 
