@@ -294,7 +294,7 @@ fn the_doctor_names_what_is_broken_and_what_to_do() {
     host.check(
         |_| fs::rename(&config, &moved).unwrap(),
         |_| fs::rename(&moved, &config).unwrap(),
-        "bad clamd-conf: cannot read",
+        "bad clamd-conf: does not exist | name this host's clamd.conf",
     );
     host.check(
         |host| host.clamd.stop(),

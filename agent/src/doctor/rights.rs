@@ -184,9 +184,11 @@ pub(super) fn judge_clamd(paths: &Paths, clamd: Option<&User>, agent: &User) -> 
     let written = planted.or_else(|| paths.files.iter().find(writes));
     // Whoever can write a directory on the way can put another one under its name, unless it is
     // sticky and another's.
-    let way = |nodes: &'_ [Node]| nodes.len().saturating_sub(1);
-    let ways = databases[..way(databases)].iter().chain(&key[..way(key)]);
-    let moved = { ways }.find(|node| {
+    let above = |nodes: &[Node]| nodes.len().saturating_sub(1);
+    let mut ways = databases[..above(databases)]
+        .iter()
+        .chain(&key[..above(key)]);
+    let moved = ways.find(|node| {
         let sticky = node.mode & 0o1000 != 0 && node.uid != clamd.uid;
         writes(node) && !sticky
     });

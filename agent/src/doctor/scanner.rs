@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use clamcast_daemon::input;
+use clamcast_daemon::input::{self, InputError};
 
 use super::Finding;
 use super::host::{Host, Node, User};
@@ -14,14 +14,14 @@ use crate::config::ClamdConfFile;
 const NO_ENGINE: &str = "/4294967295/";
 
 /// What came of looking for clamd.conf.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(super) enum ConfFile {
     /// It was read.
     Read(PathBuf, ClamdConf),
     /// It is in none of these places.
     Nowhere(Vec<PathBuf>),
     /// It cannot be read.
-    Unreadable(PathBuf, String),
+    Unreadable(PathBuf, InputError),
     /// agent.toml says that none counts.
     NotWanted,
 }
@@ -41,7 +41,7 @@ impl ConfFile {
             }
         };
         match ClamdConf::read(&path) {
-            Err(error) => Self::Unreadable(path, chain(&error)),
+            Err(error) => Self::Unreadable(path, error),
             Ok(mut conf) => {
                 let paths = [
                     &mut conf.database_directory,
@@ -117,8 +117,17 @@ pub(super) fn judge_conf(
             vec![Finding::bad("clamd-conf", found, advice)]
         }
         ConfFile::Unreadable(path, error) => {
-            let advice = format!("let {} read it: chmod o+r {}", agent.name, path.display());
-            vec![Finding::bad("clamd-conf", error, advice)]
+            let advice = match error {
+                InputError::Denied { .. } | InputError::Io { .. } => {
+                    format!("let {} read it: chmod o+r {}", agent.name, path.display())
+                }
+                InputError::Missing { .. }
+                | InputError::NotAFile { .. }
+                | InputError::TooLong { .. } => {
+                    "name this host's clamd.conf in agent.toml: `[clamd] config`".into()
+                }
+            };
+            vec![Finding::bad("clamd-conf", chain(error), advice)]
         }
         ConfFile::Read(path, conf) => {
             let mut findings = vec![
