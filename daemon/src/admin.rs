@@ -354,10 +354,15 @@ impl Hall {
         self.readers.push_back((uid, reader));
     }
 
+    /// A command waits for a place. One too many of the user who has most of them there is turned
+    /// away, so that nobody keeps the others out.
     fn enqueue(&mut self, caller: Caller) {
-        if self.queue.len() < QUEUE_MAX {
-            self.queue.push_back(caller);
-        } else {
+        self.queue.push_back(caller);
+        if self.queue.len() > QUEUE_MAX {
+            // The last of theirs: those before it have waited longer.
+            let latest_first = self.queue.iter().rev().map(|caller| caller.peer.uid());
+            let crowd = self.queue.len() - 1 - crowding(latest_first);
+            let caller = self.queue.remove(crowd).expect("found in it");
             self.turn_away(caller, busy());
         }
     }
@@ -430,7 +435,7 @@ fn busy() -> Finish {
     Finish::because(exit::FAILED, message)
 }
 
-/// Of the users of a crowded place, oldest first, the first one of the user who is there most often.
+/// Of the users of a crowded place, in this order, the first one of the user who is there most often.
 fn crowding(uids: impl Iterator<Item = u32> + Clone) -> usize {
     let mut counts = HashMap::<u32, usize>::new();
     for uid in uids.clone() {
@@ -476,7 +481,7 @@ impl Places {
         let max = self.0.max;
         let is_free = match uid {
             0 => all < max,
-            _ => all < max - max / 4 && own < max / 2,
+            _ => all < max - max / 4 && own < (max / 2).max(1),
         };
         is_free.then(|| {
             *by_uid.entry(uid).or_default() += 1;

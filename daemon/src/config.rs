@@ -34,7 +34,7 @@ pub enum ConfigError {
         line: usize,
     },
     /// There is nothing in it.
-    #[error("{path} is empty; the example in the README is a beginning")]
+    #[error("{path} is empty; is it the right file?")]
     Empty {
         /// The file.
         path: PathBuf,

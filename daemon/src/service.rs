@@ -24,7 +24,8 @@ pub trait Service: Sized {
     fn failed(&mut self) -> impl Future<Output = String>;
 
     /// The configuration was read again, and this runs with it; or, with the reason, it is not in
-    /// use, and this runs with the old one. To be written down, and shown until the next start.
+    /// use, and this runs with the old one. To be written down, without waiting for the disk, and shown
+    /// until the next start.
     fn reloaded(&mut self, outcome: Result<(), String>) -> impl Future<Output = ()>;
 
     /// Stops it within seconds, with nothing lost. Returns its admin socket, with the commands that
@@ -83,11 +84,23 @@ pub async fn run<S: Service>(load: impl Fn() -> Result<S::Config, Exit>) -> Resu
                     Ok(new) => {
                         tracing::info!("configuration read again, starting with it");
                         let mut kept = service.stop(Occasion::Reload).await;
-                        let restarted = restart::<S>(new, config, &mut kept).await;
+                        let restarted = tokio::select! {
+                            restarted = restart::<S>(new, config, &mut kept) => Some(restarted),
+                            // A start may wait for a disk.
+                            _ = terminate.recv() => None,
+                            _ = interrupt.recv() => None,
+                        };
                         if let Some(old) = kept {
                             // The new configuration has it elsewhere, or there is no service any more.
-                            old.close(Occasion::Reload.finish()).await;
+                            let occasion = match &restarted {
+                                Some(Ok(_)) => Occasion::Reload,
+                                Some(Err(_)) | None => Occasion::Exit,
+                            };
+                            old.close(occasion.finish()).await;
                         }
+                        let Some(restarted) = restarted else {
+                            return Ok(());
+                        };
                         (service, config) = restarted?;
                     }
                     Err(exit) => {
@@ -154,10 +167,12 @@ fn tell(state: NotifyState<'_>) {
 mod tests {
     use super::*;
     use nix::sys::signal::{Signal, raise};
-    use std::sync::Mutex;
+    use std::sync::{LazyLock, Mutex};
 
     /// What the service of the test was told, in order.
     static TOLD: Mutex<Vec<String>> = Mutex::new(Vec::new());
+
+    static SOCKET: LazyLock<tempfile::TempDir> = LazyLock::new(|| tempfile::tempdir().unwrap());
 
     struct Scripted(u32, Listener);
 
@@ -169,7 +184,7 @@ mod tests {
             if config == 3 {
                 return Err(anyhow::anyhow!("the port is taken").into());
             }
-            let path = std::env::temp_dir().join(format!("service-{}", std::process::id()));
+            let path = SOCKET.path().join("admin.sock");
             assert_eq!(kept.is_some(), config > 1);
             let listener = Listener::open("scripted", &path, None, kept)?;
             assert!(kept.is_none(), "the socket is kept over every reload");

@@ -10,7 +10,6 @@ use clamcast_daemon::exit;
 use clamcast_daemon::service::Occasion;
 use clamcast_daemon::table::printable;
 use clamcast_proto::manifest::Manifest;
-use clamcast_proto::wire::OfferId;
 use clamcast_proto::{AgentName, FleetName, Position};
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
@@ -34,6 +33,10 @@ const SESSIONS_MAX: usize = 64;
 
 /// `force-sync`s under way at a time: each looks at the whole fleet after every change.
 pub const ORDERS_MAX: usize = 16;
+
+/// Why an order came to nothing.
+const SUPERSEDED: &str =
+    "another generation became current before any agent was told; order it again";
 
 /// Failed agents that the last line of a `force-sync` names; the table above it has them all.
 const NAMED_MAX: usize = 20;
@@ -342,11 +345,9 @@ impl Commands {
         let operator = session.operator.clone();
         let Some(place) = self.orders.places.take(operator.uid) else {
             let message = format!(
-                "too many force-syncs are under way, at most {ORDERS_MAX} may be; wait for one to end (`audit show --event force-sync-end`)"
+                "too many force-syncs are under way, at most {ORDERS_MAX} may be, and half of them one user's; wait for one to end (`audit show --event force-sync-end`)"
             );
-            return session
-                .finish(Finish::because(exit::REFUSED, message))
-                .await;
+            return session.finish(Finish::because(exit::FAILED, message)).await;
         };
         let (position, agents) = match self.forced(&selection, generation).await {
             Ok(forced) => forced,
@@ -370,20 +371,25 @@ impl Commands {
 
         let (reply, forced) = oneshot::channel();
         let event = Event::Force {
-            agents: agents.clone(),
+            position,
+            agents,
             full,
             reply,
         };
         let told = self.hub.tell(event).await;
-        let first;
-        (order.work, first) = if let (Ok(()), Ok(forced)) = (told, forced.await) {
-            Work::new(forced.offers, forced.offline)
-        } else {
-            let nobody = agents.into_iter().map(|agent| (agent, OfferId(u64::MAX)));
-            let (mut work, _) = Work::new(nobody.collect(), Vec::new());
-            let news = work.interrupt("what was current was withdrawn");
-            (work, news)
+        let (Ok(()), Ok(forced)) = (told, forced.await) else {
+            let detail = json!({ "done": 0, "reason": SUPERSEDED });
+            order
+                .note("force-sync-end", Some(INTERRUPTED), detail)
+                .await;
+            let finish = match self.stop.is_cancelled() {
+                true => self.life.ending().finish(),
+                false => Finish::because(exit::FAILED, SUPERSEDED),
+            };
+            return session.finish(finish).await;
         };
+        let (work, first) = Work::new(forced.offers, forced.offline);
+        order.work = work;
         let mut listener = Some(session);
         tell(&mut listener, &first).await;
         if wait {

@@ -177,18 +177,18 @@ mod tests {
 
     #[test]
     fn a_filter_restricts_by_what_it_names_and_by_all_of_it() {
-        let published = ["operator:1000/ada", "published", "mirror"];
+        let published = ["operator:1000/operator", "published", "mirror"];
         let none = json!({});
         check(published, &none, "", true);
         check(published, &none, "event=published", true);
         check(published, &none, "event=offer", false);
-        check(published, &none, "operator=ada", true);
+        check(published, &none, "operator=operator", true);
         check(published, &none, "operator=1000", true);
         check(published, &none, "operator=a", false);
         check(published, &none, "since=1970-01-01T00:00:00Z", true);
         check(published, &none, "since=1970-01-01T00:00:01Z", false);
-        check(published, &none, "operator=ada event=published", true);
-        check(published, &none, "operator=ada event=offer", false);
+        check(published, &none, "operator=operator event=published", true);
+        check(published, &none, "operator=operator event=offer", false);
     }
 
     #[test]

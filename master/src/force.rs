@@ -50,6 +50,11 @@ pub enum SelectError {
         /// The agent that may have been meant.
         nearest: Option<AgentName>,
     },
+    /// Looking up very many takes time that the connections of agents need.
+    #[error(
+        "{0} names and patterns are too many, at most {NAMES_MAX} may be; use wider patterns, --group or --all"
+    )]
+    TooMany(usize),
     /// A pattern that no agent matches.
     #[error("no agent matches `{0}`; `agents` lists them")]
     NoMatch(String),
@@ -66,6 +71,9 @@ pub enum SelectError {
     },
 }
 
+/// Names and patterns of one selection: each pattern is tried on every agent.
+const NAMES_MAX: usize = 500;
+
 /// Likeness from which on one name may be a slip for another (Jaro-Winkler; host names share their
 /// beginnings).
 const SLIP: f64 = 0.9;
@@ -77,15 +85,18 @@ impl Selection {
         if !self.all && self.names.is_empty() && self.groups.is_empty() {
             return Err(SelectError::Nobody);
         }
+        if self.names.len() > NAMES_MAX {
+            return Err(SelectError::TooMany(self.names.len()));
+        }
         let everybody = || rows.iter().map(|row| &row.name);
         let mut meant = BTreeSet::new();
         if self.all {
             meant.extend(everybody().cloned());
         }
         for name in &self.names {
-            let before = meant.len();
-            if let Some(exact) = everybody().find(|agent| agent.as_str() == name) {
-                meant.insert(exact.clone());
+            let exact = rows.binary_search_by(|row| row.name.as_str().cmp(name));
+            if let Ok(exact) = exact {
+                meant.insert(rows[exact].name.clone());
                 continue;
             }
             if !name.contains(['*', '?', '[', '{']) {
@@ -108,7 +119,7 @@ impl Selection {
             let glob = glob.compile_matcher();
             let matching = everybody().filter(|agent| glob.is_match(agent.as_str()));
             let matching: Vec<_> = matching.cloned().collect();
-            if matching.is_empty() && before == meant.len() {
+            if matching.is_empty() {
                 return Err(SelectError::NoMatch(name.clone()));
             }
             meant.extend(matching);
@@ -256,9 +267,7 @@ impl Work {
             let answered = row
                 .answered
                 .is_some_and(|answered| answered >= waiting.offer);
-            // It lost the connection and is back without a newer offer: nothing was left to do.
-            let back = row.connected && row.offered.is_none() && row.conformant;
-            if answered || back {
+            if answered {
                 let end = End::new(agent, &row.outcome, Some(row), row.error.clone());
                 news.push(self.end(end));
                 continue;

@@ -124,7 +124,7 @@ Exit codes:
 
 Examples:
   clamcast-master audit show --since 24h --agent web1
-  clamcast-master audit show --since 2026-11-22 --event force-sync --operator ada
+  clamcast-master audit show --since 2026-11-22 --event force-sync --operator root
   clamcast-master audit show --agent 'db-*' --event receipt --json | jq -r .outcome | sort | uniq -c
   clamcast-master audit show --follow";
 

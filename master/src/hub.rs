@@ -109,11 +109,13 @@ pub enum Event {
     Withdrawn,
     /// An operator wants these agents at the current generation, whatever they say they have.
     Force {
+        /// The generation that was current when the operator asked.
+        position: Position,
         /// Which ones.
         agents: Vec<AgentName>,
         /// Without a delta.
         full: bool,
-        /// Gets what was offered to whom; nothing if no generation is published.
+        /// Gets what was offered to whom; nothing if another generation is current by now.
         reply: oneshot::Sender<Forced>,
     },
     /// A newer revocation list is in force.
@@ -167,8 +169,6 @@ pub struct Current {
 /// What came of [`Event::Force`] at first.
 #[derive(Debug)]
 pub struct Forced {
-    /// The generation.
-    pub position: Position,
     /// The offers made.
     pub offers: Vec<(AgentName, OfferId)>,
     /// Agents that are not connected.
@@ -289,6 +289,7 @@ pub fn start(task: Task, stop: CancellationToken) -> (Hub, tokio::task::JoinHand
         links_made: 0,
         offers_made: 0,
         accepted: false,
+        forced: HashMap::new(),
         told: None,
         tick,
     };
@@ -302,6 +303,9 @@ struct Running {
     links_made: u64,
     offers_made: u64,
     accepted: bool,
+    /// Agents that an operator has forced and that have not answered yet: one that loses its
+    /// connection is to look at its disk all the same when it is back.
+    forced: HashMap<AgentName, Manner>,
     /// When agents were last told the audit log's head.
     told: Option<Instant>,
     tick: watch::Sender<u64>,
@@ -372,6 +376,7 @@ impl Running {
             Event::Declined { name, id, message } => {
                 // Said twice of one offer it is nothing new.
                 if let Some(position) = self.task.fleet.declined(&name, id, message.clone()) {
+                    self.forced.remove(&name);
                     tracing::warn!(agent = %name, said = message, "an agent does not take its offer");
                     let detail = json!({ "said": message });
                     self.note("declined", &name, Some(position), None, detail)
@@ -390,10 +395,11 @@ impl Running {
             }
             Event::Current(current) => self.current(*current, now).await,
             Event::Force {
+                position,
                 agents,
                 full,
                 reply,
-            } => self.force(agents, full, reply, now).await,
+            } => self.force(position, agents, full, reply, now).await,
             Event::Withdrawn => {
                 self.task.current = None;
                 self.task.fleet.want(None);
@@ -510,10 +516,12 @@ impl Running {
         // Also a host that is there already hears of the offer when the master lacks its receipt
         // (a restored master): the answer is a receipt and costs nothing.
         let standing = self.task.fleet.standing(name, now, self.task.deadline);
-        if has_it && standing == Standing::Conformant {
+        let forced = self.forced.get(name).copied();
+        if has_it && standing == Standing::Conformant && forced.is_none() {
             self.send(id, Command::Fresh(current.fresh.envelope().clone()));
         } else {
-            self.offer(id, current, Manner::default(), now).await;
+            let manner = forced.unwrap_or_default();
+            self.offer(id, current, manner, now).await;
         }
     }
 
@@ -586,12 +594,15 @@ impl Running {
 
     async fn force(
         &mut self,
+        position: Position,
         agents: Vec<AgentName>,
         full: bool,
         reply: oneshot::Sender<Forced>,
         now: Timestamp,
     ) {
-        let Some(current) = self.task.current.clone() else {
+        let current = self.task.current.clone();
+        let Some(current) = current.filter(|current| current.manifest.position() == position)
+        else {
             return; // dropping `reply` says so
         };
         let by_name: HashMap<_, _> = self
@@ -600,7 +611,6 @@ impl Running {
             .map(|(id, link)| (link.line.name.clone(), *id))
             .collect();
         let mut forced = Forced {
-            position: current.manifest.position(),
             offers: Vec::new(),
             offline: Vec::new(),
         };
@@ -611,7 +621,10 @@ impl Running {
                 None => None,
             };
             match offer {
-                Some(offer) => forced.offers.push((name, offer)),
+                Some(offer) => {
+                    self.forced.insert(name.clone(), manner);
+                    forced.offers.push((name, offer));
+                }
                 None => forced.offline.push(name),
             }
         }
@@ -634,6 +647,14 @@ impl Running {
             };
             self.task.recorder.write(job).await;
             return;
+        }
+        let current = self
+            .task
+            .current
+            .as_ref()
+            .map(|current| current.manifest.position());
+        if current == Some(receipt.position()) {
+            self.forced.remove(&receipt.agent);
         }
         if !self.accepted && matches!(receipt.outcome, Outcome::Live | Outcome::Installed) {
             self.accepted = true;
@@ -716,6 +737,7 @@ impl Running {
             false
         });
         for name in self.task.fleet.revoked(&list) {
+            self.forced.remove(&name);
             let detail = json!({ "list": list.version });
             let draft = draft("revoked", "master", &name, None, None, detail);
             let job = Job {

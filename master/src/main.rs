@@ -282,8 +282,15 @@ fn run(cli: Cli) -> Result<(), Exit> {
             loop {
                 // A daemon that is restarted comes back; whoever watches waits for it.
                 match ask(socket, &Request::Status) {
+                    // Its last word, to whom it did not serve any more, is no end either.
+                    Ok(finish) if finish.exit == exit::UNREACHABLE => {
+                        watch.unreachable(&finish.message.unwrap_or_default());
+                    }
                     Ok(finish) => watch.show(finish)?,
-                    Err(exit) if exit.code == exit::UNREACHABLE => watch.unreachable(&exit),
+                    Err(exit) if exit.code == exit::UNREACHABLE => {
+                        let error = exit.error.map(|error| format!("{error:#}"));
+                        watch.unreachable(&error.unwrap_or_default());
+                    }
                     Err(exit) => return Err(exit),
                 }
                 std::thread::sleep(WATCH);
@@ -438,21 +445,26 @@ fn verify(
     json: bool,
 ) -> Result<(), Exit> {
     let (state, keys) = match (state, keys) {
-        (Some(state), Some(keys)) => (state, keys),
+        (Some(state), Some(keys)) => (state, ("--keys", keys)),
         (Some(state), None) => {
             let keys = state.join("keys.json");
             eprintln!(
                 "the keys are the copy in {}; --keys FILE for an independent check",
                 keys.display()
             );
-            (state, keys)
+            (state, ("--state", keys))
         }
         (None, keys) => {
             let config = Config::load(config).or_exit(exit::USAGE)?;
-            (config.state, keys.unwrap_or(config.signing.keys))
+            let configured = ("signing.keys", config.signing.keys);
+            (
+                config.state,
+                keys.map_or(configured, |keys| ("--keys", keys)),
+            )
         }
     };
-    let keys = serve::load_keys("--keys", &keys).or_exit(exit::USAGE)?;
+    let (key, keys) = keys;
+    let keys = serve::load_keys(key, &keys).or_exit(exit::USAGE)?;
     let origin = serve::audit_origin(&keys.fleet);
     let verification = audit::verify(&state.join("audit"), &keys.audit, Some(&origin))?;
     show::audit::verification(&verification, json)

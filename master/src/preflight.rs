@@ -22,15 +22,23 @@ use crate::revoked;
 const ENDS_SOON: SignedDuration = SignedDuration::from_hours(30 * 24);
 
 /// Returns a sentence for each thing outside of the key files that a start would fail on, with the
-/// next step. While a master runs with this configuration its socket and port are its own, and its
-/// state directory was good.
+/// next step. While a master runs on this state directory and socket they are its own, and so may the
+/// port be.
 pub fn obstacles(config: &Config) -> Vec<String> {
-    if UnixStream::connect(&config.listen.admin).is_ok() {
+    let is_locked = is_locked(&config.state.join("lock"));
+    let is_answered = UnixStream::connect(&config.listen.admin).is_ok();
+    if is_locked && is_answered {
         return Vec::new();
     }
     let mut obstacles = Vec::new();
+    if is_answered {
+        obstacles.push(format!(
+            "listen.admin: another daemon answers at {}; stop it, or name another path",
+            config.listen.admin.display()
+        ));
+    }
     obstacles.extend(directory("state", &config.state));
-    if is_locked(&config.state.join("lock")) {
+    if is_locked {
         obstacles.push(format!(
             "state: another master runs on {}, and one at a time may; stop it, or name another directory",
             config.state.display()

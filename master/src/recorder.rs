@@ -31,7 +31,7 @@ const JOBS_MAX: usize = 4096;
 const BATCH_MAX: usize = audit::BATCH_MAX;
 
 /// Longest detail of a record in bytes of JSON: with the rest it fits a line of the audit log. Of a
-/// longer one (a `force-sync` of 20,000 named agents) the digest is kept.
+/// longer one, which nothing writes on purpose, the digest is kept.
 const DETAIL_BYTES_MAX: usize = 1_000_000;
 
 /// Time between two tries when the disk refuses.

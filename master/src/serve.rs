@@ -427,19 +427,11 @@ impl Master {
                 )
             }
         };
-        self.note("reload", Some(word), detail).await;
-    }
-
-    async fn note(&self, event: &str, outcome: Option<&str>, detail: serde_json::Value) {
-        let draft = Draft {
-            event: event.to_owned(),
-            actor: "master".to_owned(),
-            subject: "master".to_owned(),
-            position: None,
-            outcome: outcome.map(str::to_owned),
-            detail,
+        let job = Job {
+            draft: Some(own_draft("reload", Some(word), detail)),
+            ..Job::default()
         };
-        self.recorder.note(draft).await;
+        self.recorder.write(job).await;
     }
 
     /// Stops in order: no new agents, open connections and commands end, then the fleet's state, then
@@ -463,7 +455,9 @@ impl Master {
             }
         }
         let reload = (occasion == Occasion::Reload).then_some("reload");
-        self.note("stopped", reload, json!({})).await;
+        self.recorder
+            .note(own_draft("stopped", reload, json!({})))
+            .await;
         self.hub_stop.cancel();
         if let Err(error) = self.hub_task.await {
             tracing::error!(%error, "the hub panicked; this is a bug");
@@ -494,6 +488,18 @@ impl Master {
             () = self.recorder.ended() => "the recorder ended".to_owned(),
             () = self.hub.ended() => "the hub ended".to_owned(),
         }
+    }
+}
+
+/// What the audit log says of the master itself.
+fn own_draft(event: &str, outcome: Option<&str>, detail: serde_json::Value) -> Draft {
+    Draft {
+        event: event.to_owned(),
+        actor: "master".to_owned(),
+        subject: "master".to_owned(),
+        position: None,
+        outcome: outcome.map(str::to_owned),
+        detail,
     }
 }
 

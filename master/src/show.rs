@@ -217,11 +217,9 @@ impl Watch {
     }
 
     /// The daemon does not answer; one that is restarted comes back.
-    pub(crate) fn unreachable(&mut self, exit: &Exit) {
-        let Some(error) = &exit.error else { return };
-        let error = format!("{error:#}");
+    pub(crate) fn unreachable(&mut self, error: &str) {
         if self.terminal.is_term() && !self.json {
-            self.draw(Some(&error));
+            self.draw(Some(error));
         } else {
             let now = Timestamp::now();
             eprintln!("{now:.0} {error}");

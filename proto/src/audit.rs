@@ -387,7 +387,7 @@ mod tests {
     fn record(seq: u64) -> Record {
         let draft = Draft {
             event: "published".into(),
-            actor: "operator:1000/ada".into(),
+            actor: "operator:1000/operator".into(),
             subject: "agent:web1".into(),
             position: Some(Position {
                 epoch: Epoch(1),

@@ -1,7 +1,7 @@
 //! What operators do, with the real commands on real daemons.
 
 use std::fs;
-use std::io::{Read as _, Write as _};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Output, Stdio};
@@ -546,10 +546,11 @@ fn commands_that_come_during_a_reload_are_answered() {
 #[test]
 fn an_interrupted_force_sync_says_that_the_work_goes_on() {
     let (_fleet, master, agents) = fleet_of(&["web1"]);
-    let waiting = held_order(&master, &agents[0], &["web1", "--json"]);
-    until(PATIENCE, "the order is taken", || {
-        master.agent("web1").unwrap()["outcome"] == "idle"
-    });
+    let mut waiting = held_order(&master, &agents[0], &["web1", "--json"]);
+    let mut first = String::new();
+    let mut lines = BufReader::new(waiting.stdout.take().unwrap());
+    lines.read_line(&mut first).unwrap();
+    assert!(first.contains("ordered"), "{first}");
     signal(waiting.id(), Signal::SIGINT);
     let output = waiting.wait_with_output().unwrap();
     exits(&output, 130, "audit show --event force-sync-end");

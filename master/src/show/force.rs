@@ -11,6 +11,7 @@ use clamcast_master::force;
 use clamcast_proto::receipt::Drift;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use serde_json::Value;
+use tokio::signal::unix::{SignalKind, signal};
 
 use super::{or_dash, position, text};
 
@@ -95,14 +96,15 @@ impl Hosts {
     /// ends.
     pub(crate) fn on_interrupt(&self) {
         let (lines, ordered) = (self.lines.clone(), self.ordered.clone());
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_io()
+            .build();
+        let Ok(runtime) = runtime else { return };
+        // From here on a signal waits for the thread below.
+        let interrupt = runtime.block_on(async { signal(SignalKind::interrupt()) });
+        let Ok(mut interrupt) = interrupt else { return };
         std::thread::spawn(move || {
-            let runtime = tokio::runtime::Builder::new_current_thread()
-                .enable_io()
-                .build();
-            let Ok(runtime) = runtime else { return };
-            if runtime.block_on(tokio::signal::ctrl_c()).is_err() {
-                return;
-            }
+            runtime.block_on(interrupt.recv());
             let _ = lines.clear(); // fails only if the terminal is gone
             if ordered.load(Ordering::Relaxed) {
                 eprintln!("interrupted; what was ordered goes on: {WHERE}");
