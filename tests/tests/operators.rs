@@ -70,7 +70,7 @@ fn force_sync_finds_a_changed_file_and_mends_it() {
     exits(&agents[0].command(&["verify"]), 1, "daily.cud");
 
     let output = master.command(&["force-sync", "web*"]);
-    exits(&output, 0, "web1");
+    exits(&output, 0, "daily.cud was changed, mended");
     assert_eq!(fs::read(&file).unwrap(), good);
     exits(&agents[0].command(&["verify"]), 0, "");
 
@@ -86,6 +86,25 @@ fn force_sync_finds_a_changed_file_and_mends_it() {
         serde_json::json!(["web1", "web2"])
     );
     assert_eq!(master.audit("force-sync-end")[0]["outcome"], "done");
+}
+
+#[test]
+fn a_forced_host_that_loses_its_connection_looks_at_its_disk_all_the_same() {
+    let (_fleet, master, mut agents) = fleet_of(&["web1"]);
+    only_reports(&mut agents[0]);
+    master.wait_agent("web1", "it is back", |row| row["connected"] == true);
+    let mut order = held_order(&master, &agents[0], &["web1", "--no-wait"]);
+    exits_with(&mut order, 0);
+    agents[0].kill();
+    // What no event tells of is found by a re-hash only.
+    let file = agents[0].database().join("daily.cud");
+    let mut bytes = fs::read(&file).unwrap();
+    bytes[5000] ^= 1;
+    fs::write(&file, &bytes).unwrap();
+    agents[0].start();
+    let end = &master.wait_audit("force-sync-end", 1)[0];
+    assert_eq!(end["outcome"], "done", "{end}");
+    exits(&agents[0].command(&["verify"]), 0, "");
 }
 
 #[test]
@@ -460,6 +479,11 @@ fn held_order(master: &Master, agent: &Agent, arguments: &[&str]) -> Child {
     let child = command.spawn().unwrap();
     master.wait_audit("force-sync", before + 1);
     child
+}
+
+#[track_caller]
+fn exits_with(command: &mut Child, code: i32) {
+    assert_eq!(command.wait().unwrap().code(), Some(code));
 }
 
 fn signal(pid: u32, signal: Signal) {

@@ -249,6 +249,7 @@ keys = "../pki/manifest.pub"
             "web1" if clamd => r#"config = "clamd.conf""#,
             _ => "config = \"\"\nsocket = \"none\"",
         };
+        let drift = if host == "db2" { "report" } else { "repair" };
         stage.write(
             &format!("{host}/agent.toml"),
             &format!(
@@ -264,6 +265,7 @@ keys = "manifest.pub"
 admin = "admin.sock"
 [database]
 path = "db"
+drift = "{drift}"
 [clamd]
 {clamd}
 "#
@@ -330,27 +332,38 @@ fn scan(stage: &Stage<'_>, sample: &mirror::Sample, expected: &str) -> anyhow::R
 
 fn mend(stage: &Stage<'_>, mirror: &Mirror) -> anyhow::Result<()> {
     let screen = stage.screen();
-    screen.heading("A host is broken, and mends itself")?;
+    screen.heading("Two hosts are broken: one mends itself, one is mended by force-sync")?;
     let file = mirror.file();
     let good = stage.ask(&format!("sha256sum < db1/db/{file}"));
     screen.say(
-        "One byte is changed in place on db1, size and time kept: rsync would never see it.",
+        "One byte is changed in place, size and time kept: rsync would never see it. First on db2,\n\
+         which is told to report drift and leave the rest to operators (drift = \"report\").",
     )?;
-    stage.run(&format!(
-        "touch -r db1/db/{file} time && printf X | dd of=db1/db/{file} bs=1 seek=5000 \
-         conv=notrunc status=none && touch -r time db1/db/{file}"
-    ))?;
+    stage.run(&damage("db2", file))?;
+    wait_for(stage, "db2", |row| row["conformant"] == false)?;
+    stage.run(&format!("{MASTER} status"))?;
+    stage.run(&format!("{MASTER} force-sync db2"))?;
+    screen.say("The same on db1, which is left to itself:")?;
+    stage.run(&damage("db1", file))?;
     stage.run("until clamcast-agent --socket db1/admin.sock verify; do sleep 1; done")?;
-    ensure!(
-        stage.ask(&format!("sha256sum < db1/db/{file}")) == good,
-        "db1 should have the published file again"
-    );
+    for host in ["db1", "db2"] {
+        ensure!(
+            stage.ask(&format!("sha256sum < {host}/db/{file}")) == good,
+            "{host} should have the published file again"
+        );
+    }
     screen.fact("db1 saw it, told the master, fetched the file again, and put it in place")?;
-    screen.say("An operator can have every byte of a host looked at, and mended, at once:")?;
-    stage.run(&format!("{MASTER} force-sync db1"))?;
-    stage.run(&format!("{MASTER} audit show --agent db1 --since 1m"))?;
+    stage.run(&format!("{MASTER} audit show --agent 'db*' --since 1m"))?;
     stage.run(&format!("{MASTER} status"))?;
     Ok(())
+}
+
+/// A command that changes a byte of a database and nothing else.
+fn damage(host: &str, file: &str) -> String {
+    format!(
+        "touch -r {host}/db/{file} time && printf X | dd of={host}/db/{file} bs=1 seek=5000 \
+         conv=notrunc status=none && touch -r time {host}/db/{file}"
+    )
 }
 
 fn audit(stage: &Stage<'_>) -> anyhow::Result<()> {
