@@ -30,6 +30,14 @@ pub fn write(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
     sync_dir(directory)
 }
 
+/// [`write()`], unless the file has that content already: what is there needs no room on a full disk.
+pub fn ensure(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
+    match fs::read(path) {
+        Ok(there) if there == bytes => Ok(()),
+        Ok(_) | Err(_) => write(path, bytes, mode),
+    }
+}
+
 /// Removes what crashes left of writes ([`write()`]) in a directory. For whoever holds the [`lock`] on
 /// it, before anything is written there. What cannot be removed stays: it is in nobody's way.
 pub fn sweep(directory: &Path) {

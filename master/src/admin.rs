@@ -24,6 +24,7 @@ use crate::fleet::{AWAY, Row};
 use crate::force::{self, INTERRUPTED, Meant, News, Selection, Work};
 use crate::hub::{Event, Hub, Stopping, View};
 use crate::pipeline::Pipeline;
+use crate::preflight::Running;
 use crate::publish::{PublishError, Published, Request as PublishRequest};
 use crate::recorder::Recorder;
 use crate::store::Store;
@@ -129,6 +130,8 @@ pub struct Commands {
     pub orders: Orders,
     /// When the master's own certificate ends.
     pub certificate_ends: Timestamp,
+    /// Where this daemon is.
+    pub daemon: Running,
 }
 
 /// The `force-sync`s under way, whether anybody waits for them or not.
@@ -154,6 +157,7 @@ pub struct Life(Arc<Shared>);
 #[derive(Debug, Default)]
 struct Shared {
     unused: Mutex<Option<String>>,
+    revocations: Mutex<Option<String>>,
     ending: OnceLock<Occasion>,
 }
 
@@ -161,6 +165,19 @@ impl Life {
     /// The configuration on disk is not in use, for this reason.
     pub fn configuration_is_unused(&self, reason: String) {
         *self.0.unused.lock().expect("nothing panics with it") = Some(reason);
+    }
+
+    /// Why the revocation list on disk does not count, if it does not.
+    pub fn revocations_are(&self, alarm: Option<&str>) {
+        *self.0.revocations.lock().expect("nothing panics with it") = alarm.map(str::to_owned);
+    }
+
+    fn revocations(&self) -> Option<String> {
+        self.0
+            .revocations
+            .lock()
+            .expect("nothing panics with it")
+            .clone()
     }
 
     /// Commands that are still served end soon, for this reason.
@@ -343,6 +360,10 @@ impl Commands {
             unreachable!("called for no other")
         };
         let operator = session.operator.clone();
+        if let Some(alarm) = self.recorder.alarm() {
+            let message = format!("no order is taken while it cannot be written down: {alarm}");
+            return session.finish(Finish::because(exit::FAILED, message)).await;
+        }
         let Some(place) = self.orders.places.take(operator.uid) else {
             let message = format!(
                 "too many force-syncs are under way, at most {ORDERS_MAX} may be, and half of them one user's; wait for one to end (`audit show --event force-sync-end`)"
@@ -355,6 +376,7 @@ impl Commands {
         };
         let timeout = Duration::from_secs(timeout).min(TIMEOUT_MAX);
         let mut order = Order {
+            id: hex::encode(rand::random::<[u8; 4]>()),
             commands: self.clone(),
             operator,
             position,
@@ -434,7 +456,9 @@ impl Commands {
     async fn status(&self) -> Result<Finish, Stopping> {
         let view = self.hub.view().await?;
         let now = Timestamp::now();
-        let mut result = json!({ "fleet": self.fleet, "generation": null });
+        let mut result = json!({
+            "fleet": self.fleet, "generation": null, "daemon": self.daemon,
+        });
         let fields = result.as_object_mut().expect("made as one");
         if let Some(manifest) = &view.current {
             describe(fields, manifest);
@@ -450,6 +474,7 @@ impl Commands {
             self.recorder.alarm(),
             self.pipeline.trouble(),
             self.life.unused(),
+            self.life.revocations(),
         ];
         let alarms: Vec<_> = alarms.into_iter().flatten().collect();
         if !alarms.is_empty() {
@@ -611,6 +636,8 @@ impl Commands {
 /// stands in the audit log.
 #[derive(Debug)]
 struct Order {
+    /// Ties its two records in the audit log together.
+    id: String,
     commands: Commands,
     operator: Operator,
     position: Position,
@@ -691,7 +718,8 @@ impl Order {
         }
     }
 
-    async fn note(&self, event: &str, outcome: Option<&str>, detail: Value) {
+    async fn note(&self, event: &str, outcome: Option<&str>, mut detail: Value) {
+        detail["order"] = self.id.as_str().into();
         let draft = Draft {
             event: event.to_owned(),
             actor: self.operator.to_string(),

@@ -42,6 +42,9 @@ const NAMING_AGENTS: [&str; 2] = ["agents", "failed"];
 /// Which records somebody wants to see: those that all of this fits. What is `None` does not restrict.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 pub struct Filter {
+    /// Only those with a higher number, for whoever has seen the ones up to it.
+    #[serde(default)]
+    pub after: Option<u64>,
     /// Not before this.
     pub since: Option<Timestamp>,
     /// By or about these agents.
@@ -55,7 +58,8 @@ pub struct Filter {
 impl Filter {
     /// Whether `record` is wanted.
     pub fn matches(&self, record: &Record) -> bool {
-        self.since.is_none_or(|since| record.time >= since)
+        self.after.is_none_or(|after| record.seq > after)
+            && self.since.is_none_or(|since| record.time >= since)
             && self
                 .event
                 .as_ref()

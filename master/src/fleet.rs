@@ -29,6 +29,9 @@ const RECEIPTS_REMEMBERED: usize = wire::RECEIPTS_PENDING_MAX;
 /// Why a host that is not connected is not where it should be.
 pub const AWAY: &str = "not connected; it catches up when it comes back";
 
+/// What is said of an agent that has an offer and has given no sign of it.
+pub const OFFERED: &str = "offered";
+
 /// Longest silence that an agent may announce: a splay over a working day.
 pub const SILENCE_MAX: SignedDuration = SignedDuration::from_hours(12);
 
@@ -601,7 +604,12 @@ impl Agent {
     fn outcome(&self) -> String {
         let link = self.link.as_ref();
         if let Some(offer) = link.and_then(|link| link.offer.as_ref()) {
-            return offer.phase.to_string();
+            let begun = offer.phase != Phase::Idle;
+            return if begun {
+                offer.phase.to_string()
+            } else {
+                OFFERED.to_owned()
+            };
         }
         if link.is_some_and(|link| link.declined.is_some()) {
             return "declined".to_owned();

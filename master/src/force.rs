@@ -6,13 +6,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::str::FromStr;
 
 use clamcast_proto::receipt::{Drift, Found};
-use clamcast_proto::wire::{OfferId, Phase};
+use clamcast_proto::wire::OfferId;
 use clamcast_proto::{AgentName, Epoch, Generation, GroupName, Position};
 use globset::Glob;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::fleet::Row;
+use crate::fleet::{OFFERED, Row};
 
 /// Bytes of names that one record of the audit log lists: a fleet of thousands, and far below what
 /// fits a line.
@@ -267,14 +267,15 @@ impl Work {
             let answered = row
                 .answered
                 .is_some_and(|answered| answered >= waiting.offer);
-            if answered {
+            // Of several orders at a time the answer to the last one is the answer to all.
+            if answered && row.offered.is_none() {
                 let end = End::new(agent, &row.outcome, Some(row), row.error.clone());
                 news.push(self.end(end));
                 continue;
             }
             let said = match row.outcome.as_str() {
                 _ if !row.connected => "connection lost",
-                idle if idle == Phase::Idle.to_string() => ORDERED,
+                OFFERED => ORDERED,
                 phase => phase,
             };
             if waiting.said != said {
@@ -353,10 +354,10 @@ impl Work {
     /// What the audit log keeps of it.
     pub fn detail(&self) -> Value {
         let failed = self.failed();
-        let mut detail = match failed.is_empty() {
-            true => serde_json::Map::new(),
-            false => named("failed", failed.iter().map(|end| &end.agent)),
-        };
+        let mut detail = named("agents", self.ended.iter().map(|end| &end.agent));
+        if !failed.is_empty() {
+            detail.extend(named("failed", failed.iter().map(|end| &end.agent)));
+        }
         let done = self.ended.len() - failed.len();
         detail.insert("done".to_owned(), done.into());
         let errors = failed.iter().map(|end| {

@@ -3,6 +3,7 @@
 mod help;
 mod show;
 
+use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -225,6 +226,7 @@ impl From<Filter> for events::Filter {
             operator,
         } = filter;
         Self {
+            after: None,
             since,
             agent,
             event,
@@ -250,14 +252,23 @@ fn run(cli: Cli) -> Result<(), Exit> {
     match cli.command {
         Command::Serve { config } => {
             logging::start(cli.verbose);
+            let read = RefCell::new(Vec::<preflight::Running>::new());
             let load = || {
                 let config = load(&config)?;
+                // What a reload would fail on is found before anything is stopped for it.
+                let mut read = read.borrow_mut();
+                if !read.is_empty()
+                    && let Some(obstacle) = preflight::obstacles(&config, &read).into_iter().next()
+                {
+                    return Err(Exit::new(exit::USAGE, anyhow::anyhow!(obstacle)));
+                }
                 for key in &config.without_effect {
                     tracing::warn!("{key} has no effect in this version");
                 }
                 for doubt in preflight::doubts(&config, Timestamp::now()) {
                     tracing::warn!("{doubt}");
                 }
+                read.push((&config).into());
                 Ok(config)
             };
             let runtime = tokio::runtime::Runtime::new()?;
@@ -306,13 +317,26 @@ fn run(cli: Cli) -> Result<(), Exit> {
             follow,
             json,
         }) => {
-            let request = Request::AuditShow {
-                filter: filter.into(),
-                follow,
-            };
+            let mut filter: events::Filter = filter.into();
             let mut records = show::audit::Records::new(json);
-            let finish = call(socket, &request, |piece| records.show(&piece))?;
-            show::end(finish, false, |_| {})
+            loop {
+                filter.after = records.last();
+                let request = Request::AuditShow {
+                    filter: filter.clone(),
+                    follow,
+                };
+                let ended = call(socket, &request, |piece| records.show(&piece));
+                // Whoever follows goes on with a daemon that was restarted where the last one ended.
+                let (code, word) = match &ended {
+                    Ok(finish) => (finish.exit, finish.message.clone()),
+                    Err(exit) => (exit.code, exit.error.as_ref().map(|it| format!("{it:#}"))),
+                };
+                if !follow || code != exit::UNREACHABLE || !records.begun() {
+                    return show::end(ended?, false, |_| {});
+                }
+                eprintln!("{}", word.unwrap_or_default());
+                std::thread::sleep(WATCH);
+            }
         }
         Command::Audit(Audit::Verify {
             config,
@@ -415,7 +439,7 @@ fn check_config(path: &Path) -> Result<(), Exit> {
         .iter()
         .map(|error| clamcast_daemon::chain(error))
         .collect();
-    errors.extend(preflight::obstacles(&config));
+    errors.extend(preflight::obstacles(&config, running(&config).as_slice()));
     for error in &errors {
         say!("error: {error}");
     }
@@ -436,6 +460,12 @@ fn check_config(path: &Path) -> Result<(), Exit> {
         }
     }
     Ok(())
+}
+
+/// The master that answers at the configured socket, if one does and this user may ask it.
+fn running(config: &Config) -> Option<preflight::Running> {
+    let finish = ask(&config.listen.admin, &Request::Status).ok()?;
+    serde_json::from_value(finish.result.get("daemon")?.clone()).ok()
 }
 
 fn verify(

@@ -2,10 +2,10 @@
 //! and the doubts, over which it would.
 
 use std::fs::{self, File};
-use std::net::UdpSocket;
+use std::net::{SocketAddr, UdpSocket};
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use clamcast_daemon::clamscan;
 use clamcast_daemon::input::{this_user, user_name};
@@ -13,6 +13,7 @@ use clamcast_proto::identity::Certificate;
 use clamcast_proto::names::looks_like_a_database;
 use jiff::{SignedDuration, Timestamp};
 use nix::unistd::{AccessFlags, Group, Uid, access};
+use serde::{Deserialize, Serialize};
 
 use crate::config::{Config, LoadTest};
 use crate::endpoint::{self, EndpointError};
@@ -21,30 +22,71 @@ use crate::revoked;
 /// A certificate that ends sooner than this is to be renewed.
 const ENDS_SOON: SignedDuration = SignedDuration::from_hours(30 * 24);
 
+/// Where a master that runs has its state and listens: these are taken by it, and good.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Running {
+    /// The state directory.
+    pub state: PathBuf,
+    /// Where agents connect, as configured.
+    pub quic: SocketAddr,
+    /// The operators' socket.
+    pub admin: PathBuf,
+}
+
+impl From<&Config> for Running {
+    fn from(config: &Config) -> Self {
+        Self {
+            state: config.state.clone(),
+            quic: config.listen.quic,
+            admin: config.listen.admin.clone(),
+        }
+    }
+}
+
 /// Returns a sentence for each thing outside of the key files that a start would fail on, with the
-/// next step. While a master runs on this state directory and socket they are its own, and so may the
-/// port be.
-pub fn obstacles(config: &Config) -> Vec<String> {
-    let is_locked = is_locked(&config.state.join("lock"));
-    let is_answered = UnixStream::connect(&config.listen.admin).is_ok();
-    if is_locked && is_answered {
-        return Vec::new();
-    }
+/// next step; or, if a master is `running`, that a reload would. Of a process that has read several
+/// configurations any may be the one that it runs with.
+pub fn obstacles(config: &Config, running: &[Running]) -> Vec<String> {
     let mut obstacles = Vec::new();
-    if is_answered {
-        obstacles.push(format!(
-            "listen.admin: another daemon answers at {}; stop it, or name another path",
-            config.listen.admin.display()
-        ));
+    if running.iter().all(|running| running.state != config.state) {
+        obstacles.extend(state_obstacles(config));
     }
+    if running
+        .iter()
+        .all(|running| running.admin != config.listen.admin)
+    {
+        obstacles.extend(admin_obstacles(&config.listen.admin));
+    }
+    let address = config.listen.quic;
+    if running.iter().all(|running| running.quic != address)
+        && let Err(source) = UdpSocket::bind(address)
+    {
+        let error = EndpointError::Bind { address, source };
+        obstacles.push(crate::chain(&error));
+    }
+    obstacles
+}
+
+fn state_obstacles(config: &Config) -> Vec<String> {
+    let mut obstacles = Vec::new();
     obstacles.extend(directory("state", &config.state));
-    if is_locked {
+    if is_locked(&config.state.join("lock")) {
         obstacles.push(format!(
             "state: another master runs on {}, and one at a time may; stop it, or name another directory",
             config.state.display()
         ));
     }
-    let admin = &config.listen.admin;
+    obstacles
+}
+
+fn admin_obstacles(admin: &Path) -> Vec<String> {
+    let mut obstacles = Vec::new();
+    if UnixStream::connect(admin).is_ok() {
+        obstacles.push(format!(
+            "listen.admin: another daemon answers at {}; stop it, or name another path",
+            admin.display()
+        ));
+    }
     obstacles.extend(
         admin
             .parent()
@@ -55,11 +97,6 @@ pub fn obstacles(config: &Config) -> Vec<String> {
             "listen.admin: {} is there and is no socket; remove it, or name another path",
             admin.display()
         ));
-    }
-    let address = config.listen.quic;
-    if let Err(source) = UdpSocket::bind(address) {
-        let error = EndpointError::Bind { address, source };
-        obstacles.push(crate::chain(&error));
     }
     obstacles
 }

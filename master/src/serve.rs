@@ -45,8 +45,9 @@ const REVOKED_LOOK: Duration = Duration::from_secs(1);
 /// How long a stopping daemon waits for a disk that refuses the audit log.
 const DISK_PATIENCE: Duration = Duration::from_secs(5);
 
-/// How long a port that is in use is waited for.
-const PORT_PATIENCE: Duration = Duration::from_secs(3);
+/// How long a port that is in use is waited for: connections that were being made when the endpoint
+/// before it was closed may keep it for three probe timeouts (RFC 9000 section 10.2).
+const PORT_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Manifests of agents that are ahead of this master and wait to be looked at.
 const FORGOTTEN_MAX: usize = 16;
@@ -276,12 +277,25 @@ impl Master {
         // A copy of the key set for `audit verify` on a disk that was taken out.
         let envelope = serde_json::to_vec(keys.envelope()).expect("an envelope serialises");
         let copy = config.state.join("keys.json");
-        durable::write(&copy, &envelope, 0o600).map_err(failed(&copy))?;
+        durable::ensure(&copy, &envelope, 0o600).map_err(failed(&copy))?;
 
+        let records = recorder::load(&agents).map_err(failed(&agents))?;
+        let archive = Archive::open(certificates.clone()).map_err(failed(&certificates))?;
+        let endpoint = bind(&config, server).await?;
+        let address = endpoint
+            .local_addr()
+            .map_err(|source| EndpointError::Bind {
+                address: config.listen.quic,
+                source,
+            })?;
+        let (socket, group) = (&config.listen.admin, &config.listen.admin_group);
+        let listener = Listener::open(config::DAEMON.program, socket, Some(group), kept)?;
+
+        // From here on nothing fails: a start that came to nothing must not leave a task behind that
+        // holds the state directory.
         let (recorder, recorder_thread) = Recorder::start(log, agents.clone());
         let keys = Arc::new(keys);
         let current = pipeline::current(&publisher);
-        let records = recorder::load(&agents).map_err(failed(&agents))?;
         let mut revocations = Revocations::open(
             config.tls.revoked.clone(),
             &config.state,
@@ -311,18 +325,8 @@ impl Master {
             let _ = hub.tell(Event::Revoked(list.clone())).await;
         }
 
-        let endpoint = bind(&config, server).await?;
-        let address = endpoint
-            .local_addr()
-            .map_err(|source| EndpointError::Bind {
-                address: config.listen.quic,
-                source,
-            })?;
-        let archive = Archive::open(certificates.clone()).map_err(failed(&certificates))?;
-        let (socket, group) = (&config.listen.admin, &config.listen.admin_group);
-        let listener = Listener::open(config::DAEMON.program, socket, Some(group), kept)?;
-        recorder
-            .note(Draft {
+        let started = Job {
+            draft: Some(Draft {
                 event: "started".to_owned(),
                 actor: "master".to_owned(),
                 subject: config.fleet.to_string(),
@@ -338,8 +342,10 @@ impl Master {
                     "certificate": own.fingerprint,
                     "certificate_ends": own.not_after,
                 }),
-            })
-            .await;
+            }),
+            ..Job::default()
+        };
+        recorder.write(started).await; // without waiting for the disk, which may be full
         pipeline::recover(&publisher, &recorder).await;
 
         let stop = CancellationToken::new();
@@ -369,13 +375,14 @@ impl Master {
             rejections: Rejections::new(recorder.clone()),
         };
         tasks.spawn(link::serve(endpoint, Arc::new(shared), stop.clone()));
+        let life = Life::default();
         tasks.spawn(watch_revocations(
             revocations,
             recorder.clone(),
             hub.clone(),
+            life.clone(),
             stop.clone(),
         ));
-        let life = Life::default();
         let commands = Commands {
             fleet: config.fleet.clone(),
             hub: hub.clone(),
@@ -387,6 +394,7 @@ impl Master {
             stop: stop.clone(),
             orders: Orders::default(),
             certificate_ends: own.not_after,
+            daemon: (&config).into(),
         };
         let admin = tokio::spawn(admin::serve(listener, commands));
         tracing::info!(%address, fleet = %config.fleet, mirror = %config.mirror.path.display(), "ready");
@@ -522,9 +530,11 @@ async fn watch_revocations(
     mut revocations: Revocations,
     recorder: Recorder,
     hub: Hub,
+    life: Life,
     stop: CancellationToken,
 ) {
     loop {
+        life.revocations_are(revocations.alarm());
         tokio::select! {
             biased;
             () = stop.cancelled() => return,

@@ -298,7 +298,7 @@ impl Store {
         let path = self.directory.join(name);
         let mut json = serde_json::to_vec_pretty(record).expect("our own records serialise");
         json.push(b'\n');
-        durable::write(&path, &json, 0o640).map_err(io_error("write", &path))
+        durable::ensure(&path, &json, 0o640).map_err(io_error("write", &path))
     }
 
     /// Reads a record of ours; `None` if it was never written.

@@ -330,7 +330,7 @@ fn scan(stage: &Stage<'_>, sample: &mirror::Sample, expected: &str) -> anyhow::R
     Ok(())
 }
 
-fn mend(stage: &Stage<'_>, mirror: &Mirror) -> anyhow::Result<()> {
+fn mend(stage: &mut Stage<'_>, mirror: &Mirror) -> anyhow::Result<()> {
     let screen = stage.screen();
     screen.heading("Two hosts are broken: one mends itself, one is mended by force-sync")?;
     let file = mirror.file();

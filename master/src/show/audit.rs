@@ -35,6 +35,10 @@ pub(crate) fn since(text: &str, now: Timestamp) -> Result<Timestamp, String> {
 pub(crate) struct Records {
     json: bool,
     table: Stream,
+    /// Whether the daemon has said anything yet.
+    begun: bool,
+    /// The number of the last record that was shown.
+    last: Option<u64>,
 }
 
 impl Records {
@@ -50,16 +54,38 @@ impl Records {
             ("actor", 18),
             ("detail", 0),
         ]);
-        Self { json, table }
+        Self {
+            json,
+            table,
+            begun: false,
+            last: None,
+        }
+    }
+
+    pub(crate) fn begun(&self) -> bool {
+        self.begun
+    }
+
+    pub(crate) fn last(&self) -> Option<u64> {
+        self.last
     }
 
     /// Prints a piece of the log, or says on stderr what there is to say of it.
     pub(crate) fn show(&mut self, piece: &Value) {
         if let Some(word) = piece.as_str() {
-            eprintln!("{word}");
+            if !self.begun {
+                eprintln!("{word}");
+            }
+            self.begun = true;
             return;
         }
+        self.begun = true;
         let records = piece.as_array().into_iter().flatten();
+        let last = records
+            .clone()
+            .filter_map(|record| record["seq"].as_u64())
+            .max();
+        self.last = self.last.max(last);
         if self.json {
             records.for_each(|record| say!("{record}"));
             return;
