@@ -42,6 +42,8 @@ pub enum Depth {
     Touched,
     /// Every byte. Damage that changes neither size nor time is found by nothing else.
     Full,
+    /// Every byte, and at once: an operator waits for it.
+    Ordered,
 }
 
 /// After an event the directory must be quiet for this long: a file that is being written in place
@@ -210,6 +212,16 @@ impl Guard {
         };
         let drift = self.wrong.values().filter_map(drift);
         drift.take(DRIFT_MAX).collect()
+    }
+
+    /// Takes note of what an ordered look found before the install that will put it right.
+    pub fn learn(&mut self, wrong: Vec<Sighting>, now: Instant) {
+        if !wrong.is_empty() {
+            self.since.get_or_insert(now);
+        }
+        for sighting in wrong {
+            self.wrong.insert(sighting.name.clone(), sighting);
+        }
     }
 
     /// When the first of them was found.

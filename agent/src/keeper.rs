@@ -40,7 +40,7 @@ use crate::clamd::Prover;
 use crate::config::Stale;
 use crate::drift::{Depth, Event as GuardEvent, Guard, Updater, Watch};
 use crate::endpoint::Credentials;
-use crate::install::{Completed, HostFault, Installer, Look, ReceiveError, RepairError};
+use crate::install::{Completed, HostFault, Installer, Look, ReceiveError, RepairError, Sighting};
 use crate::link::{self, Outbox};
 use crate::part::PartReader;
 use crate::receipts::Receipts;
@@ -195,7 +195,8 @@ struct Probing {
 /// What a worker came back with.
 #[derive(Debug)]
 enum Done {
-    Planned(Result<Vec<NeedFile>, HostFault>),
+    /// With what an ordered look found wrong before.
+    Planned(Result<Vec<NeedFile>, HostFault>, Vec<Sighting>),
     Answered(Box<Completed>),
     Received(DatabaseName, Result<(), ReceiveError>),
     Faulted(Box<Completed>, Instant),
@@ -762,7 +763,7 @@ impl Keeper {
                 self.give_way();
                 self.probing.stop.cancel(); // it keeps the installer, for as long as a proof takes
                 self.progress_at = Instant::now() + PROGRESS;
-                let installer = self.installer.clone();
+                let (installer, stop) = (self.installer.clone(), self.stop.clone());
                 self.workers.spawn_blocking(move || {
                     let Job {
                         manifest, rehash, ..
@@ -770,7 +771,13 @@ impl Keeper {
                     if !rehash && let Some(before) = installer.refused_before(manifest) {
                         return Done::Answered(Box::new(before));
                     }
-                    Done::Planned(installer.plan(manifest, *rehash, full || job.full))
+                    let look = rehash.then(|| installer.look(Depth::Ordered, &stop));
+                    let wrong = match look {
+                        Some(Look::Made(wrong)) => wrong,
+                        Some(Look::NotNow | Look::Stopped) | None => Vec::new(),
+                    };
+                    let planned = installer.plan(manifest, *rehash, full || job.full);
+                    Done::Planned(planned, wrong)
                 });
             }
             Action::Need(job) => {
@@ -874,12 +881,14 @@ impl Keeper {
 
     fn done(&mut self, done: Done) {
         match done {
-            Done::Planned(Err(fault)) => {
+            Done::Planned(Err(fault), wrong) => {
+                self.learn(wrong);
                 tracing::warn!(error = chain(&fault), "cannot plan an install");
                 self.trouble = Some(fault);
                 self.slot_event(SlotEvent::PlanFailed);
             }
-            Done::Planned(Ok(needs)) => {
+            Done::Planned(Ok(needs), wrong) => {
+                self.learn(wrong);
                 let missing = needs.iter().map(|need| need.name.clone()).collect();
                 self.needs = needs;
                 // An operator who forces an install does not want it to wait.
@@ -971,7 +980,7 @@ impl Keeper {
             | Done::Inspected(..)
             | Done::Looked
             | Done::Answered(_)
-            | Done::Planned(_)
+            | Done::Planned(..)
             | Done::Received(..) => {}
         }
     }

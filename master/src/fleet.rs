@@ -459,6 +459,12 @@ impl Fleet {
         true
     }
 
+    /// Whether an agent has an offer that it has not answered.
+    pub fn has_offer(&self, name: &AgentName) -> bool {
+        let link = self.agents.get(name).and_then(|agent| agent.link.as_ref());
+        link.is_some_and(|link| link.offer.is_some())
+    }
+
     /// What is to be kept of an agent.
     pub fn record(&self, name: &AgentName) -> Option<&Record> {
         self.agents.get(name).map(|agent| &agent.record)

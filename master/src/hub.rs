@@ -648,12 +648,7 @@ impl Running {
             self.task.recorder.write(job).await;
             return;
         }
-        let current = self
-            .task
-            .current
-            .as_ref()
-            .map(|current| current.manifest.position());
-        if current == Some(receipt.position()) {
+        if !self.task.fleet.has_offer(&receipt.agent) {
             self.forced.remove(&receipt.agent);
         }
         if !self.accepted && matches!(receipt.outcome, Outcome::Live | Outcome::Installed) {

@@ -177,7 +177,7 @@ impl<P: Prove> Shared<P> {
         let read = match depth {
             Depth::Surface => false,
             Depth::Touched => !self.baseline.is_untouched(file, &facts),
-            Depth::Full => true,
+            Depth::Full | Depth::Ordered => true,
         };
         if !read && as_placed {
             // At the surface it is taken as it is, so that what changes from now on is read.

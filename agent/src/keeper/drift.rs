@@ -10,7 +10,7 @@ use serde_json::json;
 use super::{Done, Keeper};
 use crate::chain;
 use crate::drift::{Action, Depth, Event, Policy, Updater};
-use crate::install::{Completed, Look, RepairError};
+use crate::install::{Completed, Look, RepairError, Sighting};
 use crate::status::DriftStatus;
 
 impl Keeper {
@@ -111,6 +111,22 @@ impl Keeper {
             }
             Look::NotNow | Look::Stopped => self.guard_event(Event::NotLooked),
         }
+    }
+
+    /// An operator ordered a look at every byte. The install that follows tells of it.
+    pub(super) fn learn(&mut self, wrong: Vec<Sighting>) {
+        for Sighting {
+            name, found, owner, ..
+        } in &wrong
+        {
+            tracing::warn!(
+                name,
+                ?found,
+                owner,
+                "an installed file was changed; the order mends it"
+            );
+        }
+        self.guard.learn(wrong, std::time::Instant::now());
     }
 
     /// Tells the master, and the host's own logs, what was found. What clamd has in its memory is
