@@ -188,7 +188,7 @@ impl Settings for Raw {
         ("database.drift", "\"repair\" or \"report\""),
         (
             "database.rescan",
-            "a length of time above zero, such as \"1h\"",
+            "a length of time from \"1s\" to \"365d\", such as \"1h\"",
         ),
         (
             "clamd.config",
@@ -246,7 +246,7 @@ impl Config {
         if deadline.is_zero() {
             return Err(wrong(["clamd", "deadline"]));
         }
-        if raw.database.rescan.is_some_and(|span| span.0.is_zero()) {
+        if raw.database.rescan.is_some_and(|span| span.0 < RESCAN_MIN) {
             return Err(wrong(["database", "rescan"]));
         }
         let admin = raw
@@ -303,6 +303,9 @@ const DEADLINE: Duration = Duration::from_secs(300);
 /// `[database] rescan` unless told otherwise: a damaged file is found within the hour, and a guest
 /// reads its databases for ten seconds of it.
 const RESCAN: Duration = Duration::from_secs(3600);
+
+/// Shortest `[database] rescan`: every byte is read, and that often is no rest in between.
+const RESCAN_MIN: Duration = Duration::from_secs(1);
 
 /// `host:port`, where an IPv6 address stands in brackets.
 fn is_host_and_port(text: &str) -> bool {
@@ -444,7 +447,10 @@ splay = "30s"
         ("listen.admin", &["\"\"", "7", "[]"]),
         ("database.path", &["\"\"", "7", "[\"/srv\"]"]),
         ("database.drift", &["\"x\"", "false", "1"]),
-        ("database.rescan", &["\"0s\"", "1", "\"hourly\""]),
+        (
+            "database.rescan",
+            &["\"0s\"", "\"1ms\"", "\"366d\"", "1", "\"hourly\""],
+        ),
         ("clamd.config", &["false", "1", "[]"]),
         (
             "clamd.socket",

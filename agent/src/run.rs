@@ -71,7 +71,10 @@ impl StartError {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Trust(trust::OpenError::State(_)) => exit::FAILED,
-            Self::Trust(_) | Self::Credentials(_) | Self::ClamdConf(_) => exit::USAGE,
+            Self::Trust(_)
+            | Self::Credentials(_)
+            | Self::ClamdConf(_)
+            | Self::Install(HostFault::NoDirectory { .. }) => exit::USAGE,
             Self::State(_)
             | Self::Install(_)
             | Self::Audit(_)

@@ -699,12 +699,26 @@ pub enum CallError {
         source: io::Error,
     },
     /// It hung up before the end.
-    #[error("the daemon at {socket} closed the connection before it answered; its log says why")]
+    #[error(
+        "the daemon at {socket} closed the connection before it answered; its log says why, if it is {program} at all"
+    )]
     Lost {
         /// The socket.
         socket: PathBuf,
+        /// The program that the command means.
+        program: &'static str,
         /// Why.
         source: io::Error,
+    },
+    /// What answers there is none of our daemons.
+    #[error(
+        "{socket} is not the admin socket of a clamcast daemon: something else answers there; --socket takes the admin socket of {program}"
+    )]
+    Stranger {
+        /// The socket.
+        socket: PathBuf,
+        /// The program that the command means.
+        program: &'static str,
     },
     /// It answered something else.
     #[error("the answer of {socket} cannot be understood; are command and daemon of one version?")]
@@ -721,7 +735,7 @@ impl CallError {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Unreachable { .. } | Self::Lost { .. } => exit::UNREACHABLE,
-            Self::NotASocket { .. } => exit::USAGE,
+            Self::NotASocket { .. } | Self::Stranger { .. } => exit::USAGE,
             Self::Forbidden { .. } => exit::REFUSED,
             Self::Answer { .. } => exit::FAILED,
         }
@@ -736,8 +750,10 @@ pub fn call(
     request: &impl Serialize,
     mut on_progress: impl FnMut(Value),
 ) -> Result<Finish, CallError> {
+    let program = daemon.program;
     let lost = |source| CallError::Lost {
         socket: socket.to_owned(),
+        program,
         source,
     };
     let mut stream =
@@ -757,6 +773,11 @@ pub fn call(
             .take(ANSWER_BYTES_MAX)
             .read_until(b'\n', &mut line)
             .map_err(lost)?;
+        // Ours say JSON objects only. What is none of them, another program said.
+        if line.first().is_some_and(|first| *first != b'{') {
+            let socket = socket.to_owned();
+            return Err(CallError::Stranger { socket, program });
+        }
         if line.last() != Some(&b'\n') {
             return Err(lost(
                 sent.err().unwrap_or(io::ErrorKind::UnexpectedEof.into()),
@@ -957,6 +978,32 @@ mod tests {
         let error = answer.unwrap_err();
         assert!(matches!(error, CallError::Lost { .. }), "{error:?}");
         assert_eq!(error.exit_code(), exit::UNREACHABLE);
+    }
+
+    #[test]
+    fn what_another_program_answers_is_wrong_usage() {
+        let check = |answer: &'static [u8], code: u8, says: &str| {
+            let dir = directory();
+            let path = dir.path().join("other.ctl");
+            let other = std::os::unix::net::UnixListener::bind(&path).unwrap();
+            let serving = std::thread::spawn(move || {
+                let (mut stream, _) = other.accept().unwrap();
+                let mut request = String::new();
+                io::BufReader::new(&stream).read_line(&mut request).unwrap();
+                stream.write_all(answer).unwrap();
+            });
+            let error = call(&path, &json!({})).unwrap_err();
+            serving.join().unwrap();
+            assert_eq!(error.exit_code(), code, "{error}");
+            assert!(error.to_string().contains(says), "{error}");
+        };
+        let stranger = "not the admin socket of a clamcast daemon";
+        check(b"UNKNOWN COMMAND\n", exit::USAGE, stranger);
+        check(b"UNKNOWN COMMAND\0", exit::USAGE, stranger);
+        check(b"\n", exit::USAGE, stranger);
+        check(b"", exit::UNREACHABLE, "if it is clamcast-test at all");
+        check(b"{\"exit\":0", exit::UNREACHABLE, "before it answered");
+        check(b"{}\n", exit::FAILED, "of one version");
     }
 
     #[test]

@@ -11,6 +11,7 @@ use std::time::Duration;
 use serde::de::{DeserializeOwned, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use crate::exit;
 use crate::input::{self, InputError};
 
 pub use problem::Problem;
@@ -49,6 +50,16 @@ pub enum ConfigError {
         /// What is wrong there.
         problem: Box<Problem>,
     },
+}
+
+impl ConfigError {
+    /// The exit code of a command that only wants to know what the configuration says.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Read(error) => error.exit_code(),
+            Self::NotText { .. } | Self::Empty { .. } | Self::Content { .. } => exit::USAGE,
+        }
+    }
 }
 
 /// What a configuration file may hold. Its structs are to be `#[serde(deny_unknown_fields)]`.
@@ -171,7 +182,11 @@ impl FilePath {
     }
 }
 
-/// A length of time, written like `"3s"`, `"5m"`, `"1h 30m"`.
+/// Longest length of time. Nothing here is to wait for longer than a certificate counts, and what is
+/// so long could not be added to the time of day.
+pub const SPAN_MAX: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+
+/// A length of time up to [`SPAN_MAX`], written like `"3s"`, `"5m"`, `"1h 30m"`.
 #[derive(Clone, Copy, Debug, Default, Eq, Ord, PartialEq, PartialOrd)]
 pub struct Span(pub Duration);
 
@@ -198,7 +213,8 @@ trait Text: FromStr<Err = ValueError> {
 }
 
 impl Text for Span {
-    const EXPECTED: &'static str = "a length of time such as \"3s\", \"5m\" or \"48h\"";
+    const EXPECTED: &'static str =
+        "a length of time up to \"365d\", such as \"3s\", \"5m\" or \"48h\"";
 }
 
 impl Text for Size {
@@ -221,8 +237,10 @@ impl FromStr for Span {
 
     fn from_str(text: &str) -> Result<Self, ValueError> {
         humantime::parse_duration(text)
+            .ok()
+            .filter(|span| *span <= SPAN_MAX)
             .map(Self)
-            .map_err(|_| wrong::<Self>(text))
+            .ok_or_else(|| wrong::<Self>(text))
     }
 }
 
@@ -393,6 +411,15 @@ mod tests {
         check::<Span>(&["3s", "5m", "1h 30m", "0s", "250ms"]);
         check::<Size>(&["0B", "1B", "64MiB", "500kB", "3GB", "2TiB", "1025B"]);
         check::<Percent>(&["0%", "30%", "100%"]);
+    }
+
+    #[test]
+    fn lengths_of_time_end_at_a_year() {
+        let span = |text: &str| text.parse::<Span>().ok().map(|span| span.0);
+        assert_eq!(span("365d"), Some(SPAN_MAX));
+        for bad in ["365d 1ms", "99999999999d", "106751991167300d", "3"] {
+            assert_eq!(span(bad), None, "{bad}");
+        }
     }
 
     #[test]

@@ -12,6 +12,8 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::OFlag;
 use nix::unistd::{Uid, User};
 
+use crate::exit;
+
 /// A file that an operator named cannot be read.
 #[derive(Debug, thiserror::Error)]
 pub enum InputError {
@@ -71,6 +73,17 @@ pub enum InputError {
         /// Why.
         source: io::Error,
     },
+}
+
+impl InputError {
+    /// The exit code of a command that ends with this: a name that is wrong is wrong usage, a file
+    /// that this user or the disk does not give is a failure.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Missing { .. } | Self::NotAFile { .. } | Self::TooLong { .. } => exit::USAGE,
+            Self::Denied { .. } | Self::Io { .. } => exit::FAILED,
+        }
+    }
 }
 
 /// Reads the file `path`, which `key` names and which has at most `limit` bytes. `origin` is the

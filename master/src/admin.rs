@@ -27,6 +27,7 @@ use crate::pipeline::Pipeline;
 use crate::preflight::Running;
 use crate::publish::{PublishError, Published, Request as PublishRequest};
 use crate::recorder::Recorder;
+use crate::rejections::Rejections;
 use crate::store::Store;
 
 /// Commands served at a time. A waiting `publish` is one of them.
@@ -107,6 +108,20 @@ pub enum Request {
     },
 }
 
+impl Request {
+    /// The command, as it is typed.
+    fn word(&self) -> &'static str {
+        match self {
+            Self::Publish { .. } => "publish",
+            Self::Status => "status",
+            Self::Agents => "agents",
+            Self::Generations => "generations",
+            Self::ForceSync { .. } => "force-sync",
+            Self::AuditShow { .. } => "audit show",
+        }
+    }
+}
+
 /// What commands are answered from.
 #[derive(Clone, Debug)]
 pub struct Commands {
@@ -128,6 +143,8 @@ pub struct Commands {
     pub stop: CancellationToken,
     /// What was ordered.
     pub orders: Orders,
+    /// Notes the commands of those who may give none.
+    pub denials: Arc<Rejections>,
     /// When the master's own certificate ends.
     pub certificate_ends: Timestamp,
     /// Where this daemon is.
@@ -222,6 +239,9 @@ pub async fn serve(mut listener: Listener, commands: Commands) -> Listener {
 impl Commands {
     async fn answer(&self, mut session: Session) -> Result<(), AdminError> {
         if !session.operator.may_act {
+            let request = session.request::<Request>();
+            let command = request.as_ref().map_or("unknown", Request::word);
+            self.denials.denied(&session.operator, command).await;
             let who = session.operator.name.clone();
             let message = format!(
                 "user `{who}` may not command this master; it takes root or a member of its admin_group"

@@ -272,10 +272,13 @@ impl Settings for Raw {
             "mirror.path",
             "a directory such as \"/var/lib/clamav-mirror\"",
         ),
-        ("mirror.quiet", "a length of time such as \"3s\""),
+        (
+            "mirror.quiet",
+            "a length of time up to \"1h\", such as \"3s\"",
+        ),
         (
             "mirror.rescan",
-            "a length of time above zero, such as \"5m\"",
+            "a length of time from \"1s\" to \"1d\", such as \"5m\"",
         ),
         (
             "mirror.require",
@@ -324,7 +327,7 @@ impl Settings for Raw {
         ),
         (
             "signing.fresh",
-            "a length of time of at least \"1m\", such as \"48h\"",
+            "a length of time from \"1m\" to \"365d\", such as \"48h\"",
         ),
         (
             "groups.*",
@@ -349,7 +352,7 @@ impl Settings for Raw {
         ("rollout.rollback_on_halt", "true or false, without quotes"),
         (
             "rollout.deadline",
-            "a length of time above zero, such as \"15m\"",
+            "a length of time above zero and up to \"365d\", such as \"15m\"",
         ),
         (
             "rollout.windows.*",
@@ -366,6 +369,16 @@ const SOCKET_PATH_BYTES_MAX: usize = 107;
 /// Shortest freshness: below it the agents' clocks and a restart of the master would make hosts
 /// stale.
 const FRESH_MIN: Duration = Duration::from_secs(60);
+
+/// Longest quiet: freshclam looks every hour or two, and a mirror that must be quiet for longer than
+/// between two of its runs would never be published.
+const QUIET_MAX: Duration = Duration::from_secs(60 * 60);
+
+/// Shortest time between full looks: each lists the directory, and that often is no rest in between.
+const RESCAN_MIN: Duration = Duration::from_secs(1);
+
+/// Longest: an update whose file event was lost waits for as long, and Talos publishes daily.
+const RESCAN_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Defaults.
 const QUIET: Duration = Duration::from_secs(3);
@@ -418,6 +431,15 @@ impl Config {
             return Err(file.wrong::<Raw>(&["state"], None));
         }
 
+        let quiet = raw.mirror.quiet.map_or(QUIET, |span| span.0);
+        if quiet > QUIET_MAX {
+            return Err(file.wrong::<Raw>(&["mirror", "quiet"], None));
+        }
+        let rescan = raw.mirror.rescan.map_or(RESCAN, |span| span.0);
+        if !(RESCAN_MIN..=RESCAN_MAX).contains(&rescan) {
+            return Err(file.wrong::<Raw>(&["mirror", "rescan"], None));
+        }
+
         let mut without_effect = Vec::new();
         let mut later = |key, written: bool| {
             if written {
@@ -447,8 +469,8 @@ impl Config {
             state,
             mirror: Mirror {
                 path: mirror,
-                quiet: raw.mirror.quiet.map_or(QUIET, |span| span.0),
-                rescan: above_zero(&["mirror", "rescan"], raw.mirror.rescan, RESCAN)?,
+                quiet,
+                rescan,
                 require: raw
                     .mirror
                     .require
@@ -602,9 +624,20 @@ windows = {{ db = ["Mon-Fri 22:00-05:00"] }}
         ("mirror.path", &["\"\"", "7", "[\"/srv\"]"]),
         (
             "mirror.quiet",
-            &["3", "\"3\"", "\"three\"", "\"-3s\"", "[\"3s\"]"],
+            &[
+                "3",
+                "\"3\"",
+                "\"three\"",
+                "\"-3s\"",
+                "[\"3s\"]",
+                "\"61m\"",
+                "\"99999999999d\"",
+            ],
         ),
-        ("mirror.rescan", &["\"0s\"", "5", "\"\"", "true"]),
+        (
+            "mirror.rescan",
+            &["\"0s\"", "\"1ms\"", "\"2d\"", "5", "\"\"", "true"],
+        ),
         (
             "mirror.require",
             &["\"daily\"", "[1]", "true", "[[\"daily\"]]"],

@@ -9,9 +9,10 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 /// Every event that the master records.
-pub const EVENTS: [&str; 19] = [
+pub const EVENTS: [&str; 20] = [
     "alarm",
     "declined",
+    "denied",
     "drift",
     "enrolled",
     "force-sync",

@@ -18,11 +18,12 @@ use clamcast_master::config::{self, Config};
 use clamcast_master::events::{self, AgentPattern, EVENTS};
 use clamcast_master::force::{Meant, Selection};
 use clamcast_master::preflight;
-use clamcast_master::serve::{self, Master};
+use clamcast_master::serve::{self, Master, StartError};
 use clamcast_proto::GroupName;
 use clap::builder::{PossibleValuesParser, TypedValueParser as _};
 use clap::{ArgAction, Args, Parser, Subcommand};
 use jiff::Timestamp;
+use serde::Serialize;
 
 /// Publishes the ClamAV databases of a mirror directory to a fleet of agents, and shows what came
 /// of it on every host.
@@ -65,6 +66,9 @@ enum Command {
         /// The configuration
         #[arg(long, value_name = "FILE", default_value = config::DEFAULT_PATH)]
         config: PathBuf,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
     },
     /// Capture the mirror and publish it now
     ///
@@ -77,7 +81,7 @@ enum Command {
         wait: bool,
         /// Publish also what is held for an operator (a database that shrank); the reason goes into
         /// the audit log
-        #[arg(long, value_name = "REASON")]
+        #[arg(long, value_name = "REASON", value_parser = reason)]
         accept: Option<String>,
         /// Print JSON
         #[arg(long)]
@@ -148,7 +152,7 @@ struct ForceSync {
     #[arg(long, value_name = "N", conflicts_with = "all", requires = "accept")]
     generation: Option<Meant>,
     /// Why, for the audit log
-    #[arg(long, value_name = "REASON")]
+    #[arg(long, value_name = "REASON", value_parser = reason)]
     accept: Option<String>,
     /// Return once the agents are told; exit 1 if one is not connected
     #[arg(long)]
@@ -239,6 +243,14 @@ fn since(text: &str) -> Result<Timestamp, String> {
     show::audit::since(text, Timestamp::now())
 }
 
+/// A reason that tells whoever reads the audit log something.
+fn reason(text: &str) -> Result<String, &'static str> {
+    match text.trim() {
+        "" => Err("expected a few words for the audit log"),
+        text => Ok(text.to_owned()),
+    }
+}
+
 /// Time between two looks of `status --watch`.
 const WATCH: Duration = Duration::from_secs(2);
 
@@ -277,7 +289,7 @@ fn run(cli: Cli) -> Result<(), Exit> {
             runtime.shutdown_background();
             ended
         }
-        Command::CheckConfig { config } => check_config(&config),
+        Command::CheckConfig { config, json } => check_config(&config, json),
         Command::Publish { wait, accept, json } => {
             let progress = show::Progress::new(wait && !json);
             let request = Request::Publish { wait, accept };
@@ -432,34 +444,57 @@ fn load(path: &Path) -> Result<Config, Exit> {
     }
 }
 
+/// What `check-config --json` prints. The keys are for scripts and stay as they are.
+#[derive(Default, Serialize)]
+struct Checked {
+    /// Whether `serve` would start.
+    ok: bool,
+    /// Why it would not.
+    errors: Vec<String>,
+    /// What is probably not meant.
+    doubts: Vec<String>,
+}
+
 /// Everything that `serve` would stumble over, and what is probably not meant. Nothing is changed.
-fn check_config(path: &Path) -> Result<(), Exit> {
-    let config = Config::load(path).or_exit(exit::USAGE)?;
-    let mut errors: Vec<String> = serve::check_files(&config)
-        .iter()
-        .map(|error| clamcast_daemon::chain(error))
-        .collect();
-    errors.extend(preflight::obstacles(&config, running(&config).as_slice()));
-    for error in &errors {
-        say!("error: {error}");
+fn check_config(path: &Path, json: bool) -> Result<(), Exit> {
+    let mut checked = Checked::default();
+    match Config::load(path) {
+        Ok(config) => {
+            let errors = serve::check_files(&config);
+            let errors = errors.iter().map(|error| clamcast_daemon::chain(error));
+            checked.errors.extend(errors);
+            checked
+                .errors
+                .extend(preflight::obstacles(&config, running(&config).as_slice()));
+            let unused = config.without_effect.iter();
+            let unused = unused.map(|key| format!("{key} has no effect in this version"));
+            checked.doubts.extend(unused);
+            let doubts = preflight::doubts(&config, Timestamp::now());
+            checked.doubts.extend(doubts);
+        }
+        Err(error) if json => checked.errors.push(clamcast_daemon::chain(&error)),
+        Err(error) => return Err(Exit::new(exit::USAGE, error)),
     }
-    for key in &config.without_effect {
-        say!("{key} has no effect in this version");
-    }
-    for doubt in preflight::doubts(&config, Timestamp::now()) {
-        say!("doubtful: {doubt}");
-    }
-    match errors.len() {
-        0 => say!("{}: good", path.display()),
-        count => {
-            say!(
-                "{}: `serve` would not start, for {count} error(s)",
-                path.display()
-            );
-            return Err(Exit::quietly(exit::USAGE));
+    checked.ok = checked.errors.is_empty();
+    if json {
+        say!("{:#}", serde_json::to_value(&checked)?);
+    } else {
+        for error in &checked.errors {
+            say!("error: {error}");
+        }
+        for doubt in &checked.doubts {
+            say!("doubtful: {doubt}");
+        }
+        let path = path.display();
+        match checked.errors.len() {
+            0 => say!("{path}: good"),
+            count => say!("{path}: `serve` would not start, for {count} error(s)"),
         }
     }
-    Ok(())
+    match checked.ok {
+        true => Ok(()),
+        false => Err(Exit::quietly(exit::USAGE)),
+    }
 }
 
 /// The master that answers at the configured socket, if one does and this user may ask it.
@@ -485,7 +520,8 @@ fn verify(
             (state, ("--state", keys))
         }
         (None, keys) => {
-            let config = Config::load(config).or_exit(exit::USAGE)?;
+            let config =
+                Config::load(config).map_err(|error| Exit::new(error.exit_code(), error))?;
             let configured = ("signing.keys", config.signing.keys);
             (
                 config.state,
@@ -494,8 +530,33 @@ fn verify(
         }
     };
     let (key, keys) = keys;
-    let keys = serve::load_keys(key, &keys).or_exit(exit::USAGE)?;
+    let keys = serve::load_keys(key, &keys).map_err(|error| {
+        let code = if let StartError::Read(error) = &error {
+            error.exit_code()
+        } else {
+            exit::USAGE
+        };
+        Exit::new(code, error)
+    })?;
     let origin = serve::audit_origin(&keys.fleet);
     let verification = audit::verify(&state.join("audit"), &keys.audit, Some(&origin))?;
     show::audit::verification(&verification, json)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reason_says_something() {
+        assert_eq!(reason(" looked at it "), Ok("looked at it".to_owned()));
+        for line in ["publish --accept", "force-sync web1 --accept"] {
+            for blank in ["", " \t"] {
+                let words = ["clamcast-master"].into_iter().chain(line.split(' '));
+                assert!(Cli::try_parse_from(words.clone().chain(["looked"])).is_ok());
+                let error = Cli::try_parse_from(words.chain([blank])).err().expect(line);
+                assert_eq!(error.exit_code(), i32::from(exit::USAGE));
+            }
+        }
+    }
 }

@@ -1,8 +1,10 @@
-//! Connections that were not let in: each is logged, and the audit log is not flooded.
+//! Connections that were not let in, and commands of users who may not give any: each is logged, and
+//! the audit log is not flooded.
 
 use std::net::SocketAddr;
 use std::sync::Mutex;
 
+use clamcast_daemon::admin::Operator;
 use clamcast_daemon::audit::Draft;
 use jiff::{SignedDuration, Timestamp};
 use serde_json::json;
@@ -62,12 +64,9 @@ impl Rejections {
 
     /// Somebody was not let in.
     pub async fn note(&self, address: SocketAddr, reason: &str) {
-        let admitted = self
-            .window
-            .lock()
-            .expect("nothing panics with it")
-            .admit(Timestamp::now());
-        let Some(unwritten) = admitted else { return };
+        let Some(unwritten) = self.admit() else {
+            return;
+        };
         tracing::warn!(%address, reason, "connection rejected");
         let draft = Draft {
             event: "rejected".to_owned(),
@@ -77,18 +76,65 @@ impl Rejections {
             outcome: None,
             detail: json!({ "reason": reason, "not_logged_before": unwritten }),
         };
-        self.recorder
-            .write(Job {
-                draft: Some(draft),
-                ..Job::default()
-            })
-            .await;
+        self.write(draft).await;
+    }
+
+    /// A user who reached the admin socket gave a command that only operators may give.
+    pub async fn denied(&self, user: &Operator, command: &str) {
+        let Some(unwritten) = self.admit() else {
+            return;
+        };
+        tracing::warn!(%user, login_uid = user.login_uid, command, "command denied");
+        self.write(denial(user, command, unwritten)).await;
+    }
+
+    fn admit(&self) -> Option<u64> {
+        let mut window = self.window.lock().expect("nothing panics with it");
+        window.admit(Timestamp::now())
+    }
+
+    async fn write(&self, draft: Draft) {
+        let draft = Some(draft);
+        let job = Job {
+            draft,
+            ..Job::default()
+        };
+        self.recorder.write(job).await;
+    }
+}
+
+fn denial(user: &Operator, command: &str, unwritten: u64) -> Draft {
+    Draft {
+        event: "denied".to_owned(),
+        actor: user.to_string(),
+        subject: command.to_owned(),
+        position: None,
+        outcome: None,
+        detail: json!({ "login_uid": user.login_uid, "not_logged_before": unwritten }),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_denied_command_is_recorded_with_who_gave_it() {
+        let user = Operator {
+            uid: 1000,
+            name: "mallory".to_owned(),
+            login_uid: Some(7),
+            may_act: false,
+        };
+        let draft = denial(&user, "force-sync", 3);
+        assert!(crate::events::EVENTS.contains(&draft.event.as_str()));
+        assert_eq!(draft.actor, "operator:1000/mallory");
+        assert_eq!(draft.subject, "force-sync");
+        assert_eq!(
+            draft.detail,
+            json!({ "login_uid": 7, "not_logged_before": 3 })
+        );
+    }
 
     #[test]
     fn a_flood_is_counted_and_not_written() {

@@ -384,6 +384,7 @@ impl Master {
             stop.clone(),
         ));
         let commands = Commands {
+            denials: Arc::new(Rejections::new(recorder.clone())),
             fleet: config.fleet.clone(),
             hub: hub.clone(),
             pipeline,

@@ -409,10 +409,19 @@ fn check_config_names_line_and_nearest_key() {
         );
     };
     check(0, "doubtful: mirror.path: ");
+    let json = |ok: bool, list: &str, says: &str| {
+        let config = master.config().to_str().unwrap().to_owned();
+        let output = master.command(&["check-config", "--json", "--config", &config]);
+        let checked: Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(checked["ok"], ok, "{checked}");
+        assert!(checked[list].to_string().contains(says), "{checked}");
+    };
+    json(true, "doubts", "mirror.path: ");
     fs::create_dir_all(fleet.join("mirror")).unwrap();
     check(0, "good");
     master.configure("quiet = \"300ms\"", "quite = \"300ms\"");
     check(2, "did you mean `quiet`?");
+    json(false, "errors", "did you mean `quiet`?");
     master.configure("quite = \"300ms\"", "quiet = \"soon\"");
     check(2, "master.toml:5");
     master.configure("quiet = \"soon\"", "quiet = \"1s\"");

@@ -80,6 +80,7 @@ impl Agent {
             Err(
                 error @ (CallError::Forbidden { .. }
                 | CallError::NotASocket { .. }
+                | CallError::Stranger { .. }
                 | CallError::Lost { .. }
                 | CallError::Answer { .. }),
             ) => Self::Unknown(chain(&error), "run this as root"),

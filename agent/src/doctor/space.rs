@@ -136,13 +136,19 @@ pub(super) fn judge_disk(disk: &Disk, databases: Databases, kept: u64) -> Vec<Fi
     let both = stage + set.saturating_sub(kept);
     let free = disk.free_bytes;
     let found = format!(
-        "{path} has {} free; a new set beside the old one takes {} ({measured}, {} in reserve)",
-        mib(free),
-        mib(both),
+        "{path} has {} free; a new set takes {} ({measured}, {} in reserve), and {} where the old one \
+         is kept beside it",
+        mib_free(free),
+        mib(stage),
         mib(SPACE_RESERVE_BYTES),
+        mib(both),
     );
     findings.push(if free < stage {
-        let advice = format!("make {} more room on that file system", mib(stage - free));
+        let advice = format!(
+            "make {} more room on that file system, better {}",
+            mib(stage - free),
+            mib(both - free)
+        );
         Finding::bad("disk-space", found, advice)
     } else if free < both {
         let advice = format!(
@@ -228,7 +234,7 @@ pub(super) fn judge_state(disk: &Disk) -> Option<Finding> {
         return Some(Finding::bad("disk-space", found, "mount it for writing"));
     }
     (free < SPACE_RESERVE_BYTES).then(|| {
-        let found = format!("{path}, the state directory, has {} free", mib(free));
+        let found = format!("{path}, the state directory, has {} free", mib_free(free));
         Finding::bad(
             "disk-space",
             found,
@@ -331,7 +337,7 @@ pub(super) fn judge_memory(memory: Option<&Memory>, databases: Databases) -> Fin
     let found = format!(
         "{bound} has {} for the second engine that is loaded beside the first at every reload; it \
          takes {} to {}",
-        mib(*available),
+        mib_free(*available),
         mib(least),
         mib(usual)
     );
@@ -346,8 +352,17 @@ pub(super) fn judge_memory(memory: Option<&Memory>, databases: Databases) -> Fin
     }
 }
 
+/// What is needed, rounded up, so that it is enough.
 fn mib(bytes: u64) -> String {
     format!("{} MiB", bytes.div_ceil(1 << 20))
+}
+
+/// What there is, rounded down, so that it is not more than there is.
+fn mib_free(bytes: u64) -> String {
+    match bytes >> 20 {
+        0 => "less than 1 MiB".to_owned(),
+        whole => format!("{whole} MiB"),
+    }
 }
 
 #[cfg(test)]
@@ -387,6 +402,15 @@ mod tests {
         // Nothing there yet: a full set of ClamAV's.
         check_disk(300, 0, 0, "bad disk-space");
         check_disk(620, 0, 0, "good disk-space");
+        // Whoever subtracts gets what the advice says.
+        check_disk(
+            0,
+            0,
+            0,
+            "bad disk-space: /db has less than 1 MiB free; a new set takes 316 MiB (a full set, as \
+             none is here yet, 16 MiB in reserve), and 616 MiB where the old one is kept beside it \
+             -> make 316 MiB more room on that file system, better 616 MiB",
+        );
     }
 
     #[track_caller]
