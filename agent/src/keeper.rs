@@ -18,7 +18,7 @@ use clamcast_proto::dsse::{Envelope, Verified};
 use clamcast_proto::fresh::Freshness;
 use clamcast_proto::keys::KeySetError;
 use clamcast_proto::manifest::Manifest;
-use clamcast_proto::receipt::{Drift, ERROR_BYTES_MAX, Outcome, Receipt};
+use clamcast_proto::receipt::{ClamdState, Drift, ERROR_BYTES_MAX, Outcome, Receipt};
 use clamcast_proto::trust::TrustError;
 use clamcast_proto::wire::{
     FrameError, Hello, NeedFile, Offer, OfferId, Part, Phase, ToAgent, ToMaster, Welcome, close,
@@ -57,6 +57,9 @@ const PROGRESS: Duration = Duration::from_secs(15);
 /// Waits between two looks at a clamd that has not shown the installed set yet.
 const PROBE_FIRST: Duration = Duration::from_secs(1);
 const PROBE_LONGEST: Duration = Duration::from_secs(30);
+
+/// A clamd that was seen with the installed set is asked this often whether it is still there.
+const CLAMD_LOOK: Duration = Duration::from_secs(60);
 
 /// The wall clock is looked at this often: it may have been set.
 const CLOCK_LOOK: Duration = Duration::from_secs(600);
@@ -184,7 +187,7 @@ enum Master {
 
 #[derive(Debug)]
 struct Probing {
-    /// When the next look is due; `None` while one is taken, or none is needed.
+    /// When the next look is due; `None` while one is taken, or an install is under way.
     at: Option<Instant>,
     /// Whether one is taken.
     running: bool,
@@ -923,6 +926,8 @@ impl Keeper {
                 }
                 self.phase = Phase::Idle;
                 self.slot_event(SlotEvent::Installed { fault: false });
+                // Much may have happened to clamd since this host was seen with its set.
+                self.probing.at = self.probing.at.map(|_| Instant::now());
             }
             Done::Looked => {}
             Done::Probed(completed) => {
@@ -1059,11 +1064,18 @@ impl Keeper {
 
     fn schedule_probe(&mut self) {
         let busy = self.slot.phase() == Phase::Swapping || self.repairing.is_some();
-        if busy || !self.is_unproven() {
-            self.probing.at = None;
+        let unproven = self.is_unproven();
+        if busy || !unproven {
             self.probing.backoff.reset();
+        }
+        if busy {
+            self.probing.at = None;
         } else if self.probing.at.is_none() && !self.probing.running {
-            self.probing.at = Some(Instant::now() + self.probing.backoff.next(1.0));
+            let wait = match unproven {
+                true => self.probing.backoff.next(1.0),
+                false => CLAMD_LOOK,
+            };
+            self.probing.at = Some(Instant::now() + wait);
         }
     }
 
@@ -1072,8 +1084,12 @@ impl Keeper {
         self.probing.running = true;
         self.probing.stop = self.stop.child_token();
         let (installer, stop) = (self.installer.clone(), self.probing.stop.clone());
+        let unproven = self.is_unproven();
         self.workers.spawn(async move {
-            let completed = installer.probe_on(stop).await;
+            let completed = match unproven {
+                true => installer.probe_on(stop).await,
+                false => installer.look_at_clamd(stop).await,
+            };
             Done::Probed(completed.map(Box::new))
         });
     }
@@ -1113,7 +1129,9 @@ impl Keeper {
             files: manifest.map_or_else(Vec::new, |manifest| {
                 manifest.files.iter().map(|f| f.name.clone()).collect()
             }),
-            live: outcome == Some(Outcome::Live) && self.guard.wrong().len() == 0,
+            live: outcome == Some(Outcome::Live)
+                && self.guard.wrong().len() == 0
+                && self.prover.report().state != ClamdState::Down,
             outcome: last.map(|last| last.outcome).or(outcome),
             alarm: self
                 .unused_configuration

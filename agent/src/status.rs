@@ -163,17 +163,8 @@ impl Status {
             (_, _, _) => line("installed:", &"nothing yet"),
         }
         if self.generation.is_some() {
-            let live = match (self.live, self.clamd.state, self.clamd.proof) {
-                (true, ClamdState::None, _) => "yes: this host has no clamd by configuration",
-                (true, _, Proof::Canary) => "yes: clamd was seen scanning with it",
-                (true, _, Proof::Version | Proof::None) => "yes: by clamd's VERSION and log",
-                (false, ..) if !self.drift.files.is_empty() => "no: its files were changed",
-                (false, ClamdState::None, _) => {
-                    "no: this host has no clamd by configuration, and the set was not seen whole yet"
-                }
-                (false, ..) => "no: clamd was not seen scanning with it yet",
-            };
-            line("live:", &live);
+            let changed = !self.drift.files.is_empty();
+            line("live:", &is_live(self.live, changed, &self.clamd));
         }
         if let Some(last) = &self.last {
             let LastStatus {
@@ -282,6 +273,23 @@ fn age(from: Timestamp, to: Timestamp) -> String {
     units.join(" ")
 }
 
+/// Whether the installed set is live, and by what.
+fn is_live(live: bool, changed: bool, clamd: &ClamdReport) -> &'static str {
+    match (live, clamd.state, clamd.proof) {
+        (true, ClamdState::None, _) => "yes: this host has no clamd by configuration",
+        (true, _, Proof::Canary) => "yes: clamd was seen scanning with it",
+        (true, _, Proof::Version) => "yes: by clamd's VERSION and log",
+        // Since a start of the agent, or while another set is tried.
+        (true, _, Proof::None) => "yes: by the proof of its install, not repeated since",
+        (false, ClamdState::Down, _) => "no: clamd is not there",
+        (false, ..) if changed => "no: its files were changed",
+        (false, ClamdState::None, _) => {
+            "no: this host has no clamd by configuration, and the set was not seen whole yet"
+        }
+        (false, ..) => "no: clamd was not seen scanning with it yet",
+    }
+}
+
 /// What `verify` found.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Verification {
@@ -368,6 +376,24 @@ impl From<FileCheck> for CheckedFile {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn live_says_by_what_it_is_known() {
+        for (live, state, proof, text) in [
+            (true, ClamdState::Up, Proof::Canary, "seen scanning"),
+            (true, ClamdState::Up, Proof::Version, "VERSION"),
+            (true, ClamdState::Up, Proof::None, "not repeated since"),
+            (false, ClamdState::Down, Proof::Canary, "not there"),
+        ] {
+            let clamd = ClamdReport {
+                state,
+                proof,
+                ..ClamdReport::default()
+            };
+            let said = is_live(live, false, &clamd);
+            assert!(said.contains(text), "{state:?}, {proof:?}: {said}");
+        }
+    }
 
     fn check(found: Result<Option<&[u8]>, &str>) -> Verification {
         let name: DatabaseName = "daily.cld".parse().unwrap();

@@ -251,6 +251,36 @@ fn a_dead_clamd_rolls_nothing_back_and_a_clamd_that_comes_back_is_live() {
 }
 
 #[test]
+fn a_set_is_not_live_while_its_clamd_is_gone() {
+    require!(Clamd);
+    let fleet = Fleet::new();
+    let mirror = fleet.join("mirror");
+    fs::create_dir_all(&mirror).unwrap();
+    finds(1, b"a sample", "Lab.One-1").write(&mirror);
+    let (mut agent, mut clamd) = agent_with_clamd(&fleet, "web1");
+    let mut master = fleet.master(&mirror);
+    master.start();
+    agent.start();
+    master.wait_agent("web1", "installed", |row| row["outcome"] == "installed");
+    clamd.start();
+    master.wait_live("web1", 1);
+    let install = agent.json(&["status"]).unwrap()["install"].clone();
+    // An agent that runs notices it in a minute, one that starts at once.
+    agent.stop();
+    clamd.kill();
+    agent.start();
+    let row = master.wait_agent("web1", "no more live", |row| row["live"] == false);
+    let note = row["clamd"]["note"].as_str().unwrap_or_default();
+    assert!(note.contains("is gone"), "{row}");
+    let status = agent.json(&["status"]).unwrap();
+    assert_eq!(status["live"], false, "{status}");
+    clamd.start();
+    master.wait_live("web1", 1);
+    let status = agent.json(&["status"]).unwrap();
+    assert_eq!(status["install"], install, "seen again without a reload");
+}
+
+#[test]
 fn an_agent_that_was_away_catches_up_and_a_restarted_master_goes_on_with_the_numbering() {
     let fleet = Fleet::new();
     let mirror = fleet.join("mirror");

@@ -19,7 +19,7 @@ use ed25519_dalek::SigningKey;
 use nix::errno::Errno;
 use tokio_util::sync::CancellationToken;
 
-use super::disk::{At, Dir, Disk, Facts, HostDisk, HostFault, Input, Output};
+use super::disk::{At, Dir, Disk, Facts, HostDisk, HostFault, Inode, Input, Output};
 use super::{Completed, Installer, Prove};
 use crate::clamd::Verdict;
 use crate::clamd::proof::{CANARY, GATE, Nonce, canary_number, gate_number};
@@ -106,6 +106,8 @@ struct ShimState {
     /// How to take back changes of names that no sync has made durable, the oldest first.
     undo: Vec<Undo>,
     kept: u64,
+    /// A file that nobody may change, link, rename or remove: `chattr +i`.
+    immutable: Option<Inode>,
 }
 
 /// Takes back one change of a name. File systems with a journal lose the last changes, never one in
@@ -142,6 +144,7 @@ impl Shim {
             unsynced: BTreeSet::new(),
             undo: Vec::new(),
             kept: 0,
+            immutable: None,
         };
         Self {
             disk: Arc::new(disk),
@@ -194,6 +197,19 @@ impl Shim {
         let facts = self.disk.facts(at);
         match facts.is_ok_and(|facts| facts.regular && facts.mode == DENIED_MODE) {
             true => Err(errno.into()),
+            false => Ok(()),
+        }
+    }
+
+    pub(super) fn make_immutable(&self, at: At<'_>) {
+        let inode = self.disk.facts(at).unwrap().inode;
+        self.state.lock().unwrap().immutable = Some(inode);
+    }
+
+    fn may_change(&self, at: At<'_>) -> io::Result<()> {
+        let inode = self.disk.facts(at).ok().map(|facts| facts.inode);
+        match inode.is_some() && inode == self.state.lock().unwrap().immutable {
+            true => Err(Errno::EPERM.into()),
             false => Ok(()),
         }
     }
@@ -330,6 +346,7 @@ impl Disk for Shim {
     fn link(&self, from: At<'_>, to: At<'_>) -> io::Result<()> {
         self.run(Kind::Write, || {
             self.may_use(from, Errno::EPERM)?;
+            self.may_change(from)?;
             self.change(to, Some(None), || self.disk.link(from, to))
         })
     }
@@ -340,6 +357,8 @@ impl Disk for Shim {
 
     fn rename(&self, from: At<'_>, to: At<'_>) -> io::Result<()> {
         self.run(Kind::Write, || {
+            self.may_change(from)?;
+            self.may_change(to)?;
             let inode = |at| self.disk.facts(at).ok().map(|facts| facts.inode);
             if inode(from) == inode(to) {
                 return self.disk.rename(from, to); // which changes nothing
@@ -351,6 +370,7 @@ impl Disk for Shim {
 
     fn remove(&self, at: At<'_>) -> io::Result<()> {
         self.run(Kind::Write, || {
+            self.may_change(at)?;
             self.change(at, None, || self.disk.remove(at))
         })
     }
@@ -453,6 +473,17 @@ impl Prove for FakeClamd {
 
     async fn probe(&self, n: u64) -> Verdict {
         self.look(n)
+    }
+
+    async fn ping(&self) -> ClamdReport {
+        let state = match *self.mood.lock().unwrap() {
+            Mood::Up => ClamdState::Up,
+            Mood::Away => ClamdState::Down,
+        };
+        ClamdReport {
+            state,
+            ..ClamdReport::default()
+        }
     }
 
     fn wants_load_test(&self) -> bool {
@@ -641,6 +672,11 @@ impl Host {
     pub(super) fn probe_on(&self, installer: &FakeInstaller) -> Option<Completed> {
         self.runtime
             .block_on(installer.probe_on(CancellationToken::new()))
+    }
+
+    pub(super) fn look_at_clamd(&self, installer: &FakeInstaller) -> Option<Completed> {
+        self.runtime
+            .block_on(installer.look_at_clamd(CancellationToken::new()))
     }
 
     pub(super) fn repair(&self, installer: &FakeInstaller) -> Result<Option<Completed>, String> {

@@ -45,6 +45,8 @@ pub enum Event {
     },
     /// clamd was asked.
     Judged(Verdict),
+    /// The clamd that was seen with the installed set is gone.
+    Lost(Box<Installed>, ClamdReport),
     /// There is a journal that was not ended: from a crash, or from a disk that failed.
     Resumed {
         /// The journal.
@@ -184,6 +186,24 @@ impl Machine {
                     error: Some(refusal.error.clone()),
                 });
                 vec![Action::Remember(refusal), Action::Clean]
+            }
+            Event::Lost(installed, clamd) => {
+                let journal = Journal {
+                    files: installed.set.files(),
+                    set: installed.set,
+                    install: installed.install,
+                    pass: 1,
+                    passes: 1,
+                    way: Way::Forward,
+                    step: Step::Waiting,
+                    touched: true,
+                    // It is what there is to go back to.
+                    before: Before::default(),
+                    adopt: Vec::new(),
+                    withdraw: Vec::new(),
+                    later: Vec::new(),
+                };
+                self.unproven(Box::new(journal), clamd)
             }
             Event::Resumed { journal, next } => self.resumed(journal, next),
             Event::Done => self.done(),

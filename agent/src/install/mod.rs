@@ -114,6 +114,8 @@ pub trait Prove: Send + Sync + 'static {
     ) -> impl Future<Output = Verdict> + Send;
     /// One look, without a reload.
     fn probe(&self, n: u64) -> impl Future<Output = Verdict> + Send;
+    /// Whether clamd is there. It proves nothing, and leaves no hit in clamd's log.
+    fn ping(&self) -> impl Future<Output = ClamdReport> + Send;
     /// Whether a set is to be loaded with `clamscan` before clamd gets to see it: where clamd stops
     /// scanning to reload, a failed load leaves it dead until it is restarted.
     fn wants_load_test(&self) -> bool;
@@ -136,6 +138,10 @@ impl Prove for Prover {
 
     async fn probe(&self, n: u64) -> Verdict {
         self.probe(n).await
+    }
+
+    async fn ping(&self) -> ClamdReport {
+        self.look().await
     }
 
     fn wants_load_test(&self) -> bool {
@@ -385,6 +391,28 @@ impl<P: Prove> Installer<P> {
             .blocking(guard, move |shared| shared.drive(shared.judged(verdict)))
             .await;
         self.complete(guard, set, next, stop, &|_| ()).await
+    }
+
+    /// Where the outcome is `live`: asks whether clamd is still there. `Some` if it is gone; then
+    /// [`Installer::probe_on`] goes on asking, and sees it with the set when it is back. It gives
+    /// way to an install, and when `stop` fires.
+    pub async fn look_at_clamd(&self, stop: CancellationToken) -> Option<Completed> {
+        let guard = Arc::clone(&self.shared.slot).try_lock_owned();
+        let asked = stop.run_until_cancelled(self.shared.prover.ping()).await;
+        let (guard, report) = (guard.ok()?, asked?);
+        let live = |installed: &Installed| installed.outcome == Outcome::Live;
+        let installed = self.installed().filter(live)?;
+        if report.state != ClamdState::Down || lock(&self.shared.machine).journal().is_some() {
+            return None;
+        }
+        let why = report.note.as_deref().unwrap_or("it does not listen");
+        let note = Some(format!("clamd was seen with this set and is gone: {why}"));
+        let event = Event::Lost(Box::new(installed.clone()), ClamdReport { note, ..report });
+        let (guard, next) = self
+            .blocking(guard, move |shared| shared.drive(event))
+            .await;
+        self.complete(guard, installed.set, next, stop, &|_| ())
+            .await
     }
 
     /// Compares the directory with the installed manifest, reading every byte. Blocking.

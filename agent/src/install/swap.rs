@@ -323,27 +323,58 @@ impl Swap<'_> {
         if forward {
             self.fill_previous(&journal.before)?;
         }
+        if !forward {
+            return self.go_back(journal).map_err(touched);
+        }
         for file in &journal.files {
             self.must_be_staged(file)?;
         }
         self.tree.sync_dir(Dir::Stage)?;
-        if forward {
-            self.prepare_proof(journal.install)?;
-            self.adopt(&journal.adopt)?;
-            self.move_away(journal).map_err(touched)?;
+        self.prepare_proof(journal.install)?;
+        self.adopt(&journal.adopt)?;
+        self.move_away(journal).map_err(touched)?;
+        for file in signatures_first(&journal.files) {
+            self.place(file).map_err(touched)?;
         }
-        self.place(&journal.files).map_err(touched)?;
-        if !forward {
-            self.move_back(&journal.before.moved).map_err(touched)?;
-        }
-        self.remove(&journal.withdraw).map_err(touched)?;
-        if !forward {
-            // The old set comes first: it needs no room, and these two may find none.
-            self.prepare_proof(journal.install).map_err(touched)?;
+        for name in &journal.withdraw {
+            self.withdraw(name).map_err(touched)?;
         }
         self.show_proof().map_err(touched)?;
         self.tree.sync_dir(Dir::Databases).map_err(touched)?;
         self.fill_current(&journal.files).map_err(touched)
+    }
+
+    /// The way back: whatever cannot be restored, everything else is, before it fails.
+    fn go_back(&self, journal: &Journal) -> Result<(), HostFault> {
+        let mut restored = Ok(());
+        let mut also = |done: Result<(), HostFault>| {
+            if let Err(fault) = &done {
+                tracing::error!(error = crate::chain(fault), "on the way back");
+            }
+            if restored.is_ok() {
+                restored = done;
+            }
+        };
+        for file in &journal.files {
+            also(self.must_be_staged(file));
+        }
+        also(self.tree.sync_dir(Dir::Stage));
+        for file in signatures_first(&journal.files) {
+            also(self.place(file));
+        }
+        // In reverse: what the set has no file for comes back first, beside the whole set.
+        for moved in journal.before.moved.iter().rev() {
+            also(self.move_back(moved));
+        }
+        for name in &journal.withdraw {
+            also(self.withdraw(name));
+        }
+        restored?;
+        // The old set comes first: it needs no room, and these two may find none.
+        self.prepare_proof(journal.install)?;
+        self.show_proof()?;
+        self.tree.sync_dir(Dir::Databases)?;
+        self.fill_current(&journal.files)
     }
 
     /// Puts only the next canary and gate in place.
@@ -451,15 +482,10 @@ impl Swap<'_> {
         self.tree.sync_dir(Dir::Adopted)
     }
 
-    /// Detached signatures before the containers that they belong to.
-    fn place(&self, files: &[FileState]) -> Result<(), HostFault> {
-        let signs = |file: &&FileState| file.name.kind() == DatabaseKind::Sign;
-        let (first, then): (Vec<_>, Vec<_>) = files.iter().partition(signs);
-        for file in first.into_iter().chain(then) {
-            self.move_directory_away(&file.name)?;
-            self.link_over(file, At(Dir::Databases, file.name.as_str()))?;
-        }
-        Ok(())
+    /// Gives a staged file its name in the database directory.
+    fn place(&self, file: &FileState) -> Result<(), HostFault> {
+        self.move_directory_away(&file.name)?;
+        self.link_over(file, At(Dir::Databases, file.name.as_str()))
     }
 
     /// A file cannot be renamed over a directory. Whoever made one in the place of a database finds
@@ -489,30 +515,26 @@ impl Swap<'_> {
         self.tree.sync_dir(Dir::Adopted)
     }
 
-    /// In reverse: what the set has no file for comes back first, beside the whole set.
-    fn move_back(&self, moved: &[Moved]) -> Result<(), HostFault> {
-        for moved in moved.iter().rev() {
-            let (there, kept) = places_of(moved);
-            if self.tree.facts(kept)?.is_some() {
-                self.tree.rename(kept, there)?;
-                // A rename between two names of one file leaves both.
-                self.tree.remove(kept)?;
-            }
+    fn move_back(&self, moved: &Moved) -> Result<(), HostFault> {
+        let (there, kept) = places_of(moved);
+        if self.tree.facts(kept)?.is_some() {
+            self.tree.rename(kept, there)?;
+            // A rename between two names of one file leaves both.
+            self.tree.remove(kept)?;
         }
         Ok(())
     }
 
-    /// Takes names away; `previous/` holds what stood there.
-    fn remove(&self, names: &[DatabaseName]) -> Result<(), HostFault> {
-        for name in names {
-            self.tree.remove(At(Dir::Databases, name.as_str()))?;
-        }
-        Ok(())
+    /// Takes a name away; `previous/` or `adopted/` holds what stood there.
+    fn withdraw(&self, name: &DatabaseName) -> Result<(), HostFault> {
+        self.tree.remove(At(Dir::Databases, name.as_str()))
     }
 
     /// Removes the old forms once the new ones are live.
     pub(super) fn remove_later(&self, journal: &Journal) -> Result<(), HostFault> {
-        self.remove(&journal.later)?;
+        for name in &journal.later {
+            self.withdraw(name)?;
+        }
         self.tree.sync_dir(Dir::Databases)
     }
 
@@ -584,6 +606,13 @@ impl Swap<'_> {
         }
         Ok(foreign)
     }
+}
+
+/// Detached signatures before the containers that they belong to.
+fn signatures_first(files: &[FileState]) -> impl Iterator<Item = &FileState> {
+    let signs = |file: &&FileState| file.name.kind() == DatabaseKind::Sign;
+    let (first, then): (Vec<_>, Vec<_>) = files.iter().partition(signs);
+    first.into_iter().chain(then)
 }
 
 /// Where it stands, and where it is kept.

@@ -91,6 +91,29 @@ fn an_outranked_old_form_stays_until_the_proof() {
 }
 
 #[test]
+fn a_set_is_not_live_in_a_clamd_that_is_gone_until_it_is_back() {
+    let host = Host::with(1, "daily.cld@1=one");
+    let installer = host.start();
+    let number = host.canary();
+    assert!(host.look_at_clamd(&installer).is_none(), "clamd is there");
+    mood(&host, Mood::Away);
+    let completed = host.look_at_clamd(&installer).unwrap();
+    assert_eq!(completed.outcome, Outcome::Installed);
+    let error = completed.error.unwrap();
+    assert!(error.contains("is gone"), "{error}");
+    assert!(installer.waits_for_clamd());
+    assert_eq!(installer.installed().unwrap().outcome, Outcome::Installed);
+    assert!(host.look_at_clamd(&installer).is_none(), "it is told once");
+    mood(&host, Mood::Up);
+    let completed = host.probe_on(&installer).unwrap();
+    assert_eq!(
+        (completed.outcome, completed.install),
+        (Outcome::Live, number)
+    );
+    assert!(!installer.waits_for_clamd());
+}
+
+#[test]
 fn an_old_form_that_would_win_goes_before_the_proof() {
     let new = "daily.cvd@2=two";
     check("daily.cld@3=three", "", new, Outcome::Live, new);
@@ -179,6 +202,20 @@ fn a_refused_first_set_goes_where_clamd_had_a_database_of_others() {
     let error = completed.error.unwrap();
     assert!(error.contains("the previous set is back"), "{error}");
     assert!(host.start().installed().is_none());
+}
+
+#[test]
+fn what_cannot_be_restored_keeps_nothing_else_from_it() {
+    let host = Host::with(1, "b.ndb=one c.ndb=one");
+    let shim = host.shim(Fault::None);
+    let (installer, _) = host.start_on(shim.clone()).unwrap();
+    shim.make_immutable(At(Dir::Databases, "b.ndb"));
+    let new = "a.ndb=two b.ndb=two c.ndb=two";
+    let completed = host.take(&installer, &manifest(2, new), new).unwrap();
+    assert_eq!(completed.outcome, Outcome::HostFault);
+    let error = completed.error.unwrap();
+    assert!(error.contains("is not back yet"), "{error}");
+    assert_eq!(host.there(), set("b.ndb=one c.ndb=one"));
 }
 
 #[test]
