@@ -16,7 +16,7 @@ use crate::fleet::{OFFERED, Row};
 
 /// Bytes of names that one record of the audit log lists: a fleet of thousands, and far below what
 /// fits a line.
-const NAMES_BYTES_MAX: usize = 400_000;
+const NAMES_BYTES_MAX: usize = 300_000;
 
 /// Bytes of reasons, and of what was mended, that one record lists: enough to see what went wrong;
 /// each host's own receipt has the rest.
@@ -485,7 +485,9 @@ mod tests {
                 answered: number(),
             }
         };
-        text.split('|').map(str::trim).map(row).collect()
+        let mut rows: Vec<_> = text.split('|').map(str::trim).map(row).collect();
+        rows.sort_by(|one, other| one.name.cmp(&other.name));
+        rows
     }
 
     fn select(names: &[&str], groups: &[&str], all: bool) -> String {
@@ -576,7 +578,7 @@ mod tests {
             names.into_iter().zip([5, 6].map(OfferId)).collect()
         };
         let (mut work, _) = Work::new(offers(), vec![]);
-        work.look(&rows("web1 dmz idle 5 | web2 dmz fetching 6"));
+        work.look(&rows("web1 dmz offered 5 | web2 dmz fetching 6"));
         assert_eq!(news(&work.time_out()), "web1 = no answer, web2 = timeout");
         let (mut work, _) = Work::new(offers(), vec![]);
         work.look(&rows("web1 dmz live - 5 | web2 dmz proving 6"));
@@ -605,7 +607,7 @@ mod tests {
         );
         for record in [ordered, ended] {
             let bytes = record.to_string().len();
-            assert!((300_000..600_000).contains(&bytes), "{bytes}");
+            assert!((300_000..900_000).contains(&bytes), "{bytes}");
         }
     }
 

@@ -615,11 +615,8 @@ mod tests {
         let no_text = "master.toml:2: not a text in UTF-8; is it a configuration file?";
         checked(b"fleet = 'x'\n\xff", no_text);
         checked(b"fleet = 'x'\n\0\0\0", no_text);
-        check("", " is empty; the example in the README is a beginning");
-        check(
-            " \n\n",
-            " is empty; the example in the README is a beginning",
-        );
+        check("", " is empty; is it the right file?");
+        check(" \n\n", " is empty; is it the right file?");
     }
 
     #[test]
