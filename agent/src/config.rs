@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use clamcast_daemon::admin::Daemon;
+use clamcast_daemon::admin::{Daemon, PATH_BYTES_MAX};
 use clamcast_daemon::config::{ConfigError, File, FilePath, Settings, Span, beside, overlap};
 use serde::Deserialize;
 
@@ -210,9 +210,6 @@ impl Settings for Raw {
     ];
 }
 
-/// Longest path of a Unix socket in bytes (`sun_path` of unix(7), without the byte that ends it).
-const SOCKET_PATH_BYTES_MAX: usize = 107;
-
 impl Config {
     /// Reads and checks the file.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
@@ -253,7 +250,7 @@ impl Config {
             .listen
             .admin
             .map_or_else(|| DEFAULT_SOCKET.into(), beside);
-        if admin.as_os_str().len() > SOCKET_PATH_BYTES_MAX {
+        if admin.as_os_str().len() > PATH_BYTES_MAX {
             return Err(wrong(["listen", "admin"]));
         }
 

@@ -34,7 +34,11 @@ use tokio::task::{AbortHandle, JoinSet, spawn_blocking};
 use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 
+use crate::input::this_user;
 use crate::{chain, durable, exit};
+
+/// Longest path of the socket in bytes (`sun_path` of unix(7), without the byte that ends it).
+pub const PATH_BYTES_MAX: usize = 107;
 
 /// Longest request in bytes, newline included: a `force-sync` that names hundreds of agents fits.
 pub const REQUEST_BYTES_MAX: u64 = 64 << 10;
@@ -534,7 +538,7 @@ fn remove_stale(path: &Path) -> Result<(), AdminError> {
 
 /// Lets the group use the socket.
 fn give_to_group(path: &Path, name: &str) -> Option<Gid> {
-    let own = || match name_of(Uid::effective()) {
+    let own = || match this_user() {
         own if own == "root" => "only root may act".to_owned(),
         own => format!("only root and the daemon's own user `{own}` may act"),
     };
@@ -577,12 +581,6 @@ impl Operator {
             may_act: may_act(uid, &groups, Uid::effective(), admins),
         }
     }
-}
-
-/// The name of a user, or the number again.
-fn name_of(uid: Uid) -> String {
-    let user = User::from_uid(uid).ok().flatten();
-    user.map_or_else(|| uid.to_string(), |user| user.name)
 }
 
 /// Who may give orders: root, the daemon's own user, and members of the admin group.

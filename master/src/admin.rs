@@ -24,7 +24,7 @@ use crate::fleet::{AWAY, Row};
 use crate::force::{self, INTERRUPTED, Meant, News, Selection, Work};
 use crate::hub::{Event, Hub, Stopping, View};
 use crate::pipeline::Pipeline;
-use crate::preflight::Running;
+use crate::preflight::{CERTIFICATE_ENDS_SOON, Running};
 use crate::publish::{PublishError, Published, Request as PublishRequest};
 use crate::recorder::Recorder;
 use crate::rejections::Rejections;
@@ -54,9 +54,6 @@ const SIGNATURES_OLD: SignedDuration = SignedDuration::from_hours(24);
 
 /// Signatures older than this break the rule that auditors apply.
 const SIGNATURES_AUDITED: SignedDuration = SignedDuration::from_hours(7 * 24);
-
-/// A certificate that ends within this time is named.
-const CERTIFICATE_SOON: SignedDuration = SignedDuration::from_hours(30 * 24);
 
 /// Time between looks for new records by `audit show --follow`.
 const FOLLOW: Duration = Duration::from_millis(300);
@@ -522,7 +519,7 @@ impl Commands {
             })
         });
         fields.insert("lagging".to_owned(), lagging.collect());
-        let soon = |ends: Timestamp| ends.duration_since(now) < CERTIFICATE_SOON;
+        let soon = |ends: Timestamp| ends.duration_since(now) < CERTIFICATE_ENDS_SOON;
         let own = soon(self.certificate_ends)
             .then(|| json!({ "name": "master", "ends": self.certificate_ends }));
         let agents = view.rows.iter().filter(|row| soon(row.certificate_ends));

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use clamcast_daemon::admin::Daemon;
+use clamcast_daemon::admin::{Daemon, PATH_BYTES_MAX};
 use clamcast_daemon::config::{
     ConfigError, File, FilePath, Percent, Settings, Size, Span, overlap,
 };
@@ -363,9 +363,6 @@ impl Settings for Raw {
 
 const PERCENT: &str = "a whole percentage from \"0%\" to \"100%\"";
 
-/// Longest path of a Unix socket in bytes (`sun_path` of unix(7), without the byte that ends it).
-const SOCKET_PATH_BYTES_MAX: usize = 107;
-
 /// Shortest freshness: below it the agents' clocks and a restart of the master would make hosts
 /// stale.
 const FRESH_MIN: Duration = Duration::from_secs(60);
@@ -421,7 +418,7 @@ impl Config {
             .listen
             .admin
             .map_or_else(|| DEFAULT_SOCKET.into(), beside);
-        if admin.as_os_str().len() > SOCKET_PATH_BYTES_MAX {
+        if admin.as_os_str().len() > PATH_BYTES_MAX {
             return Err(file.wrong::<Raw>(&["listen", "admin"], None));
         }
 

@@ -20,7 +20,7 @@ use crate::endpoint::{self, EndpointError};
 use crate::revoked;
 
 /// A certificate that ends sooner than this is to be renewed.
-const ENDS_SOON: SignedDuration = SignedDuration::from_hours(30 * 24);
+pub const CERTIFICATE_ENDS_SOON: SignedDuration = SignedDuration::from_hours(30 * 24);
 
 /// Where a master that runs has its state and listens: these are taken by it, and good.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
@@ -247,7 +247,7 @@ fn date_doubt(
         Some(format!(
             "{key}: {path} ran out at {ends}, so no agent can connect; {next}, or set this host's clock"
         ))
-    } else if ends.duration_since(now) < ENDS_SOON {
+    } else if ends.duration_since(now) < CERTIFICATE_ENDS_SOON {
         Some(format!("{key}: {path} runs out at {ends}; {next}"))
     } else {
         None

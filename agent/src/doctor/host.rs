@@ -9,7 +9,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
-use clamcast_daemon::input;
+use clamcast_daemon::input::{self, user_name};
 use nix::unistd::{Gid, Uid, getegid, geteuid, getgrouplist, getgroups};
 
 /// Largest file of the system's that is read, in bytes. A crontab, unit or profile has a few kB.
@@ -101,7 +101,7 @@ pub struct Process {
 
 impl fmt::Display for Process {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let user = user_name(self.uid);
+        let user = user_name(Uid::from_raw(self.uid));
         write!(f, "{} (pid {}, user {user})", self.name, self.pid)
     }
 }
@@ -148,7 +148,7 @@ impl User {
         let uid = geteuid().as_raw();
         let gids = getgroups().unwrap_or_default().into_iter();
         Self {
-            name: user_name(uid),
+            name: user_name(Uid::from_raw(uid)),
             uid,
             gids: gids.chain([getegid()]).map(Gid::as_raw).collect(),
         }
@@ -203,7 +203,7 @@ impl Node {
 
     /// Its owner's name.
     pub(super) fn owner(&self) -> String {
-        user_name(self.uid)
+        user_name(Uid::from_raw(self.uid))
     }
 
     /// Its group's name.
@@ -218,14 +218,6 @@ impl Node {
     /// `OWNER:GROUP MODE`.
     pub(super) fn rights(&self) -> String {
         format!("{}:{} {:04o}", self.owner(), self.group(), self.mode)
-    }
-}
-
-/// The name of a user, or its number.
-pub(super) fn user_name(uid: u32) -> String {
-    match nix::unistd::User::from_uid(Uid::from_raw(uid)) {
-        Ok(Some(user)) => user.name,
-        Ok(None) | Err(_) => uid.to_string(),
     }
 }
 

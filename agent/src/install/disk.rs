@@ -15,12 +15,13 @@ use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 
+use clamcast_daemon::input::{this_user, user_name};
 use clamcast_proto::Digest;
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, openat, renameat};
 use nix::sys::stat::{FchmodatFlags, FileStat, Mode, SFlag, fchmodat, fstat, fstatat, mkdirat};
 use nix::sys::statvfs::fstatvfs;
-use nix::unistd::{Uid, UnlinkatFlags, User, geteuid, linkat, unlinkat};
+use nix::unistd::{Uid, UnlinkatFlags, geteuid, linkat, unlinkat};
 use sha2::{Digest as _, Sha256};
 
 /// Permissions of a database: clamd runs as another user and silently leaves out a daily database
@@ -334,7 +335,7 @@ impl Open {
 }
 
 fn open_all(database: &Path, state: &Path) -> Result<Open, HostFault> {
-    let user = user_name(geteuid());
+    let user = this_user();
     let databases = open_directory(database, &user)?;
     let hidden_path = database.join(HIDDEN);
     let hidden = hidden_directory(&databases, HIDDEN, &hidden_path, &user)
@@ -417,18 +418,6 @@ mod libc_errno {
     pub(super) const EPERM: i32 = Errno::EPERM as i32;
     pub(super) const EIO: i32 = Errno::EIO as i32;
     pub(super) const EACCES: i32 = Errno::EACCES as i32;
-}
-
-fn user_name(uid: Uid) -> String {
-    match User::from_uid(uid) {
-        Ok(Some(user)) => user.name,
-        Ok(None) | Err(_) => uid.to_string(),
-    }
-}
-
-/// The name of a user, or its number.
-pub(super) fn user_name_of(uid: u32) -> String {
-    user_name(Uid::from_raw(uid))
 }
 
 pub(super) fn io_fault(doing: &'static str, path: &Path, source: io::Error) -> HostFault {

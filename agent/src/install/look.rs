@@ -11,14 +11,15 @@ use std::sync::Mutex;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use clamcast_daemon::input::user_name;
 use clamcast_proto::receipt::{FileState, Found};
 use clamcast_proto::{DatabaseName, Digest};
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
-use nix::unistd::geteuid;
+use nix::unistd::{Uid, geteuid};
 use sha2::{Digest as _, Sha256};
 use tokio_util::sync::CancellationToken;
 
-use super::disk::{At, DATABASE_MODE, Dir, Facts, Input, Tree, user_name_of};
+use super::disk::{At, DATABASE_MODE, Dir, Facts, Input, Tree};
 use super::journal::Step;
 use super::{Prove, Shared, lock};
 use crate::clamd::proof::{CANARY, GATE, canary, gate};
@@ -164,7 +165,7 @@ impl<P: Prove> Shared<P> {
             return Ok(sighting(Found::Missing, None, None));
         };
         let ours = facts.owner == geteuid().as_raw();
-        let owner = (!ours).then(|| user_name_of(facts.owner));
+        let owner = (!ours).then(|| user_name(Uid::from_raw(facts.owner)));
         if !facts.regular {
             return Ok(sighting(Found::Changed, None, owner));
         }
