@@ -7,7 +7,6 @@
 //! mean is decided by functions without effects, the `judge` ones.
 
 mod confinement;
-mod host;
 mod identity;
 mod master;
 mod rights;
@@ -25,9 +24,9 @@ use serde::Serialize;
 
 use crate::clamd::{Address, Settings, running_pid};
 use crate::config::{Config, DEFAULT_PATH};
+use crate::host::{Host, Node, Process, User};
 use crate::trust;
 
-pub use host::{Host, Process, User};
 pub use updaters::Signs;
 
 /// The agent's user where nothing says otherwise: that of the unit in the package.
@@ -182,7 +181,7 @@ pub fn agents_user(
     if let Some(name) = name {
         return User::named(&name).ok_or(UserError::Nobody(name));
     }
-    let owner = host::Node::at(&config.state).map(|node| User::numbered(node.uid));
+    let owner = Node::at(&config.state).map(|node| User::numbered(node.uid));
     Ok(owner.unwrap_or_else(|_| User::this()))
 }
 

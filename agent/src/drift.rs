@@ -15,11 +15,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::backoff::Backoff;
 use crate::install::Sighting;
+use crate::updater::Updater;
 
-pub mod updater;
 mod watch;
 
-pub use updater::Updater;
 pub use watch::Watch;
 
 /// What is done about a changed file.

@@ -38,7 +38,7 @@ use crate::backoff::Backoff;
 use crate::chain;
 use crate::clamd::Prover;
 use crate::config::Stale;
-use crate::drift::{Depth, Event as GuardEvent, Guard, Updater, Watch};
+use crate::drift::{Depth, Event as GuardEvent, Guard, Watch};
 use crate::endpoint::Credentials;
 use crate::install::{Completed, HostFault, Installer, Look, ReceiveError, RepairError, Sighting};
 use crate::link::{self, Outbox};
@@ -48,6 +48,7 @@ use crate::slot::{Action, Ending, Event as SlotEvent, Slot, Work};
 use crate::state::{self, State, StateError};
 use crate::status::{LastStatus, MasterStatus, Status};
 use crate::trust::{RefusedKeys, TrustStore};
+use crate::updater::Updater;
 
 mod drift;
 

@@ -8,6 +8,7 @@ pub mod config;
 pub mod doctor;
 pub mod drift;
 pub mod endpoint;
+pub mod host;
 pub mod install;
 pub mod keeper;
 pub mod link;
@@ -18,5 +19,6 @@ pub mod slot;
 pub mod state;
 pub mod status;
 pub mod trust;
+pub mod updater;
 
 use clamcast_daemon::chain;

@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use clamcast_agent::admin::Request;
 use clamcast_agent::config::{self, Config};
-use clamcast_agent::doctor::{self, Host, Inventory};
+use clamcast_agent::doctor::{self, Inventory};
+use clamcast_agent::host::Host;
 use clamcast_agent::run::{self, Agent};
 use clamcast_agent::status::{Status, Verification};
 use clamcast_daemon::admin::{self, Finish, Listener};

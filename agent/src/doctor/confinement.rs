@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::Finding;
-use super::host::Host;
+use crate::host::Host;
 
 /// The directory that distributions have rules for.
 const USUAL: &str = "/var/lib/clamav";

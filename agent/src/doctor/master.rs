@@ -16,11 +16,11 @@ use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 
 use super::Finding;
-use super::host::Process;
 use crate::admin::Request;
 use crate::chain;
 use crate::config::{Config, DAEMON};
 use crate::endpoint::{self, Credentials, Knock};
+use crate::host::Process;
 use crate::keeper::CLOCK_SKEW_SECS_MAX;
 use crate::link;
 use crate::status::Status;

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::Finding;
-use super::host::{Node, User};
+use crate::host::{Node, User};
 use crate::install::HIDDEN;
 
 /// Paths whose rights are judged, as they were found. An error is a text.

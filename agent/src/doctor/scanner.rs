@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 use clamcast_daemon::input::{self, InputError};
 
 use super::Finding;
-use super::host::{Host, Node, User};
 use crate::chain;
 use crate::clamd::{Address, Clamd, ClamdConf, ClamdError, ProofBy, Reload, Settings, running_pid};
 use crate::config::ClamdConfFile;
+use crate::host::{Host, Node, User};
 
 /// What clamd says instead of a version once a failed load has left it without an engine.
 const NO_ENGINE: &str = "/4294967295/";

@@ -6,7 +6,7 @@ use clamcast_proto::names::looks_like_a_database;
 use nix::sys::statvfs::statvfs;
 
 use super::Finding;
-use super::host::{Host, Process};
+use crate::host::{Host, Process};
 use crate::install::SPACE_RESERVE_BYTES;
 
 /// A full set of ClamAV's own databases, in bytes, where none is there yet to be measured.

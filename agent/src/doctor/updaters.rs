@@ -2,36 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use super::host::{Host, Process};
 use super::{Finding, Inventory};
-
-/// Programs that bring databases, by the beginning of a name. A process shows fifteen characters
-/// of its own.
-const UPDATERS: [Updater; 4] = [
-    Updater {
-        name: "freshclam",
-        units: &["clamav-freshclam", "freshclam"],
-    },
-    Updater {
-        name: "clamav-unofficial-sigs",
-        units: &["clamav-unofficial-sigs"],
-    },
-    Updater {
-        name: "fangfrisch",
-        units: &["fangfrisch"],
-    },
-    Updater {
-        name: "cvdupdate",
-        units: &["cvdupdate"],
-    },
-];
-
-/// Where distributions put freshclam.conf: Debian, Red Hat, built from source.
-const FRESHCLAM_CONF: [&str; 3] = [
-    "/etc/clamav/freshclam.conf",
-    "/etc/freshclam.conf",
-    "/usr/local/etc/freshclam.conf",
-];
+use crate::host::{Host, Process};
+use crate::updater::{self, FRESHCLAM_DIRECTORY, PROGRAMS};
 
 /// Files that cron reads itself.
 const CRONTABS: [&str; 2] = ["/etc/crontab", "/etc/anacrontab"];
@@ -47,30 +20,6 @@ const CRON_DIRECTORIES: [&str; 7] = [
     "/var/spool/cron",
     "/var/spool/cron/crontabs",
 ];
-
-/// Where freshclam writes unless told otherwise, in all of them.
-const FRESHCLAM_DIRECTORY: &str = "/var/lib/clamav";
-
-const COMM_CHARS: usize = 15;
-
-struct Updater {
-    name: &'static str,
-    units: &'static [&'static str],
-}
-
-impl Updater {
-    fn is(&self, process: &Process) -> bool {
-        let shown = &self.name[..self.name.len().min(COMM_CHARS)];
-        // cvdupdate's command is `cvd`.
-        process.name.starts_with(shown) || (self.name == "cvdupdate" && process.name == "cvd")
-    }
-
-    fn owns(&self, unit: &str) -> bool {
-        let stem = unit.rsplit_once('.').map_or(unit, |(stem, _)| stem);
-        let is = |own: &&str| stem == *own || stem.starts_with(&format!("{own}-"));
-        self.units.iter().any(is)
-    }
-}
 
 /// Signs of another updater.
 #[derive(Clone, Debug, Default)]
@@ -91,7 +40,8 @@ pub(super) fn look(host: &Host) -> Signs {
     let wants = host.names("/etc/systemd/system").into_iter();
     for wants in wants.filter(|name| name.ends_with(".wants")) {
         for unit in host.names(format!("/etc/systemd/system/{wants}")) {
-            if UPDATERS.iter().any(|updater| updater.owns(&unit)) && !signs.units.contains(&unit) {
+            let known = PROGRAMS.iter().any(|program| program.is_started_by(&unit));
+            if known && !signs.units.contains(&unit) {
                 signs.units.push(unit);
             }
         }
@@ -110,62 +60,22 @@ pub(super) fn look(host: &Host) -> Signs {
     for tab in tabs.into_iter().filter(|tab| host.at(tab).is_file()) {
         match host.text(&tab) {
             Ok(text) => {
-                let named = UPDATERS
-                    .iter()
-                    .find(|updater| is_in_crontab(updater, &text));
-                signs.cron.extend(named.map(|updater| (tab, updater.name)));
+                let mut programs = PROGRAMS.iter();
+                let named = programs.find(|program| program.is_started_in(&text));
+                signs.cron.extend(named.map(|program| (tab, program.name)));
             }
             Err(_) => signs.unread.push(tab),
         }
     }
 
-    let conf = FRESHCLAM_CONF.iter().find_map(|path| host.text(path).ok());
-    signs.freshclam_writes = conf.map(|conf| directory_in(&conf));
+    signs.freshclam_writes = updater::configured_directory(host);
     signs
 }
 
-/// Where the command line of the freshclam that runs leads: its directory, else that in its
-/// configuration. Anybody may call a program freshclam, so this is for a process without root's
-/// rights.
+/// Where the command line of the freshclam that runs leads. For a process without root's rights.
 pub(super) fn told(host: &Host, processes: &[Process]) -> Option<PathBuf> {
-    let mut freshclam = processes.iter().filter(|process| UPDATERS[0].is(process));
-    freshclam.find_map(|process| {
-        let directory = option(process, "--datadir").map(PathBuf::from);
-        directory.or_else(|| {
-            let conf = host.text(option(process, "--config-file")?).ok()?;
-            Some(directory_in(&conf))
-        })
-    })
-}
-
-/// The value of a long option on its command line.
-fn option(process: &Process, name: &str) -> Option<String> {
-    let mut arguments = process.arguments.iter();
-    let argument = arguments.find(|argument| argument.starts_with(name))?;
-    match argument[name.len()..].strip_prefix('=') {
-        Some(value) => Some(value.to_owned()),
-        None => arguments.next().cloned(),
-    }
-}
-
-/// Comments do not count. A name counts with its path, too.
-fn is_in_crontab(updater: &Updater, text: &str) -> bool {
-    let lines = text
-        .lines()
-        .filter(|line| !line.trim_start().starts_with('#'));
-    let mut words = lines.flat_map(str::split_whitespace);
-    words.any(|word| {
-        let name = word.rsplit('/').next().unwrap_or(word);
-        name.starts_with(updater.name)
-    })
-}
-
-fn directory_in(conf: &str) -> PathBuf {
-    let lines = conf.lines().map(str::trim);
-    let value = lines
-        .filter_map(|line| line.strip_prefix("DatabaseDirectory"))
-        .find(|rest| rest.starts_with([' ', '\t']));
-    value.map_or(FRESHCLAM_DIRECTORY.into(), |value| value.trim().into())
+    let mut processes = processes.iter();
+    processes.find_map(|process| updater::told_directory(host, process))
 }
 
 /// Judges them. `ours` is the database directory after links, as `real` follows them; `told` is
@@ -177,16 +87,14 @@ pub(super) fn judge(
     real: impl Fn(&Path) -> PathBuf,
 ) -> Vec<Finding> {
     let mut findings = Vec::new();
-    for updater in &UPDATERS {
-        let running: Vec<_> = inventory
-            .processes
-            .iter()
-            .filter(|p| updater.is(p))
-            .collect();
+    for program in &PROGRAMS {
+        let running = inventory.processes.iter();
+        let running: Vec<_> = running.filter(|p| program.runs_as(p, ours)).collect();
         let units = inventory.updaters.units.iter();
-        let units: Vec<_> = units.filter(|unit| updater.owns(unit)).cloned().collect();
+        let units = units.filter(|unit| program.is_started_by(unit));
+        let units: Vec<_> = units.cloned().collect();
         let cron = inventory.updaters.cron.iter();
-        let cron: Vec<_> = cron.filter(|(_, name)| *name == updater.name).collect();
+        let cron: Vec<_> = cron.filter(|(_, name)| *name == program.name).collect();
         let mut found: Vec<String> = running.iter().map(|p| format!("{p} runs")).collect();
         found.extend(units.iter().map(|unit| format!("{unit} is enabled")));
         let in_cron = |(path, name): &&(PathBuf, &str)| format!("{} runs {name}", path.display());
@@ -196,7 +104,7 @@ pub(super) fn judge(
         }
         let found = found.join(", ");
         let end = end_it(&units, &cron, &running);
-        findings.push(if updater.name == "freshclam" {
+        findings.push(if program.is_freshclam() {
             // Its command line counts before its configuration.
             let writes = told.or(inventory.updaters.freshclam_writes.as_deref());
             let writes = writes.unwrap_or(Path::new(FRESHCLAM_DIRECTORY));
@@ -392,15 +300,5 @@ mod tests {
             ]
         );
         assert_eq!(signs.freshclam_writes, Some("/srv/clam".into()));
-
-        write("/srv/f.conf", "DatabaseDirectory /srv/other\n");
-        let running = |conf: &str| [process("freshclam", &["freshclam", "--config-file", conf])];
-        assert_eq!(
-            told(&host, &running("/srv/f.conf")),
-            Some("/srv/other".into())
-        );
-        let fifo = host.at("/srv/fifo");
-        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
-        assert_eq!(told(&host, &running("/srv/fifo")), None);
     }
 }

@@ -9,9 +9,10 @@ use serde_json::json;
 
 use super::{Done, Keeper};
 use crate::chain;
-use crate::drift::{Action, Depth, Event, Policy, Updater};
+use crate::drift::{Action, Depth, Event, Policy};
 use crate::install::{Completed, Look, RepairError, Sighting};
 use crate::status::DriftStatus;
+use crate::updater::Updater;
 
 impl Keeper {
     /// Begins to watch. Names, kinds and lengths are looked at before anything is said to a master;

@@ -1,6 +1,5 @@
-//! What the checks look at: files, rights and processes of a host. Everything of the system's own
-//! (`/etc`, `/proc`, `/sys`) is read below a directory, so that a test can lay out another
-//! distribution's.
+//! Files, rights and processes of a host. Everything of the system's own (`/etc`, `/proc`, `/sys`)
+//! is read below a directory, so that a test can lay out another distribution's.
 
 use std::ffi::CString;
 use std::fmt;
@@ -14,6 +13,9 @@ use nix::unistd::{Gid, Uid, getegid, geteuid, getgrouplist, getgroups};
 
 /// Largest file of the system's that is read, in bytes. A crontab, unit or profile has a few kB.
 const FILE_BYTES_MAX: u64 = 1 << 20;
+
+/// Of a command line so many bytes are read: an option that matters stands near its beginning.
+const COMMAND_BYTES_MAX: u64 = 8 << 10;
 
 /// Entries of a directory that are looked at: more than Linux has processes unless told otherwise.
 const ENTRIES_MAX: usize = 40_000;
@@ -74,8 +76,10 @@ impl Host {
     fn process(&self, pid: u32) -> Option<Process> {
         let directory = PathBuf::from(format!("/proc/{pid}"));
         let uid = fs::metadata(self.at(&directory)).ok()?.uid();
-        let name = self.text(directory.join("comm")).ok()?.trim_end().into();
-        let line = self.text(directory.join("cmdline")).ok()?;
+        let name = self.text(directory.join("comm")).ok()?;
+        let name = name.trim_end().replace(char::is_control, "?");
+        let line = input::beginning(&self.at(directory.join("cmdline")), COMMAND_BYTES_MAX).ok()?;
+        let line = String::from_utf8_lossy(&line);
         let arguments = line.split_terminator('\0').map(str::to_owned).collect();
         Some(Process {
             pid,
@@ -156,7 +160,7 @@ impl User {
 
     /// Whether the bits of `node` let this user do all of `wanted`: 4 read, 2 write, 1 enter.
     /// Access control lists are not looked at.
-    pub(super) fn may(&self, node: &Node, wanted: u32) -> bool {
+    pub(crate) fn may(&self, node: &Node, wanted: u32) -> bool {
         let shift = if self.uid == node.uid {
             6
         } else if self.gids.contains(&node.gid) {
@@ -170,20 +174,20 @@ impl User {
 
 /// Something on a path, with its rights.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub(super) struct Node {
+pub(crate) struct Node {
     /// Its path.
-    pub(super) path: PathBuf,
+    pub(crate) path: PathBuf,
     /// Its owner.
-    pub(super) uid: u32,
+    pub(crate) uid: u32,
     /// Its group.
-    pub(super) gid: u32,
+    pub(crate) gid: u32,
     /// Its permission bits.
-    pub(super) mode: u32,
+    pub(crate) mode: u32,
 }
 
 impl Node {
     /// What is at `path`, after links.
-    pub(super) fn at(path: &Path) -> io::Result<Self> {
+    pub(crate) fn at(path: &Path) -> io::Result<Self> {
         let facts = fs::metadata(path)?;
         Ok(Self {
             path: path.to_owned(),
@@ -194,7 +198,7 @@ impl Node {
     }
 
     /// The directories that lead to `path`, from the top, and `path` itself, after links.
-    pub(super) fn way(path: &Path) -> io::Result<Vec<Self>> {
+    pub(crate) fn way(path: &Path) -> io::Result<Vec<Self>> {
         let real = path.canonicalize()?;
         let mut way: Vec<_> = real.ancestors().map(Self::at).collect::<Result<_, _>>()?;
         way.reverse();
@@ -202,12 +206,12 @@ impl Node {
     }
 
     /// Its owner's name.
-    pub(super) fn owner(&self) -> String {
+    pub(crate) fn owner(&self) -> String {
         user_name(Uid::from_raw(self.uid))
     }
 
     /// Its group's name.
-    pub(super) fn group(&self) -> String {
+    pub(crate) fn group(&self) -> String {
         let known = nix::unistd::Group::from_gid(Gid::from_raw(self.gid));
         match known {
             Ok(Some(group)) => group.name,
@@ -216,7 +220,7 @@ impl Node {
     }
 
     /// `OWNER:GROUP MODE`.
-    pub(super) fn rights(&self) -> String {
+    pub(crate) fn rights(&self) -> String {
         format!("{}:{} {:04o}", self.owner(), self.group(), self.mode)
     }
 }
