@@ -9,6 +9,7 @@
 mod confinement;
 mod identity;
 mod master;
+mod program;
 mod rights;
 mod scanner;
 mod space;
@@ -313,7 +314,8 @@ pub async fn examine(
 ) -> Report {
     let mut findings = vec![judge_user(&User::this(), agent, config_path)];
 
-    let file = scanner::ConfFile::look(host, &config.clamd_conf);
+    let mut file = scanner::ConfFile::look(host, &config.clamd_conf);
+    file.ask().await;
     let (settings, _) = Settings::resolve(config.clamd.clone(), file.conf().cloned());
     let database = settings.database_directory.as_path();
     let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());

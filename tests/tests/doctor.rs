@@ -284,6 +284,22 @@ fn the_doctor_names_what_is_broken_and_what_to_do() {
         conf("\nOfficialDatabaseOnly yes", ""),
         "note proof: weaker | OfficialDatabaseOnly no",
     );
+    // In the words of the clamd that is installed here.
+    host.check(
+        conf("Foreground yes\n", "Foreground yes\nExample\n"),
+        conf("Example\n", ""),
+        "bad clamd-conf: does not start with | Please edit the example | take the line `Example` out",
+    );
+    host.check(
+        conf("Foreground yes\n", "Foreground yes\nNoSuchOption yes\n"),
+        conf("NoSuchOption yes\n", ""),
+        "bad clamd-conf: does not start with | Unknown option NoSuchOption | --version",
+    );
+    host.check(
+        conf("Foreground yes\n", "Foreground yes\nScanOnAccess yes\n"),
+        conf("ScanOnAccess yes\n", ""),
+        "note clamd-conf: Ignoring deprecated option ScanOnAccess",
+    );
     let signal = "EnableReloadCommand no\n";
     host.check(
         conf("Foreground yes\n", &format!("Foreground yes\n{signal}")),

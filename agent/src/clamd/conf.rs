@@ -14,6 +14,9 @@ use super::client::Address;
 /// Largest clamd.conf that is read, in bytes. The commented example is 26 kB.
 const CONF_BYTES_MAX: u64 = 1 << 20;
 
+/// What stands before and after an option.
+const BLANK: [char; 2] = [' ', '\t'];
+
 /// What we want to know of a clamd.conf.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct ClamdConf {
@@ -41,6 +44,8 @@ pub struct ClamdConf {
     pub self_check: Option<u64>,
     /// `EnableReloadCommand`, from ClamAV 1.5 on; clamd's default is yes, Ubuntu's file says no.
     pub reload_command: Option<bool>,
+    /// Whether there is a line that begins with `Example`: clamd does not start with it.
+    pub is_example: bool,
 }
 
 impl ClamdConf {
@@ -73,6 +78,8 @@ impl ClamdConf {
     /// complain about.
     pub fn parse(text: &str) -> Self {
         let mut conf = Self::default();
+        let mut lines = text.split('\n');
+        conf.is_example = lines.any(|line| line.trim_start_matches(BLANK).starts_with("Example"));
         for (option, value) in text.split('\n').filter_map(option) {
             match option {
                 "DatabaseDirectory" => first(&mut conf.database_directory, path(value)),
@@ -123,7 +130,6 @@ impl ClamdConf {
 
 /// Option and value of a line that has both.
 fn option(line: &str) -> Option<(&str, &str)> {
-    const BLANK: [char; 2] = [' ', '\t'];
     let line = line.trim_start_matches(BLANK);
     if line.starts_with('#') {
         return None;
@@ -185,6 +191,14 @@ mod tests {
             socket("LocalSocket\nLocalSocket \nLocalSocket \"/run\n"),
             ""
         );
+    }
+
+    #[test]
+    fn an_example_is_known_by_how_a_line_begins() {
+        let example = |text: &str| ClamdConf::parse(text).is_example;
+        assert!(example("SelfCheck 1\nExample\n"));
+        assert!(example("  Examples are good\n"));
+        assert!(!example("#Example\n # Example\nexample\n"));
     }
 
     #[test]

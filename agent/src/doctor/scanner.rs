@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use clamcast_daemon::input::{self, InputError};
 
 use super::Finding;
+use super::program::Program;
 use crate::chain;
 use crate::clamd::{Address, Clamd, ClamdConf, ClamdError, ProofBy, Reload, Settings, running_pid};
 use crate::config::ClamdConfFile;
@@ -16,8 +17,8 @@ const NO_ENGINE: &str = "/4294967295/";
 /// What came of looking for clamd.conf.
 #[derive(Debug)]
 pub(super) enum ConfFile {
-    /// It was read.
-    Read(PathBuf, ClamdConf),
+    /// It was read; and what the installed clamd says of it, if there is one to ask.
+    Read(PathBuf, Box<ClamdConf>, Option<Program>),
     /// It is in none of these places.
     Nowhere(Vec<PathBuf>),
     /// It cannot be read.
@@ -52,15 +53,22 @@ impl ConfFile {
                 for path in paths.into_iter().flatten() {
                     *path = host.at(&*path);
                 }
-                Self::Read(path, conf)
+                Self::Read(path, Box::new(conf), None)
             }
+        }
+    }
+
+    /// Asks the installed clamd about it.
+    pub(super) async fn ask(&mut self) {
+        if let Self::Read(path, _, program) = self {
+            *program = Program::ask(path).await;
         }
     }
 
     /// What stands in it.
     pub(super) fn conf(&self) -> Option<&ClamdConf> {
         match self {
-            Self::Read(_, conf) => Some(conf),
+            Self::Read(_, conf, _) => Some(conf),
             Self::Nowhere(_) | Self::Unreadable(..) | Self::NotWanted => None,
         }
     }
@@ -68,7 +76,7 @@ impl ConfFile {
     /// Where it is.
     pub(super) fn path(&self) -> Option<&Path> {
         match self {
-            Self::Read(path, _) | Self::Unreadable(path, _) => Some(path),
+            Self::Read(path, ..) | Self::Unreadable(path, _) => Some(path),
             Self::Nowhere(_) | Self::NotWanted => None,
         }
     }
@@ -78,6 +86,19 @@ impl ConfFile {
         match self.path() {
             Some(path) if path.ends_with("etc/clamd.d/scan.conf") => "clamd@scan",
             Some(_) | None => "clamav-daemon",
+        }
+    }
+
+    /// How an option that not every clamd knows comes to have a value.
+    fn set(&self, option: &str, value: &str) -> String {
+        let (name, restart) = (self.name(), self.restart());
+        match self {
+            Self::Read(_, _, Some(program)) if program.unknown.contains(&option) => format!(
+                "take {option} out of {name}, as the installed clamd does not know it, and {restart}"
+            ),
+            Self::Read(..) | Self::Nowhere(_) | Self::Unreadable(..) | Self::NotWanted => {
+                format!("set `{option} {value}` in {name}, and {restart}")
+            }
         }
     }
 
@@ -129,9 +150,9 @@ pub(super) fn judge_conf(
             };
             vec![Finding::bad("clamd-conf", chain(error), advice)]
         }
-        ConfFile::Read(path, conf) => {
+        ConfFile::Read(path, conf, program) => {
             let mut findings = vec![
-                Finding::good("clamd-conf", path.display().to_string()),
+                judge_file(file, path, conf, program.as_ref()),
                 judge_directory(file, conf, settings, same_directory),
                 judge_self_check(file, conf, settings),
                 judge_concurrent_reload(file, settings),
@@ -147,6 +168,45 @@ pub(super) fn judge_conf(
             }));
             findings
         }
+    }
+}
+
+/// Judges whether clamd starts with it. A clamd that runs does not look at it until then.
+fn judge_file(
+    file: &ConfFile,
+    path: &Path,
+    conf: &ClamdConf,
+    program: Option<&Program>,
+) -> Finding {
+    let (path, restart) = (path.display(), file.restart());
+    let out = format!("take the line `Example` out of {path}, and {restart}");
+    let asked = program.and_then(|program| Some((program, program.verdict.as_ref()?)));
+    let Some((program, verdict)) = asked else {
+        let found = format!("clamd does not start with {path}: it has a line `Example`");
+        return match conf.is_example {
+            true => Finding::bad("clamd-conf", found, out),
+            false => Finding::good("clamd-conf", path.to_string()),
+        };
+    };
+    let clamd = program.path.display();
+    match verdict {
+        Err(reason) => {
+            let found = format!("{clamd} does not start with {path}: {reason}");
+            let advice = match conf.is_example {
+                true => out,
+                false => format!(
+                    "correct that; `{clamd} --config-file={path} --version` says whether it is \
+                     right; then {restart}"
+                ),
+            };
+            Finding::bad("clamd-conf", found, advice)
+        }
+        Ok(version) if !program.warnings.is_empty() => {
+            let found = format!("{path}: {version} says: {}", program.warnings.join("; "));
+            let advice = format!("take those options out of {path}: a newer clamd may refuse them");
+            Finding::note("clamd-conf", found, advice)
+        }
+        Ok(version) => Finding::good("clamd-conf", format!("{path}, as {version} reads it")),
     }
 }
 
@@ -199,9 +259,9 @@ fn judge_self_check(file: &ConfFile, conf: &ClamdConf, settings: &Settings) -> F
         let found =
             format!("{found}, and it cannot be asked for a reload: it never loads an install");
         let advice = format!(
-            "set `SelfCheck 600` or `EnableReloadCommand yes` in {}, and {}",
+            "set `SelfCheck 600` in {}, or {}",
             file.name(),
-            file.restart()
+            file.set("EnableReloadCommand", "yes")
         );
         return Finding::bad("self-check", found, advice);
     }
@@ -212,9 +272,8 @@ fn judge_self_check(file: &ConfFile, conf: &ClamdConf, settings: &Settings) -> F
             settings.deadline.as_secs()
         );
         let advice = format!(
-            "set `EnableReloadCommand yes` in {} and {}, or raise `[clamd] deadline` in agent.toml",
-            file.name(),
-            file.restart()
+            "{}; or raise `[clamd] deadline` in agent.toml",
+            file.set("EnableReloadCommand", "yes")
         );
         return Finding::note("self-check", found, advice);
     }
@@ -239,11 +298,8 @@ fn judge_concurrent_reload(file: &ConfFile, settings: &Settings) -> Finding {
     }
     let found = "ConcurrentDatabaseReload no: clamd does not answer while it loads, and one failed \
                  load leaves it dead until it is restarted";
-    let yes = format!(
-        "set `ConcurrentDatabaseReload yes` in {}, and {}, if there is memory for two engines",
-        file.name(),
-        file.restart()
-    );
+    let yes = file.set("ConcurrentDatabaseReload", "yes");
+    let yes = format!("{yes}, if there is memory for two engines");
     match &settings.scanner {
         Some(scanner) => {
             let found = format!("{found}; {} tries every set first", scanner.display());
@@ -262,11 +318,7 @@ fn judge_proof(file: &ConfFile, settings: &Settings) -> Option<Finding> {
     if settings.official_only {
         let found = "OfficialDatabaseOnly yes: clamd does not load the canary, so the proof is \
                      VERSION and the log, which is weaker, and unsigned databases are not loaded";
-        let advice = format!(
-            "set `OfficialDatabaseOnly no` in {}, and {}",
-            file.name(),
-            file.restart()
-        );
+        let advice = file.set("OfficialDatabaseOnly", "no");
         return Some(Finding::note("proof", found, advice));
     }
     (settings.proof == ProofBy::Version).then(|| {
@@ -335,9 +387,8 @@ pub(super) fn judge_talk(talk: &Talk, file: &ConfFile, agent: &User) -> Finding 
             "clamd-socket",
             format!("clamd at {address}{rights} does not allow {command}"),
             format!(
-                "nothing, if you want it so; else `EnableVersionCommand yes` in {}, and {}",
-                file.name(),
-                file.restart()
+                "nothing, if you want it so; else {}",
+                file.set("EnableVersionCommand", "yes")
             ),
         ),
         Err(error @ ClamdError::Forbidden { .. }) => {
@@ -499,24 +550,18 @@ pub(super) fn judge_reload(
                 "clamd at {address} does not allow RELOAD and has no pid file: an install is live \
                  when clamd's own check finds it"
             ),
-            format!(
-                "set `EnableReloadCommand yes` in {}, and {}",
-                file.name(),
-                file.restart()
-            ),
+            file.set("EnableReloadCommand", "yes"),
         ),
         Reload::Signal(pid_file) => match signal(pid_file) {
             Ok(pid) => Finding::good("reload", format!("clamd (pid {pid}) gets SIGUSR2")),
-            Err(error) => Finding::bad(
-                "reload",
-                error,
-                format!(
-                    "set `reload = \"socket\"` in agent.toml, and `EnableReloadCommand yes` in {} \
-                     where clamd is 1.5 or newer, and {}",
-                    file.name(),
-                    file.restart()
-                ),
-            ),
+            Err(error) => {
+                let forbidden = file.conf().is_some_and(|c| c.reload_command == Some(false));
+                let mut advice = "set `reload = \"socket\"` in agent.toml".to_owned();
+                if forbidden {
+                    advice = format!("{advice}, and {}", file.set("EnableReloadCommand", "yes"));
+                }
+                Finding::bad("reload", error, advice)
+            }
         },
     }
 }
@@ -554,7 +599,59 @@ mod tests {
     }
 
     fn file(conf: ClamdConf) -> ConfFile {
-        ConfFile::Read("/etc/clamav/clamd.conf".into(), conf)
+        ConfFile::Read("/etc/clamav/clamd.conf".into(), Box::new(conf), None)
+    }
+
+    /// What is found of `lines` where the installed clamd says so of it.
+    #[track_caller]
+    fn check_program(lines: &str, program: Option<Program>, expected: &[&str]) {
+        let conf = ClamdConf::parse(&format!("{lines}DatabaseDirectory /var/lib/clamav\n"));
+        let settings = settings(&conf, None);
+        let file = ConfFile::Read("/etc/clamd.conf".into(), Box::new(conf), program);
+        let mut findings = judge_conf(&file, &settings, true, &agent());
+        findings.retain(|finding| finding.state != crate::doctor::State::Good);
+        testing::assert_lines(&findings, expected);
+    }
+
+    #[test]
+    fn what_the_installed_clamd_refuses_is_said_in_its_words_and_never_advised() {
+        let said = |verdict: Result<&str, &str>| Program {
+            path: "/usr/sbin/clamd".into(),
+            verdict: Some(verdict.map(str::to_owned).map_err(str::to_owned)),
+            ..Program::default()
+        };
+        let example = "bad clamd-conf: | does not start with /etc/clamd.conf | take the line \
+                       `Example` out of /etc/clamd.conf, and systemctl restart";
+        check_program("Example\n", None, &[example]);
+        let refused = said(Err("Please edit the example config file /etc/clamd.conf"));
+        check_program("Example\n", Some(refused), &[example]);
+        // Whatever else it takes is its own affair.
+        check_program("Example\n", Some(said(Ok("ClamAV 9.0.0"))), &[]);
+
+        let mut old = said(Err(
+            "Parse error at /etc/clamd.conf:1: Unknown option EnableReloadCommand",
+        ));
+        old.unknown = vec!["EnableReloadCommand"];
+        check_program(
+            "EnableReloadCommand no\n",
+            Some(old),
+            &[
+                "bad clamd-conf: /usr/sbin/clamd does not start | :1: Unknown option | --version",
+                "note self-check: | take EnableReloadCommand out of /etc/clamd.conf",
+            ],
+        );
+        check_program(
+            "EnableReloadCommand no\n",
+            Some(said(Ok("ClamAV 1.5.0"))),
+            &["note self-check: | set `EnableReloadCommand yes` in /etc/clamd.conf"],
+        );
+        let mut odd = said(Ok("ClamAV 1.4.6"));
+        odd.warnings = vec!["Ignoring deprecated option ScanOnAccess at /etc/clamd.conf:1".into()];
+        check_program(
+            "ScanOnAccess yes\n",
+            Some(odd),
+            &["note clamd-conf: | ClamAV 1.4.6 says: Ignoring deprecated option ScanOnAccess"],
+        );
     }
 
     /// What is not good of a clamd.conf that is Debian's but for `lines`.
