@@ -19,7 +19,7 @@ use crate::updater::Updater;
 
 mod watch;
 
-pub use watch::Watch;
+pub use watch::{Blind, Watch, try_events};
 
 /// What is done about a changed file.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
@@ -117,6 +117,8 @@ pub enum Event {
 pub enum Action {
     /// Look for the updater of somebody else; answer with [`Event::Sighted`] if there is one.
     Scan,
+    /// Keep this for the next start, before anything else is done.
+    Keep(Option<Rest>),
     /// Look at the files; answer with [`Event::Looked`] or [`Event::NotLooked`].
     Look(Depth),
     /// Tell what is wrong, or is not any more.
@@ -125,9 +127,10 @@ pub enum Action {
     Repair,
 }
 
-/// Why nothing is repaired.
-#[derive(Clone, Debug, Eq, PartialEq)]
-enum Rest {
+/// Why nothing is repaired. It outlives the agent, so that a restart does not begin to fight.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Rest {
     /// This one is at work.
     Updater(Updater),
     /// Somebody is.
@@ -166,9 +169,16 @@ struct Burst {
 }
 
 impl Guard {
-    /// Nothing is known to be wrong. The first re-hash comes after a random part of `rescan`, so
-    /// that the guests of one machine do not read their disks at once; `random` is from 0 to 1.
-    pub fn new(policy: Policy, rescan: Duration, now: Instant, random: f64) -> Self {
+    /// Nothing is known to be wrong; `rest` is what was kept by the one before. The first re-hash
+    /// comes after a random part of `rescan`, so that the guests of one machine do not read their
+    /// disks at once; `random` is from 0 to 1.
+    pub fn new(
+        policy: Policy,
+        rescan: Duration,
+        rest: Option<Rest>,
+        now: Instant,
+        random: f64,
+    ) -> Self {
         Self {
             policy,
             rescan,
@@ -184,7 +194,7 @@ impl Guard {
             repair_at: now,
             repairs: Backoff::new(REPAIR_FIRST, REPAIR_LONGEST),
             repaired: BTreeMap::new(),
-            rest: None,
+            rest,
             sighted: None,
         }
     }
@@ -261,6 +271,11 @@ impl Guard {
         }
     }
 
+    /// Whether something is known to be left alone, which may be from before a restart.
+    pub fn rests(&self) -> bool {
+        self.rest.is_some()
+    }
+
     /// When [`Event::Tick`] is due, as long as no install keeps the directory busy.
     pub fn deadline(&self) -> Option<Instant> {
         (!self.looking).then(|| self.next_look().0)
@@ -280,6 +295,17 @@ impl Guard {
 
     /// Takes one event and returns what to do about it, in order. `random` is from 0 to 1.
     pub fn handle(&mut self, event: Event, now: Instant, random: f64) -> Vec<Action> {
+        let before = self.rest.clone();
+        let mut actions = self.react(event, now, random);
+        if self.rest != before {
+            // First, so that what was told holds after a crash. One that is kept although an
+            // install has ended it goes with the next look, which finds nothing wrong.
+            actions.insert(0, Action::Keep(self.rest.clone()));
+        }
+        actions
+    }
+
+    fn react(&mut self, event: Event, now: Instant, random: f64) -> Vec<Action> {
         match event {
             Event::Touched { run_begun } => {
                 let begins = run_begun || self.burst.is_none();
@@ -387,6 +413,7 @@ impl Guard {
     /// Somebody else has put the files right. Only an install proves that clamd has them.
     fn came_right(&mut self, now: Instant) -> Vec<Action> {
         if self.wrong.is_empty() {
+            self.rest = None;
             return Vec::new();
         }
         if self.holds_back() {
@@ -427,17 +454,23 @@ mod tests {
 
     /// Runs a script and compares what was done about each step, `;` between the steps. A step is
     /// `touch`, `run` (of freshclam, which begins), `saw freshclam`, `saw cp`, `FILE ...` (a look finds these wrong, a `?` after a name says
-    /// missing), `fine` (it finds none), `not looked`, `installed`, `forced`, `connected`, or a
-    /// time like `500ms` or `20m` that passes, at the end of which what is due is done.
+    /// missing), `fine` (it finds none), `not looked`, `installed`, `forced`, `connected`, `restart` (of
+    /// the agent), or a time like `500ms` or `20m` that passes, at the end of which what is due is done.
     #[track_caller]
     fn check(policy: Policy, script: &str, expected: &str) {
         let start = Instant::now();
         let mut now = start;
-        let mut guard = Guard::new(policy, Duration::from_secs(3600), start, 1.0);
+        let hour = Duration::from_secs(3600);
+        let mut guard = Guard::new(policy, hour, None, start, 1.0);
+        let mut kept = None;
         let mut depth = Depth::Touched;
         let mut said = Vec::new();
         for step in script.split(';').map(str::trim) {
             let event = match step {
+                "restart" => {
+                    guard = Guard::new(policy, hour, kept.clone(), now, 1.0);
+                    Event::Tick
+                }
                 "touch" => Event::Touched { run_begun: false },
                 "run" => Event::Touched { run_begun: true },
                 "saw freshclam" => Event::Sighted(writer("freshclam")),
@@ -474,6 +507,10 @@ mod tests {
                 Action::Report(drift) if drift.iter().all(|file| file.mended) => "mended".into(),
                 Action::Report(drift) => format!("report {}", drift.len()),
                 Action::Repair => "repair".to_owned(),
+                Action::Keep(rest) => {
+                    kept = rest;
+                    if kept.is_some() { "keep" } else { "forget" }.to_owned()
+                }
             });
             said.push(words.collect::<Vec<_>>().join(" "));
         }
@@ -541,7 +578,7 @@ mod tests {
         let now = Instant::now();
         let hour = Duration::from_secs(3600);
         for (random, minutes) in [(0.0, 0), (0.5, 30), (1.0, 60)] {
-            let guard = Guard::new(Policy::Repair, hour, now, random);
+            let guard = Guard::new(Policy::Repair, hour, None, now, random);
             assert_eq!(guard.rehash_at, now + Duration::from_secs(minutes * 60));
         }
     }
@@ -569,7 +606,7 @@ mod tests {
         check(
             Policy::Repair,
             "0s; fine; touch; saw freshclam; 500ms; a.ndb; touch; 500ms; a.ndb; 1h; a.ndb",
-            "look;; scan;; look; report 1; scan; look;; look; report 1",
+            "look;; scan;; look; keep report 1; scan; look;; look; report 1",
         );
         // Whoever copies a file by hand is none.
         check(
@@ -581,7 +618,31 @@ mod tests {
         check(
             Policy::Repair,
             "0s; fine; touch; run; saw freshclam; 500ms; a.ndb; forced; 2m; fine; touch; 500ms; a.ndb",
-            "look;; scan; scan;; look; report 1;; look;; scan; look; report 1 repair",
+            "look;; scan; scan;; look; keep report 1; forget; look;; scan; look; report 1 repair",
+        );
+    }
+
+    #[test]
+    fn a_restart_does_not_begin_to_fight() {
+        let seen = "0s; fine; run; saw freshclam; 500ms; a.ndb";
+        let left = "look;; scan;; look; keep report 1";
+        // Until an operator or a new generation says otherwise, or it comes right.
+        check(
+            Policy::Repair,
+            &format!("{seen}; restart; a.ndb; 1h; a.ndb; forced; restart; fine; 1m; a.ndb"),
+            &format!(
+                "{left}; look; report 1; look; report 1; forget; look;; look; report 1 repair"
+            ),
+        );
+        check(
+            Policy::Repair,
+            &format!("{seen}; restart; fine; 1m; a.ndb"),
+            &format!("{left}; look; forget; look; report 1 repair"),
+        );
+        check(
+            Policy::Repair,
+            &format!("{seen}; restart; a.ndb; touch; 500ms; fine"),
+            &format!("{left}; look; report 1; scan; look; forget mended"),
         );
     }
 
@@ -592,7 +653,7 @@ mod tests {
         check(
             Policy::Repair,
             &format!("0s; fine; {again} touch; 500ms; a.ndb; touch; 500ms; a.ndb"),
-            &format!("look;; {fought} scan; look; report 1; scan; look; "),
+            &format!("look;; {fought} scan; look; keep report 1; scan; look; "),
         );
         // Another file is another matter, as long as it is alone.
         check(
@@ -634,7 +695,7 @@ mod tests {
     fn whoever_writes_there_is_named_with_the_next_step() {
         let now = Instant::now();
         let directory = Path::new("/var/lib/clamav");
-        let mut guard = Guard::new(Policy::Repair, Duration::from_secs(3600), now, 1.0);
+        let mut guard = Guard::new(Policy::Repair, Duration::from_secs(3600), None, now, 1.0);
         assert_eq!(guard.reason(directory), None);
         guard.handle(Event::Sighted(writer("freshclam")), now, 1.0);
         let looked = Event::Looked {

@@ -52,6 +52,8 @@ use crate::updater::Updater;
 
 mod drift;
 
+pub(crate) use drift::kept_rest;
+
 /// While something is going on, the master hears of it at least this often.
 const PROGRESS: Duration = Duration::from_secs(15);
 
@@ -1144,13 +1146,7 @@ impl Keeper {
                 self.slot.phase_given(self.phase)
             },
             working_on: self.slot.job().map(|job| job.manifest.position()),
-            last: last.map(|last| LastStatus {
-                epoch: last.epoch,
-                generation: last.generation,
-                outcome: last.outcome,
-                error: last.error.clone(),
-                time: last.time,
-            }),
+            last: last.map(LastStatus::from),
             fresh_until: self.fresh.as_ref().map(|fresh| fresh.until),
             stale: self.stale_since().is_some(),
             clamd: self.prover.report(),

@@ -22,7 +22,7 @@ use crate::config::{self, ClamdConfFile, Config};
 use crate::drift::{Guard, Watch};
 use crate::endpoint::{self, Credentials, CredentialsError};
 use crate::install::{self, HostFault, Installer};
-use crate::keeper::{Begin, Keeper, Question};
+use crate::keeper::{self, Begin, Keeper, Question};
 use crate::link::{self, Link};
 use crate::receipts::Receipts;
 use crate::state::{State, StateError};
@@ -255,6 +255,7 @@ fn open(config: Config) -> Result<Opened, StartError> {
         "agent {}",
         env!("CARGO_PKG_VERSION")
     );
+    let rest = keeper::kept_rest(&state);
     let begin = Begin {
         state,
         credentials: credentials.clone(),
@@ -264,7 +265,13 @@ fn open(config: Config) -> Result<Opened, StartError> {
         stale: config.stale,
         installer: installer.clone(),
         prover: prover.clone(),
-        guard: Guard::new(config.drift, config.rescan, Instant::now(), rand::random()),
+        guard: Guard::new(
+            config.drift,
+            config.rescan,
+            rest,
+            Instant::now(),
+            rand::random(),
+        ),
         watch,
     };
     Ok(Opened {

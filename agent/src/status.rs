@@ -4,13 +4,16 @@ use std::fmt::{self, Write as _};
 use std::time::Duration;
 
 use clamcast_proto::dsse::KeyId;
-use clamcast_proto::receipt::{ClamdReport, ClamdState, Drift, FileState, Found, Outcome, Proof};
+use clamcast_proto::receipt::{
+    ClamdReport, ClamdState, Drift, FileState, Found, Outcome, Proof, Receipt,
+};
 use clamcast_proto::wire::Phase;
 use clamcast_proto::{AgentName, DatabaseName, Digest, Epoch, FleetName, Generation, Position};
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
-use crate::drift::Policy;
+use crate::chain;
+use crate::drift::{Blind, Policy};
 use crate::install::FileCheck;
 
 /// The agent at one moment. The keys are for scripts and stay as they are.
@@ -107,6 +110,18 @@ pub struct DriftStatus {
     pub rehashed: Option<Timestamp>,
     /// Whether the file system tells of changes; else there are looks from time to time.
     pub watched: bool,
+    /// Why it does not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub blind: Option<Blindness>,
+}
+
+/// Why there are no file events.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct Blindness {
+    /// What is in the way.
+    pub why: String,
+    /// What to do about it.
+    pub remedy: String,
 }
 
 /// How a generation ended.
@@ -122,6 +137,27 @@ pub struct LastStatus {
     pub error: Option<String>,
     /// When.
     pub time: Timestamp,
+}
+
+impl From<&Blind> for Blindness {
+    fn from(blind: &Blind) -> Self {
+        Self {
+            why: chain(blind),
+            remedy: blind.remedy(),
+        }
+    }
+}
+
+impl From<&Receipt> for LastStatus {
+    fn from(receipt: &Receipt) -> Self {
+        Self {
+            epoch: receipt.epoch,
+            generation: receipt.generation,
+            outcome: receipt.outcome,
+            error: receipt.error.clone(),
+            time: receipt.time,
+        }
+    }
 }
 
 impl Status {
@@ -242,6 +278,9 @@ impl DriftStatus {
         let blind = if self.watched { "" } else { "; no file events" };
         if self.files.is_empty() {
             line("drift:", &format_args!("none; {rehashed}{blind}"));
+        }
+        if let Some(Blindness { why, remedy }) = &self.blind {
+            line("", &format_args!("{why}; {remedy}"));
         }
         for (n, file) in self.files.iter().enumerate() {
             let what = match file.found {

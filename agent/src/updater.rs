@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use clamcast_daemon::input::user_name;
 use nix::unistd::Uid;
+use serde::{Deserialize, Serialize};
 
 use crate::clamd::ClamdConf;
 use crate::host::{Host, Process};
@@ -168,7 +169,7 @@ fn option(process: &Process, name: &str) -> Option<String> {
 }
 
 /// A process that writes into our directory.
-#[derive(Clone, Debug, Eq, PartialEq)]
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct Updater {
     /// Its name, as the kernel has it.
     pub name: String,

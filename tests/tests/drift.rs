@@ -4,10 +4,12 @@
 use std::fs;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::Path;
+use std::process::Command;
 use std::time::Instant;
 
 use clamcast_tests::lab::{
-    Agent, Clamd, Container, Fleet, Master, Mirror, PATIENCE, hash_signature, signatures, until,
+    Agent, Clamd, Container, Fleet, Master, Mirror, PATIENCE, hash_signature, program, signatures,
+    until,
 };
 use clamcast_tests::require;
 use nix::sys::stat::Mode;
@@ -276,6 +278,26 @@ fn a_real_freshclam_on_the_directory_is_named_and_not_fought() {
     assert_eq!(fs::read(database.join("test.cld")).unwrap(), theirs);
     assert_eq!(master.audit("repair").len(), 0);
 
+    // A restart is no reason to begin to fight: the updater is gone, and comes again.
+    let before = agent.log().matches("connected to the master").count();
+    assert!(agent.stop().success());
+    agent.start();
+    until(
+        PATIENCE,
+        "the agent is there again, and was offered it",
+        || {
+            let log = agent.log();
+            let connected = log.matches("connected to the master").count() > before;
+            let looked = status(&agent)["drift"]["reason"]
+                .as_str()
+                .map(str::to_owned);
+            let declined = master.agent("web1")?["outcome"] == "declined";
+            (connected && declined).then_some(looked?)
+        },
+    );
+    assert_eq!(fs::read(database.join("test.cld")).unwrap(), theirs);
+    assert_eq!(master.audit("repair").len(), 0);
+
     // A new generation is another matter.
     mirror.freshclam_to(5);
     master.wait_live("web1", 2);
@@ -348,6 +370,91 @@ fn without_a_clamd_it_is_repaired_all_the_same() {
     });
     clamd.start();
     master.wait_live("web1", 1);
+}
+
+/// A user namespace has limits of its own, so that nobody else's instances or watches are taken.
+#[test]
+fn without_file_events_it_is_said_once_and_files_are_looked_at_often() {
+    require!(Namespace);
+    for (own, limit) in [
+        ("max_inotify_instances", "fs.inotify.max_user_instances"),
+        ("max_inotify_watches", "fs.inotify.max_user_watches"),
+    ] {
+        let (_fleet, master, mut agent) = pair(&["x.hsb"], "");
+        assert!(agent.stop().success());
+        let own = format!("/proc/sys/user/{own}");
+        let none_left = |command: &Command| {
+            let mut process = Command::new("unshare");
+            process.args(["--user", "--map-root-user", "sh", "-c"]);
+            process.arg(format!("echo 0 > {own} && exec \"$0\" \"$@\""));
+            process.arg(command.get_program()).args(command.get_args());
+            for (key, value) in command.get_envs() {
+                process.env(key, value.expect("none is removed"));
+            }
+            process
+        };
+        let doctor = |wrap: &dyn Fn(&Command) -> Command, agent: &Agent| {
+            let mut doctor = program("clamcast-agent");
+            doctor
+                .args(["doctor", "--json", "--config"])
+                .arg(agent.config());
+            let output = wrap(&doctor).output().unwrap();
+            let report: Value = serde_json::from_slice(&output.stdout).expect("it prints JSON");
+            let mut findings = report["findings"].as_array().unwrap().iter();
+            let finding = findings.find(|finding| finding["check"] == "file-events");
+            let finding = finding.expect("it is looked at");
+            assert_eq!(finding["state"], "note", "{finding}");
+            assert!(
+                finding["found"].as_str().unwrap().contains(limit),
+                "{finding}"
+            );
+            let advice = format!("sysctl -w {limit}=");
+            assert!(
+                finding["advice"].as_str().unwrap().contains(&advice),
+                "{finding}"
+            );
+        };
+        doctor(&none_left, &agent);
+
+        let process = none_left(&agent.process());
+        agent.launch(process);
+        agent.wait_ready();
+        master.wait_agent("web1", "web1 is connected", |row| row["connected"] == true);
+        for content in ["theirs", "theirs, too"] {
+            let before = install(&agent);
+            fs::write(agent.database().join("x.hsb"), content).unwrap();
+            wait_mended(&agent, before);
+        }
+        assert_eq!(status(&agent)["drift"]["watched"], false);
+        let log = agent.log();
+        assert_eq!(log.matches("no file events from").count(), 1, "{log}");
+        assert!(log.contains(&format!("sysctl -w {limit}=")), "{log}");
+        let text = String::from_utf8(agent.command(&["status"]).stdout).unwrap();
+        assert!(text.contains(limit), "{text}");
+        doctor(&|command: &Command| copy(command), &agent);
+
+        // Once there are some, it takes them by itself.
+        let target = agent.pid().to_string();
+        let mut raise = Command::new("nsenter");
+        raise.args(["--user", "--target", &target, "sh", "-c"]);
+        let raised = raise.arg(format!("echo 100 > {own}")).status().unwrap();
+        assert!(raised.success());
+        until(PATIENCE, "events come", || {
+            let status = status(&agent);
+            let seen = status["drift"]["watched"] == true;
+            if seen { Ok(()) } else { Err(status) }
+        });
+        assert_eq!(status(&agent)["drift"]["blind"], Value::Null);
+    }
+}
+
+fn copy(command: &Command) -> Command {
+    let mut copy = Command::new(command.get_program());
+    copy.args(command.get_args());
+    for (key, value) in command.get_envs() {
+        copy.env(key, value.expect("none is removed"));
+    }
+    copy
 }
 
 #[test]

@@ -6,11 +6,95 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use nix::errno::Errno;
 use notify::event::{AccessKind, AccessMode, CreateKind};
-use notify::{Event, EventKind, RecommendedWatcher, RecursiveMode, Watcher as _};
+use notify::{ErrorKind, Event, EventKind, RecommendedWatcher, RecursiveMode, Watcher as _};
 use tokio::sync::Notify;
 
 use crate::install::disk::HIDDEN;
+
+/// Where the kernel says what inotify is limited to (inotify(7)).
+const LIMITS: &str = "/proc/sys/fs/inotify";
+
+/// Why no events come. There are looks from time to time instead.
+#[derive(Debug, thiserror::Error)]
+pub enum Blind {
+    /// All that this user may have of something is in use, by whatever programs.
+    #[error("no file events from {path}: this user's fs.inotify.{limit}{} are used up", value(*.now))]
+    Limit {
+        /// The directory.
+        path: PathBuf,
+        /// What it is called.
+        limit: &'static str,
+        /// How much that is, if the kernel says so.
+        now: Option<u64>,
+    },
+    /// The directory is not there, or something else.
+    #[error("no file events from {path}")]
+    Other {
+        /// The directory.
+        path: PathBuf,
+        /// Why.
+        source: notify::Error,
+    },
+}
+
+fn value(limit: Option<u64>) -> String {
+    limit.map_or_else(String::new, |limit| format!(" ({limit})"))
+}
+
+impl Blind {
+    fn new(path: &Path, source: notify::Error) -> Self {
+        let limit = match &source.kind {
+            ErrorKind::MaxFilesWatch => "max_user_watches",
+            // inotify_init1(2): the same error where a process has no descriptor left, which for an
+            // agent with some dozens of them is not it.
+            ErrorKind::Io(error) if error.raw_os_error() == Some(Errno::EMFILE as i32) => {
+                "max_user_instances"
+            }
+            ErrorKind::Io(_)
+            | ErrorKind::Generic(_)
+            | ErrorKind::PathNotFound
+            | ErrorKind::WatchNotFound
+            | ErrorKind::InvalidConfig(_) => {
+                let path = path.to_owned();
+                return Self::Other { path, source };
+            }
+        };
+        let now = fs::read_to_string(Path::new(LIMITS).join(limit)).ok();
+        Self::Limit {
+            path: path.to_owned(),
+            limit,
+            now: now.and_then(|text| text.trim().parse().ok()),
+        }
+    }
+
+    /// What to do about it.
+    pub fn remedy(&self) -> String {
+        match self {
+            Self::Limit { limit, now, .. } => {
+                let more = now.map_or_else(|| "N".to_owned(), |now| (now * 2).to_string());
+                format!(
+                    "sysctl -w fs.inotify.{limit}={more}, and `fs.inotify.{limit} = {more}` in \
+                     /etc/sysctl.d/90-inotify.conf for the next boot"
+                )
+            }
+            Self::Other { path, .. } => format!("see what {} is: ls -ld", path.display()),
+        }
+    }
+}
+
+/// Tries whether events come from `path`, and leaves nothing behind.
+///
+/// # Errors
+///
+/// Why they do not.
+pub fn try_events(path: &Path) -> Result<(), Blind> {
+    let watcher = notify::recommended_watcher(|_| {});
+    watcher
+        .and_then(|mut watcher| watcher.watch(path, RecursiveMode::NonRecursive))
+        .map_err(|error| Blind::new(path, error))
+}
 
 /// Says that something happened, as well as it can.
 #[derive(Debug)]
@@ -20,8 +104,8 @@ pub struct Watch {
     /// Whether a directory was made since the last event was taken: freshclam's runs begin so.
     run_begun: Arc<AtomicBool>,
     watching: Option<Watching>,
-    /// Whether it was told already that there are no events.
-    warned: bool,
+    /// Why there are no events, which was told.
+    blind: Option<Blind>,
 }
 
 #[derive(Debug)]
@@ -40,7 +124,7 @@ impl Watch {
             events: Arc::default(),
             run_begun: Arc::default(),
             watching: None,
-            warned: false,
+            blind: None,
         }
     }
 
@@ -52,6 +136,11 @@ impl Watch {
     /// Whether events come, as far as is known.
     pub fn is_watching(&self) -> bool {
         self.watching.is_some()
+    }
+
+    /// Why they do not.
+    pub fn blind(&self) -> Option<&Blind> {
+        self.blind.as_ref()
     }
 
     /// Waits for an event. Any number of them since the last call count as one. Returns whether a
@@ -79,18 +168,22 @@ impl Watch {
         match watching {
             Ok(watching) => {
                 self.watching = Some(watching);
-                self.warned = false;
+                if self.blind.take().is_some() {
+                    tracing::info!(path = %self.path.display(), "file events come");
+                }
                 self.events.notify_one(); // what happened meanwhile nobody has told
             }
-            Err(error) if !self.warned => {
-                tracing::warn!(
-                    path = %self.path.display(), %error,
-                    "no events from the database directory, looking at it often instead; are \
-                     fs.inotify.max_user_instances and max_user_watches high enough?"
-                );
-                self.warned = true;
+            Err(error) => {
+                let blind = Blind::new(&self.path, error);
+                if self.blind.is_none() {
+                    tracing::warn!(
+                        error = crate::chain(&blind),
+                        "looking at the databases often instead; {}",
+                        blind.remedy()
+                    );
+                }
+                self.blind = Some(blind);
             }
-            Err(_) => {}
         }
         self.watching.is_some()
     }

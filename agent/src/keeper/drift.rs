@@ -9,18 +9,46 @@ use serde_json::json;
 
 use super::{Done, Keeper};
 use crate::chain;
-use crate::drift::{Action, Depth, Event, Policy};
+use crate::drift::{Action, Depth, Event, Policy, Rest};
 use crate::install::{Completed, Look, RepairError, Sighting};
-use crate::status::DriftStatus;
+use crate::state::{self, State};
+use crate::status::{Blindness, DriftStatus};
 use crate::updater::Updater;
+
+/// In the state directory: why changed files are left alone.
+const REST: &str = "left-alone.json";
+
+/// What the agent before this one left alone. Without it, repairs begin anew.
+pub(crate) fn kept_rest(state: &State) -> Option<Rest> {
+    let path = state.path().join(REST);
+    let rest = state::load::<Option<Rest>>(&path, "what was left alone is repaired");
+    rest.unwrap_or_else(|error| {
+        tracing::warn!(error = chain(&error), "what was left alone is repaired");
+        None
+    })
+    .flatten()
+}
 
 impl Keeper {
     /// Begins to watch. Names, kinds and lengths are looked at before anything is said to a master;
-    /// what is written there, in time.
+    /// what is written there, in time. Where files are left alone every byte is read first, so that
+    /// they are known, and an offer does not put them back.
     pub(super) fn watch_over(&mut self) {
         self.watch.follow();
-        let look = self.installer.look(Depth::Surface, &self.stop);
-        self.inspected(Depth::Surface, look, None);
+        let depth = match self.guard.rests() {
+            true => Depth::Ordered,
+            false => Depth::Surface,
+        };
+        // No install is under way yet, whatever the slot says.
+        let event = match self.installer.look(depth, &self.stop) {
+            Look::Made(wrong) => Event::Looked {
+                depth,
+                wrong,
+                watched: self.watch.is_watching(),
+            },
+            Look::NotNow | Look::Stopped => Event::NotLooked,
+        };
+        self.guard_event(event);
     }
 
     /// Something happened in the database directory.
@@ -50,9 +78,19 @@ impl Keeper {
             match action {
                 Action::Scan => self.scan(),
                 Action::Look(depth) => self.inspect(depth),
+                Action::Keep(rest) => self.keep_rest(rest.as_ref()),
                 Action::Report(drift) => self.report_drift(drift),
                 Action::Repair => self.repair(),
             }
+        }
+    }
+
+    fn keep_rest(&self, rest: Option<&Rest>) {
+        if let Err(error) = state::save(&self.state.path().join(REST), &rest) {
+            tracing::warn!(
+                error = chain(&error),
+                "a restart will forget what is left alone"
+            );
         }
     }
 
@@ -96,7 +134,7 @@ impl Keeper {
         let watched = self.watch.follow();
         match look {
             // What began meanwhile changes the files itself.
-            Look::Made(_) if self.is_busy() && depth != Depth::Surface => {
+            Look::Made(_) if self.is_busy() => {
                 self.guard_event(Event::NotLooked);
             }
             Look::Made(wrong) => {
@@ -283,6 +321,7 @@ impl Keeper {
             updater_seen: self.updater.as_ref().map(|(_, time)| *time),
             rehashed: self.rehashed,
             watched: self.watch.is_watching(),
+            blind: self.watch.blind().map(Blindness::from),
         }
     }
 

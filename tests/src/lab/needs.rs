@@ -26,6 +26,8 @@ pub enum Part {
     Rdiff,
     /// What stops a program at a system call, or spoils one; and the right to do that here.
     Strace,
+    /// A user namespace, which has limits of its own.
+    Namespace,
     /// Databases that Talos signed; `CLAMCAST_TESTFILES` names another place for them.
     TestFiles,
     /// The script that makes large database histories; it needs `python3`.
@@ -54,6 +56,7 @@ impl Part {
             Part::Rsync => program("rsync"),
             Part::Rdiff => program("rdiff"),
             Part::Strace => program("strace").and_then(may_trace),
+            Part::Namespace => program("unshare").and_then(may_unshare),
             Part::TestFiles => {
                 let there = env::var_os("CLAMCAST_TESTFILES").map(PathBuf::from);
                 file(there.unwrap_or_else(|| workspace().join("../shared/clamav-testfiles")))
@@ -178,6 +181,17 @@ fn may_trace(strace: PathBuf) -> Result<PathBuf, String> {
             Err(format!("strace may not trace here: {}", said.trim()))
         }
         Err(error) => Err(format!("strace does not run here: {error}")),
+    }
+}
+
+/// So do they of user namespaces.
+fn may_unshare(unshare: PathBuf) -> Result<PathBuf, String> {
+    let tried = Command::new(&unshare)
+        .args(["--user", "--map-root-user", "true"])
+        .output();
+    match tried {
+        Ok(tried) if tried.status.success() => Ok(unshare),
+        Ok(_) | Err(_) => Err("unshare makes no user namespace here".into()),
     }
 }
 
