@@ -8,6 +8,7 @@
 
 mod confinement;
 mod identity;
+mod installed;
 mod master;
 mod program;
 mod rights;
@@ -16,16 +17,21 @@ mod space;
 mod updaters;
 
 use std::collections::BTreeMap;
+use std::io;
 use std::path::{Path, PathBuf};
 
-use clamcast_daemon::{input, table};
+use clamcast_daemon::input::{self, InputError};
+use clamcast_daemon::table;
 use jiff::Timestamp;
 use nix::unistd::{Gid, Uid, geteuid, initgroups, setgid, setuid};
 use serde::Serialize;
 
+use crate::chain;
 use crate::clamd::{Address, Settings, running_pid};
 use crate::config::{Config, DEFAULT_PATH};
+use crate::drift;
 use crate::host::{Host, Node, Process, User};
+use crate::state::StateError;
 use crate::trust;
 
 pub use updaters::Signs;
@@ -79,6 +85,9 @@ pub struct Finding {
     /// What to do about it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub advice: Option<String>,
+    /// Whether it is that this process may not look, which another user may.
+    #[serde(skip)]
+    denied: bool,
 }
 
 impl Finding {
@@ -109,8 +118,37 @@ impl Finding {
             state,
             found: found.into(),
             advice,
+            denied: false,
         }
     }
+
+    /// Says whether it comes of what this process may not do.
+    fn denied(self, denied: bool) -> Self {
+        Self { denied, ..self }
+    }
+
+    /// The same as seen by `user`, who is not the agent's: what that user may not look at says
+    /// nothing of the agent.
+    fn seen_by(self, user: &User) -> Self {
+        match self.denied {
+            true => {
+                let why = format!("{} may not look: {}", user.name, self.found);
+                Self::unknown(self.check, why, None)
+            }
+            false => self,
+        }
+    }
+}
+
+/// Whether this, or what it comes of, is a want of rights.
+fn is_denied(error: &(dyn std::error::Error + 'static)) -> bool {
+    let mut causes = std::iter::successors(Some(error), |error| error.source());
+    causes.any(|cause| match cause.downcast_ref::<InputError>() {
+        Some(error) => matches!(error, InputError::Denied { .. }),
+        None => cause
+            .downcast_ref::<io::Error>()
+            .is_some_and(|error| error.kind() == io::ErrorKind::PermissionDenied),
+    })
 }
 
 /// All that was found.
@@ -118,6 +156,10 @@ impl Finding {
 pub struct Report {
     /// Nothing is bad.
     pub ok: bool,
+    /// The user who looked. If it is not `agent_user`, all of it holds for this user only.
+    pub user: String,
+    /// Whom the agent runs as.
+    pub agent_user: String,
     /// In the order of the checks.
     pub findings: Vec<Finding>,
 }
@@ -312,7 +354,8 @@ pub async fn examine(
     config: &Config,
     agent: &User,
 ) -> Report {
-    let mut findings = vec![judge_user(&User::this(), agent, config_path)];
+    let this = User::this();
+    let mut findings = vec![judge_user(&this, agent, config_path)];
 
     let mut file = scanner::ConfFile::look(host, &config.clamd_conf);
     file.ask().await;
@@ -351,7 +394,7 @@ pub async fn examine(
         findings.push(judge_unit(&unit, [&ours, &real(&config.state)], &sockets));
     }
     let clamd = clamds_process(&file, &inventory.processes);
-    let paths = rights::Paths::look(database, &config.state, &config.tls.key);
+    let paths = rights::Paths::look(database, &config.state, &config.tls.key, &this, agent);
     let names = [database, &config.state, &config.tls.key];
     findings.extend(rights::judge_agent(&paths, names, agent));
     if has_clamd {
@@ -367,6 +410,12 @@ pub async fn examine(
     findings.extend(updaters::judge(inventory, &ours, told.as_deref(), |path| {
         real(&host.at(path))
     }));
+    if has_clamd {
+        findings.extend(match installed::Facts::look(config, &settings).await {
+            Ok(facts) => installed::judge(&facts),
+            Err(error) => vec![unread("databases", &error)],
+        });
+    }
     let databases = space::databases(database);
     match space::disk(host, database) {
         Ok(disk) => {
@@ -386,6 +435,13 @@ pub async fn examine(
     let (identity, credentials) = identity::look(config, Timestamp::now());
     findings.extend(identity);
     let running = master::Agent::ask(&config.admin, master::ANSWER_TIME).await;
+    findings.extend(match installed::last(&running, &config.state) {
+        Ok(last) => last.as_ref().map(installed::judge_last),
+        Err(error) => Some(unread("outcome", &error)),
+    });
+    findings.extend(installed::judge_drift(&running));
+    let tried = || drift::try_events(&ours);
+    findings.push(installed::judge_events(&running, tried));
     let tried = match &credentials {
         None => Vec::new(),
         Some(credentials) => {
@@ -401,10 +457,20 @@ pub async fn examine(
     }
     findings.extend(master::judge_clock(&running, &tried, &inventory.processes));
 
+    if this.uid != agent.uid {
+        findings = findings.into_iter().map(|f| f.seen_by(&this)).collect();
+    }
     Report {
         ok: findings.iter().all(|finding| finding.state != State::Bad),
+        user: this.name,
+        agent_user: agent.name.clone(),
         findings,
     }
+}
+
+/// A record of the agent's that cannot be read.
+fn unread(check: &'static str, error: &StateError) -> Finding {
+    Finding::bad(check, chain(error), "it has to be the agent's own").denied(is_denied(error))
 }
 
 fn judge_user(this: &User, agent: &User, config_path: &Path) -> Finding {
@@ -420,7 +486,7 @@ fn judge_user(this: &User, agent: &User, config_path: &Path) -> Finding {
     }
     if this.uid != agent.uid {
         let found = format!(
-            "looked at as {own}, and the agent runs as {agents}: what follows of rights is about {own}"
+            "looked at as {own}, and the agent runs as {agents}: what follows holds for {own} only"
         );
         let advice = format!("sudo -u {agents} clamcast-agent doctor --config {config}");
         return Finding::note("user", found, advice);
@@ -519,7 +585,16 @@ impl Report {
             1 => "1 thing is wrong".to_owned(),
             _ => format!("{bad} things are wrong"),
         };
-        format!("{things}; {notes} to note, {unknown} that could not be looked at")
+        let seen = match self.user == self.agent_user {
+            true => String::new(),
+            false => {
+                let Self {
+                    user, agent_user, ..
+                } = self;
+                format!("; for user {user} only, as the agent runs as {agent_user}")
+            }
+        };
+        format!("{things}; {notes} to note, {unknown} that could not be looked at{seen}")
     }
 }
 
@@ -579,6 +654,8 @@ mod tests {
     fn report() -> Report {
         Report {
             ok: false,
+            user: "clamcast".into(),
+            agent_user: "clamcast".into(),
             findings: vec![
                 Finding::good("clamd-conf", "/etc/clamav/clamd.conf"),
                 Finding::bad(
@@ -598,6 +675,39 @@ mod tests {
              bad      updaters    freshclam (pid 612) runs\n                     \
              -> systemctl disable --now f\n\n\
              1 thing is wrong; 0 to note, 0 that could not be looked at"
+        );
+    }
+
+    #[test]
+    fn what_another_user_may_not_look_at_says_nothing_of_the_agent() {
+        let denied = io::Error::from(io::ErrorKind::PermissionDenied);
+        let error = StateError::Read {
+            path: "/state".into(),
+            source: denied,
+        };
+        let alice = User {
+            name: "alice".into(),
+            uid: 4_000_009,
+            gids: vec![],
+        };
+        let findings = [
+            unread("outcome", &error),
+            Finding::bad("x", "broken", "mend"),
+        ];
+        testing::assert_lines(
+            &findings.clone(),
+            &["bad outcome: cannot read /state", "bad x"],
+        );
+        testing::assert_lines(
+            &findings.map(|finding| finding.seen_by(&alice)),
+            &["unknown outcome: alice may not look: | /state", "bad x"],
+        );
+        let mut report = report();
+        report.user = "alice".into();
+        let text = report.text(None, false);
+        assert!(
+            text.ends_with("for user alice only, as the agent runs as clamcast"),
+            "{text}"
         );
     }
 
@@ -623,6 +733,8 @@ mod tests {
         let json = serde_json::to_value(report()).unwrap();
         let expected = serde_json::json!({
             "ok": false,
+            "user": "clamcast",
+            "agent_user": "clamcast",
             "findings": [
                 { "check": "clamd-conf", "state": "good", "found": "/etc/clamav/clamd.conf" },
                 {

@@ -48,9 +48,7 @@ impl Receipts {
         let mut pending = BTreeMap::new();
         for entry in fs::read_dir(&directory).map_err(read)? {
             let path = entry.map_err(read)?.path();
-            let name = path.file_name().unwrap_or_default().to_string_lossy();
-            let number = name.strip_suffix(".json").map(str::parse::<u64>);
-            let Some(Ok(seq)) = number else { continue };
+            let Some(seq) = number(&path) else { continue };
             highest = highest.max(seq);
             match state::load::<Envelope>(&path, "the receipt is lost") {
                 Ok(Some(envelope)) => {
@@ -150,6 +148,40 @@ impl Receipts {
     }
 }
 
+/// What the newest receipt in the agent's state directory said, for whoever looks on from outside:
+/// nothing is changed.
+///
+/// # Errors
+///
+/// If the receipts cannot be read.
+pub fn newest(state: &Path) -> Result<Option<Receipt>, StateError> {
+    let directory = state.join("receipts");
+    let last: Option<Receipt> = state::load(&directory.join(LAST), "it is written anew")?;
+    let read = |source| StateError::Read {
+        path: directory.clone(),
+        source,
+    };
+    let entries = match fs::read_dir(&directory) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(last),
+        entries => entries.map_err(read)?,
+    };
+    let mut highest = 0;
+    for entry in entries {
+        highest = highest.max(number(&entry.map_err(read)?.path()).unwrap_or(0));
+    }
+    let path = directory.join(format!("{highest}.json"));
+    let waiting = state::load::<Envelope>(&path, "the receipt is lost")?;
+    let waiting = waiting.and_then(|it| serde_json::from_slice::<Receipt>(&it.payload).ok());
+    let receipts = [last, waiting].into_iter().flatten();
+    Ok(receipts.max_by_key(|receipt| receipt.seq))
+}
+
+/// The number of the receipt that waits in a file of this name.
+fn number(path: &Path) -> Option<u64> {
+    let name = path.file_name()?.to_str()?;
+    name.strip_suffix(".json")?.parse().ok()
+}
+
 /// What the newest receipt said. A damaged file is no reason not to start: a host without its agent
 /// gets no signatures.
 fn load_last(path: &Path) -> Result<Option<Receipt>, StateError> {
@@ -239,6 +271,22 @@ mod tests {
         receipts.acknowledge(1).unwrap();
         receipts.acknowledge(99).unwrap();
         check(&Receipts::open(dir.path()).unwrap(), &[2]);
+    }
+
+    #[test]
+    fn whoever_looks_on_sees_the_newest_one_wherever_it_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let seen = || newest(dir.path()).unwrap().map(|receipt| receipt.seq);
+        assert_eq!(seen(), None);
+        let mut receipts = Receipts::open(dir.path()).unwrap();
+        assert_eq!(seen(), None);
+        add(&mut receipts);
+        assert_eq!(seen(), Some(1));
+        add(&mut receipts);
+        receipts.acknowledge(1).unwrap();
+        assert_eq!(seen(), Some(2));
+        receipts.acknowledge(2).unwrap();
+        assert_eq!(seen(), Some(2));
     }
 
     #[test]

@@ -74,24 +74,23 @@ impl Host {
             });
     }
 
-    fn doctor(&self, arguments: &[&str]) -> Output {
+    fn doctor(&self, user: u32) -> (Output, Value) {
         let mut doctor = lab::program("clamcast-agent");
         doctor
             .arg("doctor")
             .arg("--config")
             .arg(self.agent.config());
-        unprivileged(doctor.args(arguments), AGENT)
-            .output()
-            .unwrap()
+        let output = unprivileged(doctor.arg("--json"), user).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        let report = serde_json::from_slice(&output.stdout).expect(&said);
+        (output, report)
     }
 
     /// All findings, and whether nothing is bad.
     fn findings(&self) -> (bool, Vec<Value>) {
-        let output = self.doctor(&["--json"]);
-        let said = String::from_utf8_lossy(&output.stderr);
-        let report: Value = serde_json::from_slice(&output.stdout).expect(&said);
+        let (output, report) = self.doctor(AGENT);
         let ok = report["ok"] == true;
-        assert_eq!(output.status.code(), Some(if ok { 0 } else { 1 }), "{said}");
+        assert_eq!(output.status.code(), Some(if ok { 0 } else { 1 }));
         (ok, report["findings"].as_array().unwrap().clone())
     }
 
@@ -193,7 +192,7 @@ fn an_agent_without_any_capability_brings_clamd_of_another_user_up_to_date() {
 
 #[test]
 fn the_doctor_names_what_is_broken_and_what_to_do() {
-    require!(Root, Clamd);
+    require!(Root, Clamd, Clamscan);
     let mut host = Host::new();
     host.start_agent();
     let (ok, findings) = host.findings();
@@ -318,6 +317,26 @@ fn the_doctor_names_what_is_broken_and_what_to_do() {
         "bad clamd-socket: no clamd at | systemctl enable --now clamav-daemon",
     );
 
+    // Databases of others that keep clamd from loading any.
+    let foreign = database.join("x.ndb");
+    host.check(
+        |_| fs::create_dir(&foreign).unwrap(),
+        |_| fs::remove_dir(&foreign).unwrap(),
+        "bad databases: x.ndb is a directory | remove it",
+    );
+    for content in ["no signature\n", ""] {
+        host.check(
+            |_| fs::write(&foreign, content).unwrap(),
+            |_| fs::remove_file(&foreign).unwrap(),
+            "bad databases: clamd cannot load x.ndb | Malformed database | remove it",
+        );
+    }
+    host.check(
+        |_| fs::write(&foreign, "Lab.N:0:*:deadbeef\n").unwrap(),
+        |_| fs::remove_file(&foreign).unwrap(),
+        "good databases: those of others, too: daily.cud, x.ndb",
+    );
+
     // Another updater: the kernel calls a script by its own name.
     let freshclam = host.fleet.join("freshclam");
     fs::write(&freshclam, "#!/bin/sh\nread line\n").unwrap();
@@ -371,6 +390,96 @@ fn root_looks_as_the_agents_user_does() {
     let text = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(2), "{text}");
     assert!(text.contains("useradd --system"), "{text}");
+}
+
+#[test]
+fn what_another_user_sees_is_said_to_hold_for_that_user_only() {
+    require!(Root, Clamd);
+    let mut host = Host::new();
+    host.start_agent();
+    let log = host.clamd.config().with_file_name("clamd.log");
+    set(&log, Some(CLAMD), 0o600);
+    set(host.agent.config(), Some(AGENT), 0o644);
+    let (_, report) = host.doctor(AGENT);
+    assert_eq!(report["user"], AGENT.to_string());
+    assert_eq!(report["agent_user"], AGENT.to_string());
+    let (output, report) = host.doctor(OTHER);
+    assert_eq!(report["user"], OTHER.to_string());
+    assert_eq!(report["agent_user"], AGENT.to_string());
+    let findings = report["findings"].as_array().unwrap();
+    let lines: Vec<_> = findings.iter().map(line).collect();
+    assert!(lines[0].contains("holds for 54312 only"), "{lines:#?}");
+    // It may see neither of these, and says nothing bad of the agent for it.
+    assert_eq!(output.status.code(), Some(0), "{lines:#?}");
+    for check in ["clamd-log", "key", "outcome"] {
+        let finding = findings.iter().find(|finding| finding["check"] == check);
+        let line = line(finding.unwrap_or_else(|| panic!("no {check} in {lines:#?}")));
+        assert!(line.starts_with("unknown 54312 may not look: "), "{line}");
+    }
+}
+
+#[test]
+fn what_came_of_the_newest_generation_is_told_with_what_is_in_its_way() {
+    require!(Clamd, Clamscan);
+    let fleet = Fleet::new();
+    let mirror = fleet.join("mirror");
+    fs::create_dir(&mirror).unwrap();
+    let publish = |version| {
+        let daily = Container::new("daily", version).member("hsb", signatures(0..10 + version));
+        daily.write(&mirror);
+    };
+    publish(1);
+    let mut master = fleet.master(&mirror);
+    master.start();
+    let database = fleet.join("agents/web1/db");
+    fs::create_dir_all(&database).unwrap();
+    let mut clamd = Clamd::new(&database);
+    let mut agent = fleet.agent_with("web1", &format!("config = {:?}", clamd.config()));
+    agent.start();
+    master.wait_agent("web1", "the first set is there", |row| {
+        row["generation"] == 1
+    });
+    clamd.start();
+    master.wait_live("web1", 1);
+    assert_eq!(said(&agent, "outcome"), "good generation 1.1 is live -> ");
+
+    let foreign = database.join("x.ndb");
+    fs::write(&foreign, "no signature\n").unwrap();
+    publish(2);
+    master.wait_agent("web1", "clamd refuses it", |row| {
+        row["outcome"] == "refused"
+    });
+    let refused = "bad clamd refused generation 1.2: ";
+    let in_the_way = "bad clamd cannot load x.ndb, which is not the agent's";
+    let check = |agent: &Agent| {
+        let lines = said(agent, "outcome");
+        assert!(
+            lines.starts_with(refused) && lines.contains("force-sync"),
+            "{lines}"
+        );
+        let lines = said(agent, "databases");
+        assert!(lines.contains(in_the_way), "{lines}");
+    };
+    check(&agent);
+    assert!(agent.stop().success());
+    check(&agent);
+    assert_eq!(said(&agent, "copies"), "");
+    fs::remove_dir_all(database.join(".clamcast")).unwrap();
+    let lines = said(&agent, "copies");
+    assert!(
+        lines.starts_with("note ") && lines.contains("daily.cud"),
+        "{lines}"
+    );
+
+    // As it is told to be mended.
+    fs::remove_file(&foreign).unwrap();
+    agent.start();
+    master.wait_agent("web1", "web1 is connected", |row| row["connected"] == true);
+    let forced = master.command(&["force-sync", "web1"]);
+    assert_eq!(forced.status.code(), Some(0), "{forced:?}");
+    assert_eq!(said(&agent, "outcome"), "good generation 1.2 is live -> ");
+    assert_eq!(said(&agent, "copies"), "");
+    assert!(database.join(".clamcast/current/daily.cud").exists());
 }
 
 /// What `doctor` says of `check`, a line each.

@@ -4,12 +4,12 @@ use clamcast_daemon::input::InputError;
 use clamcast_proto::FleetName;
 use jiff::Timestamp;
 
-use super::Finding;
+use super::{Finding, is_denied};
 use crate::chain;
 use crate::config::Config;
 use crate::endpoint::{Credentials, CredentialsError};
 use crate::run::CERTIFICATE_ENDS_SOON;
-use crate::trust;
+use crate::trust::{self, OpenError};
 
 /// Checks key set and certificate. The credentials, if they can be used, are for the probe.
 pub(super) fn look(config: &Config, now: Timestamp) -> (Vec<Finding>, Option<Credentials>) {
@@ -20,7 +20,7 @@ pub(super) fn look(config: &Config, now: Timestamp) -> (Vec<Finding>, Option<Cre
             let why = "the fleet's name is not known without the key set";
             return (
                 vec![
-                    Finding::bad("keys", chain(&error), advice),
+                    Finding::bad("keys", chain(&error), advice).denied(may_not_read(&error)),
                     Finding::unknown("certificate", why, None),
                 ],
                 None,
@@ -39,6 +39,11 @@ pub(super) fn look(config: &Config, now: Timestamp) -> (Vec<Finding>, Option<Cre
     (findings, credentials.ok())
 }
 
+/// Whether it is that this user may not read the keys.
+fn may_not_read(error: &OpenError) -> bool {
+    matches!(error, OpenError::Read(InputError::Denied { .. })) || is_denied(error)
+}
+
 fn judge(
     credentials: &Result<Credentials, CredentialsError>,
     now: Timestamp,
@@ -53,7 +58,13 @@ fn judge(
     };
     let credentials = match credentials {
         Ok(credentials) => credentials,
-        Err(error) => return Finding::bad(check, chain(error), advice(error, renew("NAME"))),
+        Err(error) => {
+            let finding = Finding::bad(check, chain(error), advice(error, renew("NAME")));
+            return finding.denied(matches!(
+                error,
+                CredentialsError::Read(InputError::Denied { .. })
+            ));
+        }
     };
     let (agent, ends) = (&credentials.agent, credentials.certificate.not_after);
     if let Some(doubt) = &credentials.doubt {

@@ -1,16 +1,17 @@
 //! Who may do what: the agent owns the databases, clamd reads them, and no more.
 
+use std::io;
 use std::path::Path;
 
 use super::Finding;
 use crate::host::{Node, User};
 use crate::install::HIDDEN;
 
-/// Paths whose rights are judged, as they were found. An error is a text.
-#[derive(Clone, Debug)]
+/// Paths whose rights are judged, as they were found.
+#[derive(Debug)]
 pub(super) struct Paths {
     /// The directories that lead to the database directory, and itself.
-    pub(super) database: Result<Vec<Node>, String>,
+    pub(super) database: io::Result<Vec<Node>>,
     /// Whether the agent's user can make files there.
     pub(super) writable: Result<(), String>,
     /// The databases.
@@ -18,28 +19,37 @@ pub(super) struct Paths {
     /// `.clamcast`, if it is there.
     pub(super) hidden: Option<Node>,
     /// The state directory.
-    pub(super) state: Result<Node, String>,
+    pub(super) state: io::Result<Node>,
     /// The directories that lead to the host's key, and itself.
-    pub(super) key: Result<Vec<Node>, String>,
+    pub(super) key: io::Result<Vec<Node>>,
 }
 
 impl Paths {
-    /// Looks at them.
-    pub(super) fn look(database: &Path, state: &Path, key: &Path) -> Self {
+    /// Looks at them as the user `this`.
+    pub(super) fn look(
+        database: &Path,
+        state: &Path,
+        key: &Path,
+        this: &User,
+        agent: &User,
+    ) -> Self {
         use nix::unistd::{AccessFlags, eaccess};
-        let text = |error: std::io::Error| error.to_string();
         let files = super::space::names(database);
         let files = files
             .iter()
             .filter_map(|name| Node::at(&database.join(name)).ok());
         let wanted = AccessFlags::W_OK | AccessFlags::X_OK;
+        let writable = match this.uid == agent.uid {
+            true => eaccess(database, wanted).map_err(|errno| errno.desc().to_owned()),
+            false => Ok(()), // for others by the bits only
+        };
         Self {
-            database: Node::way(database).map_err(text),
-            writable: eaccess(database, wanted).map_err(|errno| errno.desc().to_owned()),
+            database: Node::way(database),
+            writable,
             files: files.collect(),
             hidden: Node::at(&database.join(HIDDEN)).ok(),
-            state: Node::at(state).map_err(text),
-            key: Node::way(key).map_err(text),
+            state: Node::at(state),
+            key: Node::way(key),
         }
     }
 }
@@ -57,7 +67,8 @@ pub(super) fn judge_agent(paths: &Paths, names: [&Path; 3], agent: &User) -> Vec
             "database",
             format!("{database}: {error}"),
             format!("install -d -o {user} -g {user} -m 755 {database}"),
-        ),
+        )
+        .denied(super::is_denied(error)),
         Ok(None) => Finding::unknown("database", "it has no path", None),
         Ok(Some(node)) => {
             let found = format!("{database} is {}", node.rights());
@@ -90,11 +101,17 @@ pub(super) fn judge_agent(paths: &Paths, names: [&Path; 3], agent: &User) -> Vec
     }
 
     findings.push(match &paths.state {
-        Err(error) => Finding::note(
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Finding::note(
             "state",
             format!("{state}: {error}"),
             "nothing before the first start, which makes it",
         ),
+        Err(error) => Finding::bad(
+            "state",
+            format!("{state}: {error}"),
+            format!("let {user} pass the directories that lead there"),
+        )
+        .denied(super::is_denied(error)),
         Ok(node) if node.uid != agent.uid || node.mode & 0o077 != 0 => Finding::bad(
             "state",
             format!("{state} is {}; it has to be {user}'s alone", node.rights()),
@@ -110,7 +127,8 @@ pub(super) fn judge_agent(paths: &Paths, names: [&Path; 3], agent: &User) -> Vec
             format!(
                 "put the bundle of `clamcast-certs agent` there, as {user}'s: chown {user}: {key}"
             ),
-        ),
+        )
+        .denied(super::is_denied(error)),
         Ok(None) => Finding::unknown("key", "it has no path", None),
         Ok(Some(node)) if node.uid != agent.uid || node.mode & 0o077 != 0 => Finding::bad(
             "key",
@@ -328,13 +346,13 @@ mod tests {
         );
         check(
             |paths| {
-                paths.database = Err("No such file or directory".into());
+                paths.database = Err(io::ErrorKind::NotFound.into());
                 paths.files.clear();
                 paths.hidden = None;
             },
             &[
                 "bad database: | install -d -o clamcast -g clamcast -m 755 /var/db",
-                "unknown clamd-writes: | No such file or directory",
+                "unknown clamd-writes: | not found",
             ],
         );
     }
@@ -358,10 +376,10 @@ mod tests {
             &["bad clamd-writes: | can write / ("],
         );
         check(
-            |paths| paths.key = Err("Permission denied".into()),
+            |paths| paths.key = Err(io::ErrorKind::PermissionDenied.into()),
             &[
-                "bad key: | Permission denied",
-                "unknown clamd-writes: | Permission denied",
+                "bad key: | permission denied",
+                "unknown clamd-writes: | permission denied",
             ],
         );
     }
@@ -377,8 +395,12 @@ mod tests {
             &["bad state: | chown -R clamcast: /state && chmod 700 /state"],
         );
         check(
-            |paths| paths.state = Err("No such file or directory".into()),
+            |paths| paths.state = Err(io::ErrorKind::NotFound.into()),
             &["note state: | first start"],
+        );
+        check(
+            |paths| paths.state = Err(io::ErrorKind::PermissionDenied.into()),
+            &["bad state: | permission denied | let clamcast pass"],
         );
         check(
             |paths| paths.key.as_mut().unwrap()[1].mode = 0o644,

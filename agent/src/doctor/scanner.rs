@@ -1,11 +1,12 @@
 //! The host's clamd: its configuration, its sockets, its log.
 
+use std::io;
 use std::path::{Path, PathBuf};
 
 use clamcast_daemon::input::{self, InputError};
 
-use super::Finding;
 use super::program::Program;
+use super::{Finding, is_denied};
 use crate::chain;
 use crate::clamd::{Address, Clamd, ClamdConf, ClamdError, ProofBy, Reload, Settings, running_pid};
 use crate::config::ClamdConfFile;
@@ -148,7 +149,7 @@ pub(super) fn judge_conf(
                     "name this host's clamd.conf in agent.toml: `[clamd] config`".into()
                 }
             };
-            vec![Finding::bad("clamd-conf", chain(error), advice)]
+            vec![Finding::bad("clamd-conf", chain(error), advice).denied(is_denied(error))]
         }
         ConfFile::Read(path, conf, program) => {
             let mut findings = vec![
@@ -393,7 +394,7 @@ pub(super) fn judge_talk(talk: &Talk, file: &ConfFile, agent: &User) -> Finding 
         ),
         Err(error @ ClamdError::Forbidden { .. }) => {
             let found = format!("{}{rights}", chain(error));
-            Finding::bad("clamd-socket", found, open_socket(talk, file, agent))
+            Finding::bad("clamd-socket", found, open_socket(talk, file, agent)).denied(true)
         }
         Err(error @ ClamdError::Absent { .. }) => {
             let advice = match file.conf() {
@@ -455,7 +456,7 @@ pub(super) enum Log {
     /// It can be read.
     Readable(PathBuf),
     /// It cannot.
-    Closed(PathBuf, Option<Node>, String),
+    Closed(PathBuf, Option<Node>, io::Error),
 }
 
 impl Log {
@@ -468,7 +469,7 @@ impl Log {
             Ok(_) => Self::Readable(path),
             Err(error) => {
                 let node = Node::at(&path).ok();
-                Self::Closed(path, node, error.to_string())
+                Self::Closed(path, node, error)
             }
         }
     }
@@ -512,8 +513,8 @@ pub(super) fn judge_log(log: &Log, file: &ConfFile, settings: &Settings, agent: 
                     ),
                 ),
             };
-            let found = format!("{user} cannot read {path}{rights}: {error}; {without}");
-            judge("clamd-log", found, advice)
+            let found = format!("cannot read {path}{rights}: {error}; {without}");
+            judge("clamd-log", found, advice).denied(is_denied(error))
         }
     }
 }
@@ -568,7 +569,6 @@ pub(super) fn judge_reload(
 
 #[cfg(test)]
 mod tests {
-    use std::io;
     use std::time::Duration;
 
     use super::*;
@@ -855,7 +855,11 @@ mod tests {
                 gid: 4_000_003,
                 mode,
             };
-            Log::Closed("/log".into(), Some(node), "Permission denied".into())
+            Log::Closed(
+                "/log".into(),
+                Some(node),
+                io::ErrorKind::PermissionDenied.into(),
+            )
         };
         check_log("", Log::Readable("/log".into()), "good clamd-log: /log");
         check_log(

@@ -22,7 +22,8 @@ const RECORD_BYTES_MAX: u64 = 8 << 20;
 const REFUSALS_MAX: usize = 16;
 
 const JOURNAL: &str = "journal.json";
-const INSTALLED: &str = "installed.json";
+/// The record of an [`Installed`] in the state directory.
+pub const INSTALLED: &str = "installed.json";
 const REFUSED: &str = "refused.json";
 
 /// A manifest with the envelope it came in.
