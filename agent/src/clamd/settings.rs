@@ -4,6 +4,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clamcast_daemon::clamscan;
+use clamcast_proto::DatabaseName;
+use clamcast_proto::names::DatabaseKind;
 use serde::Deserialize;
 
 use super::client::Address;
@@ -76,6 +78,26 @@ pub struct Settings {
     pub splay: Duration,
     /// Whom clamd runs as, if clamd.conf says so.
     pub user: Option<String>,
+}
+
+impl Settings {
+    /// Whether clamd loads a file of this name. Where it loads official databases only, that is
+    /// containers that may be signed, and what it reads before it asks: lists of signatures to be
+    /// ignored and two names (`cli_loaddbdir` in libclamav/readdb.c, measured with 1.4.6). A detached
+    /// signature is not loaded anywhere, and nobody misses it.
+    pub fn loads(&self, name: &DatabaseName) -> bool {
+        let before = |name: &str| {
+            matches!(name, "local.gdb" | "daily.cfg")
+                || name.ends_with(".ign")
+                || name.ends_with(".ign2")
+        };
+        !self.official_only
+            || match name.kind() {
+                DatabaseKind::Cvd | DatabaseKind::Cld | DatabaseKind::Sign => true,
+                DatabaseKind::Cud => false,
+                DatabaseKind::Loose => before(name.as_str()),
+            }
+    }
 }
 
 /// One clamd on the database directory.
@@ -292,6 +314,23 @@ mod tests {
         let (found, notes) = instances(signal, "LocalSocket /run/a\n");
         assert_eq!(found, "/run/a=command");
         assert!(notes.contains("no pid file"), "{notes}");
+    }
+
+    #[test]
+    fn where_only_official_databases_count_others_are_passed_over() {
+        let passed_over = |conf: &str| {
+            let (settings, _) = Settings::with_scanner(raw(None), ClamdConf::parse(conf), None);
+            let names = "main.cvd daily.cld daily.cud x.ndb x.yar daily.cfg x.cfg local.gdb x.ign2 \
+                         main-1.cvd.sign";
+            let names = names.split(' ').filter(|name| {
+                let name = name.parse().expect("a database name");
+                !settings.loads(&name)
+            });
+            names.collect::<Vec<_>>().join(" ")
+        };
+        assert_eq!(passed_over("LocalSocket /run/a\n"), "");
+        let conf = "LocalSocket /run/a\nOfficialDatabaseOnly yes\n";
+        assert_eq!(passed_over(conf), "daily.cud x.ndb x.yar x.cfg");
     }
 
     #[test]
