@@ -554,7 +554,7 @@ impl Keeper {
         let hostname = hostname.map(|name| name.to_string_lossy().into_owned());
         Hello {
             agent_version: env!("CARGO_PKG_VERSION").to_owned(),
-            clamd: self.prover.report(),
+            clamd: self.installer.clamd(),
             outcome: outcome.filter(|_| !lacking),
             files: installed.as_ref().map_or_else(Vec::new, |i| i.set.files()),
             foreign: last.map_or_else(Vec::new, |last| last.foreign.clone()),
@@ -920,7 +920,11 @@ impl Keeper {
                 let forced = self.slot.job().is_some_and(|job| job.rehash);
                 self.complete(&completed, Some(since), forced);
                 self.phase = Phase::Idle;
-                let fault = completed.outcome == Outcome::HostFault;
+                // A set that stays on disk is not installed again: probing goes on until clamd has it.
+                let installed = self.installer.installed().map(|i| i.set.sha256());
+                let stays =
+                    self.installer.waits_for_clamd() && installed == Some(completed.set.sha256());
+                let fault = completed.outcome == Outcome::HostFault && !stays;
                 self.slot_event(SlotEvent::Installed { fault });
             }
             Done::Resumed(completed) => {
@@ -1149,7 +1153,7 @@ impl Keeper {
             last: last.map(LastStatus::from),
             fresh_until: self.fresh.as_ref().map(|fresh| fresh.until),
             stale: self.stale_since().is_some(),
-            clamd: self.prover.report(),
+            clamd: self.installer.clamd(),
             foreign: last.map_or_else(Vec::new, |last| last.foreign.clone()),
             drift: self.drift_status(),
             error: self

@@ -75,11 +75,16 @@ impl Host {
     }
 
     fn on(fleet: Fleet) -> Self {
+        Self::with(fleet, |clamd| clamd)
+    }
+
+    /// With another clamd.
+    fn with(fleet: Fleet, configured: impl FnOnce(Clamd) -> Clamd) -> Self {
         let database = fleet.join("agents/web1/db");
         fs::create_dir_all(&database).unwrap();
         let mirror = fleet.join("mirror");
         fs::create_dir_all(&mirror).unwrap();
-        let clamd = Clamd::new(&database);
+        let clamd = configured(Clamd::new(&database));
         let agent = fleet.agent_with("web1", &format!("config = {:?}", clamd.config()));
         let master = fleet.master(&mirror);
         master.configure("quiet = \"300ms\"", "quiet = \"20ms\"");
@@ -105,11 +110,17 @@ impl Host {
 
     /// Publishes the next set, as a whole: the mirror looks like one that freshclam is at work on.
     fn publish(&mut self) {
+        self.publish_with(None);
+    }
+
+    /// The same, with a file more.
+    fn publish_with(&mut self, more: Option<(&str, &str)>) {
         self.version += 1;
         let mirror = self.fleet.join("mirror");
         let busy = mirror.join("tmp.0123456789");
         fs::create_dir(&busy).unwrap();
-        let set = set(self.version);
+        let mut set = set(self.version);
+        set.extend(more.map(|(name, text)| (name.to_owned(), text.as_bytes().to_vec())));
         for (name, bytes) in &set {
             let part = busy.join(name);
             fs::write(&part, bytes).unwrap();
@@ -162,6 +173,22 @@ impl Host {
     /// Number of the canary on disk.
     fn canary(&self) -> u64 {
         canary_number(&self.proof_file(CANARY)).expect("a canary is whole")
+    }
+
+    /// Waits until the last set has come to this; the reason that the master shows.
+    #[track_caller]
+    fn wait_failed(&self, outcome: &str) -> String {
+        let about = format!(".{}: ", self.version);
+        let row = self.master.wait_agent("web1", outcome, |row| {
+            let error = row["error"].as_str().unwrap_or_default();
+            row["outcome"] == outcome && error.contains(&about)
+        });
+        row["error"].as_str().unwrap_or_default().to_owned()
+    }
+
+    /// How often clamd began to load.
+    fn loads(&self) -> usize {
+        self.clamd.log().matches("Reading databases from").count()
     }
 
     fn finds(&self, name: &str, version: u64) -> bool {
@@ -1018,4 +1045,147 @@ fn what_freshclam_left_is_adopted_under_a_running_clamd_and_others_files_stay() 
     );
     let adopted = database.join(".clamcast/adopted/test.cvd");
     assert!(fs::read(adopted).unwrap() == fs::read(left).unwrap());
+}
+
+/// What clamd cannot read.
+const RUBBISH: &str = "Site.Own:0:*:no hexadecimal digits\n";
+
+#[test]
+fn a_bad_file_of_others_is_a_fault_of_the_host_and_without_it_the_set_is_live() {
+    require!(Clamd, Clamscan);
+    let mut host = Host::new();
+    let site = host.agent.database().join("site.ndb");
+    fs::write(&site, RUBBISH).unwrap();
+    host.publish();
+    let said = host.wait_failed("host_fault");
+    assert!(said.contains("site.ndb is not of this set"), "{said}");
+    assert!(host.finds_all_of(1), "clamd keeps what it has");
+    let mut there = host.there();
+    assert_eq!(
+        there.remove("site.ndb").as_deref(),
+        Some(RUBBISH.as_bytes())
+    );
+    assert!(there == set(2), "the new set stays");
+    fs::remove_file(&site).unwrap();
+    host.wait_live();
+    the_last_set_is_there_and_live(&host, "the file is gone");
+    assert_eq!(host.row()["outcome"], "live");
+}
+
+#[test]
+fn what_is_named_like_a_database_and_is_no_file_is_a_fault_of_the_host() {
+    require!(Clamd, Clamscan);
+    let mut host = Host::new();
+    let site = host.agent.database().join("site.cud");
+    fs::create_dir(&site).unwrap();
+    host.publish();
+    let said = host.wait_failed("host_fault");
+    assert!(said.contains("site.cud is not of this set"), "{said}");
+    fs::remove_dir(&site).unwrap();
+    host.wait_live();
+    the_last_set_is_there_and_live(&host, "the directory is gone");
+}
+
+#[test]
+fn without_a_scanner_the_old_set_tells_that_a_file_of_others_is_bad() {
+    require!(Clamd);
+    let mut host = Host::new();
+    host.agent.stop();
+    // Nothing but the agent itself is found there.
+    let mut process = host.agent.process();
+    process.env("PATH", host.fleet.join(""));
+    if Path::new("/usr/bin/clamscan").exists() || Path::new("/usr/local/bin/clamscan").exists() {
+        println!("SKIPPED: this machine has a clamscan");
+        return;
+    }
+    host.agent.launch(process);
+    host.agent.wait_ready();
+    host.wait_live();
+    let site = host.agent.database().join("site.ndb");
+    fs::write(&site, RUBBISH).unwrap();
+    host.publish();
+    let said = host.wait_failed("host_fault");
+    assert!(said.contains("clamd does not load it either"), "{said}");
+    fs::remove_file(&site).unwrap();
+    host.publish();
+    host.wait_live();
+    the_last_set_is_there_and_live(&host, "the file is gone");
+}
+
+#[test]
+fn where_a_failed_load_is_the_end_of_clamd_it_gets_only_what_clamscan_loads() {
+    require!(Clamd, Clamscan);
+    let mut host = Host::with(Fleet::new(), |clamd| {
+        let clamd = clamd.with("ConcurrentDatabaseReload", "no");
+        clamd.with("IdleTimeout", "5") // so long it waits for its own threads before a load
+    });
+    host.publish();
+    host.wait_live();
+    the_last_set_is_there_and_live(&host, "a good update");
+
+    let loads = host.loads();
+    host.publish_with(Some(("bad.ndb", RUBBISH)));
+    let said = host.wait_failed("refused");
+    assert!(said.contains("Can't load bad.ndb"), "{said}");
+    assert!(host.finds_all_of(2), "clamd scans on");
+    assert!(host.there() == set(2));
+
+    let site = host.agent.database().join("site.ndb");
+    fs::write(&site, RUBBISH).unwrap();
+    host.publish();
+    let said = host.wait_failed("host_fault");
+    assert!(said.contains("site.ndb is not of this set"), "{said}");
+    assert!(host.finds_all_of(2), "clamd scans on");
+    assert_eq!(
+        host.loads(),
+        loads,
+        "no RELOAD was sent: {}",
+        host.clamd.log()
+    );
+
+    // Another user's file, which the kernel lets nobody else link.
+    fs::write(
+        &site,
+        format!("Site.Own:0:*:{}\n", hex::encode("a sample of the site")),
+    )
+    .unwrap();
+    let _ = chown(&site, Some(1), Some(1)); // takes root
+    host.publish();
+    host.wait_live();
+    assert!(host.finds_all_of(host.version));
+    let said = host.clamd.scan(b"a sample of the site").unwrap();
+    assert!(said.contains("Site.Own"), "{said}");
+    assert!(!host.clamd.log().contains("ERROR"), "{}", host.clamd.log());
+}
+
+#[test]
+fn what_clamd_is_configured_not_to_load_of_a_set_is_named_where_it_is_live() {
+    require!(Clamd, TestFiles);
+    let fleet = Fleet::new();
+    let (database, mirror) = (fleet.join("agents/web1/db"), fleet.join("mirror"));
+    for directory in [&database, &mirror] {
+        fs::create_dir_all(directory).unwrap();
+    }
+    let signed = Part::TestFiles.path().join("test-1.cvd");
+    fs::copy(signed, mirror.join("test.cvd")).unwrap();
+    let own = format!("Lab.Own:0:*:{}\n", hex::encode(ALWAYS));
+    fs::write(mirror.join("own.ndb"), own).unwrap();
+    let mut clamd = Clamd::new(&database).with("OfficialDatabaseOnly", "yes");
+    let mut agent = fleet.agent_with("web1", &format!("config = {:?}", clamd.config()));
+    let mut master = fleet.master(&mirror);
+    master.configure("require = []", "require = []\nload_test = \"never\"");
+    master.start();
+    agent.start();
+    master.wait_agent("web1", "the first set is there", |row| {
+        row["outcome"] == "installed"
+    });
+    clamd.start();
+    let row = master.wait_live("web1", 1);
+    assert_eq!(clamd.scan(ALWAYS).unwrap(), "stream: OK");
+    let named = "OfficialDatabaseOnly yes: clamd does not load own.ndb";
+    let note = row["clamd"]["note"].as_str().unwrap_or_default();
+    assert!(note.starts_with(named), "{row}");
+    let status = agent.command(&["status"]);
+    let status = String::from_utf8_lossy(&status.stdout);
+    assert!(status.contains(named), "{status}");
 }

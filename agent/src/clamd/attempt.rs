@@ -106,7 +106,7 @@ pub(super) enum Asked {
 
 /// What a load test with `clamscan` said.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub(super) enum LoadTest {
+pub enum LoadTest {
     /// It can be loaded.
     Passed,
     /// It cannot; the scanner's reason.

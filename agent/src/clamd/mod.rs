@@ -13,6 +13,7 @@ mod scanner;
 mod settings;
 mod signal;
 
+pub use attempt::LoadTest;
 pub use client::{Address, AddressError, Clamd, ClamdError, Scan};
 pub use conf::ClamdConf;
 pub use prover::{LogMark, Prover, Verdict};

@@ -242,21 +242,9 @@ impl Prover {
     }
 
     /// Loads `directory` with `clamscan`, for where a failed load would cost clamd its engine. It
-    /// takes as much memory as clamd. Passes where nobody can tell: there is no `clamscan`, or it
-    /// is hindered by the host.
-    ///
-    /// # Errors
-    ///
-    /// The scanner's own reason, if the databases cannot be loaded.
-    pub async fn load_test(&self, directory: &Path) -> Result<(), String> {
-        match scanner::load(&self.shared.settings, directory, LOAD_TEST_TIMEOUT).await {
-            LoadTest::Passed => Ok(()),
-            LoadTest::Failed(reason) => Err(reason),
-            LoadTest::NotRun(why) => {
-                tracing::warn!(why, "the databases were not tried before clamd gets them");
-                Ok(())
-            }
-        }
+    /// takes as much memory as clamd.
+    pub async fn load_test(&self, directory: &Path) -> LoadTest {
+        scanner::load(&self.shared.settings, directory, LOAD_TEST_TIMEOUT).await
     }
 
     /// Every clamd must have it; one that refuses is enough to refuse.

@@ -21,7 +21,7 @@ use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, openat, renameat};
 use nix::sys::stat::{FchmodatFlags, FileStat, Mode, SFlag, fchmodat, fstat, fstatat, mkdirat};
 use nix::sys::statvfs::fstatvfs;
-use nix::unistd::{Uid, UnlinkatFlags, geteuid, linkat, unlinkat};
+use nix::unistd::{Uid, UnlinkatFlags, geteuid, linkat, symlinkat, unlinkat};
 use sha2::{Digest as _, Sha256};
 
 /// Permissions of a database: clamd runs as another user and silently leaves out a daily database
@@ -80,7 +80,7 @@ const BELOW_HIDDEN: [(Dir, &str); 5] = [
 pub struct At<'n>(pub Dir, pub &'n str);
 
 /// Names a file whatever it is called.
-#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq)]
 pub struct Inode {
     device: u64,
     number: u64,
@@ -105,6 +105,15 @@ pub struct Facts {
     pub regular: bool,
     /// A directory.
     pub directory: bool,
+}
+
+/// What whoever reads a name as clamd does finds there: links are followed.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Behind {
+    /// What is known of it.
+    pub facts: Facts,
+    /// Whether it is a file that this user may read.
+    pub readable: bool,
 }
 
 /// A file being written.
@@ -133,6 +142,8 @@ pub trait Disk: Send + Sync + 'static {
     fn append(&self, at: At<'_>) -> io::Result<Box<dyn Output>>;
     /// Gives a file a second name, which must not be taken.
     fn link(&self, from: At<'_>, to: At<'_>) -> io::Result<()>;
+    /// Makes a symbolic link, whose name must not be taken.
+    fn symlink(&self, target: &str, at: At<'_>) -> io::Result<()>;
     /// Sets the permissions of a file of ours in a directory of ours.
     fn set_mode(&self, at: At<'_>, mode: u32) -> io::Result<()>;
     /// Moves a name over another one.
@@ -141,6 +152,8 @@ pub trait Disk: Send + Sync + 'static {
     fn remove(&self, at: At<'_>) -> io::Result<()>;
     /// Looks at a name; a link is looked at itself.
     fn facts(&self, at: At<'_>) -> io::Result<Facts>;
+    /// Looks at what a name leads to.
+    fn behind(&self, at: At<'_>) -> io::Result<Behind>;
     /// The names in a directory.
     fn list(&self, dir: Dir) -> io::Result<Vec<OsString>>;
     /// Makes a directory's names durable.
@@ -470,6 +483,10 @@ impl Disk for HostDisk {
         )?)
     }
 
+    fn symlink(&self, target: &str, At(dir, name): At<'_>) -> io::Result<()> {
+        Ok(symlinkat(target, self.fd(dir), name)?)
+    }
+
     fn set_mode(&self, At(dir, name): At<'_>, mode: u32) -> io::Result<()> {
         let mode = Mode::from_bits_truncate(mode);
         Ok(fchmodat(
@@ -491,6 +508,14 @@ impl Disk for HostDisk {
     fn facts(&self, At(dir, name): At<'_>) -> io::Result<Facts> {
         let stat = fstatat(self.fd(dir), name, AtFlags::AT_SYMLINK_NOFOLLOW)?;
         Ok(facts_of(&stat))
+    }
+
+    fn behind(&self, At(dir, name): At<'_>) -> io::Result<Behind> {
+        let facts = facts_of(&fstatat(self.fd(dir), name, AtFlags::empty())?);
+        // A pipe is not opened: whoever waits to write to it is not meant for us.
+        let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK;
+        let readable = facts.regular && openat(self.fd(dir), name, flags, Mode::empty()).is_ok();
+        Ok(Behind { facts, readable })
     }
 
     fn list(&self, dir: Dir) -> io::Result<Vec<OsString>> {
@@ -666,6 +691,11 @@ impl Tree {
         absent_is_none(self.disk.facts(at)).map_err(self.failed("look at", at))
     }
 
+    /// `None` if it leads to nothing.
+    pub(super) fn behind(&self, at: At<'_>) -> Result<Option<Behind>, HostFault> {
+        absent_is_none(self.disk.behind(at)).map_err(self.failed("look behind", at))
+    }
+
     /// `None` if there is no regular file with this name.
     pub(super) fn open(&self, at: At<'_>) -> Result<Option<Box<dyn Input>>, HostFault> {
         match self.disk.open(at) {
@@ -692,6 +722,12 @@ impl Tree {
         self.disk
             .link(from, to)
             .map_err(self.failed("make the link", to))
+    }
+
+    pub(super) fn symlink(&self, target: &str, at: At<'_>) -> Result<(), HostFault> {
+        self.disk
+            .symlink(target, at)
+            .map_err(self.failed("make the link", at))
     }
 
     pub(super) fn set_mode(&self, at: At<'_>, mode: u32) -> Result<(), HostFault> {

@@ -149,6 +149,8 @@ pub enum Way {
 pub enum Cause {
     /// Evidence that clamd cannot use the set: its own words.
     Refused(String),
+    /// The same, where a file of others may be at fault: the old set will tell.
+    Doubted(String),
     /// The host's disk failed in the middle.
     HostFault(String),
 }

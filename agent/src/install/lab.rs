@@ -14,15 +14,15 @@ use clamcast_proto::manifest::{ContainerFacts, Manifest, ManifestFile, Publisher
 use clamcast_proto::names::looks_like_a_database;
 use clamcast_proto::receipt::{ClamdReport, ClamdState, Outcome, Proof};
 use clamcast_proto::wire::{OfferId, Part, PartEncoding, PartKind};
-use clamcast_proto::{Digest, Epoch, Generation};
+use clamcast_proto::{DatabaseName, Digest, Epoch, Generation};
 use ed25519_dalek::SigningKey;
 use nix::errno::Errno;
 use tokio_util::sync::CancellationToken;
 
-use super::disk::{At, Dir, Disk, Facts, HostDisk, HostFault, Inode, Input, Output};
+use super::disk::{At, Behind, Dir, Disk, Facts, HostDisk, HostFault, Inode, Input, Output};
 use super::{Completed, Installer, Prove};
-use crate::clamd::Verdict;
 use crate::clamd::proof::{CANARY, GATE, Nonce, canary_number, gate_number};
+use crate::clamd::{LoadTest, Verdict};
 
 /// Files by name, as a test writes them down and as it finds them.
 pub(super) type Files = BTreeMap<String, String>;
@@ -351,6 +351,12 @@ impl Disk for Shim {
         })
     }
 
+    fn symlink(&self, target: &str, at: At<'_>) -> io::Result<()> {
+        self.run(Kind::Write, || {
+            self.change(at, Some(None), || self.disk.symlink(target, at))
+        })
+    }
+
     fn set_mode(&self, at: At<'_>, mode: u32) -> io::Result<()> {
         self.run(Kind::Write, || self.disk.set_mode(at, mode))
     }
@@ -377,6 +383,14 @@ impl Disk for Shim {
 
     fn facts(&self, at: At<'_>) -> io::Result<Facts> {
         self.run(Kind::Read, || self.disk.facts(at))
+    }
+
+    fn behind(&self, at: At<'_>) -> io::Result<Behind> {
+        self.run(Kind::Read, || {
+            let behind = self.disk.behind(at)?;
+            let readable = behind.facts.mode != DENIED_MODE && behind.readable;
+            Ok(Behind { readable, ..behind })
+        })
     }
 
     fn list(&self, dir: Dir) -> io::Result<Vec<OsString>> {
@@ -426,7 +440,11 @@ pub(super) struct FakeClamd {
     directory: PathBuf,
     pub(super) mood: Arc<Mutex<Mood>>,
     pub(super) proven: Arc<Mutex<Vec<u64>>>,
+    /// How often it was made to load what is there.
+    pub(super) loads: Arc<Mutex<usize>>,
     pub(super) load_test: bool,
+    /// As where there is a `clamscan` to say which file it is.
+    pub(super) names_the_file: bool,
 }
 
 impl FakeClamd {
@@ -441,7 +459,10 @@ impl FakeClamd {
         }
         let there = loaded(&self.directory);
         if let Some((name, _)) = there.iter().find(|(_, content)| content.contains("BAD")) {
-            let reason = format!("{name}: Malformed database");
+            let reason = match self.names_the_file {
+                true => format!("Can't load {name}: Malformed database"),
+                false => "Malformed database".to_owned(),
+            };
             return Verdict::Refused {
                 reason,
                 report: report(ClamdState::Up, Proof::None),
@@ -468,6 +489,7 @@ impl Prove for FakeClamd {
     fn mark(&self) {}
 
     async fn prove(&self, n: u64, (): (), _: CancellationToken) -> Verdict {
+        *self.loads.lock().unwrap() += 1;
         self.look(n)
     }
 
@@ -490,11 +512,15 @@ impl Prove for FakeClamd {
         self.load_test
     }
 
-    async fn load_test(&self, directory: &Path) -> Result<(), String> {
+    async fn load_test(&self, directory: &Path) -> LoadTest {
         match loaded(directory).iter().find(|(_, c)| c.contains("BAD")) {
-            Some((name, _)) => Err(format!("{name}: Malformed database")),
-            None => Ok(()),
+            Some((name, _)) => LoadTest::Failed(format!("Can't load {name}: Malformed database")),
+            None => LoadTest::Passed,
         }
+    }
+
+    fn loads(&self, name: &DatabaseName) -> bool {
+        !name.as_str().ends_with(".hdb")
     }
 
     fn report(&self) -> ClamdReport {
@@ -508,7 +534,8 @@ pub(super) fn loaded(directory: &Path) -> Files {
     for entry in fs::read_dir(directory).unwrap() {
         let entry = entry.unwrap();
         let name = entry.file_name().into_string().unwrap();
-        if looks_like_a_database(&name) {
+        // It passes over a link that leads nowhere.
+        if looks_like_a_database(&name) && entry.path().exists() {
             files.insert(name, fs::read_to_string(entry.path()).unwrap());
         }
     }
@@ -543,7 +570,9 @@ impl Host {
             directory: root.path().join("db"),
             mood: Arc::new(Mutex::new(Mood::Up)),
             proven: Arc::default(),
+            loads: Arc::default(),
             load_test: false,
+            names_the_file: true,
         };
         let runtime = tokio::runtime::Builder::new_current_thread()
             .build()

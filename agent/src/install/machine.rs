@@ -14,6 +14,7 @@ use clamcast_proto::receipt::{ClamdReport, Outcome};
 use clamcast_proto::wire::Phase;
 
 use super::journal::{Before, Cause, Ending, Installed, Journal, Refusal, Step, Way};
+use super::others::Blame;
 use crate::clamd::Verdict;
 
 /// What an install is told.
@@ -43,8 +44,8 @@ pub enum Event {
         /// Whether something in the database directory may have been changed by then.
         touched: bool,
     },
-    /// clamd was asked.
-    Judged(Verdict),
+    /// clamd was asked; whose fault it is where it does not have the set.
+    Judged(Verdict, Blame),
     /// The clamd that was seen with the installed set is gone.
     Lost(Box<Installed>, ClamdReport),
     /// There is a journal that was not ended: from a crash, or from a disk that failed.
@@ -208,7 +209,7 @@ impl Machine {
             Event::Resumed { journal, next } => self.resumed(journal, next),
             Event::Done => self.done(),
             Event::Failed { fault, touched } => self.failed(fault, touched),
-            Event::Judged(verdict) => self.judged(verdict),
+            Event::Judged(verdict, blame) => self.judged(verdict, blame),
         }
     }
 
@@ -320,18 +321,18 @@ impl Machine {
         self.failures < TRIES_MAX
     }
 
-    fn judged(&mut self, verdict: Verdict) -> Vec<Action> {
+    fn judged(&mut self, verdict: Verdict, blame: Blame) -> Vec<Action> {
         self.failures = 0;
         let waiting = self.waits_for_clamd();
         let Some(mut journal) = self.journal.take() else {
             return Vec::new();
         };
-        match (&journal.step, verdict) {
-            (Step::Swapping | Step::Settling(_), _) => {
-                self.journal = Some(journal); // a straggler: nobody is being asked
-                Vec::new()
-            }
-            (Step::Proving | Step::Waiting, Verdict::Live(_)) if journal.pass < journal.passes => {
+        if !matches!(journal.step, Step::Proving | Step::Waiting) {
+            self.journal = Some(journal); // a straggler: nobody is being asked
+            return Vec::new();
+        }
+        match (verdict, blame) {
+            (Verdict::Live(_), _) if journal.pass < journal.passes => {
                 journal.pass += 1;
                 journal.install += 1;
                 journal.step = Step::Swapping;
@@ -339,19 +340,24 @@ impl Machine {
                 let number = journal.install;
                 vec![save(journal), Action::Renumber(number)]
             }
-            (Step::Proving | Step::Waiting, Verdict::Live(clamd)) => self.live(journal, clamd),
-            (Step::Proving | Step::Waiting, Verdict::Refused { reason, report }) => {
-                self.refused(journal, reason, report)
+            (Verdict::Live(clamd), _) => self.live(journal, clamd),
+            (
+                Verdict::Refused { report: clamd, .. }
+                | Verdict::Unproven(clamd)
+                | Verdict::Absent(clamd),
+                Blame::Others(reason),
+            ) => self.hindered(journal, reason, clamd),
+            (Verdict::Refused { reason, report }, Blame::Set) => {
+                self.refused(journal, Cause::Refused(reason), report)
             }
-            (Step::Proving | Step::Waiting, Verdict::Unproven(_) | Verdict::Absent(_))
-                if waiting =>
-            {
+            (Verdict::Refused { reason, report }, Blame::Unknown) => {
+                self.refused(journal, Cause::Doubted(reason), report)
+            }
+            (Verdict::Unproven(_) | Verdict::Absent(_), _) if waiting => {
                 self.journal = Some(journal);
                 Vec::new()
             }
-            (Step::Proving | Step::Waiting, Verdict::Unproven(clamd) | Verdict::Absent(clamd)) => {
-                self.unproven(journal, clamd)
-            }
+            (Verdict::Unproven(clamd) | Verdict::Absent(clamd), _) => self.unproven(journal, clamd),
         }
     }
 
@@ -377,14 +383,10 @@ impl Machine {
         self.settle(journal, ending)
     }
 
-    fn refused(
-        &mut self,
-        journal: Box<Journal>,
-        reason: String,
-        clamd: ClamdReport,
-    ) -> Vec<Action> {
-        match &journal.way {
-            Way::Forward if journal.before.is_empty() => {
+    fn refused(&mut self, journal: Box<Journal>, cause: Cause, clamd: ClamdReport) -> Vec<Action> {
+        let reason = reason_of(&cause).to_owned();
+        match (&journal.way, &cause) {
+            (Way::Forward, Cause::Refused(_)) if journal.before.is_empty() => {
                 // clamd does not even start without databases: nothing is taken away.
                 let ending = Ending {
                     outcome: Outcome::Refused,
@@ -394,23 +396,48 @@ impl Machine {
                 };
                 self.settle(journal, ending)
             }
-            Way::Forward => self.turn_back(journal, Cause::Refused(reason)),
-            Way::Back { cause, tried } => {
-                let ending = Ending {
-                    outcome: outcome_of(cause),
-                    install: *tried,
-                    clamd,
-                    error: Some(format!(
-                        "{}; the previous set is back, and clamd does not load it either: {reason}",
-                        reason_of(cause)
-                    )),
-                };
-                self.wait_with_the_old_set(journal, ending)
+            (Way::Forward, _) if journal.before.is_empty() => {
+                let reason = format!("{reason}; perhaps for a database that is not of this set");
+                self.hindered(journal, reason, clamd)
             }
+            (Way::Forward, _) => self.turn_back(journal, cause),
+            (Way::Back { .. }, _) => self.hindered(journal, reason, clamd),
         }
     }
 
-    fn unproven(&mut self, mut journal: Box<Journal>, clamd: ClamdReport) -> Vec<Action> {
+    /// clamd would load no other set either: this one stays, and probing goes on with it.
+    fn hindered(
+        &mut self,
+        journal: Box<Journal>,
+        reason: String,
+        clamd: ClamdReport,
+    ) -> Vec<Action> {
+        let Way::Back { cause, tried } = &journal.way else {
+            let ending = Ending {
+                outcome: Outcome::HostFault,
+                install: journal.install,
+                clamd,
+                error: Some(reason),
+            };
+            return self.wait(journal, ending);
+        };
+        let ending = Ending {
+            outcome: match cause {
+                Cause::Refused(_) => Outcome::Refused,
+                // It is no worse than the one before it.
+                Cause::Doubted(_) | Cause::HostFault(_) => Outcome::HostFault,
+            },
+            install: *tried,
+            clamd,
+            error: Some(format!(
+                "{}; the previous set is back, and clamd does not load it either: {reason}",
+                reason_of(cause)
+            )),
+        };
+        self.wait_with_the_old_set(journal, ending)
+    }
+
+    fn unproven(&mut self, journal: Box<Journal>, clamd: ClamdReport) -> Vec<Action> {
         if let Way::Back { cause, tried } = &journal.way {
             let ending = Ending {
                 outcome: outcome_of(cause),
@@ -423,12 +450,18 @@ impl Machine {
             };
             return self.wait_with_the_old_set(journal, ending);
         }
-        self.ending = Some(Ending {
+        let ending = Ending {
             outcome: Outcome::Installed,
             install: journal.install,
             error: clamd.note.clone(),
             clamd,
-        });
+        };
+        self.wait(journal, ending)
+    }
+
+    /// Ends an install whose set is on disk and not yet seen in clamd.
+    fn wait(&mut self, mut journal: Box<Journal>, ending: Ending) -> Vec<Action> {
+        self.ending = Some(ending);
         journal.step = Step::Waiting;
         let installed = Installed {
             set: journal.set.clone(),
@@ -512,7 +545,8 @@ impl Machine {
             .collect();
         // Where the gate of the number before may not have been in place, or names vanish, one
         // proof is not enough.
-        let sure = withdraw.is_empty() && forward.passes == 1 && matches!(cause, Cause::Refused(_));
+        let sure =
+            withdraw.is_empty() && forward.passes == 1 && !matches!(cause, Cause::HostFault(_));
         let journal = Box::new(Journal {
             install: forward.install + 1,
             pass: 1,
@@ -582,14 +616,14 @@ fn host_fault(install: u64, fault: &str) -> Ending {
 
 fn outcome_of(cause: &Cause) -> Outcome {
     match cause {
-        Cause::Refused(_) => Outcome::Refused,
+        Cause::Refused(_) | Cause::Doubted(_) => Outcome::Refused,
         Cause::HostFault(_) => Outcome::HostFault,
     }
 }
 
 fn reason_of(cause: &Cause) -> &str {
     match cause {
-        Cause::Refused(reason) | Cause::HostFault(reason) => reason,
+        Cause::Refused(reason) | Cause::Doubted(reason) | Cause::HostFault(reason) => reason,
     }
 }
 
@@ -631,6 +665,8 @@ mod tests {
         proofs: usize,
         passes: usize,
         finished: usize,
+        /// Whether the set itself may be why clamd did not load it.
+        suspected: bool,
         /// Sets that stood in the directory.
         swapped: BTreeSet<Digest>,
     }
@@ -674,8 +710,10 @@ mod tests {
         *seen += 1;
         path.trace
             .push(format!("{event:?}").chars().take(60).collect());
-        if let Event::Judged(verdict) = &event {
+        if let Event::Judged(verdict, blame) = &event {
             path.proofs += usize::from(matches!(verdict, Verdict::Live(_)));
+            let refused = matches!(verdict, Verdict::Refused { .. });
+            path.suspected |= refused && !matches!(blame, Blame::Others(_));
         }
         let resumed = matches!(event, Event::Resumed { .. });
         let shown = path.saved;
@@ -689,6 +727,7 @@ mod tests {
             a_set_is_called_live_only_after_its_proofs(&path, action);
             nothing_is_taken_away_where_nothing_was(&path, action);
             only_what_is_on_disk_is_recorded_as_installed(&path, action);
+            what_a_file_of_others_does_is_remembered_of_no_set(&path, action);
             if choices > 0
                 && !matches!(
                     action,
@@ -740,7 +779,17 @@ mod tests {
                 Verdict::Unproven(report()),
                 Verdict::Absent(report()),
             ] {
-                walk(path.clone(), Event::Judged(verdict), choices - 1, seen);
+                let others = || Blame::Others("theirs".into());
+                let blames = match &verdict {
+                    Verdict::Refused { .. } => vec![Blame::Set, Blame::Unknown, others()],
+                    Verdict::Live(_) | Verdict::Unproven(_) | Verdict::Absent(_) => {
+                        vec![Blame::Set]
+                    }
+                };
+                for blame in blames {
+                    let event = Event::Judged(verdict.clone(), blame);
+                    walk(path.clone(), event, choices - 1, seen);
+                }
             }
         } else if !over {
             walk(path.clone(), Event::Done, choices, seen);
@@ -810,6 +859,12 @@ mod tests {
         }
     }
 
+    fn what_a_file_of_others_does_is_remembered_of_no_set(path: &Path, action: &Action) {
+        if matches!(action, Action::Remember(_)) {
+            assert!(path.suspected, "{path:#?}");
+        }
+    }
+
     fn only_what_is_on_disk_is_recorded_as_installed(path: &Path, action: &Action) {
         if let Action::Record(Some(installed)) = action {
             let proven = path.proofs >= path.passes && path.passes > 0;
@@ -836,6 +891,7 @@ mod tests {
                 proofs: 0,
                 passes: 0,
                 finished: 0,
+                suspected: false,
                 swapped: [Set::from(&manifest(1, "daily.cvd=one")).sha256()].into(),
             };
             walk(path, Event::Begin(journal(before)), CHOICES, &mut seen);
@@ -878,7 +934,11 @@ mod tests {
     }
 
     fn judged(verdict: fn(ClamdReport) -> Verdict) -> Event {
-        Event::Judged(verdict(ClamdReport::default()))
+        Event::Judged(verdict(ClamdReport::default()), Blame::Set)
+    }
+
+    fn blamed(blame: Blame) -> Event {
+        Event::Judged(refused(ClamdReport::default()), blame)
     }
 
     fn refused(report: ClamdReport) -> Verdict {
@@ -905,6 +965,46 @@ mod tests {
             vec![begin(true), judged(refused), judged(Verdict::Absent)],
             "refused 2",
         );
+    }
+
+    #[test]
+    fn what_a_file_of_others_does_is_no_refusal() {
+        let others = || blamed(Blame::Others("theirs.ndb".into()));
+        check(vec![begin(true), others()], "host_fault 2");
+        check(vec![begin(false), others()], "host_fault 2");
+        check(vec![begin(true), others(), judged(Verdict::Live)], "live 2");
+        check(
+            vec![
+                begin(true),
+                others(),
+                judged(refused),
+                judged(Verdict::Live),
+                judged(Verdict::Live),
+            ],
+            "refused 2",
+        );
+        // That it is this set's was certain.
+        check(vec![begin(true), judged(refused), others()], "refused 2");
+    }
+
+    #[test]
+    fn where_it_is_not_known_whose_fault_it_is_the_set_before_tells() {
+        let unknown = || blamed(Blame::Unknown);
+        check(
+            vec![
+                begin(true),
+                unknown(),
+                judged(Verdict::Live),
+                judged(Verdict::Live),
+            ],
+            "refused 2",
+        );
+        check(vec![begin(true), unknown(), unknown()], "host_fault 2");
+        check(
+            vec![begin(true), unknown(), unknown(), unknown()],
+            "host_fault 3",
+        );
+        check(vec![begin(false), unknown()], "host_fault 2");
     }
 
     #[test]

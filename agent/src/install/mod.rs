@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::chain;
 use crate::clamd::proof::Nonce;
-use crate::clamd::{LogMark, Prover, Verdict};
+use crate::clamd::{LoadTest, LogMark, Prover, Verdict};
 use crate::drift::Depth;
 
 pub mod disk;
@@ -32,6 +32,7 @@ pub mod journal;
 mod lab;
 mod look;
 pub mod machine;
+mod others;
 mod stage;
 mod swap;
 #[cfg(test)]
@@ -46,11 +47,16 @@ use disk::{At, Dir, Disk, HostDisk, RECORD_MODE, Tree};
 use journal::{Ending, Journal, Records, Refusal, Step, Way};
 use look::Baseline;
 use machine::{Action, Event, Machine};
+pub use others::Blame;
+use others::Other;
 use stage::{Known, Receiving, Stage};
 use swap::{Numbers, Swap, SwapFault};
 
 /// File in the state directory with the host's nonce, in hexadecimal digits.
 const NONCE: &str = "nonce";
+
+/// So many files that clamd passes over are named in a receipt: it is clipped where it is shown.
+const PASSED_OVER_MAX: usize = 8;
 
 /// What an installer works on.
 #[derive(Clone, Debug)]
@@ -119,8 +125,10 @@ pub trait Prove: Send + Sync + 'static {
     /// Whether a set is to be loaded with `clamscan` before clamd gets to see it: where clamd stops
     /// scanning to reload, a failed load leaves it dead until it is restarted.
     fn wants_load_test(&self) -> bool;
-    /// Loads a directory with `clamscan`; its own reason if that fails.
-    fn load_test(&self, directory: &Path) -> impl Future<Output = Result<(), String>> + Send;
+    /// Loads a directory with `clamscan`.
+    fn load_test(&self, directory: &Path) -> impl Future<Output = LoadTest> + Send;
+    /// Whether clamd loads a file of this name.
+    fn loads(&self, name: &DatabaseName) -> bool;
     /// What is known of clamd without asking.
     fn report(&self) -> ClamdReport;
 }
@@ -149,8 +157,12 @@ impl Prove for Prover {
         !settings.concurrent_reload && !settings.instances.is_empty()
     }
 
-    async fn load_test(&self, directory: &Path) -> Result<(), String> {
+    async fn load_test(&self, directory: &Path) -> LoadTest {
         self.load_test(directory).await
+    }
+
+    fn loads(&self, name: &DatabaseName) -> bool {
+        self.settings().loads(name)
     }
 
     fn report(&self) -> ClamdReport {
@@ -210,12 +222,33 @@ struct Shared<P> {
     baseline: Baseline,
     /// Files were seen other than installed since the last proof: clamd may have loaded them.
     suspect: Mutex<bool>,
+    /// Files of others that were there when clamd loaded nothing for what may be their fault. While
+    /// they are the same, another try costs it a load and shows nothing new.
+    hindrance: Mutex<Option<Vec<Other>>>,
 }
 
 /// Where the blocking part of an install ends.
 enum Next {
     Prove(Box<Journal>),
     Finish(Ending),
+    Nothing,
+}
+
+/// What a load test with `clamscan` came to.
+enum Tried {
+    /// It loads, beside these files of others; or nobody can tell.
+    Loads(Vec<Other>),
+    /// The set does not.
+    Bad(String),
+    /// For a fault of this host there is no telling, or no loading.
+    Hindered(String),
+}
+
+/// What lies beside a set in a load test.
+#[derive(Clone, Copy)]
+enum Beside {
+    /// What others have in the database directory.
+    Others,
     Nothing,
 }
 
@@ -258,6 +291,7 @@ impl<P: Prove> Installer<P> {
             receiving: Receiving::default(),
             baseline: Baseline::default(),
             suspect: Mutex::default(),
+            hindrance: Mutex::default(),
         };
         if let Some(journal) = journal {
             let set = journal.set.clone();
@@ -277,12 +311,23 @@ impl<P: Prove> Installer<P> {
     ) -> Option<Completed> {
         let guard = Arc::clone(&self.shared.slot).lock_owned().await;
         let (set, next) = lock(&self.shared.opened).take()?;
-        self.complete(guard, set, next, stop, &progress).await
+        self.complete(guard, set, next, None, stop, &progress).await
     }
 
     /// What is installed.
     pub fn installed(&self) -> Option<Installed> {
         lock(&self.shared.installed).clone()
+    }
+
+    /// What is known of clamd without asking, and which files of the installed set it passes over.
+    pub fn clamd(&self) -> ClamdReport {
+        let report = self.shared.prover.report();
+        match lock(&self.shared.installed).as_ref() {
+            Some(installed) => self
+                .shared
+                .with_passed_over(report, &installed.set.manifest),
+            None => report,
+        }
     }
 
     /// Compares the directory with the installed set; see [`Depth`] for how thoroughly. It waits for
@@ -374,23 +419,35 @@ impl<P: Prove> Installer<P> {
                 .blocking(guard, move |shared| shared.resume(journal))
                 .await;
             let (guard, next) = (resumed.0, resumed.1.ok()?);
-            return self.complete(guard, set, next, stop, &|_| ()).await;
+            return self.complete(guard, set, next, None, stop, &|_| ()).await;
         }
-        let mut verdict = self.shared.prover.probe(journal.install).await;
-        if let Verdict::Unproven(report) = &verdict
-            && report.state == ClamdState::Up
-        {
-            let mark = self.shared.prover.mark();
-            verdict = self
-                .shared
-                .prover
-                .prove(journal.install, mark, stop.clone())
-                .await;
-        }
-        let (guard, next) = self
-            .blocking(guard, move |shared| shared.drive(shared.judged(verdict)))
+        let verdict = self.shared.prover.probe(journal.install).await;
+        let (guard, others) = self
+            .blocking(guard, {
+                let journal = journal.clone();
+                move |shared| shared.swap().others(&journal)
+            })
             .await;
-        self.complete(guard, set, next, stop, &|_| ()).await
+        let hindrance = lock(&self.shared.hindrance).clone();
+        let again = match &verdict {
+            Verdict::Live(_) => false,
+            _ if hindrance.is_some() && hindrance == others.as_ref().ok().cloned() => return None,
+            // What clamd's log says may be about what is gone, or names nobody.
+            _ if hindrance.is_some() => true,
+            Verdict::Refused { .. } => !others.is_ok_and(|others| others.is_empty()),
+            Verdict::Unproven(report) => report.state == ClamdState::Up,
+            Verdict::Absent(_) => false,
+        };
+        let (guard, event) = if again {
+            self.prove(guard, &journal, &mut None, &stop, &|_| ()).await
+        } else {
+            self.blocking(guard, move |shared| shared.judged(verdict))
+                .await
+        };
+        let (guard, next) = self
+            .blocking(guard, move |shared| shared.drive(event))
+            .await;
+        self.complete(guard, set, next, None, stop, &|_| ()).await
     }
 
     /// Where the outcome is `live`: asks whether clamd is still there. `Some` if it is gone; then
@@ -411,7 +468,7 @@ impl<P: Prove> Installer<P> {
         let (guard, next) = self
             .blocking(guard, move |shared| shared.drive(event))
             .await;
-        self.complete(guard, installed.set, next, stop, &|_| ())
+        self.complete(guard, installed.set, next, None, stop, &|_| ())
             .await
     }
 
@@ -479,16 +536,15 @@ impl<P: Prove> Installer<P> {
         let (mut guard, prepared) = self
             .blocking(guard, move |shared| shared.prepare(&prepared))
             .await;
+        let fault = |reason| Ending {
+            outcome: Outcome::HostFault,
+            install: 0,
+            clamd: self.shared.prover.report(),
+            error: Some(reason),
+        };
+        let mut tried = None;
         let event = match prepared {
-            Err(fault) => {
-                let ending = Ending {
-                    outcome: Outcome::HostFault,
-                    install: 0,
-                    clamd: self.shared.prover.report(),
-                    error: Some(chain(&fault)),
-                };
-                return self.ended(guard, set, ending).await;
-            }
+            Err(error) => return self.ended(guard, set, fault(chain(&error))).await,
             Ok(Prepared::Answered(refusal)) => {
                 let answer = move |shared: &Shared<P>| shared.answer(set, refusal);
                 return self.blocking(guard, answer).await.1;
@@ -507,12 +563,18 @@ impl<P: Prove> Installer<P> {
                     }
                 }
             }
+            Ok(Prepared::Go(journal)) if !self.shared.prover.wants_load_test() => {
+                Event::Begin(journal)
+            }
             Ok(Prepared::Go(journal)) => {
-                let tested;
-                (guard, tested) = self.load_test(guard, &journal).await;
-                match tested {
-                    Ok(()) => Event::Begin(journal),
-                    Err(error) => Event::Unloadable(
+                let test;
+                (guard, test) = self.try_out(guard, &journal).await;
+                match test {
+                    Tried::Loads(others) => {
+                        tried = Some(others);
+                        Event::Begin(journal)
+                    }
+                    Tried::Bad(error) => Event::Unloadable(
                         Box::new(Refusal {
                             position: set.manifest.position(),
                             manifest_sha256: set.sha256(),
@@ -521,6 +583,7 @@ impl<P: Prove> Installer<P> {
                         }),
                         self.shared.prover.report(),
                     ),
+                    Tried::Hindered(reason) => return self.ended(guard, set, fault(reason)).await,
                 }
             }
         };
@@ -528,7 +591,7 @@ impl<P: Prove> Installer<P> {
         let (guard, next) = self
             .blocking(guard, move |shared| shared.drive(event))
             .await;
-        let completed = self.complete(guard, set, next, stop, progress).await;
+        let completed = self.complete(guard, set, next, tried, stop, progress).await;
         completed.unwrap_or_else(|| {
             let ending = Ending {
                 outcome: Outcome::Installed,
@@ -540,38 +603,75 @@ impl<P: Prove> Installer<P> {
         })
     }
 
-    /// Loads the set with `clamscan` where a bad one would be the end of clamd.
-    async fn load_test(
+    /// Loads with `clamscan` what clamd would load after the swap, where a bad set would be the end
+    /// of clamd.
+    async fn try_out(
         &self,
         guard: OwnedMutexGuard<()>,
         journal: &Journal,
-    ) -> (OwnedMutexGuard<()>, Result<(), String>) {
-        if !self.shared.prover.wants_load_test() {
-            return (guard, Ok(()));
-        }
-        let files = journal.files.clone();
-        let (guard, trial) = self
-            .blocking(guard, move |shared| shared.swap().make_trial(&files))
-            .await;
-        match trial {
-            Ok(()) => {
-                let directory = self.shared.tree.directory(Dir::Trial);
-                (guard, self.shared.prover.load_test(&directory).await)
+    ) -> (OwnedMutexGuard<()>, Tried) {
+        let (guard, others) = self.trial_of(guard, journal, Beside::Others).await;
+        let others = match others {
+            Ok(others) => others,
+            Err(reason) => return (guard, Tried::Hindered(reason)),
+        };
+        let directory = self.shared.tree.directory(Dir::Trial);
+        let reason = match self.shared.prover.load_test(&directory).await {
+            LoadTest::Passed => return (guard, Tried::Loads(others)),
+            LoadTest::NotRun(why) => {
+                tracing::warn!(why, "the databases were not tried before clamd gets them");
+                return (guard, Tried::Loads(others));
             }
-            // Without room for links the swap fails too, and that says it as a host's fault.
-            Err(fault) => {
-                tracing::warn!(error = chain(&fault), "cannot make a load test");
-                (guard, Ok(()))
-            }
+            LoadTest::Failed(reason) => reason,
+        };
+        let ours = swap::names_of(journal).collect();
+        match Blame::of_refusal(&reason, &ours, &others) {
+            Blame::Set => return (guard, Tried::Bad(reason)),
+            Blame::Others(reason) => return (guard, Tried::Hindered(reason)),
+            Blame::Unknown => {}
         }
+        let (guard, alone) = self.trial_of(guard, journal, Beside::Nothing).await;
+        let tried = match alone {
+            Err(fault) => Tried::Hindered(fault),
+            Ok(_) => match self.shared.prover.load_test(&directory).await {
+                LoadTest::Failed(reason) => Tried::Bad(reason),
+                LoadTest::Passed | LoadTest::NotRun(_) => Tried::Hindered(format!(
+                    "beside the databases that are not of this set clamscan cannot load it: {reason}"
+                )),
+            },
+        };
+        (guard, tried)
     }
 
-    /// Goes on until there is an ending: between the blocking parts, clamd is asked.
+    /// Makes a directory for a load test; the files of others that are to be in it, or what stands
+    /// in the way.
+    async fn trial_of(
+        &self,
+        guard: OwnedMutexGuard<()>,
+        journal: &Journal,
+        beside: Beside,
+    ) -> (OwnedMutexGuard<()>, Result<Vec<Other>, String>) {
+        let journal = journal.clone();
+        self.blocking(guard, move |shared| {
+            let others = match beside {
+                Beside::Others => shared.others_to_try(&journal)?,
+                Beside::Nothing => Vec::new(),
+            };
+            let made = shared.swap().make_trial(&journal, &others);
+            made.map_err(|fault| chain(&fault))?;
+            Ok(others)
+        })
+        .await
+    }
+
+    /// Goes on until there is an ending: between the blocking parts, clamd is asked. `tried`: the
+    /// files of others beside which the set was loaded with `clamscan`.
     async fn complete(
         &self,
         mut guard: OwnedMutexGuard<()>,
         set: Set,
         mut next: Next,
+        mut tried: Option<Vec<Other>>,
         stop: CancellationToken,
         progress: &(impl Fn(Phase) + Send + Sync),
     ) -> Option<Completed> {
@@ -580,23 +680,89 @@ impl<P: Prove> Installer<P> {
                 Next::Nothing => return None,
                 Next::Finish(ending) => return Some(self.ended(guard, set, ending).await),
                 Next::Prove(journal) => {
-                    progress(Phase::Reloading);
-                    let mark = self.shared.prover.mark();
-                    progress(Phase::Proving);
-                    let verdict = self
-                        .shared
-                        .prover
-                        .prove(journal.install, mark, stop.clone())
+                    let event;
+                    (guard, event) = self
+                        .prove(guard, &journal, &mut tried, &stop, progress)
                         .await;
-                    if matches!(verdict, Verdict::Refused { .. }) {
+                    if let Event::Judged(Verdict::Refused { .. }, _) = event {
                         progress(Phase::Swapping);
                     }
                     (guard, next) = self
-                        .blocking(guard, move |shared| shared.drive(shared.judged(verdict)))
+                        .blocking(guard, move |shared| shared.drive(event))
                         .await;
                 }
             }
         }
+    }
+
+    /// Makes clamd load what is there, and says what came of it. Where a failed load would be the
+    /// end of clamd it is asked only if `clamscan` has loaded the same.
+    async fn prove(
+        &self,
+        mut guard: OwnedMutexGuard<()>,
+        journal: &Journal,
+        tried: &mut Option<Vec<Other>>,
+        stop: &CancellationToken,
+        progress: &(impl Fn(Phase) + Send + Sync),
+    ) -> (OwnedMutexGuard<()>, Event) {
+        if self.shared.prover.wants_load_test() {
+            let event;
+            (guard, event) = self.test_again(guard, journal, tried).await;
+            if let Some(event) = event {
+                return (guard, event);
+            }
+        }
+        progress(Phase::Reloading);
+        let mark = self.shared.prover.mark();
+        progress(Phase::Proving);
+        let number = journal.install;
+        let verdict = self.shared.prover.prove(number, mark, stop.clone()).await;
+        self.blocking(guard, move |shared| shared.judged(verdict))
+            .await
+    }
+
+    /// Loads the database directory itself with `clamscan`, unless it was `tried` as it is now. `Some`:
+    /// clamd must not get it.
+    async fn test_again(
+        &self,
+        guard: OwnedMutexGuard<()>,
+        journal: &Journal,
+        tried: &mut Option<Vec<Other>>,
+    ) -> (OwnedMutexGuard<()>, Option<Event>) {
+        let (guard, others) = self
+            .blocking(guard, {
+                let journal = journal.clone();
+                move |shared| shared.others_to_try(&journal)
+            })
+            .await;
+        let report = self.shared.prover.report();
+        let others = match others {
+            Ok(others) if tried.take().as_ref() == Some(&others) => {
+                *tried = Some(others); // for a second proof
+                return (guard, None);
+            }
+            Ok(others) => others,
+            Err(reason) => {
+                let hindered = Event::Judged(Verdict::Unproven(report), Blame::Others(reason));
+                return (guard, Some(hindered));
+            }
+        };
+        let directory = self.shared.tree.directory(Dir::Databases);
+        match self.shared.prover.load_test(&directory).await {
+            LoadTest::Passed => *tried = Some(others),
+            LoadTest::NotRun(why) => {
+                tracing::warn!(why, "the databases were not tried before clamd gets them");
+            }
+            LoadTest::Failed(reason) => {
+                let reason = format!("clamscan: {reason}");
+                let refused = Verdict::Refused { reason, report };
+                let (guard, event) = self
+                    .blocking(guard, move |shared| shared.judged(refused))
+                    .await;
+                return (guard, Some(event));
+            }
+        }
+        (guard, None)
     }
 
     async fn ended(&self, guard: OwnedMutexGuard<()>, set: Set, ending: Ending) -> Completed {
@@ -707,26 +873,60 @@ impl<P: Prove> Shared<P> {
         Ok(true)
     }
 
-    /// A set is blamed only if it was there: of files that somebody changed meanwhile clamd's
-    /// refusal says nothing, and probing goes on.
+    /// What a verdict means for the set that is being proven.
     fn judged(&self, verdict: Verdict) -> Event {
         let open = lock(&self.machine).journal().cloned();
-        let forward = open.filter(|open| open.way == Way::Forward);
-        match (verdict, forward) {
-            (Verdict::Refused { reason, report }, Some(open)) => {
-                // What cannot be read for a moment is not changed.
-                let mut checks = open.files.iter().map(|file| self.check(file.clone()));
-                let changed = checks.find(|check| check.error.is_none() && !check.is_right());
-                let Some(changed) = changed else {
-                    return Event::Judged(Verdict::Refused { reason, report });
-                };
-                let name = changed.expected.name;
-                let note = format!("{name} was changed by somebody: {reason}");
-                tracing::warn!(note, "clamd refuses what is not the published set");
-                let note = Some(note);
-                Event::Judged(Verdict::Unproven(ClamdReport { note, ..report }))
+        let (Some(open), false) = (open, matches!(verdict, Verdict::Live(_))) else {
+            *lock(&self.hindrance) = None;
+            return Event::Judged(verdict, Blame::Set);
+        };
+        let verdict = self.of_the_set(verdict, &open);
+        let ours = swap::names_of(&open).collect();
+        let others = self.swap().others(&open);
+        let blame = match &others {
+            Ok(others) => Blame::of(&verdict, &ours, others),
+            Err(fault) => {
+                tracing::warn!(error = chain(fault), "cannot look for databases of others");
+                Blame::Unknown
             }
-            (verdict, _) => Event::Judged(verdict),
+        };
+        *lock(&self.hindrance) = others.ok().filter(|_| blame != Blame::Set);
+        Event::Judged(verdict, blame)
+    }
+
+    /// A set is blamed only if it was there: of files that somebody changed meanwhile clamd's
+    /// refusal says nothing, and probing goes on.
+    fn of_the_set(&self, verdict: Verdict, open: &Journal) -> Verdict {
+        let (reason, report) = match verdict {
+            Verdict::Refused { reason, report } if open.way == Way::Forward => (reason, report),
+            Verdict::Refused { .. }
+            | Verdict::Live(_)
+            | Verdict::Unproven(_)
+            | Verdict::Absent(_) => return verdict,
+        };
+        // What cannot be read for a moment is not changed.
+        let mut checks = open.files.iter().map(|file| self.check(file.clone()));
+        let changed = checks.find(|check| check.error.is_none() && !check.is_right());
+        let Some(changed) = changed else {
+            return Verdict::Refused { reason, report };
+        };
+        let name = changed.expected.name;
+        let note = format!("{name} was changed by somebody: {reason}");
+        tracing::warn!(note, "clamd refuses what is not the published set");
+        let note = Some(note);
+        Verdict::Unproven(ClamdReport { note, ..report })
+    }
+
+    /// Files of others beside this journal's set, all of which `clamscan` can be given in clamd's
+    /// place. Else what stands in the way, which is kept until they change.
+    fn others_to_try(&self, journal: &Journal) -> Result<Vec<Other>, String> {
+        let others = self.swap().others(journal).map_err(|fault| chain(&fault))?;
+        match others.iter().find_map(Other::obstacle) {
+            None => Ok(others),
+            Some(obstacle) => {
+                *lock(&self.hindrance) = Some(others);
+                Err(obstacle)
+            }
         }
     }
 
@@ -842,7 +1042,10 @@ impl<P: Prove> Shared<P> {
 
     fn completed(&self, set: Set, ending: Ending) -> Completed {
         self.known.clear(); // a receipt says what is on disk now
-        let unknown = ending.clamd == ClamdReport::default();
+        let clamd = match ending.clamd == ClamdReport::default() {
+            true => self.prover.report(),
+            false => ending.clamd,
+        };
         let files = self.swap().files_on_disk(&set, &self.baseline);
         if matches!(ending.outcome, Outcome::Live | Outcome::Installed) && files == set.files() {
             *lock(&self.suspect) = false;
@@ -850,16 +1053,36 @@ impl<P: Prove> Shared<P> {
         Completed {
             files,
             foreign: self.foreign(Some(&set)),
-            clamd: if unknown {
-                self.prover.report()
-            } else {
-                ending.clamd
-            },
+            clamd: self.with_passed_over(clamd, &set.manifest),
             outcome: ending.outcome,
             install: ending.install,
             error: ending.error,
             set,
         }
+    }
+
+    /// A set is live without what clamd is configured not to load: the receipt says so.
+    fn with_passed_over(&self, mut report: ClamdReport, manifest: &Manifest) -> ClamdReport {
+        let names = manifest.files.iter().map(|file| &file.name);
+        let mut passed: Vec<_> = names.filter(|name| !self.prover.loads(name)).collect();
+        let more = passed.len().saturating_sub(PASSED_OVER_MAX);
+        passed.truncate(PASSED_OVER_MAX);
+        if passed.is_empty() {
+            return report;
+        }
+        let mut names: Vec<_> = passed.iter().map(|name| name.to_string()).collect();
+        if more > 0 {
+            names.push(format!("{more} more"));
+        }
+        let said = format!(
+            "OfficialDatabaseOnly yes: clamd does not load {}",
+            names.join(", ")
+        );
+        report.note = Some(match report.note {
+            Some(note) => format!("{said}; {note}"),
+            None => said,
+        });
+        report
     }
 
     fn foreign(&self, set: Option<&Set>) -> Vec<String> {

@@ -15,6 +15,7 @@ use clamcast_proto::receipt::{FOREIGN_MAX, FileState};
 use super::disk::{At, DATABASE_MODE, Dir, HostFault, Tree, io_fault};
 use super::journal::{Before, Installed, Journal, Moved, Set, Step, Way};
 use super::look::Baseline;
+use super::others::Other;
 use super::stage::{PLACE, Stage, state_of};
 use crate::clamd::proof::{
     CANARY, GATE, GATE_SPAN, Nonce, PROOF_FILE_BYTES_MAX, canary, canary_number, gate, gate_number,
@@ -394,7 +395,10 @@ impl Swap<'_> {
             self.must_be_staged(file)?;
             self.link_over(file, previous)?;
         }
-        self.keep_only(Dir::Previous, before.files.iter().map(|file| &file.name))?;
+        self.keep_only(
+            Dir::Previous,
+            before.files.iter().map(|file| file.name.as_str()),
+        )?;
         self.tree.sync_dir(Dir::Previous)
     }
 
@@ -402,16 +406,16 @@ impl Swap<'_> {
         for file in files {
             self.link_over(file, At(Dir::Current, file.name.as_str()))?;
         }
-        self.keep_only(Dir::Current, files.iter().map(|file| &file.name))?;
+        self.keep_only(Dir::Current, files.iter().map(|file| file.name.as_str()))?;
         self.tree.sync_dir(Dir::Current)
     }
 
     fn keep_only<'n>(
         &self,
         dir: Dir,
-        names: impl Iterator<Item = &'n DatabaseName>,
+        names: impl Iterator<Item = &'n str>,
     ) -> Result<(), HostFault> {
-        let names: BTreeSet<_> = names.map(DatabaseName::as_str).collect();
+        let names: BTreeSet<_> = names.collect();
         for name in self.tree.list(dir)? {
             let name = name.to_string_lossy();
             if !names.contains(&*name) {
@@ -538,19 +542,54 @@ impl Swap<'_> {
         self.tree.sync_dir(Dir::Databases)
     }
 
-    /// Links to a staged set under its real names, for a load test.
-    pub(super) fn make_trial(&self, files: &[FileState]) -> Result<(), HostFault> {
-        for file in files {
+    /// Databases of others that lie beside this journal's set once it is in place, as clamd meets
+    /// them. A link that leads nowhere it passes over.
+    pub(super) fn others(&self, journal: &Journal) -> Result<Vec<Other>, HostFault> {
+        let ours: BTreeSet<_> = names_of(journal).chain([CANARY, GATE]).collect();
+        let mut others = Vec::new();
+        for name in self.tree.list(Dir::Databases)? {
+            let shown = name.to_string_lossy();
+            if ours.contains(&*shown) || !is_loaded(&shown) {
+                continue;
+            }
+            let behind = match name.to_str() {
+                None => None,
+                Some(name) => match self.tree.behind(At(Dir::Databases, name))? {
+                    None => continue,
+                    there => there,
+                },
+            };
+            let name = printable(&shown);
+            others.push(Other { name, behind });
+        }
+        Ok(others)
+    }
+
+    /// The directory as clamd would see it after the swap, for a load test: the set under its real
+    /// names, and what lies beside it. That may be another user's, which the kernel may forbid to
+    /// give a second name; a symbolic link takes no right.
+    pub(super) fn make_trial(&self, journal: &Journal, others: &[Other]) -> Result<(), HostFault> {
+        for file in &journal.files {
             self.must_be_staged(file)?;
             self.link_over(file, At(Dir::Trial, file.name.as_str()))?;
         }
-        self.keep_only(Dir::Trial, files.iter().map(|file| &file.name))
+        let later = journal.later.iter().map(DatabaseName::as_str);
+        let beside = later.chain(others.iter().map(|other| other.name.as_str()));
+        let beside: Vec<_> = beside.collect();
+        for name in &beside {
+            let link = At(Dir::Trial, name);
+            self.tree.remove(link)?;
+            // From `.clamcast/trial`.
+            self.tree.symlink(&format!("../../{name}"), link)?;
+        }
+        let files = journal.files.iter().map(|file| file.name.as_str());
+        self.keep_only(Dir::Trial, files.chain(beside))
     }
 
     /// Removes what an ended install leaves behind.
     pub(super) fn clean(&self) -> Result<(), HostFault> {
         self.tree.remove(PLACE)?;
-        self.keep_only(Dir::Trial, [].iter())?;
+        self.keep_only(Dir::Trial, [].into_iter())?;
         for name in self.tree.list(Dir::Stage)? {
             let name = name.to_string_lossy();
             // Spools of a newer offer go by their own plan.
@@ -592,11 +631,7 @@ impl Swap<'_> {
             let ours =
                 name == CANARY || name == GATE || ours.iter().any(|known| known.as_str() == name);
             if !ours && looks_like_a_database(&name) {
-                foreign.push(
-                    name.chars()
-                        .map(|c| if c.is_control() { '?' } else { c })
-                        .collect(),
-                );
+                foreign.push(printable(&name));
             }
         }
         if foreign.len() > FOREIGN_MAX {
@@ -606,6 +641,25 @@ impl Swap<'_> {
         }
         Ok(foreign)
     }
+}
+
+/// Names that an install has a use for: of the files that shall stand there, and of those that go.
+pub(super) fn names_of(journal: &Journal) -> impl Iterator<Item = &str> {
+    let files = journal.files.iter().map(|file| &file.name);
+    let gone = journal.withdraw.iter().chain(&journal.later);
+    files.chain(gone).map(DatabaseName::as_str)
+}
+
+/// Whether clamd loads what has this name. A detached signature it passes over.
+fn is_loaded(name: &str) -> bool {
+    let signs = name.to_ascii_lowercase().ends_with(".cvd.sign");
+    looks_like_a_database(name) && !signs
+}
+
+/// As `clamscan`'s reason shows it, too.
+fn printable(name: &str) -> String {
+    let shown = |c: char| if c.is_control() { '?' } else { c };
+    name.chars().map(shown).collect()
 }
 
 /// Detached signatures before the containers that they belong to.

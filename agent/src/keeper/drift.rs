@@ -207,7 +207,7 @@ impl Keeper {
             install: installed.install,
             files,
             foreign: self.installer.foreign(),
-            clamd: self.prover.report(),
+            clamd: self.installer.clamd(),
             error: reason,
             set: installed.set,
         };
@@ -266,7 +266,7 @@ impl Keeper {
             install: 0,
             files: Vec::new(),
             foreign: Vec::new(),
-            clamd: self.prover.report(),
+            clamd: self.installer.clamd(),
             error: Some(chain(error)),
             set: installed.set,
         };
