@@ -758,6 +758,7 @@ fn fill_at_calls(among: usize) {
         disk.fill();
         host.agent.resume();
         drop(strace);
+        host.agent.resume(); // another thread may have got there in between, and stopped it again
         tried += 1;
         until(PATIENCE, &at, || {
             host.agent.has_ended() || host.is_live() || host.row()["outcome"] == "host_fault"
