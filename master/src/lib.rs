@@ -19,6 +19,7 @@ pub mod push;
 pub mod recorder;
 pub mod rejections;
 pub mod revoked;
+pub mod rollout;
 pub mod serve;
 pub mod store;
 

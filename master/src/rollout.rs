@@ -1,0 +1,646 @@
+//! A generation's way through the fleet: which one each agent is wanted at, and when it is the next
+//! one's turn.
+//!
+//! Pure: no sockets, no disk, no clock. `hub.rs` feeds in what happened, keeps the state on disk
+//! before any agent hears of it, and carries out the [`Effect`]s.
+
+mod run;
+#[cfg(test)]
+mod tests;
+mod wave;
+mod window;
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use clamcast_daemon::config::Percent;
+use clamcast_proto::{AgentName, Digest, GroupName, Position};
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+pub use run::{Pause, PauseKind, Run, Tally};
+pub use wave::{Begun, Wave, WaveError, place};
+pub use window::{Window, WindowError};
+
+use run::{Placed, Turn};
+
+/// How careful rollouts are: `[rollout]` of the configuration.
+#[derive(Clone, Debug)]
+pub struct Rules {
+    /// The steps, in order. After the last one everybody is wanted at the generation.
+    pub waves: Vec<Wave>,
+    /// Wait after a wave is done before the next begins.
+    pub settle: Duration,
+    /// Agents whose clamd refused it, as a part of those that were offered it.
+    pub refused_max: Percent,
+    /// Agents with trouble of their own, as a part of those that were offered it.
+    pub unwell_max: Percent,
+    /// Whether those who took what was halted go back.
+    pub rollback_on_halt: bool,
+    /// Silence that counts as trouble.
+    pub deadline: Duration,
+    /// When hosts of a group may be given something new. A group without one: always.
+    pub windows: BTreeMap<GroupName, Vec<Window>>,
+}
+
+/// A published generation.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Target {
+    /// Where it stands.
+    pub position: Position,
+    /// Its manifest.
+    pub manifest_sha256: Digest,
+    /// What is in it.
+    pub content: Digest,
+}
+
+/// An agent, as far as rollouts are concerned.
+#[derive(Clone, Debug)]
+pub struct Member<'a> {
+    /// Its name.
+    pub name: &'a AgentName,
+    /// Its groups.
+    pub groups: &'a [GroupName],
+    /// Whether it is connected.
+    pub connected: bool,
+    /// When it last was.
+    pub seen: Timestamp,
+    /// The generation that its last receipt says is on its disk.
+    pub at: Option<Position>,
+    /// What its receipt says of the running generation.
+    pub word: Option<Word>,
+    /// Its last sign of progress with the running generation, on this connection or before.
+    pub progress: Option<Timestamp>,
+}
+
+/// Where members come from: the fleet.
+pub trait Agents {
+    /// Every enrolled agent, with what it says of `target`.
+    fn members(&self, target: Option<&Target>) -> Vec<Member<'_>>;
+}
+
+/// What came of a generation on an agent.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Word {
+    /// Live, with every file intact.
+    Live,
+    /// On its disk, and clamd has not shown it yet.
+    Installed,
+    /// clamd cannot use it.
+    Refused,
+    /// The host could not take it, or declined.
+    Unwell,
+}
+
+/// What an agent is wanted at.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Wanted {
+    /// Nothing yet: no generation is meant for it.
+    Nothing,
+    /// What it has, whichever that is.
+    Stay,
+    /// This generation.
+    At(Target),
+}
+
+/// What everybody is wanted at, and where that is about to change.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+pub struct Rollout {
+    /// The last one that went through, or went back.
+    complete: Option<Target>,
+    /// Whether that one takes something bad away: then it waits for no window.
+    urgent: bool,
+    running: Option<Run>,
+    /// The newest one that waits for the running one to end.
+    waiting: Option<Target>,
+    pins: BTreeMap<GroupName, Pin>,
+    /// How the last one ended that did not go through.
+    failed: Option<Failed>,
+    /// A rollback that has to be published.
+    owed: Option<Owed>,
+    /// Why nothing is published although the mirror changes.
+    held: Option<Held>,
+}
+
+/// A generation that did not go through.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub struct Failed {
+    /// Which one.
+    pub target: Target,
+    /// How it ended.
+    pub how: Ending,
+    /// Why.
+    pub reason: String,
+    /// When.
+    pub since: Timestamp,
+}
+
+/// How a rollout ended that did not go through.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Ending {
+    /// By itself: clamds refused it.
+    Halted,
+    /// By an operator.
+    Aborted,
+    /// By an operator, after it was complete.
+    RolledBack,
+}
+
+/// A group that is kept where it is.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub struct Pin {
+    /// The generation.
+    pub target: Target,
+    /// Why.
+    pub reason: Option<String>,
+    /// Since when.
+    pub since: Timestamp,
+}
+
+/// A rollback that was decided and is not published yet.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub struct Owed {
+    /// What is to be published again.
+    pub to: Target,
+    /// What it takes away.
+    pub of: Target,
+}
+
+/// Why nothing is published.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub struct Held {
+    /// In words.
+    pub reason: String,
+    /// Since when.
+    pub since: Timestamp,
+}
+
+/// What follows from a change. The state is on disk before it is carried out.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Effect {
+    /// For the audit log.
+    Note {
+        /// The event.
+        event: &'static str,
+        /// The generation.
+        target: Target,
+        /// Why, or what.
+        reason: String,
+    },
+    /// This content must not be published again unless an operator accepts it.
+    Reject {
+        /// What had it.
+        target: Target,
+        /// How it ended.
+        how: Ending,
+    },
+    /// The mirror may hold something that was passed over.
+    Look,
+}
+
+/// An order that cannot be carried out.
+#[derive(Debug, Eq, PartialEq, thiserror::Error)]
+pub enum OrderError {
+    /// Nothing is on its way.
+    #[error("no rollout is running{}", complete.map(|target| format!("; everybody is wanted at {}", target.position)).unwrap_or_default())]
+    Idle {
+        /// What everybody is wanted at.
+        complete: Option<Target>,
+    },
+    /// It is not paused.
+    #[error("the rollout of {0} is not paused")]
+    NotPaused(Position),
+    /// Agents never go back.
+    #[error(
+        "{agent} is at {at} already, and agents never go back to a lower number: `rollback` publishes the old databases under a new one"
+    )]
+    Past {
+        /// Who.
+        agent: AgentName,
+        /// Where it is.
+        at: Position,
+    },
+    /// Nothing is pinned.
+    #[error("group `{0}` is not pinned")]
+    NotPinned(GroupName),
+    /// That is where everybody is wanted.
+    #[error("{0} is what everybody is wanted at")]
+    Current(Position),
+}
+
+impl Rollout {
+    /// What everybody is wanted at who is in no wave that has begun.
+    pub fn complete(&self) -> Option<&Target> {
+        self.complete.as_ref()
+    }
+
+    /// What is on its way.
+    pub fn running(&self) -> Option<&Run> {
+        self.running.as_ref()
+    }
+
+    /// What waits for its turn.
+    pub fn waiting(&self) -> Option<&Target> {
+        self.waiting.as_ref()
+    }
+
+    /// How the last one ended that did not go through.
+    pub fn failed(&self) -> Option<&Failed> {
+        self.failed.as_ref()
+    }
+
+    /// The rollback that is to be published now.
+    pub fn owed(&self) -> Option<&Owed> {
+        self.owed.as_ref()
+    }
+
+    /// Why nothing is published at the moment.
+    pub fn held(&self) -> Option<&Held> {
+        self.held.as_ref()
+    }
+
+    /// The pinned groups.
+    pub fn pins(&self) -> &BTreeMap<GroupName, Pin> {
+        &self.pins
+    }
+
+    /// Generations that somebody may be wanted at: they and their files are kept.
+    pub fn needed(&self) -> impl Iterator<Item = &Target> {
+        let running = self.running.as_ref().map(|run| &run.target);
+        let pinned = self.pins.values().map(|pin| &pin.target);
+        let owed = self.owed.as_ref().map(|owed| &owed.to);
+        let one = [self.complete.as_ref(), running, self.waiting.as_ref(), owed];
+        one.into_iter().flatten().chain(pinned)
+    }
+
+    /// What an agent should run: the pin of its group; else the running generation if its wave has
+    /// begun; else the last complete one. Never lower than what it has.
+    pub fn wanted(&self, member: &Member<'_>, rules: &Rules, now: Timestamp) -> Wanted {
+        let Some(wanted) = self.meant_for(member) else {
+            return member.at.map_or(Wanted::Nothing, |_| Wanted::Stay);
+        };
+        match member.at {
+            Some(at) if at > wanted.position => Wanted::Stay,
+            Some(at)
+                if at < wanted.position && self.waits_for_window(member, wanted, rules, now) =>
+            {
+                Wanted::Stay
+            }
+            Some(_) | None => Wanted::At(*wanted),
+        }
+    }
+
+    /// The same without a look at what it has or at the clock.
+    fn meant_for(&self, member: &Member<'_>) -> Option<&Target> {
+        if let Some(pin) = self.pin(member.groups) {
+            return Some(pin);
+        }
+        let running = self.running.as_ref().filter(|run| {
+            // What an agent has taken in hand while the rollout ran it may finish.
+            let offered =
+                run.paused.as_ref().is_none_or(Pause::lets_offer) || member.progress.is_some();
+            offered && run.has(member)
+        });
+        running.map(|run| &run.target).or(self.complete.as_ref())
+    }
+
+    /// Of several pinned groups of an agent the lowest generation counts: a pin holds back.
+    fn pin(&self, groups: &[GroupName]) -> Option<&Target> {
+        let pins = groups.iter().filter_map(|group| self.pins.get(group));
+        pins.map(|pin| &pin.target)
+            .min_by_key(|target| target.position)
+    }
+
+    fn waits_for_window(
+        &self,
+        member: &Member<'_>,
+        wanted: &Target,
+        rules: &Rules,
+        now: Timestamp,
+    ) -> bool {
+        if self.urgent && self.complete.as_ref() == Some(wanted) {
+            return false;
+        }
+        !rules.is_open(member.groups, now)
+    }
+
+    /// A generation was published. It goes through the waves, at once or after the running one.
+    pub fn published(&mut self, target: Target, supersede: bool, rules: &Rules) -> Vec<Effect> {
+        if self.needed().any(|known| known.position >= target.position) {
+            return Vec::new(); // told again after a restart
+        }
+        let Some(run) = self.running.as_ref().filter(|_| !supersede) else {
+            return self.begin(target, rules);
+        };
+        let reason = format!("waits for {}", run.target.position);
+        self.waiting = Some(target);
+        vec![note("rollout-waits", target, reason)]
+    }
+
+    /// The rollback that was [`Rollout::owed`] was published: everybody is wanted at it at once.
+    /// Who never had what it takes away only counts its number.
+    pub fn went_back(&mut self, target: Target) -> Vec<Effect> {
+        let Some(owed) = self.owed.take() else {
+            return Vec::new(); // told again after a restart
+        };
+        self.complete = Some(target);
+        self.urgent = true;
+        let reason = format!(
+            "the databases of {} instead of those of {}",
+            owed.to.position, owed.of.position
+        );
+        let mut effects = vec![note("rollback", target, reason)];
+        if self.held.is_none() {
+            effects.push(Effect::Look); // what waited has a lower number now
+        }
+        effects
+    }
+
+    fn begin(&mut self, target: Target, rules: &Rules) -> Vec<Effect> {
+        let waves: Vec<_> = rules.waves.iter().map(Wave::to_string).collect();
+        self.waiting = None;
+        self.running = Some(Run::new(target, rules.waves.clone()));
+        vec![note(
+            "rollout",
+            target,
+            format!("waves {}", waves.join(", ")),
+        )]
+    }
+
+    /// Looks where the running generation is, and decides what follows. To be called after every
+    /// change of the fleet, and every few seconds.
+    pub fn step(&mut self, agents: &impl Agents, rules: &Rules, now: Timestamp) -> Vec<Effect> {
+        let mut effects = Vec::new();
+        loop {
+            let subject = self.subject(agents, rules, now);
+            let Some(run) = &mut self.running else {
+                return effects;
+            };
+            match run.turn(&subject, rules, now, &mut effects) {
+                Turn::Rest => return effects,
+                Turn::Again => {} // a wave has begun, or is over
+                Turn::Through => effects.extend(self.completed(rules)),
+                Turn::Halt(reason) => {
+                    effects.extend(self.end(Ending::Halted, reason, rules, now));
+                }
+            }
+        }
+    }
+
+    /// The agents that take part in the running generation: a pinned group does not, nor does who
+    /// is past it or waits for a window.
+    fn subject<'a>(
+        &self,
+        agents: &'a impl Agents,
+        rules: &Rules,
+        now: Timestamp,
+    ) -> Vec<Placed<'a>> {
+        let Some(run) = &self.running else {
+            return Vec::new();
+        };
+        let takes_part = |member: &Member<'_>| {
+            self.pin(member.groups).is_none()
+                && member.at.is_none_or(|at| at <= run.target.position)
+                && (member.word.is_some() || rules.is_open(member.groups, now))
+        };
+        let members = agents.members(Some(&run.target));
+        let members = members.into_iter().filter(takes_part);
+        members.map(|member| run.placed(member)).collect()
+    }
+
+    fn completed(&mut self, rules: &Rules) -> Vec<Effect> {
+        let Some(run) = self.running.take() else {
+            return Vec::new();
+        };
+        self.complete = Some(run.target);
+        self.urgent = false;
+        let mut effects = vec![note(
+            "rollout-complete",
+            run.target,
+            "every wave is done".to_owned(),
+        )];
+        if let Some(next) = self.waiting.take() {
+            effects.extend(self.begin(next, rules));
+        }
+        effects
+    }
+
+    /// Ends the running generation: nothing more is offered of it.
+    fn end(&mut self, how: Ending, reason: String, rules: &Rules, now: Timestamp) -> Vec<Effect> {
+        let Some(run) = self.running.take() else {
+            return Vec::new();
+        };
+        let target = run.target;
+        self.failed = Some(Failed {
+            target,
+            how,
+            reason: reason.clone(),
+            since: now,
+        });
+        let event = match how {
+            Ending::Halted => "halt",
+            Ending::Aborted => "abort",
+            Ending::RolledBack => "rolled-back",
+        };
+        let mut effects = vec![note(event, target, reason), Effect::Reject { target, how }];
+        match self.complete {
+            // What waits has a lower number than the rollback will have: it is captured anew.
+            Some(to) if rules.rollback_on_halt && !run.begun.is_empty() => {
+                self.owed = Some(Owed { to, of: target });
+                self.waiting = None;
+            }
+            Some(_) | None => {
+                if let Some(next) = self.waiting.take() {
+                    effects.extend(self.begin(next, rules));
+                }
+            }
+        }
+        effects
+    }
+
+    // What operators order.
+
+    /// Begins no further wave and offers nothing more, until [`Rollout::resume`].
+    pub fn pause(&mut self, reason: String, now: Timestamp) -> Result<Vec<Effect>, OrderError> {
+        Ok(self.run()?.pause(PauseKind::Operator, reason, now))
+    }
+
+    /// Goes on, with the agents that have trouble now; and publishes again after a rollback.
+    pub fn resume(
+        &mut self,
+        agents: &impl Agents,
+        rules: &Rules,
+        now: Timestamp,
+    ) -> Result<Vec<Effect>, OrderError> {
+        if self.held.take().is_some() {
+            return Ok(vec![Effect::Look]);
+        }
+        let subject = self.subject(agents, rules, now);
+        let run = self.run()?;
+        let Some(pause) = run.paused.take() else {
+            return Err(OrderError::NotPaused(run.target.position));
+        };
+        run.unwell_seen = run.tally(&subject, None, rules, now).unwell;
+        if let Some(begun) = run.begun.last_mut()
+            && pause.kind == PauseKind::Unproven
+        {
+            begun.since = now; // as long again
+        }
+        Ok(vec![note(
+            "rollout-resumed",
+            run.target,
+            "by an operator".to_owned(),
+        )])
+    }
+
+    /// Ends the running generation, as a halt does.
+    pub fn abort(
+        &mut self,
+        reason: String,
+        rules: &Rules,
+        now: Timestamp,
+    ) -> Result<Vec<Effect>, OrderError> {
+        self.run()?;
+        Ok(self.end(Ending::Aborted, reason, rules, now))
+    }
+
+    /// Begins all waves that are still to come.
+    pub fn promote(&mut self, reason: String, now: Timestamp) -> Result<Vec<Effect>, OrderError> {
+        let run = self.run()?;
+        run.ahead.clear();
+        run.paused = None;
+        run.done = None;
+        let everybody = Wave::Share(Percent::new(100).expect("a percentage"));
+        run.begun.push(Begun::new(everybody, &mut [], now));
+        Ok(vec![note("promoted", run.target, reason)])
+    }
+
+    /// Takes the current generation away: the databases of `to` are to be published again, and
+    /// nothing else until [`Rollout::resume`].
+    pub fn roll_back(
+        &mut self,
+        to: Target,
+        reason: String,
+        now: Timestamp,
+    ) -> Result<Vec<Effect>, OrderError> {
+        let Some(complete) = self.complete else {
+            return Err(OrderError::Idle { complete: None });
+        };
+        let mut effects = Vec::new();
+        let of = match self.running.take() {
+            Some(run) => run.target,
+            None if complete.content == to.content => {
+                return Err(OrderError::Current(complete.position));
+            }
+            None => complete,
+        };
+        let how = Ending::RolledBack;
+        for target in [of, complete] {
+            if target.content != to.content {
+                effects.push(Effect::Reject { target, how });
+            }
+        }
+        effects.dedup();
+        self.waiting = None;
+        self.failed = Some(Failed {
+            target: of,
+            how,
+            reason: reason.clone(),
+            since: now,
+        });
+        self.held = Some(Held {
+            reason: format!("rolled back to the databases of {}: {reason}", to.position),
+            since: now,
+        });
+        self.owed = Some(Owed { to, of });
+        effects.push(note("rolled-back", of, reason));
+        Ok(effects)
+    }
+
+    /// Keeps a group at `target`, or where it is wanted now.
+    pub fn pin_group(
+        &mut self,
+        group: GroupName,
+        target: Target,
+        reason: Option<String>,
+        agents: &impl Agents,
+        now: Timestamp,
+    ) -> Result<Vec<Effect>, OrderError> {
+        let members = agents.members(None).into_iter();
+        let past = members.filter(|member| member.groups.contains(&group));
+        let past = past.filter_map(|member| {
+            Some((member.name, member.at.filter(|at| *at > target.position)?))
+        });
+        if let Some((agent, at)) = past.max_by_key(|(_, at)| *at) {
+            return Err(OrderError::Past {
+                agent: agent.clone(),
+                at,
+            });
+        }
+        let text = format!(
+            "group {group}{}",
+            reason
+                .as_ref()
+                .map(|reason| format!(": {reason}"))
+                .unwrap_or_default()
+        );
+        self.pins.insert(
+            group,
+            Pin {
+                target,
+                reason,
+                since: now,
+            },
+        );
+        Ok(vec![note("pin", target, text)])
+    }
+
+    /// Lets a group go with everybody else again.
+    pub fn unpin_group(&mut self, group: &GroupName) -> Result<Vec<Effect>, OrderError> {
+        let pin = self
+            .pins
+            .remove(group)
+            .ok_or_else(|| OrderError::NotPinned(group.clone()))?;
+        Ok(vec![note("unpin", pin.target, format!("group {group}"))])
+    }
+
+    fn run(&mut self) -> Result<&mut Run, OrderError> {
+        let complete = self.complete;
+        self.running.as_mut().ok_or(OrderError::Idle { complete })
+    }
+
+    /// What became of the running generation so far, in all waves that have begun, and in the last.
+    pub fn tallies(
+        &self,
+        agents: &impl Agents,
+        rules: &Rules,
+        now: Timestamp,
+    ) -> Option<(Tally, Tally)> {
+        let subject = self.subject(agents, rules, now);
+        let run = self.running.as_ref()?;
+        let all = run.tally(&subject, None, rules, now);
+        let wave = run.tally(&subject, run.begun.last(), rules, now);
+        Some((all, wave))
+    }
+}
+
+impl Rules {
+    /// Whether an agent of these groups may be given something new now.
+    fn is_open(&self, groups: &[GroupName], now: Timestamp) -> bool {
+        let mut windows = groups
+            .iter()
+            .filter_map(|group| self.windows.get(group))
+            .flatten()
+            .peekable();
+        windows.peek().is_none() || windows.any(|window| window.is_open(now))
+    }
+}
+
+fn note(event: &'static str, target: Target, reason: String) -> Effect {
+    Effect::Note {
+        event,
+        target,
+        reason,
+    }
+}

@@ -1,0 +1,340 @@
+//! One generation on its way: its waves, and whether it may go on.
+
+use std::time::Duration;
+
+use clamcast_daemon::config::Percent;
+use clamcast_proto::{AgentName, Digest};
+use jiff::{SignedDuration, Timestamp};
+use serde::{Deserialize, Serialize};
+
+use super::{Begun, Effect, Member, Rules, Target, Wave, Word, note, place};
+
+/// Members that were not seen for longer than this are not waited for.
+const SEEN: SignedDuration = SignedDuration::from_hours(24);
+
+/// Where all waves before the last one are empty, this part of the fleet goes first: an empty
+/// canary group must not mean that everybody is a canary.
+const SUBSTITUTE: u8 = 10;
+
+/// Agents that a reason names; `agents` has them all.
+const NAMED_MAX: usize = 5;
+
+/// A generation on its way.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub struct Run {
+    /// The generation.
+    pub target: Target,
+    /// The waves that have begun.
+    pub begun: Vec<Begun>,
+    /// Those that are still to come.
+    pub ahead: Vec<Wave>,
+    /// Waves without members, which were passed over.
+    pub skipped: Vec<Wave>,
+    /// Since when the last wave that began is done.
+    pub done: Option<Timestamp>,
+    /// Why it does not go on.
+    pub paused: Option<Pause>,
+    /// Agents with trouble that an operator has seen and gone on with.
+    pub(super) unwell_seen: usize,
+}
+
+/// Why a rollout does not go on.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub struct Pause {
+    /// What kind.
+    pub kind: PauseKind,
+    /// In words.
+    pub reason: String,
+    /// Since when.
+    pub since: Timestamp,
+}
+
+/// Who or what paused a rollout.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PauseKind {
+    /// `rollout pause`: until `rollout resume`.
+    Operator,
+    /// Too many agents have trouble of their own: until they are well, or `rollout resume`.
+    Unwell,
+    /// Too few prove the wave live: until they do, or `rollout resume`.
+    Unproven,
+}
+
+/// What became of the agents of the waves that have begun.
+#[derive(Clone, Debug, Default, Eq, PartialEq, Serialize)]
+pub struct Tally {
+    /// All of them.
+    pub members: usize,
+    /// Seen in the last 24 hours.
+    pub seen: usize,
+    /// Proven live.
+    pub live: usize,
+    /// Connected, not done, and showing progress.
+    pub unsettled: usize,
+    /// Refused by clamd.
+    pub refused: usize,
+    /// With trouble of their own.
+    pub unwell: usize,
+    /// The last sign of progress of any.
+    #[serde(skip)]
+    progress: Option<Timestamp>,
+    /// Some that refused or are unwell.
+    pub named: Vec<AgentName>,
+}
+
+/// An agent with its place in the order of a rollout.
+#[derive(Clone, Debug)]
+pub(super) struct Placed<'a> {
+    member: Member<'a>,
+    place: Digest,
+}
+
+/// What follows for a run.
+#[derive(Debug)]
+pub(super) enum Turn {
+    /// Nothing yet.
+    Rest,
+    /// Something has changed, so more may follow.
+    Again,
+    /// Every wave is done.
+    Through,
+    /// It must end.
+    Halt(String),
+}
+
+impl Pause {
+    /// Whether agents of waves that have begun are still offered it: there is nothing against it,
+    /// only too little for it.
+    pub(super) fn lets_offer(&self) -> bool {
+        self.kind == PauseKind::Unproven
+    }
+}
+
+impl Run {
+    /// Has not begun any wave.
+    pub(super) fn new(target: Target, waves: Vec<Wave>) -> Self {
+        Self {
+            target,
+            begun: Vec::new(),
+            ahead: waves,
+            skipped: Vec::new(),
+            done: None,
+            paused: None,
+            unwell_seen: 0,
+        }
+    }
+
+    /// Decides what follows, one thing at a time.
+    pub(super) fn turn(
+        &mut self,
+        subject: &[Placed<'_>],
+        rules: &Rules,
+        now: Timestamp,
+        effects: &mut Vec<Effect>,
+    ) -> Turn {
+        let all = self.tally(subject, None, rules, now);
+        if let Some(reason) = self.refusals(&all, rules) {
+            return Turn::Halt(reason);
+        }
+        let wave = self.tally(subject, self.begun.last(), rules, now);
+        let unwell = all.unwell > self.unwell_seen
+            && all.unwell as u64 > rules.unwell_max.of(all.members as u64);
+        let over = match self.paused.as_ref().map(|pause| pause.kind) {
+            None => false,
+            Some(PauseKind::Operator) => return Turn::Rest,
+            Some(PauseKind::Unwell) => !unwell,
+            Some(PauseKind::Unproven) => unwell || wave.is_done(),
+        };
+        if over {
+            self.paused = None;
+            let reason = "what it was paused for is over".to_owned();
+            effects.push(note("rollout-resumed", self.target, reason));
+        }
+        if self.paused.is_some() {
+            return Turn::Rest;
+        }
+        if unwell {
+            let (unwell, members) = (all.unwell, all.members);
+            let named = names(&all.named);
+            let reason = format!("{unwell} of {members} hosts have trouble of their own: {named}");
+            effects.extend(self.pause(PauseKind::Unwell, reason, now));
+            return Turn::Rest;
+        }
+        if let Some(begun) = self.begun.last() {
+            if !wave.is_done() {
+                self.done = None;
+                let since = wave.progress.unwrap_or(begun.since).max(begun.since);
+                if wave.unsettled == 0 && is_over(since, rules.deadline, now) {
+                    effects.extend(self.pause(PauseKind::Unproven, wave.lacks(), now));
+                }
+                return Turn::Rest;
+            }
+            let since = *self.done.get_or_insert(now);
+            if !rules.settle.is_zero() && !is_over(since, rules.settle, now) {
+                return Turn::Rest;
+            }
+        }
+        self.next_wave(subject, now, effects)
+    }
+
+    /// An agent with its place in this rollout.
+    pub(super) fn placed<'a>(&self, member: Member<'a>) -> Placed<'a> {
+        let place = place(&self.target.content, member.name);
+        Placed { member, place }
+    }
+
+    /// Whether the wave of an agent has begun.
+    pub fn has(&self, member: &Member<'_>) -> bool {
+        self.wave_of(&self.placed(member.clone())).is_some()
+    }
+
+    /// The first wave that has begun and that an agent is in.
+    fn wave_of(&self, agent: &Placed<'_>) -> Option<usize> {
+        let mut begun = self.begun.iter();
+        begun.position(|begun| begun.has(agent.member.groups, &agent.place))
+    }
+
+    /// Begins the next wave with members that no wave before it has.
+    fn next_wave(
+        &mut self,
+        subject: &[Placed<'_>],
+        now: Timestamp,
+        effects: &mut Vec<Effect>,
+    ) -> Turn {
+        if self.begun.is_empty() && subject.is_empty() {
+            return Turn::Rest; // the first to come will be the first wave
+        }
+        while !self.ahead.is_empty() {
+            let wave = self.ahead.remove(0);
+            let places = subject.iter().map(|agent| agent.place);
+            let begun = Begun::new(wave.clone(), &mut places.collect::<Vec<_>>(), now);
+            let is_new = |agent: &&Placed<'_>| {
+                begun.has(agent.member.groups, &agent.place) && self.wave_of(agent).is_none()
+            };
+            let new = subject.iter().filter(is_new).count();
+            if new == 0 {
+                let reason = format!("{wave} has no members");
+                effects.push(note("wave-skipped", self.target, reason));
+                self.skipped.push(wave);
+                continue;
+            }
+            if new > 1 && new == subject.len() && !self.skipped.is_empty() {
+                let substitute = Percent::new(SUBSTITUTE).expect("a percentage");
+                self.ahead.insert(0, wave);
+                self.ahead.insert(0, Wave::Share(substitute));
+                continue;
+            }
+            effects.push(note("wave", self.target, format!("{wave}: {new} agents")));
+            self.begun.push(begun);
+            self.done = None;
+            return Turn::Again;
+        }
+        Turn::Through
+    }
+
+    pub(super) fn pause(&mut self, kind: PauseKind, reason: String, now: Timestamp) -> Vec<Effect> {
+        let effects = vec![note("rollout-paused", self.target, reason.clone())];
+        self.paused = Some(Pause {
+            kind,
+            reason,
+            since: now,
+        });
+        effects
+    }
+
+    /// Counts the members of one wave, or of all that have begun. A refusal counts in any case:
+    /// an operator may have forced it on a host whose wave is still to come.
+    pub(super) fn tally(
+        &self,
+        subject: &[Placed<'_>],
+        wave: Option<&Begun>,
+        rules: &Rules,
+        now: Timestamp,
+    ) -> Tally {
+        let mut tally = Tally::default();
+        let last = self.begun.len().checked_sub(1);
+        for agent in subject {
+            let (of, member) = (self.wave_of(agent), &agent.member);
+            let refused = member.word == Some(Word::Refused);
+            if of.is_none() && !(refused && wave.is_none()) || (wave.is_some() && of != last) {
+                continue;
+            }
+            let late = is_late(member, rules, now);
+            let unwell = match member.word {
+                Some(Word::Unwell) => true,
+                Some(Word::Installed) => late, // clamd may be about to start
+                Some(Word::Live | Word::Refused) => false,
+                None => member.connected && late && member.progress.is_some(),
+            };
+            let unsettled = member.word.is_none() && member.connected && !unwell;
+            tally.members += 1;
+            tally.seen += usize::from(member.connected || now.duration_since(member.seen) < SEEN);
+            tally.live += usize::from(member.word == Some(Word::Live));
+            tally.unsettled += usize::from(unsettled);
+            tally.refused += usize::from(refused);
+            tally.unwell += usize::from(unwell);
+            tally.progress = tally.progress.max(member.progress);
+            if (refused || unwell) && tally.named.len() < NAMED_MAX {
+                tally.named.push(member.name.clone());
+            }
+        }
+        tally
+    }
+
+    /// Why it must be halted, if it must: in the first wave one refusal is enough.
+    fn refusals(&self, all: &Tally, rules: &Rules) -> Option<String> {
+        let bound = match self.begun.len() {
+            0 | 1 => 0,
+            _ => rules.refused_max.of(all.members as u64).max(1),
+        };
+        let Tally {
+            refused, members, ..
+        } = all;
+        let named = names(&all.named);
+        (*refused as u64 > bound)
+            .then(|| format!("clamd refused it on {refused} of {members} hosts: {named}"))
+    }
+}
+
+impl Tally {
+    /// Whether the next wave may begin: nobody who is there is still at it, somebody has proven it
+    /// live, and so has half of those who were seen lately.
+    pub fn is_done(&self) -> bool {
+        self.unsettled == 0 && self.live > 0 && 2 * self.live >= self.seen
+    }
+
+    /// What it lacks to be done, in words.
+    fn lacks(&self) -> String {
+        let Self {
+            live,
+            seen,
+            members,
+            ..
+        } = self;
+        let look = match names(&self.named) {
+            none if none.is_empty() => none,
+            some => format!("; look at {some}"),
+        };
+        format!(
+            "too few to go on have proven it live: {live} of {seen} hosts that were seen in the \
+             last 24 hours, of {members} in the wave{look}"
+        )
+    }
+}
+
+/// Whether an agent has shown no progress for too long.
+fn is_late(member: &Member<'_>, rules: &Rules, now: Timestamp) -> bool {
+    let since = member.progress.unwrap_or(Timestamp::MIN);
+    is_over(since, rules.deadline, now)
+}
+
+fn is_over(since: Timestamp, span: Duration, now: Timestamp) -> bool {
+    let span = SignedDuration::try_from(span).unwrap_or(SignedDuration::MAX);
+    now.duration_since(since) >= span
+}
+
+fn names(names: &[AgentName]) -> String {
+    let names: Vec<_> = names.iter().map(AgentName::as_str).collect();
+    names.join(", ")
+}

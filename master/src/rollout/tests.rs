@@ -1,0 +1,674 @@
+//! The rules of a rollout, told with a fleet that does what the tests say.
+
+use clamcast_proto::{Epoch, Generation};
+
+use super::*;
+
+const DEADLINE: i64 = 900;
+
+/// A fleet and the rollout over it.
+struct Lab {
+    rollout: Rollout,
+    rules: Rules,
+    hosts: BTreeMap<AgentName, Host>,
+    /// Seconds.
+    now: i64,
+    /// What was noted, as `event generation`.
+    noted: Vec<String>,
+    rejected: Vec<u64>,
+}
+
+#[derive(Clone, Debug, Default)]
+struct Host {
+    groups: Vec<GroupName>,
+    away: bool,
+    seen: i64,
+    at: Option<u64>,
+    /// What it says of a generation.
+    words: BTreeMap<u64, Word>,
+    /// When it was offered one.
+    progress: BTreeMap<u64, i64>,
+}
+
+fn target(number: u64) -> Target {
+    let digest = Digest::of(&number.to_be_bytes());
+    Target {
+        position: position(number),
+        manifest_sha256: digest,
+        content: digest,
+    }
+}
+
+fn position(number: u64) -> Position {
+    Position {
+        epoch: Epoch(1),
+        generation: Generation::new(number).unwrap(),
+    }
+}
+
+fn at(second: i64) -> Timestamp {
+    Timestamp::from_second(second).unwrap()
+}
+
+impl Lab {
+    /// Hosts `h0`, `h1`, ... of which the first `canaries` are in the group of that name.
+    fn new(hosts: usize, canaries: usize, waves: &[&str]) -> Self {
+        let host = |i| {
+            let groups = if i < canaries {
+                vec!["canary".parse().unwrap()]
+            } else {
+                vec![]
+            };
+            let name = format!("h{i}").parse().unwrap();
+            (
+                name,
+                Host {
+                    groups,
+                    ..Host::default()
+                },
+            )
+        };
+        Self {
+            rollout: Rollout::default(),
+            rules: Rules {
+                waves: waves.iter().map(|wave| wave.parse().unwrap()).collect(),
+                settle: Duration::ZERO,
+                refused_max: "2%".parse().unwrap(),
+                unwell_max: "20%".parse().unwrap(),
+                rollback_on_halt: true,
+                deadline: Duration::from_secs(DEADLINE as u64),
+                windows: BTreeMap::new(),
+            },
+            hosts: (0..hosts).map(host).collect(),
+            now: 1_000_000,
+            noted: Vec::new(),
+            rejected: Vec::new(),
+        }
+    }
+
+    /// The usual three waves over 100 hosts, of which two are canaries.
+    fn usual() -> Self {
+        let mut lab = Self::new(100, 2, &["group:canary", "10%", "100%"]);
+        lab.published(1);
+        lab.everybody(1, Word::Live);
+        lab.noted.clear();
+        lab
+    }
+
+    fn step(&mut self) -> &mut Self {
+        let fleet = Hosts(&self.hosts, self.now);
+        let effects = self.rollout.step(&fleet, &self.rules, at(self.now));
+        self.take(effects);
+        self.offer();
+        self
+    }
+
+    fn take(&mut self, effects: Vec<Effect>) {
+        for effect in effects {
+            match effect {
+                Effect::Note { event, target, .. } => {
+                    let number = target.position.generation;
+                    self.noted.push(format!("{event} {number}"));
+                }
+                Effect::Reject { target, .. } => {
+                    self.rejected.push(target.position.generation.number())
+                }
+                Effect::Look => self.noted.push("look".to_owned()),
+            }
+        }
+    }
+
+    /// Whoever is there hears what it is wanted at.
+    fn offer(&mut self) {
+        let names: Vec<_> = self.hosts.keys().cloned().collect();
+        for name in names {
+            let Some(number) = self
+                .wanted(&name)
+                .filter(|number| Some(*number) != self.hosts[&name].at)
+            else {
+                continue;
+            };
+            let now = self.now;
+            let host = self.hosts.get_mut(&name).unwrap();
+            if !host.away && !host.words.contains_key(&number) {
+                host.progress.entry(number).or_insert(now);
+            }
+        }
+    }
+
+    fn wanted(&self, name: &AgentName) -> Option<u64> {
+        let running = self.rollout.running().map(|run| run.target);
+        let member = self.hosts[name].member(name, running.as_ref(), self.now);
+        match self.rollout.wanted(&member, &self.rules, at(self.now)) {
+            Wanted::Nothing => None,
+            Wanted::Stay => self.hosts[name].at,
+            Wanted::At(target) => Some(number(&target)),
+        }
+    }
+
+    /// Hosts that were offered a generation.
+    fn offered(&self, number: u64) -> usize {
+        self.hosts
+            .values()
+            .filter(|host| host.progress.contains_key(&number))
+            .count()
+    }
+
+    fn published(&mut self, number: u64) -> &mut Self {
+        let effects = self.rollout.published(target(number), false, &self.rules);
+        self.take(effects);
+        self.step()
+    }
+
+    /// A host that was offered it says what came of it.
+    fn say(&mut self, name: &str, number: u64, word: Word) -> &mut Self {
+        let host = self
+            .hosts
+            .get_mut(&name.parse::<AgentName>().unwrap())
+            .unwrap();
+        assert!(
+            host.progress.contains_key(&number),
+            "{name} was not offered {number}"
+        );
+        host.words.insert(number, word);
+        if matches!(word, Word::Live | Word::Installed) {
+            host.at = Some(number);
+        }
+        self.step()
+    }
+
+    /// Everybody who is there and was offered it says the same, wave after wave.
+    fn everybody(&mut self, number: u64, word: Word) -> &mut Self {
+        loop {
+            let asked = |host: &Host| {
+                !host.away
+                    && host.progress.contains_key(&number)
+                    && !host.words.contains_key(&number)
+            };
+            let names: Vec<_> = self
+                .hosts
+                .iter()
+                .filter(|(_, host)| asked(host))
+                .map(|(name, _)| name.to_string())
+                .collect();
+            if names.is_empty() {
+                return self;
+            }
+            for name in names {
+                self.say(&name, number, word);
+            }
+        }
+    }
+
+    fn host(&mut self, name: &str) -> &mut Host {
+        self.hosts
+            .get_mut(&name.parse::<AgentName>().unwrap())
+            .unwrap()
+    }
+
+    fn wait(&mut self, seconds: i64) -> &mut Self {
+        self.now += seconds;
+        self.step()
+    }
+
+    /// `complete 1, running 2 wave 1 of 3`.
+    fn state(&self) -> String {
+        let mut state = match self.rollout.complete() {
+            Some(target) => format!("complete {}", target.position.generation),
+            None => "nothing".to_owned(),
+        };
+        if let Some(run) = self.rollout.running() {
+            let (begun, all) = (run.begun.len(), run.begun.len() + run.ahead.len());
+            state += &format!(
+                ", running {} wave {begun} of {all}",
+                run.target.position.generation
+            );
+            if let Some(pause) = &run.paused {
+                state += &format!(", paused {:?}", pause.kind);
+            }
+        }
+        if let Some(waiting) = self.rollout.waiting() {
+            state += &format!(", waiting {}", waiting.position.generation);
+        }
+        if let Some(owed) = self.rollout.owed() {
+            state += &format!(
+                ", owes {} for {}",
+                owed.to.position.generation, owed.of.position.generation
+            );
+        }
+        state
+    }
+
+    #[track_caller]
+    fn is(&self, expected: &str) {
+        assert_eq!(self.state(), expected, "noted: {:?}", self.noted);
+    }
+}
+
+impl Host {
+    fn member<'a>(&'a self, name: &'a AgentName, of: Option<&Target>, now: i64) -> Member<'a> {
+        let of = of.map(number);
+        Member {
+            name,
+            groups: &self.groups,
+            connected: !self.away,
+            seen: at(if self.away { self.seen } else { now }),
+            at: self.at.map(position),
+            word: of.and_then(|number| self.words.get(&number).copied()),
+            progress: of.and_then(|number| self.progress.get(&number).map(|it| at(*it))),
+        }
+    }
+}
+
+struct Hosts<'a>(&'a BTreeMap<AgentName, Host>, i64);
+
+impl Agents for Hosts<'_> {
+    fn members(&self, target: Option<&Target>) -> Vec<Member<'_>> {
+        let hosts = self.0.iter();
+        hosts
+            .map(|(name, host)| host.member(name, target, self.1))
+            .collect()
+    }
+}
+
+fn number(target: &Target) -> u64 {
+    target.position.generation.number()
+}
+
+#[test]
+fn a_good_generation_goes_through_wave_by_wave() {
+    let mut lab = Lab::usual();
+    lab.published(2).is("complete 1, running 2 wave 1 of 3");
+    assert_eq!(lab.offered(2), 2);
+    lab.say("h0", 2, Word::Live)
+        .is("complete 1, running 2 wave 1 of 3");
+    lab.say("h1", 2, Word::Live)
+        .is("complete 1, running 2 wave 2 of 3");
+    assert!((10..=12).contains(&lab.offered(2)), "{}", lab.offered(2));
+    lab.everybody(2, Word::Live).is("complete 2");
+    assert_eq!(
+        lab.noted,
+        [
+            "rollout 2",
+            "wave 2",
+            "wave 2",
+            "wave 2",
+            "rollout-complete 2"
+        ]
+    );
+}
+
+#[test]
+fn one_refusal_in_the_first_wave_halts_and_those_who_took_it_go_back() {
+    let mut lab = Lab::usual();
+    lab.published(2)
+        .say("h0", 2, Word::Live)
+        .say("h1", 2, Word::Refused);
+    lab.is("complete 1, owes 1 for 2");
+    assert_eq!((lab.offered(2), &lab.rejected[..]), (2, &[2][..]));
+    assert_eq!(
+        lab.wanted(&"h0".parse().unwrap()),
+        Some(2),
+        "it has no other yet"
+    );
+    assert_eq!(lab.wanted(&"h9".parse().unwrap()), Some(1));
+    let effects = lab.rollout.went_back(target(3));
+    lab.take(effects);
+    lab.step().is("complete 3");
+    assert_eq!(
+        lab.offered(3),
+        100,
+        "who never had it counts the number only"
+    );
+    assert_eq!(lab.noted.last().unwrap(), "look");
+}
+
+#[test]
+fn later_more_than_one_refusal_is_needed_and_then_nobody_else_is_offered_it() {
+    let mut lab = Lab::usual();
+    lab.published(2)
+        .say("h0", 2, Word::Live)
+        .say("h1", 2, Word::Live);
+    let wave = lab.hosts.iter();
+    let wave = wave.filter(|(_, host)| host.progress.contains_key(&2) && host.at == Some(1));
+    let wave: Vec<_> = wave.map(|(name, _)| name.to_string()).collect();
+    lab.say(&wave[0], 2, Word::Refused)
+        .is("complete 1, running 2 wave 2 of 3");
+    let offered = lab.offered(2);
+    lab.say(&wave[1], 2, Word::Refused)
+        .is("complete 1, owes 1 for 2");
+    lab.wait(10).wait(10_000);
+    assert_eq!(lab.offered(2), offered);
+}
+
+#[test]
+fn hosts_with_trouble_of_their_own_only_pause_it_until_they_are_well() {
+    let mut lab = Lab::usual();
+    lab.published(2)
+        .say("h0", 2, Word::Unwell)
+        .is("complete 1, running 2 wave 1 of 3, paused Unwell");
+    lab.host("h1").progress.clear();
+    lab.wait(1);
+    assert_eq!(lab.offered(2), 1, "nothing is offered while it is paused");
+    lab.say("h0", 2, Word::Live)
+        .is("complete 1, running 2 wave 1 of 3");
+    lab.say("h1", 2, Word::Live)
+        .is("complete 1, running 2 wave 2 of 3");
+}
+
+#[test]
+fn an_operator_can_go_on_with_the_unwell_but_not_with_more_of_them() {
+    let mut lab = Lab::new(10, 5, &["group:canary", "100%"]);
+    lab.published(1);
+    lab.say("h0", 1, Word::Unwell).say("h1", 1, Word::Unwell);
+    lab.is("nothing, running 1 wave 1 of 2, paused Unwell");
+    lab.resume().unwrap();
+    lab.step().is("nothing, running 1 wave 1 of 2");
+    lab.say("h2", 1, Word::Unwell)
+        .is("nothing, running 1 wave 1 of 2, paused Unwell");
+}
+
+#[test]
+fn a_clamd_that_is_not_there_counts_as_trouble_after_the_deadline_only() {
+    let mut lab = Lab::usual();
+    lab.published(2)
+        .say("h0", 2, Word::Installed)
+        .say("h1", 2, Word::Live);
+    lab.is("complete 1, running 2 wave 2 of 3"); // one of two is half
+    let mut lab = Lab::usual();
+    lab.published(2)
+        .say("h0", 2, Word::Installed)
+        .say("h1", 2, Word::Installed);
+    lab.is("complete 1, running 2 wave 1 of 3");
+    lab.wait(DEADLINE)
+        .is("complete 1, running 2 wave 1 of 3, paused Unwell");
+    lab.say("h0", 2, Word::Live)
+        .say("h1", 2, Word::Live)
+        .is("complete 1, running 2 wave 2 of 3");
+}
+
+#[test]
+fn a_wave_that_nobody_proves_pauses_and_goes_on_when_somebody_does() {
+    let mut lab = Lab::usual();
+    for name in ["h0", "h1"] {
+        *lab.host(name) = Host {
+            away: true,
+            seen: lab.now,
+            ..lab.host(name).clone()
+        };
+    }
+    lab.published(2).is("complete 1, running 2 wave 1 of 3");
+    lab.wait(DEADLINE)
+        .is("complete 1, running 2 wave 1 of 3, paused Unproven");
+    lab.host("h0").away = false;
+    lab.wait(1);
+    assert_eq!(lab.offered(2), 1, "who comes back hears of it");
+    lab.say("h0", 2, Word::Live)
+        .is("complete 1, running 2 wave 2 of 3");
+}
+
+#[test]
+fn members_that_were_away_for_a_day_are_not_waited_for_and_catch_up() {
+    let mut lab = Lab::usual();
+    let now = lab.now;
+    *lab.host("h1") = Host {
+        away: true,
+        seen: now - 25 * 3600,
+        ..lab.host("h1").clone()
+    };
+    lab.published(2)
+        .say("h0", 2, Word::Live)
+        .is("complete 1, running 2 wave 2 of 3");
+    lab.everybody(2, Word::Live).is("complete 2");
+    lab.host("h1").away = false;
+    lab.wait(1);
+    assert_eq!(lab.offered(2), 100);
+}
+
+#[test]
+fn a_silent_host_delays_its_wave_for_the_deadline_only() {
+    let mut lab = Lab::new(10, 4, &["group:canary", "100%"]);
+    lab.rules.unwell_max = "50%".parse().unwrap();
+    lab.published(1);
+    for name in ["h0", "h1", "h2"] {
+        lab.say(name, 1, Word::Live);
+    }
+    lab.is("nothing, running 1 wave 1 of 2");
+    lab.wait(DEADLINE - 1).is("nothing, running 1 wave 1 of 2");
+    lab.wait(1).is("nothing, running 1 wave 2 of 2");
+}
+
+#[test]
+fn an_empty_canary_group_does_not_mean_that_everybody_is_next() {
+    let mut lab = Lab::new(50, 0, &["group:canary", "100%"]);
+    lab.published(1).is("nothing, running 1 wave 1 of 2");
+    assert_eq!(lab.offered(1), 5);
+    assert!(lab.noted.contains(&"wave-skipped 1".to_owned()));
+    lab.everybody(1, Word::Live).is("complete 1");
+}
+
+#[test]
+fn before_anybody_is_enrolled_the_first_to_come_is_the_first_wave() {
+    let mut lab = Lab::new(0, 0, &["group:canary", "10%", "100%"]);
+    lab.published(1).is("nothing, running 1 wave 0 of 3");
+    lab.hosts.insert("first".parse().unwrap(), Host::default());
+    lab.step();
+    assert_eq!(lab.offered(1), 1);
+    for i in 0..9 {
+        lab.hosts
+            .insert(format!("late{i}").parse().unwrap(), Host::default());
+    }
+    lab.step();
+    assert!(lab.offered(1) < 10, "the wave has begun without them");
+    lab.everybody(1, Word::Live).is("complete 1");
+    assert_eq!(lab.offered(1), 10);
+}
+
+#[test]
+fn a_newer_generation_waits_and_only_the_newest_of_them() {
+    let mut lab = Lab::usual();
+    lab.published(2)
+        .published(3)
+        .published(4)
+        .is("complete 1, running 2 wave 1 of 3, waiting 4");
+    lab.everybody(2, Word::Live)
+        .is("complete 2, running 4 wave 1 of 3");
+    assert_eq!(lab.offered(3), 0);
+}
+
+#[test]
+fn what_waited_for_a_halted_one_is_captured_anew_above_the_rollback() {
+    let mut lab = Lab::usual();
+    lab.published(2)
+        .published(3)
+        .say("h0", 2, Word::Refused)
+        .is("complete 1, owes 1 for 2");
+    let effects = lab.rollout.went_back(target(4));
+    lab.take(effects);
+    assert_eq!(lab.noted.last().unwrap(), "look");
+}
+
+#[test]
+fn superseding_begins_the_waves_anew_and_nobody_goes_back() {
+    let mut lab = Lab::usual();
+    lab.published(2).say("h0", 2, Word::Live);
+    let effects = lab.rollout.published(target(3), true, &lab.rules);
+    lab.take(effects);
+    lab.rules.waves = vec!["1".parse().unwrap()];
+    lab.step().is("complete 1, running 3 wave 1 of 3");
+    for name in ["h0", "h50"] {
+        let wanted = lab.wanted(&name.parse().unwrap());
+        assert!(wanted >= lab.host(name).at, "{name} {wanted:?}");
+    }
+}
+
+#[test]
+fn paused_by_an_operator_nothing_begins_and_what_was_begun_is_finished() {
+    let mut lab = Lab::usual();
+    lab.published(2);
+    lab.order(|lab, now| lab.rollout.pause("lunch".into(), now));
+    lab.say("h0", 2, Word::Live).say("h1", 2, Word::Live);
+    lab.wait(DEADLINE)
+        .is("complete 1, running 2 wave 1 of 3, paused Operator");
+    lab.resume().unwrap();
+    lab.step().is("complete 1, running 2 wave 2 of 3");
+    assert_eq!(lab.resume(), Err(OrderError::NotPaused(position(2))));
+}
+
+#[test]
+fn aborted_is_halted_by_hand_and_promoted_is_everybody_at_once() {
+    let mut lab = Lab::usual();
+    lab.published(2).say("h0", 2, Word::Live);
+    lab.order(|lab, now| lab.rollout.abort("looks odd".into(), &lab.rules, now));
+    lab.is("complete 1, owes 1 for 2");
+
+    let mut lab = Lab::usual();
+    lab.published(2);
+    lab.order(|lab, now| lab.rollout.promote("urgent".into(), now));
+    lab.step();
+    assert_eq!(lab.offered(2), 100);
+    lab.everybody(2, Word::Live).is("complete 2");
+    let idle = lab.rollout.promote("again".into(), at(0));
+    assert_eq!(
+        idle,
+        Err(OrderError::Idle {
+            complete: Some(target(2))
+        })
+    );
+}
+
+#[test]
+fn rolled_back_by_hand_nothing_is_published_until_resumed() {
+    let mut lab = Lab::usual();
+    lab.published(2).everybody(2, Word::Live);
+    lab.order(|lab, now| {
+        lab.rollout
+            .roll_back(target(1), "false positives".into(), now)
+    });
+    lab.is("complete 2, owes 1 for 2");
+    assert!(lab.rollout.held().is_some());
+    let effects = lab.rollout.went_back(target(3));
+    lab.take(effects);
+    lab.step().is("complete 3");
+    assert_eq!((lab.offered(3), &lab.rejected[..]), (100, &[2][..]));
+    assert_ne!(lab.noted.last().unwrap(), "look", "publishing is held");
+    lab.resume().unwrap();
+    assert_eq!(lab.noted.last().unwrap(), "look");
+}
+
+#[test]
+fn a_pinned_group_stays_and_is_neither_waited_for_nor_asked() {
+    let mut lab = Lab::usual();
+    let canary: GroupName = "canary".parse().unwrap();
+    let group = canary.clone();
+    lab.order(|lab, now| {
+        let fleet = Hosts(&lab.hosts, lab.now);
+        lab.rollout.pin_group(group, target(1), None, &fleet, now)
+    });
+    lab.published(2).is("complete 1, running 2 wave 1 of 2");
+    assert_eq!(lab.wanted(&"h0".parse().unwrap()), Some(1));
+    lab.everybody(2, Word::Live).is("complete 2");
+    assert_eq!(lab.offered(2), 98);
+    lab.order(|lab, _| lab.rollout.unpin_group(&canary));
+    lab.step();
+    assert_eq!(lab.offered(2), 100);
+}
+
+#[test]
+fn nobody_is_pinned_below_what_it_has() {
+    let mut lab = Lab::usual();
+    lab.host("h1").at = Some(7);
+    let canary = "canary".parse().unwrap();
+    let fleet = Hosts(&lab.hosts, lab.now);
+    let past = lab
+        .rollout
+        .pin_group(canary, target(3), None, &fleet, at(0));
+    assert!(matches!(past, Err(OrderError::Past { .. })), "{past:?}");
+}
+
+#[test]
+fn outside_its_window_a_host_keeps_what_it_has_and_a_rollback_does_not_wait() {
+    let mut lab = Lab::usual();
+    lab.now = at_utc("2026-11-20T12:00:00Z");
+    let canary: GroupName = "canary".parse().unwrap();
+    lab.rules
+        .windows
+        .insert(canary, vec!["Mon-Sun 22:00-05:00 UTC".parse().unwrap()]);
+    lab.published(2).everybody(2, Word::Live).is("complete 2");
+    assert_eq!(
+        (lab.offered(2), lab.wanted(&"h0".parse().unwrap())),
+        (98, Some(1))
+    );
+    lab.now = at_utc("2026-11-20T22:00:00Z");
+    lab.step();
+    assert_eq!(lab.offered(2), 100);
+    lab.everybody(2, Word::Live);
+    lab.now = at_utc("2026-11-21T12:00:00Z");
+    lab.order(|lab, now| lab.rollout.roll_back(target(1), "bad".into(), now));
+    let effects = lab.rollout.went_back(target(3));
+    lab.take(effects);
+    lab.step();
+    assert_eq!(lab.offered(3), 100);
+}
+
+#[test]
+fn after_a_restart_it_goes_on_where_it_was() {
+    let mut lab = Lab::usual();
+    lab.published(2)
+        .say("h0", 2, Word::Live)
+        .say("h1", 2, Word::Live)
+        .published(3);
+    let kept = serde_json::to_string(&lab.rollout).unwrap();
+    lab.rollout = serde_json::from_str(&kept).unwrap();
+    lab.published(2)
+        .published(3)
+        .is("complete 1, running 2 wave 2 of 3, waiting 3");
+    lab.everybody(2, Word::Live)
+        .everybody(3, Word::Live)
+        .is("complete 3");
+}
+
+#[test]
+fn settle_time_passes_between_waves() {
+    let mut lab = Lab::usual();
+    lab.rules.settle = Duration::from_secs(60);
+    lab.published(2)
+        .say("h0", 2, Word::Live)
+        .say("h1", 2, Word::Live);
+    lab.wait(59).is("complete 1, running 2 wave 1 of 3");
+    lab.wait(1).is("complete 1, running 2 wave 2 of 3");
+}
+
+#[test]
+fn a_host_that_is_past_it_is_left_alone() {
+    let mut lab = Lab::usual();
+    lab.host("h7").at = Some(9);
+    lab.published(2).everybody(2, Word::Live).is("complete 2");
+    assert_eq!(
+        (lab.offered(2), lab.wanted(&"h7".parse().unwrap())),
+        (99, Some(9))
+    );
+}
+
+fn at_utc(text: &str) -> i64 {
+    text.parse::<Timestamp>().unwrap().as_second()
+}
+
+impl Lab {
+    fn resume(&mut self) -> Result<(), OrderError> {
+        let fleet = Hosts(&self.hosts, self.now);
+        let effects = self.rollout.resume(&fleet, &self.rules, at(self.now))?;
+        self.take(effects);
+        Ok(())
+    }
+
+    #[track_caller]
+    fn order(
+        &mut self,
+        order: impl FnOnce(&mut Self, Timestamp) -> Result<Vec<Effect>, OrderError>,
+    ) {
+        let now = at(self.now);
+        let effects = order(self, now).unwrap();
+        self.take(effects);
+    }
+}
