@@ -28,6 +28,7 @@ use crate::preflight::{CERTIFICATE_ENDS_SOON, Running};
 use crate::publish::{PublishError, Published, Request as PublishRequest};
 use crate::recorder::Recorder;
 use crate::rejections::Rejections;
+use crate::report;
 use crate::store::Store;
 
 /// Commands served at a time. A waiting `publish` is one of them.
@@ -74,6 +75,8 @@ pub enum Request {
         wait: bool,
         /// Publish also what is held, for this reason.
         accept: Option<String>,
+        /// In the place of what is on its way.
+        supersede: bool,
     },
     /// The fleet in numbers.
     Status,
@@ -260,14 +263,18 @@ impl Commands {
             Request::Publish { .. } | Request::ForceSync { .. } if self.stop.is_cancelled() => {
                 stopping(Stopping)
             }
-            Request::Publish { wait, accept } => self.publish(&mut session, wait, accept).await?,
+            Request::Publish {
+                wait,
+                accept,
+                supersede,
+            } => self.publish(&mut session, wait, accept, supersede).await?,
             Request::Status => self.status().await.unwrap_or_else(stopping),
             Request::Agents => self
                 .hub
                 .view()
                 .await
                 .map_or_else(stopping, |view| Finish::done(view.rows)),
-            Request::Generations => Finish::done(self.generations()),
+            Request::Generations => self.generations().await.unwrap_or_else(stopping),
             Request::ForceSync { .. } => return self.force_sync(session, request).await,
             Request::AuditShow { filter, follow } => {
                 self.audit_show(&mut session, filter, follow).await?
@@ -281,6 +288,7 @@ impl Commands {
         session: &mut Session,
         wait: bool,
         accept: Option<String>,
+        supersede: bool,
     ) -> Result<Finish, AdminError> {
         let actor = session.operator.to_string();
         tracing::info!(
@@ -288,11 +296,12 @@ impl Commands {
             login_uid = session.operator.login_uid,
             wait,
             accept,
+            supersede,
             "publish"
         );
         let published = match self
             .pipeline
-            .publish(PublishRequest { accept }, &actor)
+            .publish(PublishRequest { accept, supersede }, &actor)
             .await
         {
             Ok(published) => published,
@@ -301,8 +310,12 @@ impl Commands {
                 return Ok(Finish::because(exit::FAILED, crate::chain(&error)));
             }
         };
+        let mut position = None;
         let (word, reason) = match published {
-            Published::New { .. } => ("new", None),
+            Published::New { manifest, .. } => {
+                position = Some(manifest.position());
+                ("new", None)
+            }
             Published::Unchanged => ("unchanged", None),
             Published::Busy { reason } => {
                 let message = format!("{reason}; the daemon publishes when it is quiet");
@@ -348,8 +361,8 @@ impl Commands {
                 return Ok(left(result));
             };
             session.progress(&progress(&view)).await?;
-            if view.unsettled.is_empty() {
-                return Ok(settled(result, &view));
+            if !view.is_moving() {
+                return Ok(settled(result, position, &view));
             }
             tokio::select! {
                 biased;
@@ -497,14 +510,7 @@ impl Commands {
         if !alarms.is_empty() {
             fields.insert("alarm".to_owned(), alarms.join("; ").into());
         }
-        // The whole fleet is one wave.
-        let state = match (&view.current, view.unsettled.is_empty()) {
-            (None, _) => "none",
-            (Some(_), false) => "running",
-            (Some(_), true) => "complete",
-        };
-        let rollout = json!({ "state": state, "wave": 1, "waves": 1 });
-        fields.insert("rollout".to_owned(), rollout);
+        fields.insert("rollout".to_owned(), report::rollout(&view));
         fields.insert("agents".to_owned(), json!(view.counts));
         // A host that is away is not at fault and yet a question of the morning.
         let lagging = view
@@ -531,14 +537,11 @@ impl Commands {
         Ok(Finish::done(result))
     }
 
-    fn generations(&self) -> Value {
-        let current = self.store.current().map(|manifest| manifest.position());
+    async fn generations(&self) -> Result<Finish, Stopping> {
+        let rollout = self.hub.view().await?.rollout;
+        let rejected = self.pipeline.rejected();
         let row = |manifest: &Manifest| {
-            let state = if Some(manifest.position()) == current {
-                "current"
-            } else {
-                "superseded"
-            };
+            let state = report::state_of(manifest, &rollout, &rejected);
             json!({
                 "epoch": manifest.epoch,
                 "generation": manifest.generation,
@@ -548,11 +551,9 @@ impl Commands {
                 "state": state,
             })
         };
-        self.store
-            .manifests()
-            .iter()
-            .map(|manifest| row(manifest))
-            .collect()
+        let manifests = self.store.manifests();
+        let rows: Value = manifests.iter().map(|manifest| row(manifest)).collect();
+        Ok(Finish::done(rows))
     }
 
     async fn audit_show(
@@ -804,7 +805,7 @@ fn progress(view: &View) -> Value {
 }
 
 /// The end of `publish --wait`: every connected agent has answered, well or not.
-fn settled(mut result: Value, view: &View) -> Finish {
+fn settled(mut result: Value, published: Option<Position>, view: &View) -> Finish {
     let lagging = view
         .rows
         .iter()
@@ -814,14 +815,16 @@ fn settled(mut result: Value, view: &View) -> Finish {
     fields.insert("agents".to_owned(), json!(view.counts));
     let names: Vec<_> = lagging.iter().map(|row| &row.name).collect();
     fields.insert("failed".to_owned(), json!(names));
-    if lagging.is_empty() {
+    let obstacle = published.and_then(|published| report::obstacle(view, published));
+    if lagging.is_empty() && obstacle.is_none() {
         return Finish::done(result);
     }
     let line = |row: &&Row| {
         let error = row.error.as_deref().unwrap_or("not there yet");
         printable(&format!("{}: {}: {error}", row.name, row.outcome))
     };
-    let message = Some(lagging.iter().map(line).collect::<Vec<_>>().join("\n"));
+    let lines = obstacle.into_iter().chain(lagging.iter().map(line));
+    let message = Some(lines.collect::<Vec<_>>().join("\n"));
     let exit = exit::NOT_CONFORMANT;
     Finish {
         exit,

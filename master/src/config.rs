@@ -13,6 +13,8 @@ use clamcast_proto::{FleetName, GroupName};
 use globset::{GlobBuilder, GlobMatcher};
 use serde::Deserialize;
 
+use crate::rollout::Rules;
+
 /// Where `--config` points unless told otherwise.
 pub const DEFAULT_PATH: &str = "/etc/clamcast/master.toml";
 
@@ -47,8 +49,8 @@ pub struct Config {
     pub keep: usize,
     /// Bulk transfers at a time.
     pub push_concurrent: usize,
-    /// An agent that showed no sign of progress for this long is no longer waited for.
-    pub deadline: Duration,
+    /// How careful rollouts are.
+    pub rollout: Rules,
     /// Keys that parse although what they are for does not exist in this version.
     pub without_effect: Vec<&'static str>,
 }
@@ -381,6 +383,9 @@ const RESCAN_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 const QUIET: Duration = Duration::from_secs(3);
 const RESCAN: Duration = Duration::from_secs(5 * 60);
 const FRESH: Duration = Duration::from_secs(48 * 60 * 60);
+/// A canary group, a few more, everybody.
+const WAVES: [&str; 3] = ["group:canary", "10%", "100%"];
+
 const DEADLINE: Duration = Duration::from_secs(15 * 60);
 
 impl Config {
@@ -451,15 +456,33 @@ impl Config {
             "push.bandwidth",
             raw.push.bandwidth.is_some_and(|size| size.0 != 0),
         );
-        later("rollout.waves", raw.rollout.waves.is_some());
-        later("rollout.settle", raw.rollout.settle.is_some());
-        later("rollout.refused_max", raw.rollout.refused_max.is_some());
-        later("rollout.unwell_max", raw.rollout.unwell_max.is_some());
-        later(
-            "rollout.rollback_on_halt",
-            raw.rollout.rollback_on_halt.is_some(),
-        );
-        later("rollout.windows", raw.rollout.windows.is_some());
+
+        let mut waves = Vec::new();
+        let default = || WAVES.map(str::to_owned).to_vec();
+        for wave in raw.rollout.waves.unwrap_or_else(default) {
+            let wrong = |_| file.wrong::<Raw>(&["rollout", "waves"], Some(wave.as_str()));
+            waves.push(wave.parse().map_err(wrong)?);
+        }
+        let mut windows = BTreeMap::new();
+        for (group, written) in raw.rollout.windows.unwrap_or_default() {
+            let parse = |window: &String| {
+                let path = ["rollout", "windows", group.as_str()];
+                let wrong = |_| file.wrong::<Raw>(&path, Some(window.as_str()));
+                window.parse().map_err(wrong)
+            };
+            let parsed = written.iter().map(parse).collect::<Result<_, _>>()?;
+            windows.insert(group.clone(), parsed);
+        }
+        let percent = |default: &str| default.parse().expect("a percentage");
+        let rollout = Rules {
+            waves,
+            settle: raw.rollout.settle.map_or(Duration::ZERO, |span| span.0),
+            refused_max: raw.rollout.refused_max.unwrap_or_else(|| percent("2%")),
+            unwell_max: raw.rollout.unwell_max.unwrap_or_else(|| percent("20%")),
+            rollback_on_halt: raw.rollout.rollback_on_halt.unwrap_or(true),
+            deadline: above_zero(&["rollout", "deadline"], raw.rollout.deadline, DEADLINE)?,
+            windows,
+        };
 
         Ok(Self {
             fleet: raw.fleet,
@@ -507,7 +530,7 @@ impl Config {
             groups: Groups(groups),
             keep: count(&["store", "keep"], raw.store.keep, 20)?,
             push_concurrent: count(&["push", "concurrent"], raw.push.concurrent, 64)?,
-            deadline: above_zero(&["rollout", "deadline"], raw.rollout.deadline, DEADLINE)?,
+            rollout,
             without_effect,
         })
     }
@@ -582,7 +605,7 @@ windows = {{ db = ["Mon-Fri 22:00-05:00"] }}
 "#
         ))
         .unwrap();
-        assert_eq!(config.without_effect.len(), 8);
+        assert_eq!(config.without_effect, ["listen.http", "push.bandwidth"]);
         let groups = |name| config.groups.of(name, &["eu".parse().unwrap()]);
         assert_eq!(
             groups("db-7")

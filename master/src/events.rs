@@ -9,7 +9,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 /// Every event that the master records.
-pub const EVENTS: [&str; 20] = [
+pub const EVENTS: [&str; 29] = [
     "alarm",
     "declined",
     "denied",
@@ -17,6 +17,7 @@ pub const EVENTS: [&str; 20] = [
     "enrolled",
     "force-sync",
     "force-sync-end",
+    "halt",
     "held",
     "offer",
     "published",
@@ -28,8 +29,16 @@ pub const EVENTS: [&str; 20] = [
     "restored",
     "revocation_list",
     "revoked",
+    "rollback",
+    "rollout",
+    "rollout-complete",
+    "rollout-paused",
+    "rollout-resumed",
+    "rollout-waits",
     "started",
     "stopped",
+    "wave",
+    "wave-skipped",
 ];
 
 /// Those whose subject is an agent; that of the others only looks like one, if at all.

@@ -4,7 +4,7 @@
 //! returns on disk. Invariant: what is said of a host comes from its signed receipts, never from
 //! what the master sent.
 
-use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,6 +22,8 @@ use clamcast_proto::wire::{self, OfferId, Phase};
 use clamcast_proto::{AgentName, Digest, GroupName, Position};
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
+
+use crate::rollout::{Agents, Effect, Member, Rollout, Rules, Tally, Target, Wanted, Word};
 
 /// Receipts remembered by digest, so that one that is sent again is not taken for a new one.
 const RECEIPTS_REMEMBERED: usize = wire::RECEIPTS_PENDING_MAX;
@@ -43,12 +45,19 @@ const SILENCE_TOLD: SignedDuration = SignedDuration::from_secs(30);
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub struct LinkId(pub u64);
 
-/// All agents that were ever connected and are not revoked.
-#[derive(Debug, Default)]
+/// All agents that were ever connected and are not revoked, and what they are wanted at.
+#[derive(Debug)]
 pub struct Fleet {
-    agents: BTreeMap<AgentName, Agent>,
-    current: Option<Arc<Verified<Manifest>>>,
+    agents: Roster,
+    rollout: Rollout,
+    rules: Rules,
+    /// Those that somebody may be wanted at, and those that somebody has.
+    manifests: HashMap<Digest, Arc<Verified<Manifest>>>,
 }
+
+/// The agents by their names.
+#[derive(Debug, Default)]
+struct Roster(BTreeMap<AgentName, Agent>);
 
 /// One agent.
 #[derive(Clone, Debug)]
@@ -57,6 +66,16 @@ struct Agent {
     link: Option<Link>,
     /// The last offer that was answered on a connection which has ended.
     answered: Option<OfferId>,
+    took: Option<Took>,
+}
+
+/// The generation that an agent was offered last.
+#[derive(Clone, Copy, Debug)]
+struct Took {
+    manifest_sha256: Digest,
+    /// The last sign of progress with it, on this connection or before: a host that comes and goes
+    /// has no new deadline each time.
+    progress: Timestamp,
 }
 
 /// What is kept of an agent across restarts of the master.
@@ -141,8 +160,17 @@ pub struct Link {
     pub offer: Option<Offered>,
     /// The last offer that was answered, by a receipt or by declining it.
     pub answered: Option<OfferId>,
-    /// Why the last offer was declined.
-    pub declined: Option<String>,
+    /// The last offer, if it was declined.
+    pub declined: Option<Declined>,
+}
+
+/// An offer that was declined.
+#[derive(Clone, Debug)]
+pub struct Declined {
+    /// Its manifest.
+    pub manifest_sha256: Digest,
+    /// Why, in the agent's words.
+    pub message: String,
 }
 
 /// What a new connection means.
@@ -164,6 +192,8 @@ pub struct Offered {
     pub id: OfferId,
     /// The generation.
     pub position: Position,
+    /// Its manifest.
+    pub manifest_sha256: Digest,
     /// What the agent last said that it is doing.
     pub phase: Phase,
     /// When it last gave a sign of progress.
@@ -240,46 +270,136 @@ pub struct Counts {
 }
 
 impl Fleet {
-    /// The fleet as it was kept on disk, before anyone connects.
-    pub fn new(records: Vec<Record>, current: Option<Arc<Verified<Manifest>>>) -> Self {
-        let agents = records
-            .into_iter()
-            .map(|record| {
-                let (link, answered) = (None, None);
-                let name = record.name.clone();
-                (
-                    name,
-                    Agent {
-                        record,
-                        link,
-                        answered,
-                    },
-                )
-            })
-            .collect();
-        Self { agents, current }
+    /// The fleet as it was kept on disk, before anyone connects. What is wanted that is not among
+    /// `manifests` is wanted no more: it was signed for a fleet that is past it.
+    pub fn new(
+        records: Vec<Record>,
+        mut rollout: Rollout,
+        rules: Rules,
+        manifests: Vec<Arc<Verified<Manifest>>>,
+    ) -> Self {
+        let agent = |record: Record| {
+            let took = record.installed.as_ref().map(|installed| Took {
+                manifest_sha256: installed.manifest_sha256,
+                progress: record.seen,
+            });
+            let name = record.name.clone();
+            let (link, answered) = (None, None);
+            let agent = Agent {
+                record,
+                link,
+                answered,
+                took,
+            };
+            (name, agent)
+        };
+        let known = manifests.into_iter();
+        let manifests: HashMap<_, _> = known.map(|it| (it.payload_sha256(), it)).collect();
+        rollout.retain(|target| manifests.contains_key(&target.manifest_sha256));
+        Self {
+            agents: Roster(records.into_iter().map(agent).collect()),
+            rollout,
+            rules,
+            manifests,
+        }
     }
 
-    /// The generation that an agent should run: the one published last, for everyone.
-    pub fn wanted(&self, _agent: &AgentName) -> Option<&Arc<Verified<Manifest>>> {
-        self.current.as_ref()
+    /// What is on its way, and what everybody is wanted at.
+    pub fn rollout(&self) -> &Rollout {
+        &self.rollout
     }
 
-    /// Wants another generation from now on, or none.
-    pub fn want(&mut self, manifest: Option<Arc<Verified<Manifest>>>) {
-        self.current = manifest;
+    /// A generation was published, or its rollout goes on after a restart.
+    pub fn published(
+        &mut self,
+        manifest: &Arc<Verified<Manifest>>,
+        supersede: bool,
+    ) -> Vec<Effect> {
+        let target = self.know(manifest);
+        self.rollout.published(target, supersede, &self.rules)
     }
 
-    /// The generation that was published last.
+    /// The rollback that was owed was published.
+    pub fn went_back(&mut self, manifest: &Arc<Verified<Manifest>>) -> Vec<Effect> {
+        let target = self.know(manifest);
+        self.rollout.went_back(target)
+    }
+
+    /// What was wanted is not to be offered any more; the next publication is.
+    pub fn withdrawn(&mut self) {
+        self.rollout.retain(|_| false);
+    }
+
+    /// Remembers a manifest, and forgets those that nobody has or is wanted at.
+    fn know(&mut self, manifest: &Arc<Verified<Manifest>>) -> Target {
+        let needed = self.rollout.needed().map(|target| target.manifest_sha256);
+        let agents = self.agents.0.values();
+        let installed = agents.filter_map(|agent| agent.record.installed.as_ref());
+        let installed = installed.map(|installed| installed.manifest_sha256);
+        let kept: HashSet<_> = needed.chain(installed).collect();
+        self.manifests.retain(|digest, _| kept.contains(digest));
+        let target = target(manifest);
+        self.manifests
+            .insert(target.manifest_sha256, manifest.clone());
+        target
+    }
+
+    /// Goes on where the rollout may go on, or stops it.
+    pub fn step(&mut self, now: Timestamp) -> Vec<Effect> {
+        self.rollout.step(&self.agents, &self.rules, now)
+    }
+
+    /// What became of the running generation in all waves that have begun, and in the last.
+    pub fn tallies(&self, now: Timestamp) -> Option<(Tally, Tally)> {
+        self.rollout.tallies(&self.agents, &self.rules, now)
+    }
+
+    /// Whether time alone may change what is wanted.
+    pub fn is_timed(&self) -> bool {
+        self.rollout.running().is_some() || !self.rules.windows.is_empty()
+    }
+
+    /// The generation that an agent is to be offered.
+    pub fn wanted(&self, name: &AgentName, now: Timestamp) -> Option<&Arc<Verified<Manifest>>> {
+        match self.wanted_of(self.agents.0.get(name)?, now) {
+            Wanted::At(target) => self.manifests.get(&target.manifest_sha256),
+            Wanted::Nothing | Wanted::Stay => None,
+        }
+    }
+
+    /// The generation that an agent may rely on for now: that which it is wanted at, or that which
+    /// it has and nobody holds against it.
+    pub fn vouched(&self, name: &AgentName, now: Timestamp) -> Option<&Arc<Verified<Manifest>>> {
+        let agent = self.agents.0.get(name)?;
+        let digest = match self.wanted_of(agent, now) {
+            Wanted::At(target) => target.manifest_sha256,
+            Wanted::Nothing => return None,
+            Wanted::Stay => agent.record.installed.as_ref()?.manifest_sha256,
+        };
+        let failed = self.rollout.failed().map(|it| it.target.manifest_sha256);
+        self.manifests
+            .get(&digest)
+            .filter(|_| failed != Some(digest))
+    }
+
+    fn wanted_of(&self, agent: &Agent, now: Timestamp) -> Wanted {
+        let running = self.rollout.running().map(|run| &run.target);
+        self.rollout
+            .wanted(&agent.member(running), &self.rules, now)
+    }
+
+    /// The newest generation that somebody is wanted at.
     pub fn current(&self) -> Option<&Arc<Verified<Manifest>>> {
-        self.current.as_ref()
+        let running = self.rollout.running().map(|run| &run.target);
+        let target = running.or(self.rollout.complete())?;
+        self.manifests.get(&target.manifest_sha256)
     }
 
     /// An agent is connected.
     pub fn connected(&mut self, name: &AgentName, groups: Vec<GroupName>, link: Link) -> Arrival {
         let now = link.since;
-        let new = !self.agents.contains_key(name);
-        let agent = self.agents.entry(name.clone()).or_insert_with(|| Agent {
+        let new = !self.agents.0.contains_key(name);
+        let agent = self.agents.0.entry(name.clone()).or_insert_with(|| Agent {
             record: Record {
                 name: name.clone(),
                 groups: Vec::new(),
@@ -297,6 +417,7 @@ impl Fleet {
             },
             link: None,
             answered: None,
+            took: None,
         });
         let record = &mut agent.record;
         let changed = new || record.groups != groups || record.serial != link.serial;
@@ -317,7 +438,7 @@ impl Fleet {
 
     /// A connection ended. One that was replaced says nothing about its agent any more.
     pub fn disconnected(&mut self, name: &AgentName, id: LinkId, now: Timestamp) {
-        if let Some(agent) = self.agents.get_mut(name)
+        if let Some(agent) = self.agents.0.get_mut(name)
             && let Some(link) = agent.link.take_if(|link| link.id == id)
         {
             agent.answered = link.answered.or(agent.answered);
@@ -330,11 +451,12 @@ impl Fleet {
         let serials: HashSet<_> = list.revoked.iter().map(|revoked| &revoked.serial).collect();
         let gone = self
             .agents
+            .0
             .iter()
             .filter(|(_, agent)| serials.contains(&agent.record.serial));
         let gone: Vec<_> = gone.map(|(name, _)| name.clone()).collect();
         for name in &gone {
-            self.agents.remove(name);
+            self.agents.0.remove(name);
         }
         gone
     }
@@ -345,14 +467,25 @@ impl Fleet {
         name: &AgentName,
         id: LinkId,
         offer: OfferId,
-        position: Position,
+        manifest: &Verified<Manifest>,
         now: Timestamp,
     ) {
-        if let Some(link) = self.link(name, id) {
+        let Some(agent) = self.linked(name, id) else {
+            return;
+        };
+        let manifest_sha256 = manifest.payload_sha256();
+        if agent.took.map(|took| took.manifest_sha256) != Some(manifest_sha256) {
+            agent.took = Some(Took {
+                manifest_sha256,
+                progress: now,
+            });
+        }
+        if let Some(link) = &mut agent.link {
             link.declined = None;
             link.offer = Some(Offered {
                 id: offer,
-                position,
+                position: manifest.position(),
+                manifest_sha256,
                 phase: Phase::Idle,
                 progress: now,
             });
@@ -369,16 +502,24 @@ impl Fleet {
         until: Option<Timestamp>,
         now: Timestamp,
     ) {
-        if let Some(offer) = self.link(name, id).and_then(|link| link.offer.as_mut()) {
+        let Some(agent) = self.linked(name, id) else {
+            return;
+        };
+        if let Some(offer) = agent.link.as_mut().and_then(|link| link.offer.as_mut()) {
             let latest = now.saturating_add(SILENCE_MAX).unwrap_or(Timestamp::MAX);
             offer.phase = phase;
             offer.progress = until.map_or(now, |until| until.clamp(now, latest));
+            if let Some(took) = &mut agent.took
+                && took.manifest_sha256 == offer.manifest_sha256
+            {
+                took.progress = offer.progress;
+            }
         }
     }
 
     /// What an agent's Hello says of its clamd. Returns whether it is news.
     pub fn hello(&mut self, name: &AgentName, clamd: ClamdReport, foreign: Vec<String>) -> bool {
-        let Some(agent) = self.agents.get_mut(name) else {
+        let Some(agent) = self.agents.0.get_mut(name) else {
             return false;
         };
         let (clamd, foreign) = (bounded(clamd), bounded_list(foreign));
@@ -389,9 +530,9 @@ impl Fleet {
     }
 
     /// Takes a receipt whose signature was checked. `false`: it is known already.
-    pub fn receipt(&mut self, receipt: &Verified<Receipt>) -> bool {
-        let current = self.current.clone();
-        let Some(agent) = self.agents.get_mut(&receipt.agent) else {
+    pub fn receipt(&mut self, receipt: &Verified<Receipt>, now: Timestamp) -> bool {
+        let manifest = self.manifests.get(&receipt.manifest_sha256);
+        let Some(agent) = self.agents.0.get_mut(&receipt.agent) else {
             return false;
         };
         let digest = receipt.payload_sha256();
@@ -412,14 +553,12 @@ impl Fleet {
         let (position, manifest_sha256) = (receipt.position(), receipt.manifest_sha256);
         match receipt.outcome {
             Outcome::Live | Outcome::Installed => {
-                let manifest =
-                    current.filter(|manifest| manifest.payload_sha256() == manifest_sha256);
                 record.installed = Some(Installed {
                     position,
                     manifest_sha256,
                     live: receipt.outcome == Outcome::Live,
                     intact: !drifted
-                        && manifest.is_none_or(|manifest| is_intact(&manifest, &receipt.files)),
+                        && manifest.is_none_or(|manifest| is_intact(manifest, &receipt.files)),
                     time: receipt.time,
                 });
                 record.failed = None;
@@ -427,8 +566,7 @@ impl Fleet {
             Outcome::Refused | Outcome::HostFault => {
                 if let Some(installed) = &mut record.installed
                     && installed.manifest_sha256 == manifest_sha256
-                    && let Some(manifest) = &current
-                    && manifest.payload_sha256() == manifest_sha256
+                    && let Some(manifest) = manifest
                 {
                     // It is about the generation that was there: what it found counts.
                     installed.intact = is_intact(manifest, &receipt.files);
@@ -448,6 +586,11 @@ impl Fleet {
                 });
             }
         }
+        if let Some(took) = &mut agent.took
+            && took.manifest_sha256 == manifest_sha256
+        {
+            took.progress = now;
+        }
         // News of drift says nothing about the offer that may be under way to mend it, a fault does.
         let is_answer = !drifted || !matches!(receipt.outcome, Outcome::Live | Outcome::Installed);
         if is_answer
@@ -461,38 +604,39 @@ impl Fleet {
 
     /// Whether an agent has an offer that it has not answered.
     pub fn has_offer(&self, name: &AgentName) -> bool {
-        let link = self.agents.get(name).and_then(|agent| agent.link.as_ref());
+        let link = self
+            .agents
+            .0
+            .get(name)
+            .and_then(|agent| agent.link.as_ref());
         link.is_some_and(|link| link.offer.is_some())
     }
 
     /// What is to be kept of an agent.
     pub fn record(&self, name: &AgentName) -> Option<&Record> {
-        self.agents.get(name).map(|agent| &agent.record)
+        self.agents.0.get(name).map(|agent| &agent.record)
     }
 
     /// Every agent's name.
     pub fn names(&self) -> impl Iterator<Item = &AgentName> {
-        self.agents.keys()
+        self.agents.0.keys()
     }
 
     /// Where an agent stands.
     pub fn standing(&self, name: &AgentName, now: Timestamp, deadline: Duration) -> Standing {
-        let Some(agent) = self.agents.get(name) else {
+        let Some(agent) = self.agents.0.get(name) else {
             return Standing::Behind;
         };
-        let Some(wanted) = self.wanted(name) else {
-            return Standing::Behind; // of what is published next
-        };
-        agent.standing(wanted, now, deadline)
+        agent.standing(self.wanted_of(agent, now), now, deadline)
     }
 
     /// How many stand where.
     pub fn counts(&self, now: Timestamp, deadline: Duration) -> Counts {
         let mut counts = Counts {
-            total: self.agents.len(),
+            total: self.agents.0.len(),
             ..Counts::default()
         };
-        for (name, agent) in &self.agents {
+        for (name, agent) in &self.agents.0 {
             counts.connected += usize::from(agent.link.is_some());
             match self.standing(name, now, deadline) {
                 Standing::Conformant => counts.conformant += 1,
@@ -513,7 +657,11 @@ impl Fleet {
             let offer = agent.link.as_ref().and_then(|link| link.offer.as_ref());
             offer.is_some_and(|offer| !is_silent(offer, now, deadline))
         };
-        self.agents.iter().filter(on_its_way).map(|(name, _)| name)
+        self.agents
+            .0
+            .iter()
+            .filter(on_its_way)
+            .map(|(name, _)| name)
     }
 
     /// An agent does not take its offer. Returns which one, unless it was answered before.
@@ -521,7 +669,10 @@ impl Fleet {
         let link = self.link(name, id)?;
         let offer = link.offer.take()?;
         link.answered = Some(offer.id);
-        link.declined = Some(message);
+        link.declined = Some(Declined {
+            manifest_sha256: offer.manifest_sha256,
+            message,
+        });
         Some(offer.position)
     }
 
@@ -560,33 +711,90 @@ impl Fleet {
                     .or(agent.answered),
             }
         };
-        self.agents.iter().map(row).collect()
+        self.agents.0.iter().map(row).collect()
     }
 
     fn link(&mut self, name: &AgentName, id: LinkId) -> Option<&mut Link> {
-        self.agents
-            .get_mut(name)?
-            .link
-            .as_mut()
-            .filter(|link| link.id == id)
+        self.linked(name, id)?.link.as_mut()
+    }
+
+    /// The agent, if this is its connection.
+    fn linked(&mut self, name: &AgentName, id: LinkId) -> Option<&mut Agent> {
+        let agent = self.agents.0.get_mut(name)?;
+        let link = agent.link.as_ref()?;
+        (link.id == id).then_some(agent)
+    }
+}
+
+impl Agents for Roster {
+    fn members(&self, target: Option<&Target>) -> Vec<Member<'_>> {
+        let agents = self.0.values();
+        agents.map(|agent| agent.member(target)).collect()
+    }
+}
+
+fn target(manifest: &Verified<Manifest>) -> Target {
+    Target {
+        position: manifest.position(),
+        manifest_sha256: manifest.payload_sha256(),
+        content: manifest.content,
     }
 }
 
 impl Agent {
-    fn standing(
-        &self,
-        wanted: &Verified<Manifest>,
-        now: Timestamp,
-        deadline: Duration,
-    ) -> Standing {
-        let wanted = wanted.payload_sha256();
-        let offer = self.link.as_ref().and_then(|link| link.offer.as_ref());
+    /// What it says of `target`, by its receipts.
+    fn member(&self, target: Option<&Target>) -> Member<'_> {
+        let record = &self.record;
+        let target = target.map(|target| target.manifest_sha256);
+        let took = self
+            .took
+            .filter(|took| Some(took.manifest_sha256) == target);
+        Member {
+            name: &record.name,
+            groups: &record.groups,
+            connected: self.link.is_some(),
+            seen: record.seen,
+            at: record.installed.as_ref().map(|it| it.position),
+            word: target.and_then(|target| self.word(&target)),
+            progress: took.map(|took| took.progress),
+        }
+    }
+
+    fn word(&self, target: &Digest) -> Option<Word> {
         let failed = self.record.failed.as_ref();
-        let failed = failed.is_some_and(|failed| failed.manifest_sha256 == wanted);
+        if let Some(failed) = failed.filter(|failed| failed.manifest_sha256 == *target) {
+            return Some(match failed.outcome {
+                Outcome::Refused => Word::Refused,
+                Outcome::HostFault | Outcome::Live | Outcome::Installed => Word::Unwell,
+            });
+        }
+        let declined = self.link.as_ref().and_then(|link| link.declined.as_ref());
+        if declined.is_some_and(|declined| declined.manifest_sha256 == *target) {
+            return Some(Word::Unwell);
+        }
+        let installed = self.record.installed.as_ref();
+        let installed = installed.filter(|installed| installed.manifest_sha256 == *target)?;
+        Some(match (installed.live, installed.intact) {
+            (true, true) => Word::Live,
+            (true, false) => Word::Unwell,
+            (false, _) => Word::Installed,
+        })
+    }
+
+    fn standing(&self, wanted: Wanted, now: Timestamp, deadline: Duration) -> Standing {
+        let installed = self.record.installed.as_ref();
+        let wanted = match wanted {
+            Wanted::Nothing => return Standing::Behind, // of what is published next
+            Wanted::Stay => installed.map(|installed| installed.manifest_sha256),
+            Wanted::At(target) => Some(target.manifest_sha256),
+        };
+        let offer = self.link.as_ref().and_then(|link| link.offer.as_ref());
+        let failed = self.record.failed.as_ref().map(|it| it.manifest_sha256);
+        let failed = failed.is_some() && failed == wanted;
         // A success clears the failure before it, so one that is there is the newer receipt.
         if !failed
-            && let Some(installed) = &self.record.installed
-            && installed.manifest_sha256 == wanted
+            && let Some(installed) = installed
+            && Some(installed.manifest_sha256) == wanted
             && installed.live
             && installed.intact
         {
@@ -595,10 +803,8 @@ impl Agent {
         if failed && offer.is_none() {
             return Standing::Failed;
         }
-        let declined = self
-            .link
-            .as_ref()
-            .is_some_and(|link| link.declined.is_some());
+        let declined = self.link.as_ref().and_then(|link| link.declined.as_ref());
+        let declined = declined.is_some_and(|it| Some(it.manifest_sha256) == wanted);
         match offer {
             Some(offer) if is_silent(offer, now, deadline) => Standing::Failed,
             None if declined => Standing::Failed,
@@ -667,8 +873,8 @@ impl Agent {
             return told
                 .then(|| format!("no sign of progress with {} for {silent}", offer.position));
         }
-        if let Some(message) = link.and_then(|link| link.declined.as_ref()) {
-            return Some(message.clone());
+        if let Some(declined) = link.and_then(|link| link.declined.as_ref()) {
+            return Some(declined.message.clone());
         }
         if let Some(failed) = &self.record.failed {
             return Some(format!("{}: {}", failed.position, failed.error));
@@ -811,10 +1017,21 @@ mod tests {
 
     /// One agent, `web1`, connected, with these receipts, generation `wanted` wanted.
     fn fleet(wanted: u64, receipts: &[(u64, Outcome)]) -> Fleet {
-        let mut fleet = Fleet::new(vec![], Some(manifest(wanted)));
+        let rules = Rules {
+            waves: vec![],
+            settle: Duration::ZERO,
+            refused_max: "2%".parse().unwrap(),
+            unwell_max: "20%".parse().unwrap(),
+            rollback_on_halt: true,
+            deadline: DEADLINE,
+            windows: BTreeMap::new(),
+        };
+        let mut fleet = Fleet::new(vec![], Rollout::default(), rules, vec![]);
         fleet.connected(&"web1".parse().unwrap(), vec![], link(1));
+        fleet.published(&manifest(wanted), false);
+        fleet.step(at(0)); // without waves everybody is wanted at it
         for (seq, (generation, outcome)) in (1..).zip(receipts) {
-            assert!(fleet.receipt(&receipt(*generation, seq, *outcome)));
+            assert!(fleet.receipt(&receipt(*generation, seq, *outcome), at(0)));
         }
         fleet
     }
@@ -882,7 +1099,7 @@ mod tests {
     #[test]
     fn a_receipt_that_is_sent_again_is_known() {
         let mut fleet = fleet(7, &[(7, Outcome::Live)]);
-        assert!(!fleet.receipt(&receipt(7, 1, Outcome::Live)));
+        assert!(!fleet.receipt(&receipt(7, 1, Outcome::Live), at(0)));
     }
 
     #[test]
@@ -890,7 +1107,7 @@ mod tests {
         let mut fleet = fleet(7, &[]);
         let mut changed = (*receipt(7, 1, Outcome::Live)).clone();
         changed.files[0].sha256 = Digest::of(b"drift");
-        fleet.receipt(&sign(changed, &SigningKey::from_bytes(&[2; 32])));
+        fleet.receipt(&sign(changed, &SigningKey::from_bytes(&[2; 32])), at(0));
         assert_eq!(
             fleet.standing(&"web1".parse().unwrap(), at(200), DEADLINE),
             Standing::Behind
@@ -901,13 +1118,7 @@ mod tests {
     fn a_drifted_file_is_named_and_its_news_answer_no_offer() {
         let name: AgentName = "web1".parse().unwrap();
         let mut fleet = fleet(7, &[(7, Outcome::Live)]);
-        fleet.offered(
-            &name,
-            LinkId(1),
-            OfferId(9),
-            manifest(7).position(),
-            at(150),
-        );
+        fleet.offered(&name, LinkId(1), OfferId(9), &manifest(7), at(150));
         let mut drifted = |seq, mended, error: Option<&str>| {
             let mut receipt = (*receipt(7, seq, Outcome::Live)).clone();
             receipt.drift = vec![Drift {
@@ -916,7 +1127,7 @@ mod tests {
                 mended,
             }];
             receipt.error = error.map(str::to_owned);
-            fleet.receipt(&sign(receipt, &SigningKey::from_bytes(&[2; 32])));
+            fleet.receipt(&sign(receipt, &SigningKey::from_bytes(&[2; 32])), at(150));
             fleet.rows(at(200), DEADLINE).remove(0)
         };
         let row = drifted(2, false, Some("freshclam (pid 812)"));
@@ -936,13 +1147,7 @@ mod tests {
     fn silence_past_the_deadline_counts_as_failure() {
         let name = "web1".parse().unwrap();
         let mut fleet = fleet(8, &[(7, Outcome::Live)]);
-        fleet.offered(
-            &name,
-            LinkId(1),
-            OfferId(1),
-            manifest(8).position(),
-            at(1000),
-        );
+        fleet.offered(&name, LinkId(1), OfferId(1), &manifest(8), at(1000));
         assert_eq!(fleet.standing(&name, at(1900), DEADLINE), Standing::Behind);
         assert_eq!(fleet.standing(&name, at(1901), DEADLINE), Standing::Failed);
         fleet.progress(&name, LinkId(1), Phase::Fetching, None, at(1901));

@@ -5,7 +5,7 @@
 //! taken: a receipt is acknowledged after the audit log has it, and a crash in between makes the
 //! agent send it again, which is harmless because it is known by its digest.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -19,16 +19,19 @@ use clamcast_proto::manifest::Manifest;
 use clamcast_proto::receipt::{Outcome, Receipt};
 use clamcast_proto::revocation::RevocationList;
 use clamcast_proto::wire::{self, Hello, OfferId, Phase, Welcome};
-use clamcast_proto::{AgentName, GroupName, Position};
+use clamcast_proto::{AgentName, Digest, GroupName, Position};
 use jiff::Timestamp;
 use quinn::{Connection, VarInt};
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::{MissedTickBehavior, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use crate::fleet::{Arrival, Counts, Fleet, Link, LinkId, Row, Standing};
-use crate::publish::Publisher;
+use crate::pipeline::Wish;
+use crate::publish::{Publisher, Rejected};
 use crate::recorder::{Job, Recorder};
+use crate::rollout::{Effect, Ending, Rollout, Run, Tally, Target};
 
 /// Messages that wait for the hub; senders wait when it is full, and with them their agents.
 const EVENTS_MAX: usize = 1024;
@@ -43,6 +46,20 @@ const CHECKPOINTS: Duration = Duration::from_secs(3600);
 
 /// Shortest time between two of them.
 const CHECKPOINTS_MIN: Duration = Duration::from_secs(60);
+
+/// Agents hear that their generation is current this many times in the time that the word holds,
+/// so that a few lost ones do not make a host stale.
+const FRESH_PARTS: u32 = 4;
+
+/// Time between looks at a rollout when nothing happens, for silence is no event.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// Shortest time between two looks at it: each goes through the whole fleet, and what happens in
+/// between is looked at together.
+const LOOKS_APART: Duration = Duration::from_millis(50);
+
+/// Time between two tries to have something published or remembered.
+const TRY_AGAIN: Duration = Duration::from_secs(10);
 
 /// Agents that the master knows, at most: each is a file and a row. A fleet of this size needs a
 /// second master.
@@ -103,8 +120,15 @@ pub enum Event {
         /// Which connection.
         id: LinkId,
     },
-    /// A generation was published or vouched for anew.
-    Current(Box<Current>),
+    /// A generation was published.
+    Published {
+        /// Its manifest.
+        manifest: Arc<Verified<Manifest>>,
+        /// Whether it takes the place of what is on its way.
+        supersede: bool,
+    },
+    /// A rollback was published.
+    WentBack(Arc<Verified<Manifest>>),
     /// What was current is not to be offered any more; the next publication is.
     Withdrawn,
     /// An operator wants these agents at the current generation, whatever they say they have.
@@ -157,7 +181,7 @@ pub enum Unwanted {
     Full,
 }
 
-/// The published generation with the word that it is current.
+/// A generation that somebody is wanted at, with the word that it is current.
 #[derive(Clone, Debug)]
 pub struct Current {
     /// The generation.
@@ -211,14 +235,29 @@ pub enum Command {
 /// The fleet at one moment, for whoever asks.
 #[derive(Clone, Debug)]
 pub struct View {
-    /// The current generation.
+    /// The newest generation that anybody is wanted at.
     pub current: Option<Arc<Verified<Manifest>>>,
+    /// What is on its way and what came of what was.
+    pub rollout: Rollout,
+    /// What became of the running generation in all waves that have begun, and in the last.
+    pub tallies: Option<(Tally, Tally)>,
     /// Who stands where, in numbers.
     pub counts: Counts,
     /// Connected agents that have not answered their offer yet.
     pub unsettled: Vec<AgentName>,
     /// The table.
     pub rows: Vec<Row>,
+}
+
+impl View {
+    /// Whether something is about to happen without anybody's help: an agent answers, a wave
+    /// begins, a rollback is published.
+    pub fn is_moving(&self) -> bool {
+        let settles = |run: &Run| run.paused.is_none() && run.done.is_some();
+        !self.unsettled.is_empty()
+            || self.rollout.owed().is_some()
+            || self.rollout.running().is_some_and(settles)
+    }
 }
 
 /// Talks to the hub.
@@ -263,8 +302,6 @@ impl Hub {
 pub struct Task {
     /// The fleet as it was kept.
     pub fleet: Fleet,
-    /// The current generation, if any was published.
-    pub current: Option<Current>,
     /// The key set.
     pub keys: Arc<Verified<KeySet>>,
     /// The revocation list in force.
@@ -275,8 +312,12 @@ pub struct Task {
     pub deadline: Duration,
     /// Takes manifests of agents that are ahead of this master.
     pub ahead: mpsc::Sender<Envelope>,
-    /// Told once that agents accept what it publishes.
+    /// Vouches for what agents are wanted at.
     pub publisher: Arc<Publisher>,
+    /// How long that holds.
+    pub fresh: Duration,
+    /// Takes what the rollout wants published.
+    pub wishes: mpsc::Sender<Wish>,
 }
 
 /// Starts the task. It ends when `stop` fires.
@@ -284,6 +325,7 @@ pub fn start(task: Task, stop: CancellationToken) -> (Hub, tokio::task::JoinHand
     let (events, inbox) = mpsc::channel(EVENTS_MAX);
     let (tick, changed) = watch::channel(0);
     let running = Running {
+        kept: task.fleet.rollout().clone(),
         task,
         links: HashMap::new(),
         links_made: 0,
@@ -291,6 +333,11 @@ pub fn start(task: Task, stop: CancellationToken) -> (Hub, tokio::task::JoinHand
         accepted: false,
         forced: HashMap::new(),
         told: None,
+        vouched: HashMap::new(),
+        look: Some(Instant::now()),
+        looked: Instant::now(),
+        unrejected: Vec::new(),
+        tried: None,
         tick,
     };
     let handle = tokio::spawn(running.run(inbox, stop));
@@ -305,15 +352,30 @@ struct Running {
     accepted: bool,
     /// Agents that an operator has forced and that have not answered yet: one that loses its
     /// connection is to look at its disk all the same when it is back.
-    forced: HashMap<AgentName, Manner>,
+    forced: HashMap<AgentName, (Manner, Arc<Verified<Manifest>>)>,
     /// When agents were last told the audit log's head.
     told: Option<Instant>,
+    /// Words that a generation is current, until they are made anew.
+    vouched: HashMap<Digest, Verified<Freshness>>,
+    /// The state of the rollout that is on disk or on its way there.
+    kept: Rollout,
+    /// When the rollout is to be looked at, and when it was.
+    look: Option<Instant>,
+    looked: Instant,
+    /// Contents that could not be kept from being published again yet.
+    unrejected: Vec<Rejected>,
+    /// When that, or the rollback that is owed, was tried last.
+    tried: Option<Instant>,
     tick: watch::Sender<u64>,
 }
 
 struct OpenLink {
     certificate: Certificate,
     line: Line,
+    /// Whether its agent has said Hello.
+    greeted: bool,
+    /// The generation that it has or was offered last.
+    offered: Option<Digest>,
 }
 
 /// The way to one connection's task.
@@ -342,11 +404,31 @@ impl Line {
 impl Running {
     async fn run(mut self, mut inbox: mpsc::Receiver<Event>, stop: CancellationToken) {
         let mut checkpoints = tokio::time::interval(CHECKPOINTS);
+        let mut renewals = tokio::time::interval(self.task.fresh / FRESH_PARTS);
+        let mut looks = tokio::time::interval(LOOK);
+        for interval in [&mut renewals, &mut looks] {
+            interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        }
         loop {
             let event = tokio::select! {
                 biased;
                 () = stop.cancelled() => break,
+                () = until(self.look) => {
+                    self.look(Timestamp::now()).await;
+                    self.tick.send_modify(|tick| *tick += 1);
+                    continue;
+                }
                 event = inbox.recv() => event,
+                _ = looks.tick() => {
+                    if self.task.fleet.is_timed() || self.is_owing() {
+                        self.look_soon();
+                    }
+                    continue;
+                }
+                _ = renewals.tick() => {
+                    self.renew(Timestamp::now());
+                    continue;
+                }
                 _ = checkpoints.tick() => {
                     self.checkpoint().await;
                     continue;
@@ -360,6 +442,9 @@ impl Running {
     async fn handle(&mut self, event: Event, now: Timestamp) {
         match event {
             Event::Query(reply) => {
+                if self.look.is_some() {
+                    self.look(now).await; // what is told takes in what happened
+                }
                 // Nobody may be waiting any more.
                 let _ = reply.send(self.view(now));
                 return; // a question changes nothing
@@ -372,7 +457,7 @@ impl Running {
                 phase,
                 until,
             } => self.task.fleet.progress(&name, id, phase, until, now),
-            Event::Receipt { id, receipt } => self.receipt(id, &receipt).await,
+            Event::Receipt { id, receipt } => self.receipt(id, &receipt, now).await,
             Event::Declined { name, id, message } => {
                 // Said twice of one offer it is nothing new.
                 if let Some(position) = self.task.fleet.declined(&name, id, message.clone()) {
@@ -384,16 +469,26 @@ impl Running {
                 }
             }
             Event::Reoffer { name, id } => {
-                if let Some(current) = self.task.current.clone() {
+                if let Some(manifest) = self.task.fleet.vouched(&name, now).cloned() {
                     tracing::info!(agent = %name, "lacks files, offered anew");
-                    self.offer(id, current, Manner::default(), now).await;
+                    self.offer(id, manifest, Manner::default(), now).await;
                 }
             }
             Event::Disconnected { name, id } => {
                 self.links.remove(&id);
                 self.task.fleet.disconnected(&name, id, now);
             }
-            Event::Current(current) => self.current(*current, now).await,
+            Event::Published {
+                manifest,
+                supersede,
+            } => {
+                let effects = self.task.fleet.published(&manifest, supersede);
+                self.carry_out(effects, "master", now).await;
+            }
+            Event::WentBack(manifest) => {
+                let effects = self.task.fleet.went_back(&manifest);
+                self.carry_out(effects, "master", now).await;
+            }
             Event::Force {
                 position,
                 agents,
@@ -401,18 +496,175 @@ impl Running {
                 reply,
             } => self.force(position, agents, full, reply, now).await,
             Event::Withdrawn => {
-                self.task.current = None;
-                self.task.fleet.want(None);
+                self.task.fleet.withdrawn();
+                self.carry_out(Vec::new(), "master", now).await;
             }
             Event::Revoked(list) => self.revoked(list).await,
         }
+        self.look_soon();
         self.tick.send_modify(|tick| *tick += 1);
+    }
+
+    /// Has the rollout looked at as soon as what waits with this was heard.
+    fn look_soon(&mut self) {
+        self.look.get_or_insert(self.looked + LOOKS_APART);
+    }
+
+    /// Looks at the rollout, and offers what follows.
+    async fn look(&mut self, now: Timestamp) {
+        self.look = None;
+        let effects = self.task.fleet.step(now);
+        self.carry_out(effects, "master", now).await;
+        let offers = self.links.iter().filter_map(|(id, link)| {
+            let manifest = self.task.fleet.wanted(&link.line.name, now)?;
+            let known = link.offered == Some(manifest.payload_sha256());
+            let forced = self.is_forced(&link.line.name);
+            (link.greeted && !known && !forced).then(|| (*id, manifest.clone()))
+        });
+        for (id, manifest) in offers.collect::<Vec<_>>() {
+            self.offer(id, manifest, Manner::default(), now).await;
+        }
+        self.looked = Instant::now();
+    }
+
+    /// Whether an agent is being driven past the waves to what is still current.
+    fn is_forced(&self, name: &AgentName) -> bool {
+        let forced = self.forced.get(name).map(|(_, it)| it.payload_sha256());
+        let current = self.task.fleet.current().map(|it| it.payload_sha256());
+        forced.is_some() && forced == current
+    }
+
+    /// Carries out what a change of the rollout brings. Its new state stands in the recorder's
+    /// queue before every offer that follows from it.
+    async fn carry_out(&mut self, effects: Vec<Effect>, actor: &str, now: Timestamp) {
+        let mut looks = false;
+        for effect in effects {
+            match effect {
+                Effect::Note {
+                    event,
+                    target,
+                    reason,
+                } => {
+                    let position = target.position;
+                    tracing::info!(%position, event, "{reason}");
+                    let draft = Draft {
+                        event: event.to_owned(),
+                        actor: actor.to_owned(),
+                        subject: "fleet".to_owned(),
+                        position: Some(position),
+                        outcome: None,
+                        detail: json!({ "reason": reason }),
+                    };
+                    let job = Job {
+                        draft: Some(draft),
+                        ..Job::default()
+                    };
+                    self.task.recorder.write(job).await;
+                }
+                Effect::Reject { target, how } => {
+                    self.reject(rejected(&target, how, now)).await;
+                    self.forced.clear(); // what takes it back must come through
+                }
+                Effect::Look => looks = true,
+            }
+        }
+        let rollout = self.task.fleet.rollout();
+        if *rollout != self.kept {
+            let publisher = &self.task.publisher;
+            publisher.hold(rollout.held().map(|held| held.reason.clone()));
+            publisher.store().need(needed(rollout));
+            if rollout.owed() != self.kept.owed() {
+                self.tried = None;
+            }
+            self.kept = rollout.clone();
+            let job = Job {
+                rollout: Some(rollout.clone()),
+                ..Job::default()
+            };
+            self.task.recorder.write(job).await;
+        }
+        if looks {
+            // Full: then it looks anyway.
+            let _ = self.task.wishes.try_send(Wish::Look);
+        }
+        self.try_what_is_owed().await;
+    }
+
+    fn is_owing(&self) -> bool {
+        self.kept.owed().is_some() || !self.unrejected.is_empty()
+    }
+
+    /// Has the rollback published that is owed, once the disk knows that it is, and tries again to
+    /// remember what must not be published.
+    async fn try_what_is_owed(&mut self) {
+        let tried = self.tried.is_some_and(|tried| tried.elapsed() < TRY_AGAIN);
+        if !self.is_owing() || tried {
+            return;
+        }
+        self.tried = Some(Instant::now());
+        for rejected in std::mem::take(&mut self.unrejected) {
+            self.reject(rejected).await;
+        }
+        if let Some(owed) = self.kept.owed().cloned() {
+            let (done, written) = oneshot::channel();
+            let job = Job {
+                done: Some(done),
+                ..Job::default()
+            };
+            self.task.recorder.write(job).await;
+            let wishes = self.task.wishes.clone();
+            tokio::spawn(async move {
+                if written.await.is_ok() {
+                    // Full: it is tried again.
+                    let _ = wishes.try_send(Wish::RollBack(owed));
+                }
+            });
+        }
+    }
+
+    /// Keeps a content from being published again; later, if the disk refuses.
+    async fn reject(&mut self, rejected: Rejected) {
+        let (publisher, entry) = (self.task.publisher.clone(), rejected.clone());
+        let rejecting = tokio::task::spawn_blocking(move || publisher.reject(entry));
+        if let Err(error) = rejecting.await.expect("rejecting does not panic") {
+            let position = rejected.position;
+            tracing::error!(%position, error = crate::chain(&error), "cannot remember that its databases must not be published again");
+            self.unrejected.push(rejected);
+        }
+    }
+
+    /// Tells all agents anew that what they are wanted at is current.
+    fn renew(&mut self, now: Timestamp) {
+        self.vouched.clear();
+        let ids: Vec<_> = self.links.keys().copied().collect();
+        for id in ids {
+            self.vouch_to(id, now);
+        }
+    }
+
+    /// Tells one agent that what it is wanted at is current.
+    fn vouch_to(&mut self, id: LinkId, now: Timestamp) {
+        let Some(link) = self.links.get(&id).filter(|link| link.greeted) else {
+            return;
+        };
+        if let Some(manifest) = self.task.fleet.vouched(&link.line.name, now).cloned() {
+            let fresh = self.fresh(&manifest, now);
+            self.send(id, Command::Fresh(fresh.envelope().clone()));
+        }
+    }
+
+    fn fresh(&mut self, manifest: &Verified<Manifest>, now: Timestamp) -> Verified<Freshness> {
+        let vouch = || self.task.publisher.vouch(manifest, now);
+        let digest = manifest.payload_sha256();
+        self.vouched.entry(digest).or_insert_with(vouch).clone()
     }
 
     fn view(&self, now: Timestamp) -> View {
         let (fleet, deadline) = (&self.task.fleet, self.task.deadline);
         View {
             current: fleet.current().cloned(),
+            rollout: fleet.rollout().clone(),
+            tallies: fleet.tallies(now),
             counts: fleet.counts(now, deadline),
             unsettled: fleet.unsettled(now, deadline).cloned().collect(),
             rows: fleet.rows(now, deadline),
@@ -489,7 +741,13 @@ impl Running {
             commands,
         };
         line.send(Command::Welcome(Box::new(welcome)));
-        self.links.insert(id, OpenLink { certificate, line });
+        let link = OpenLink {
+            certificate,
+            line,
+            greeted: false,
+            offered: None,
+        };
+        self.links.insert(id, link);
         if changed {
             self.keep(&name).await;
         }
@@ -507,21 +765,31 @@ impl Running {
         if let Some(installed) = &hello.installed {
             self.is_ahead(installed);
         }
-        let Some(current) = self.task.current.clone() else {
+        if let Some(link) = self.links.get_mut(&id) {
+            link.greeted = true;
+        }
+        let forced = self.forced.get(name).cloned();
+        let manner = forced.as_ref().map(|(manner, _)| *manner);
+        let ordered = forced.and_then(|(_, manifest)| self.is_forced(name).then_some(manifest));
+        let wanted = self.task.fleet.wanted(name, now).cloned();
+        let Some(manifest) = ordered.or(wanted) else {
+            self.vouch_to(id, now);
             return;
         };
         let has_it = hello
             .installed
-            .is_some_and(|installed| installed.payload == current.manifest.envelope().payload);
+            .is_some_and(|installed| installed.payload == manifest.envelope().payload);
         // Also a host that is there already hears of the offer when the master lacks its receipt
         // (a restored master): the answer is a receipt and costs nothing.
         let standing = self.task.fleet.standing(name, now, self.task.deadline);
-        let forced = self.forced.get(name).copied();
-        if has_it && standing == Standing::Conformant && forced.is_none() {
-            self.send(id, Command::Fresh(current.fresh.envelope().clone()));
+        if has_it && standing == Standing::Conformant && manner.is_none() {
+            if let Some(link) = self.links.get_mut(&id) {
+                link.offered = Some(manifest.payload_sha256());
+            }
+            self.vouch_to(id, now);
         } else {
-            let manner = forced.unwrap_or_default();
-            self.offer(id, current, manner, now).await;
+            let manner = manner.unwrap_or_default();
+            self.offer(id, manifest, manner, now).await;
         }
     }
 
@@ -545,17 +813,20 @@ impl Running {
     async fn offer(
         &mut self,
         id: LinkId,
-        current: Current,
+        manifest: Arc<Verified<Manifest>>,
         manner: Manner,
         now: Timestamp,
     ) -> Option<OfferId> {
-        let OpenLink { line, .. } = self.links.get(&id)?;
+        let fresh = self.fresh(&manifest, now);
+        let link = self.links.get_mut(&id)?;
         self.offers_made += 1;
         let offer = OfferId(self.offers_made);
-        let position = current.manifest.position();
-        self.task
-            .fleet
-            .offered(&line.name, id, offer, position, now);
+        link.offered = Some(manifest.payload_sha256());
+        let line = &link.line;
+        let position = manifest.position();
+        let fleet = &mut self.task.fleet;
+        fleet.offered(&line.name, id, offer, &manifest, now);
+        let current = Current { manifest, fresh };
         let detail = json!({ "forced": manner.rehash });
         let draft = draft("offer", "master", &line.name, Some(position), None, detail);
         let keys = self.task.keys.clone();
@@ -600,9 +871,8 @@ impl Running {
         reply: oneshot::Sender<Forced>,
         now: Timestamp,
     ) {
-        let current = self.task.current.clone();
-        let Some(current) = current.filter(|current| current.manifest.position() == position)
-        else {
+        let current = self.task.fleet.current().cloned();
+        let Some(manifest) = current.filter(|current| current.position() == position) else {
             return; // dropping `reply` says so
         };
         let by_name: HashMap<_, _> = self
@@ -617,12 +887,12 @@ impl Running {
         let manner = Manner { rehash: true, full };
         for name in agents {
             let offer = match by_name.get(&name) {
-                Some(id) => self.offer(*id, current.clone(), manner, now).await,
+                Some(id) => self.offer(*id, manifest.clone(), manner, now).await,
                 None => None,
             };
             match offer {
                 Some(offer) => {
-                    self.forced.insert(name.clone(), manner);
+                    self.forced.insert(name.clone(), (manner, manifest.clone()));
                     forced.offers.push((name, offer));
                 }
                 None => forced.offline.push(name),
@@ -632,13 +902,13 @@ impl Running {
         let _ = reply.send(forced);
     }
 
-    async fn receipt(&mut self, id: LinkId, receipt: &Verified<Receipt>) {
+    async fn receipt(&mut self, id: LinkId, receipt: &Verified<Receipt>, now: Timestamp) {
         let Some(OpenLink { line, .. }) = self.links.get(&id) else {
             return;
         };
         let acknowledge = Command::Acknowledge(receipt.seq);
         let under_way = !self.is_settled();
-        if !self.task.fleet.receipt(receipt) {
+        if !self.task.fleet.receipt(receipt, now) {
             // Known is not yet on disk: the job of its first arrival may still wait before this one.
             let then = Some((line.clone(), acknowledge));
             let job = Job {
@@ -680,6 +950,9 @@ impl Running {
         };
         self.drift(receipt).await; // before the acknowledgement
         self.task.recorder.write(job).await;
+        if receipt.outcome == Outcome::Refused {
+            self.look(now).await; // before anybody else is offered it
+        }
         if under_way && self.is_settled() {
             self.checkpoint().await; // the end of a rollout
         }
@@ -701,26 +974,6 @@ impl Running {
             let outcome = Some(receipt.outcome.to_string());
             self.note(event, name, Some(receipt.position()), outcome, detail)
                 .await;
-        }
-    }
-
-    async fn current(&mut self, current: Current, now: Timestamp) {
-        let newer = self
-            .task
-            .current
-            .as_ref()
-            .map(|old| old.manifest.payload_sha256())
-            != Some(current.manifest.payload_sha256());
-        self.task.fleet.want(Some(current.manifest.clone()));
-        self.task.current = Some(current.clone());
-        let links: Vec<_> = self.links.keys().copied().collect();
-        for id in links {
-            if newer {
-                self.offer(id, current.clone(), Manner::default(), now)
-                    .await;
-            } else {
-                self.send(id, Command::Fresh(current.fresh.envelope().clone()));
-            }
         }
     }
 
@@ -787,6 +1040,32 @@ impl Running {
         if let Some(link) = self.links.get(&id) {
             link.line.send(command);
         }
+    }
+}
+
+/// Generations that agents may be wanted at.
+pub fn needed(rollout: &Rollout) -> HashSet<Position> {
+    rollout.needed().map(|target| target.position).collect()
+}
+
+fn rejected(target: &Target, how: Ending, now: Timestamp) -> Rejected {
+    let outcome = match how {
+        Ending::Halted => "halted",
+        Ending::Aborted => "aborted",
+        Ending::RolledBack => "rolled back",
+    };
+    Rejected {
+        content: target.content,
+        position: target.position,
+        outcome: outcome.to_owned(),
+        since: now,
+    }
+}
+
+async fn until(time: Option<Instant>) {
+    match time {
+        Some(time) => sleep_until(time.into()).await,
+        None => std::future::pending().await,
     }
 }
 

@@ -18,6 +18,7 @@ pub mod publish;
 pub mod push;
 pub mod recorder;
 pub mod rejections;
+pub mod report;
 pub mod revoked;
 pub mod rollout;
 pub mod serve;

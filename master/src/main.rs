@@ -83,6 +83,9 @@ enum Command {
         /// the audit log
         #[arg(long, value_name = "REASON", value_parser = reason)]
         accept: Option<String>,
+        /// Let it take the place of the generation that is on its way, which otherwise goes first
+        #[arg(long)]
+        supersede: bool,
         /// Print JSON
         #[arg(long)]
         json: bool,
@@ -290,9 +293,18 @@ fn run(cli: Cli) -> Result<(), Exit> {
             ended
         }
         Command::CheckConfig { config, json } => check_config(&config, json),
-        Command::Publish { wait, accept, json } => {
+        Command::Publish {
+            wait,
+            accept,
+            supersede,
+            json,
+        } => {
             let progress = show::Progress::new(wait && !json);
-            let request = Request::Publish { wait, accept };
+            let request = Request::Publish {
+                wait,
+                accept,
+                supersede,
+            };
             let finish = call(socket, &request, |value| progress.show(&value))?;
             progress.clear();
             show::end(finish, json, show::published)

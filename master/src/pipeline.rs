@@ -1,5 +1,5 @@
-//! From the mirror to the fleet: publishes when a capture is due, vouches for what is published,
-//! and tells the hub. One publication at a time, whoever asks.
+//! From the mirror to the fleet: publishes when a capture is due, publishes what the rollout takes
+//! back, and tells the hub. One publication at a time, whoever asks.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,18 +10,16 @@ use clamcast_proto::manifest::Manifest;
 use jiff::Timestamp;
 use serde_json::json;
 use tokio::sync::{Mutex, Notify, mpsc, oneshot};
-use tokio::time::{Instant, MissedTickBehavior, sleep_until};
+use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
-use crate::hub::{Current, Event, Hub};
+use crate::hub::{Event, Hub};
 use crate::publish::{
-    Adoption, Announcement, PublishError, Published, Publisher, Refusal, RefusalKind, Request,
+    Adoption, Announcement, PublishError, Published, Publisher, Refusal, RefusalKind, Rejected,
+    Request,
 };
 use crate::recorder::{Job, Recorder};
-
-/// Agents hear that their generation is current this many times in the time that the word holds,
-/// so that a few lost ones do not make a host stale.
-const FRESH_PARTS: u32 = 4;
+use crate::rollout::Owed;
 
 /// Time until another try after a failure of our own (a full disk, no memory for the load test).
 /// It doubles with each failure that follows.
@@ -30,14 +28,21 @@ const RETRY_MIN: Duration = Duration::from_secs(10);
 /// And so long at most: a load test that always fails keeps a core busy for minutes.
 const RETRY_MAX: Duration = Duration::from_secs(10 * 60);
 
+/// What the rollout wants published.
+#[derive(Debug)]
+pub enum Wish {
+    /// What the mirror has now.
+    Look,
+    /// What was there before.
+    RollBack(Owed),
+}
+
 /// Publishes.
 #[derive(Clone, Debug)]
 pub struct Pipeline {
     publisher: Arc<Publisher>,
     hub: Hub,
     recorder: Recorder,
-    /// How long a freshness statement holds.
-    fresh: Duration,
     /// The last refusal that the audit log has, so that it has each once.
     told: Arc<Mutex<Option<String>>>,
     /// Why the last publication failed through no fault of the mirror's.
@@ -51,7 +56,6 @@ impl Pipeline {
         publisher: Arc<Publisher>,
         hub: Hub,
         recorder: Recorder,
-        fresh: Duration,
         stop: CancellationToken,
     ) -> Self {
         let told = publisher.refusal().map(|refusal| refusal.to_string());
@@ -59,7 +63,6 @@ impl Pipeline {
             publisher,
             hub,
             recorder,
-            fresh,
             told: Arc::new(Mutex::new(told)),
             trouble: Arc::default(),
             stop,
@@ -73,9 +76,9 @@ impl Pipeline {
         // Held to the end, so that the hub hears of generations in their order.
         let mut told = self.told.lock().await;
         let (publisher, stop) = (self.publisher.clone(), self.stop.clone());
-        let by = actor.to_owned();
+        let (asked, by) = (request.clone(), actor.to_owned());
         let publishing = tokio::task::spawn_blocking(move || {
-            publisher.publish(&request, &by, Timestamp::now(), &stop)
+            publisher.publish(&asked, &by, Timestamp::now(), &stop)
         });
         let published = publishing.await.expect("publishing does not panic");
         *self.trouble.lock().expect("nothing panics with it") =
@@ -87,16 +90,14 @@ impl Pipeline {
             }) => {
                 let position = manifest.position();
                 tracing::info!(%position, content = %manifest.content.short(), files = manifest.files.len(), "published");
-                announce(
-                    &self.publisher,
-                    &self.recorder,
-                    manifest,
-                    announcement,
-                    false,
-                )
-                .await;
+                self.announce(manifest, announcement).await;
                 *told = None;
-                self.tell_current().await;
+                let (manifest, supersede) = (manifest.clone(), request.supersede);
+                let event = Event::Published {
+                    manifest,
+                    supersede,
+                };
+                let _ = self.hub.tell(event).await; // if it has stopped, so has the daemon
             }
             Ok(Published::Refused(refusal) | Published::Held(refusal)) => {
                 let text = refusal.to_string();
@@ -126,21 +127,25 @@ impl Pipeline {
         self.publisher.refusal()
     }
 
+    /// Contents that are not published again.
+    pub fn rejected(&self) -> Vec<Rejected> {
+        self.publisher.rejected()
+    }
+
     /// Why the last publication failed, if it did: a full disk, a load test that could not run.
     pub fn trouble(&self) -> Option<String> {
         self.trouble.lock().expect("nothing panics with it").clone()
     }
 
-    /// Publishes whenever `wake` says so, adopts what a restored master has forgotten, and renews
-    /// the word that the generation is current.
+    /// Publishes whenever `wake` says so, or the rollout does, and adopts what a restored master has
+    /// forgotten.
     pub async fn run(
         self,
         mut wake: mpsc::Receiver<()>,
         again: Arc<Notify>,
         mut forgotten: mpsc::Receiver<Envelope>,
+        mut wishes: mpsc::Receiver<Wish>,
     ) {
-        let mut renew = tokio::time::interval(self.fresh / FRESH_PARTS);
-        renew.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut retry = Retry::default();
         if self.publisher.is_due() {
             self.publish_or_retry(&again, &mut retry).await; // the epoch was raised
@@ -152,7 +157,10 @@ impl Pipeline {
                 Some(()) = wake.recv() => self.publish_or_retry(&again, &mut retry).await,
                 Some(envelope) = forgotten.recv() => self.adopt(envelope, &again, &mut retry).await,
                 () = until(retry.at) => self.publish_or_retry(&again, &mut retry).await,
-                _ = renew.tick() => self.tell_current().await,
+                Some(wish) = wishes.recv() => match wish {
+                    Wish::Look => self.publish_or_retry(&again, &mut retry).await,
+                    Wish::RollBack(owed) => self.roll_back(owed).await,
+                },
             }
         }
     }
@@ -218,13 +226,31 @@ impl Pipeline {
         }
     }
 
-    /// Tells the hub what is current, and vouches for it anew.
-    async fn tell_current(&self) {
+    /// Publishes what the rollout owes those who took what was taken back.
+    async fn roll_back(&self, owed: Owed) {
+        let _one_at_a_time = self.told.lock().await;
         let publisher = self.publisher.clone();
-        if let Some(current) = current(&publisher) {
-            // If the hub has stopped, so has the daemon.
-            let _ = self.hub.tell(Event::Current(Box::new(current))).await;
+        let publishing = tokio::task::spawn_blocking(move || {
+            publisher.roll_back(owed.to.position, owed.of.position, Timestamp::now())
+        });
+        match publishing.await.expect("publishing does not panic") {
+            Ok((manifest, announcement)) => {
+                tracing::info!(position = %manifest.position(), "published as a rollback");
+                if let Some(announcement) = announcement {
+                    self.announce(&manifest, &announcement).await;
+                }
+                let _ = self.hub.tell(Event::WentBack(manifest)).await; // as above
+            }
+            // The hub asks again.
+            Err(error) => {
+                tracing::error!(error = crate::chain(&error), "cannot publish the rollback");
+            }
         }
+    }
+
+    async fn announce(&self, manifest: &Manifest, announcement: &Announcement) {
+        let (publisher, recorder) = (&self.publisher, &self.recorder);
+        announce(publisher, recorder, manifest, announcement, false).await;
     }
 
     async fn note(
@@ -275,6 +301,9 @@ async fn announce(
         detail["accepted"] = json!(announcement.accepted);
         detail["reason"] = json!(announcement.reason);
     }
+    if let Some(of) = manifest.rollback_of {
+        detail["rollback_of"] = json!(of);
+    }
     if recovered {
         detail["recovered"] = json!(true);
     }
@@ -303,14 +332,6 @@ async fn announce(
             "cannot mark a generation as written down; the audit log may say twice that it was published"
         );
     }
-}
-
-/// What is offered, with a fresh word that it is current.
-pub fn current(publisher: &Publisher) -> Option<Current> {
-    let manifest = publisher.current()?;
-    let fresh = publisher.fresh(Timestamp::now())?;
-    // Between the two lines a newer one may have been published; then that is told next.
-    (fresh.manifest_sha256 == manifest.payload_sha256()).then_some(Current { manifest, fresh })
 }
 
 /// When a publication that failed is tried again.
@@ -351,7 +372,8 @@ mod tests {
         let directory = lab.root.path().join("audit");
         fs::create_dir_all(&directory).unwrap();
         let log = audit::Log::open(&directory, key(3), "clamcast/bank".to_owned()).unwrap();
-        let (recorder, thread) = Recorder::start(log, directory.clone());
+        let (recorder, thread) =
+            Recorder::start(log, directory.clone(), directory.join("rollout.json"));
         recover(&Arc::new(lab.publisher("state")), &recorder).await;
         drop(recorder);
         thread.join().unwrap();
@@ -372,6 +394,7 @@ mod tests {
     fn publish(lab: &Lab, accept: Option<&str>) {
         let request = Request {
             accept: accept.map(str::to_owned),
+            supersede: false,
         };
         let (now, stop) = (Timestamp::now(), CancellationToken::new());
         let published = lab

@@ -36,6 +36,8 @@ pub struct Publisher {
     key: SigningKey,
     keys: Verified<KeySet>,
     records: Mutex<Records>,
+    /// Why nothing is published although the mirror changes.
+    hold: Mutex<Option<String>>,
     publishing: Mutex<()>,
 }
 
@@ -91,6 +93,8 @@ pub enum Published {
 pub struct Request {
     /// An operator's reason for overruling what may be overruled.
     pub accept: Option<String>,
+    /// Whether it takes the place of what is on its way through the fleet.
+    pub supersede: bool,
 }
 
 /// Why a publication failed through no fault of the mirror's.
@@ -109,6 +113,12 @@ pub enum PublishError {
     #[error("there is no generation after {position}; raise the epoch of the key set")]
     NoNumberLeft {
         /// The last one.
+        position: Position,
+    },
+    /// What is to be published again is gone.
+    #[error("generation {position} is not in the store any more; `generations` lists what is")]
+    Gone {
+        /// The generation.
         position: Position,
     },
     /// We made a manifest that agents would refuse.
@@ -232,6 +242,7 @@ impl Publisher {
             key,
             keys,
             records: Mutex::new(records),
+            hold: Mutex::default(),
             publishing: Mutex::new(()),
         })
     }
@@ -244,6 +255,14 @@ impl Publisher {
         let records = self.records();
         self.may_be_offered(&current, &records.publisher.id)
             .then_some(current)
+    }
+
+    /// Every generation that agents with the key set in use take, oldest first.
+    pub fn offerable(&self) -> Vec<Arc<Verified<Manifest>>> {
+        let mut manifests = self.store.manifests();
+        let records = self.records();
+        manifests.retain(|manifest| self.may_be_offered(manifest, &records.publisher.id));
+        manifests
     }
 
     fn may_be_offered(&self, manifest: &Verified<Manifest>, id: &PublisherId) -> bool {
@@ -327,6 +346,10 @@ impl Publisher {
         now: Timestamp,
         stop: &CancellationToken,
     ) -> Result<Published, PublishError> {
+        let hold = lock(&self.hold).clone();
+        if let Some(reason) = hold {
+            return self.not_published(RefusalKind::Held, reason, now);
+        }
         let accept = request.accept.is_some();
         let mirror = &self.settings.mirror;
         let capture = match capture(&mirror.path, &self.store) {
@@ -346,12 +369,13 @@ impl Publisher {
             );
         }
         let current = self.store.current();
-        if current.is_some_and(|current| current.content == capture.content) && !self.is_due() {
+        let same = current.is_some_and(|current| current.content == capture.content);
+        let rejected = self.records().rejection(capture.content);
+        if same && rejected.is_none() && !self.is_due() {
             self.records().clear_refusal(&self.store)?;
             return Ok(Published::Unchanged);
         }
         let mut accepted = Vec::new();
-        let rejected = self.records().rejection(capture.content);
         if let Some(rejected) = rejected {
             if !accept {
                 return self.not_published(RefusalKind::Held, rejected.to_string(), now);
@@ -429,6 +453,53 @@ impl Publisher {
         })
     }
 
+    /// Publishes nothing more from the mirror, for this reason; or publishes again.
+    pub fn hold(&self, reason: Option<String>) {
+        *lock(&self.hold) = reason;
+    }
+
+    /// Publishes the databases of `to` again, under a number above `of`, which they replace. What
+    /// was published so before is returned again: a repeat changes nothing.
+    pub fn roll_back(
+        &self,
+        to: Position,
+        of: Position,
+        now: Timestamp,
+    ) -> Result<(Arc<Verified<Manifest>>, Option<Announcement>), PublishError> {
+        let _one_at_a_time = lock(&self.publishing);
+        let gone = PublishError::Gone { position: to };
+        let to = self.store.manifest(to).ok_or(gone)?;
+        let current = self.store.current();
+        if let Some(done) =
+            current.filter(|it| it.rollback_of == Some(of) && it.content == to.content)
+        {
+            return Ok((done, None));
+        }
+        let Position { epoch, generation } = self.next_position()?;
+        let manifest = Manifest {
+            fleet: self.settings.fleet.clone(),
+            epoch,
+            generation,
+            publisher: self.records().publisher.id.clone(),
+            created: now,
+            previous: self.highest_known().map(|it| it.payload_sha256()),
+            rollback_of: Some(of),
+            content: to.content,
+            files: to.files.clone(),
+        };
+        let manifest = dsse::sign(manifest, &self.key);
+        Manifest::verify(manifest.envelope(), &self.keys.manifest)?;
+        let announcement = Announcement {
+            position: manifest.position(),
+            actor: "master".to_owned(),
+            reason: None,
+            accepted: Vec::new(),
+        };
+        self.records().announce(announcement.clone(), &self.store)?;
+        let manifest = self.store.add(manifest)?;
+        Ok((manifest, Some(announcement)))
+    }
+
     fn not_published(
         &self,
         kind: RefusalKind,
@@ -466,20 +537,19 @@ impl Publisher {
         Ok(Position { epoch, generation })
     }
 
-    /// Signs that the current generation is current, from now on for as long as configured. `None`
-    /// if there is none to offer.
-    pub fn fresh(&self, now: Timestamp) -> Option<Verified<Freshness>> {
-        let current = self.current()?;
+    /// Signs that a generation is what its agents are wanted at, from now on for as long as
+    /// configured.
+    pub fn vouch(&self, manifest: &Verified<Manifest>, now: Timestamp) -> Verified<Freshness> {
         let fresh = SignedDuration::try_from(self.settings.fresh).unwrap_or(SignedDuration::MAX);
         let freshness = Freshness {
-            fleet: current.fleet.clone(),
-            epoch: current.epoch,
-            generation: current.generation,
-            manifest_sha256: current.payload_sha256(),
+            fleet: manifest.fleet.clone(),
+            epoch: manifest.epoch,
+            generation: manifest.generation,
+            manifest_sha256: manifest.payload_sha256(),
             issued: now,
             expires: now.saturating_add(fresh).unwrap_or(Timestamp::MAX),
         };
-        Some(dsse::sign(freshness, &self.key))
+        dsse::sign(freshness, &self.key)
     }
 
     /// Takes note of the manifest that an agent says it has installed. Only what is validly signed

@@ -1,4 +1,4 @@
-//! Writes what must last: the audit log and what is known of each agent.
+//! Writes what must last: the audit log, what is known of each agent, and where the rollout is.
 //!
 //! One thread of its own, because every write ends in an fsync. Jobs that wait together are
 //! written together, so that a whole fleet's receipts cost a few fsyncs and not thousands. What a
@@ -23,6 +23,7 @@ use tokio::sync::{mpsc, oneshot};
 use crate::events::EVENTS;
 use crate::fleet::Record;
 use crate::hub::{Command, Line};
+use crate::rollout::Rollout;
 
 /// Jobs that wait; senders wait when it is full.
 const JOBS_MAX: usize = 4096;
@@ -37,7 +38,8 @@ const DETAIL_BYTES_MAX: usize = 1_000_000;
 /// Time between two tries when the disk refuses.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// One thing to write, in this order: the audit log, the agent's record, then the word to the agent.
+/// One thing to write, in this order: the audit log, the agent's record, the rollout's state, then
+/// the word to the agent.
 #[derive(Debug, Default)]
 pub struct Job {
     /// A line for the audit log.
@@ -46,6 +48,8 @@ pub struct Job {
     pub keep: Option<Record>,
     /// An agent to forget.
     pub forget: Option<AgentName>,
+    /// The state of the rollout to keep.
+    pub rollout: Option<Rollout>,
     /// What is said, and to whom, once all that is on disk.
     pub then: Option<(Line, Command)>,
     /// Who is told the signed head of the audit log, once all that is on disk.
@@ -64,13 +68,18 @@ pub struct Recorder {
 
 impl Recorder {
     /// Starts the thread. It ends when the last clone is dropped and all jobs are written.
-    pub fn start(log: audit::Log, agents: PathBuf) -> (Self, thread::JoinHandle<()>) {
+    pub fn start(
+        log: audit::Log,
+        agents: PathBuf,
+        rollout: PathBuf,
+    ) -> (Self, thread::JoinHandle<()>) {
         let (jobs, inbox) = mpsc::channel(JOBS_MAX);
         let alarm = Arc::new(Mutex::new(None));
         let give_up = Arc::new(AtomicBool::new(false));
         let writer = Writer {
             log,
             agents,
+            rollout,
             alarm: alarm.clone(),
             give_up: give_up.clone(),
         };
@@ -147,6 +156,7 @@ pub fn load(agents: &Path) -> io::Result<Vec<Record>> {
 struct Writer {
     log: audit::Log,
     agents: PathBuf,
+    rollout: PathBuf,
     alarm: Arc<Mutex<Option<String>>>,
     give_up: Arc<AtomicBool>,
 }
@@ -181,6 +191,8 @@ impl Writer {
     fn write(&mut self, batch: &mut [Job]) -> bool {
         let drafts = batch.iter_mut().filter_map(|job| job.draft.take());
         let mut drafts: Vec<_> = drafts.map(shortened).collect();
+        let rollouts = batch.iter_mut().filter_map(|job| job.rollout.take());
+        let rollout = rollouts.last();
         let mut records = BTreeMap::new(); // of several jobs about one agent the last one counts
         for job in &mut *batch {
             if let Some(record) = job.keep.take() {
@@ -214,6 +226,12 @@ impl Writer {
                         Ok(()) | Err(_) => durable::sync_dir(&writer.agents),
                     },
                 }
+            });
+        }
+        if let Some(rollout) = rollout {
+            kept &= self.until_written("the state of the rollout", |writer| {
+                let text = serde_json::to_vec(&rollout).expect("a rollout serialises");
+                durable::write(&writer.rollout, &text, 0o600)
             });
         }
         *self.alarm.lock().expect("nothing panics with it") = None;
@@ -268,7 +286,7 @@ mod tests {
     fn start(dir: &Path) -> (Recorder, thread::JoinHandle<()>) {
         let key = SigningKey::from_bytes(&[1; 32]);
         let log = audit::Log::open(dir, key, "clamcast/bank".to_owned()).unwrap();
-        Recorder::start(log, dir.to_owned())
+        Recorder::start(log, dir.to_owned(), dir.join("rollout.json"))
     }
 
     #[tokio::test]

@@ -327,10 +327,18 @@ impl Rollout {
 
     /// A generation was published. It goes through the waves, at once or after the running one.
     pub fn published(&mut self, target: Target, supersede: bool, rules: &Rules) -> Vec<Effect> {
-        if self.needed().any(|known| known.position >= target.position) {
+        let failed = self.failed.as_ref().map(|failed| &failed.target);
+        let highest = self.needed().chain(failed).map(|known| known.position);
+        if highest.max() >= Some(target.position) {
             return Vec::new(); // told again after a restart
         }
-        let Some(run) = self.running.as_ref().filter(|_| !supersede) else {
+        if self.owed.is_some() {
+            return Vec::new(); // it is below the rollback, after which the mirror is looked at
+        }
+        // One that nobody was offered needs no end.
+        let is_unheard = |run: &Run| run.begun.is_empty() && run.paused.is_none();
+        let running = self.running.as_ref();
+        let Some(run) = running.filter(|run| !supersede && !is_unheard(run)) else {
             return self.begin(target, rules);
         };
         let reason = format!("waits for {}", run.target.position);
@@ -355,6 +363,18 @@ impl Rollout {
             effects.push(Effect::Look); // what waited has a lower number now
         }
         effects
+    }
+
+    /// Forgets generations that are not to be offered any more.
+    pub fn retain(&mut self, may_be_offered: impl Fn(&Target) -> bool) {
+        self.complete.take_if(|target| !may_be_offered(target));
+        self.running.take_if(|run| !may_be_offered(&run.target));
+        self.waiting.take_if(|target| !may_be_offered(target));
+        self.owed.take_if(|owed| !may_be_offered(&owed.to));
+        self.pins.retain(|_, pin| may_be_offered(&pin.target));
+        if self.complete.is_none() {
+            self.urgent = false;
+        }
     }
 
     fn begin(&mut self, target: Target, rules: &Rules) -> Vec<Effect> {
@@ -415,6 +435,7 @@ impl Rollout {
         };
         self.complete = Some(run.target);
         self.urgent = false;
+        self.failed = None;
         let mut effects = vec![note(
             "rollout-complete",
             run.target,

@@ -15,6 +15,7 @@ use clamcast_daemon::input::{self, InputError};
 use clamcast_daemon::service::Occasion;
 use clamcast_proto::dsse::{Envelope, PublicKey, Verified};
 use clamcast_proto::keys::{KeySet, KeySetError};
+use clamcast_proto::manifest::Manifest;
 use ed25519_dalek::SigningKey;
 use ed25519_dalek::pkcs8::DecodePrivateKey as _;
 use quinn::{Endpoint, ServerConfig};
@@ -37,6 +38,7 @@ use crate::push::Pusher;
 use crate::recorder::{self, Job, Recorder};
 use crate::rejections::Rejections;
 use crate::revoked::{Look, Revocations};
+use crate::rollout::Rollout;
 use crate::store::{Store, StoreError};
 
 /// Time between looks at the revocation list; a revoked agent is cut off within 5 s.
@@ -51,6 +53,12 @@ const PORT_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Manifests of agents that are ahead of this master and wait to be looked at.
 const FORGOTTEN_MAX: usize = 16;
+
+/// What the rollout wants published and waits for it: it asks again for what it still lacks.
+const WISHES_MAX: usize = 4;
+
+/// Where the rollout is, in the state directory.
+const ROLLOUT: &str = "rollout.json";
 
 /// The daemon does not start.
 #[derive(Debug, thiserror::Error)]
@@ -268,6 +276,17 @@ impl Master {
         // The store's lock on the state directory comes before anything is written there.
         let store = Arc::new(Store::open(&config.state, &keys)?);
         let log = audit::Log::open(&audit_dir, audit_key, audit_origin(&config.fleet))?;
+        let path = config.state.join(ROLLOUT);
+        let rollout = store.load::<Rollout>(ROLLOUT).unwrap_or_else(|error| {
+            let error = crate::chain(&error);
+            tracing::error!(
+                error,
+                "what is published begins its rollout anew, and groups are not pinned any more"
+            );
+            None
+        });
+        let rollout = rollout.unwrap_or_default();
+        store.need(hub::needed(&rollout));
         let publisher = Arc::new(Publisher::new(
             &config,
             store.clone(),
@@ -293,9 +312,9 @@ impl Master {
 
         // From here on nothing fails: a start that came to nothing must not leave a task behind that
         // holds the state directory.
-        let (recorder, recorder_thread) = Recorder::start(log, agents.clone());
+        let (recorder, recorder_thread) = Recorder::start(log, agents.clone(), path);
         let keys = Arc::new(keys);
-        let current = pipeline::current(&publisher);
+        publisher.hold(rollout.held().map(|held| held.reason.clone()));
         let mut revocations = Revocations::open(
             config.tls.revoked.clone(),
             &config.state,
@@ -306,23 +325,32 @@ impl Master {
         note_look(&look, &revocations, &recorder).await;
         let fleet = Fleet::new(
             records,
-            current.as_ref().map(|current| current.manifest.clone()),
+            rollout,
+            config.rollout.clone(),
+            publisher.offerable(),
         );
+        let replay = publisher.current().map(|current| replay(&fleet, current));
         let hub_stop = CancellationToken::new();
         let (forget, forgotten) = mpsc::channel(FORGOTTEN_MAX);
+        let (wishes, wished) = mpsc::channel(WISHES_MAX);
         let task = hub::Task {
             fleet,
-            current,
             keys: keys.clone(),
             revoked: None,
             recorder: recorder.clone(),
-            deadline: config.deadline,
+            deadline: config.rollout.deadline,
             ahead: forget,
             publisher: publisher.clone(),
+            fresh: config.signing.fresh,
+            wishes,
         };
         let (hub, hub_task) = hub::start(task, hub_stop.clone());
         if let Some(list) = revocations.list() {
             let _ = hub.tell(Event::Revoked(list.clone())).await;
+        }
+
+        if let Some(event) = replay {
+            let _ = hub.tell(event).await;
         }
 
         let started = Job {
@@ -350,13 +378,7 @@ impl Master {
 
         let stop = CancellationToken::new();
         let mut tasks = JoinSet::new();
-        let pipeline = Pipeline::new(
-            publisher,
-            hub.clone(),
-            recorder.clone(),
-            config.signing.fresh,
-            stop.clone(),
-        );
+        let pipeline = Pipeline::new(publisher, hub.clone(), recorder.clone(), stop.clone());
         let (wake, woken) = mpsc::channel(1);
         let again = Arc::new(Notify::new());
         tasks.spawn(mirror::watch(
@@ -365,7 +387,7 @@ impl Master {
             again.clone(),
             stop.clone(),
         ));
-        tasks.spawn(pipeline.clone().run(woken, again, forgotten));
+        tasks.spawn(pipeline.clone().run(woken, again, forgotten, wished));
         let shared = Shared {
             fleet: config.fleet.clone(),
             hub: hub.clone(),
@@ -509,6 +531,22 @@ fn own_draft(event: &str, outcome: Option<&str>, detail: serde_json::Value) -> D
         position: None,
         outcome: outcome.map(str::to_owned),
         detail,
+    }
+}
+
+/// What the rollout may not have heard before the last end: the generation published last.
+fn replay(fleet: &Fleet, manifest: Arc<Verified<Manifest>>) -> Event {
+    let owed = fleet.rollout().owed();
+    let is_owed = owed.is_some_and(|owed| {
+        manifest.rollback_of == Some(owed.of.position) && manifest.content == owed.to.content
+    });
+    if is_owed {
+        return Event::WentBack(manifest);
+    }
+    let supersede = false;
+    Event::Published {
+        manifest,
+        supersede,
     }
 }
 

@@ -52,6 +52,8 @@ const BUFFER_BYTES: usize = 256 << 10;
 pub struct Store {
     directory: PathBuf,
     generations: RwLock<Generations>,
+    /// Kept however old they are.
+    needed: RwLock<HashSet<Position>>,
     encoder: Encoder,
     _lock: LockGuard,
 }
@@ -166,6 +168,7 @@ impl Store {
         let store = Self {
             directory: directory.to_owned(),
             generations: RwLock::default(),
+            needed: RwLock::default(),
             encoder: Encoder::default(),
             _lock: lock,
         };
@@ -333,7 +336,12 @@ impl Store {
         }
     }
 
-    /// Keeps the newest `generations` and removes the older ones with every object and encoding
+    /// Says which generations agents may be wanted at: they are kept however old they are.
+    pub(crate) fn need(&self, positions: HashSet<Position>) {
+        *self.needed.write().unwrap_or_else(PoisonError::into_inner) = positions;
+    }
+
+    /// Keeps the newest `generations` and those that are needed, and removes the others with every object and encoding
     /// that none of the kept ones needs. At least the current one stays.
     ///
     /// Manifests go first: a crash in between leaves objects that nothing names, and the next call
@@ -341,7 +349,10 @@ impl Store {
     pub(crate) fn retain(&self, generations: usize) -> Result<(), StoreError> {
         let mut kept = self.write_generations();
         let surplus = kept.manifests.len().saturating_sub(generations.max(1));
-        let old: Vec<_> = kept.manifests.keys().take(surplus).copied().collect();
+        let needed = self.needed.read().unwrap_or_else(PoisonError::into_inner);
+        let old = kept.manifests.keys().take(surplus).copied();
+        let old: Vec<_> = old.filter(|old| !needed.contains(old)).collect();
+        drop(needed);
         for position in old {
             let path = self.directory.join(generation_name(position));
             fs::remove_file(&path).map_err(io_error("remove", &path))?;

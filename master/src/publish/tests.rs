@@ -121,6 +121,7 @@ fn accept(publisher: &Publisher) -> String {
 
 fn publish_as(publisher: &Publisher, reason: Option<&str>) -> String {
     let request = Request {
+        supersede: false,
         accept: reason.map(str::to_owned),
     };
     match publisher
@@ -228,7 +229,7 @@ fn an_agent_with_the_key_set_takes_what_is_published() {
     let current = publisher.current().unwrap();
     let manifest = trust.judge_manifest(current.envelope()).unwrap();
     let now = Timestamp::now();
-    let fresh = publisher.fresh(now).unwrap();
+    let fresh = publisher.vouch(&publisher.current().unwrap(), now);
     let digest = manifest.payload_sha256();
     let fresh = trust.judge_fresh(fresh.envelope(), digest).unwrap();
     assert_eq!(fresh.position(), manifest.position());

@@ -1,0 +1,125 @@
+//! How far a rollout is and what holds it up, for operators and scripts.
+
+use clamcast_proto::Position;
+use clamcast_proto::manifest::Manifest;
+use serde_json::{Map, Value, json};
+
+use crate::hub::View;
+use crate::publish::Rejected;
+use crate::rollout::{Ending, Rollout, Run};
+
+/// Where the rollout is, in one word.
+pub fn state(rollout: &Rollout) -> &'static str {
+    let taken_back = |how| matches!(how, Ending::Halted | Ending::Aborted);
+    match (rollout.running(), rollout.failed()) {
+        (Some(run), _) if run.paused.is_some() => "paused",
+        (Some(_), _) => "running",
+        (None, Some(failed)) if taken_back(failed.how) => "halted",
+        (None, _) if rollout.complete().is_some() => "complete",
+        (None, _) => "none",
+    }
+}
+
+/// What `status` and `rollout status` say of it.
+pub fn rollout(view: &View) -> Value {
+    let rollout = &view.rollout;
+    let mut fields = Map::new();
+    let mut set = |key: &str, value: Value| {
+        fields.insert(key.to_owned(), value);
+    };
+    set("state", state(rollout).into());
+    let run = rollout.running();
+    let over = |run: &Run| run.begun.len() + run.skipped.len();
+    set("wave", run.map_or(0, over).into());
+    set(
+        "waves",
+        run.map_or(0, |run| over(run) + run.ahead.len()).into(),
+    );
+    if let Some(complete) = rollout.complete() {
+        set("complete", json!(complete.position));
+    }
+    if let Some(run) = run {
+        set("running", json!(run.target.position));
+        set("skipped", json!(run.skipped));
+        let last = run.begun.last();
+        set("name", json!(last.map(|begun| &begun.wave)));
+        set("since", json!(last.map(|begun| begun.since)));
+        if let Some(pause) = &run.paused {
+            set("paused", json!(pause));
+        }
+        if let Some((all, wave)) = &view.tallies {
+            set("all", json!(all));
+            set("this_wave", json!(wave));
+        }
+        if let Some(waiting) = rollout.waiting() {
+            set("waiting", json!(waiting.position));
+        }
+    }
+    if let Some(failed) = rollout.failed() {
+        let position = failed.target.position;
+        set(
+            "failed",
+            json!({
+                "epoch": position.epoch, "generation": position.generation,
+                "how": failed.how, "reason": failed.reason, "since": failed.since,
+            }),
+        );
+    }
+    if let Some(held) = rollout.held() {
+        set("held", json!(held));
+    }
+    let pins = rollout.pins().iter().map(|(group, pin)| {
+        let position = pin.target.position;
+        json!({
+            "group": group, "epoch": position.epoch, "generation": position.generation,
+            "reason": pin.reason, "since": pin.since,
+        })
+    });
+    set("pins", pins.collect());
+    Value::Object(fields)
+}
+
+/// What became of a generation.
+pub fn state_of(manifest: &Manifest, rollout: &Rollout, rejected: &[Rejected]) -> &'static str {
+    let position = manifest.position();
+    let is = |target: Option<Position>| target == Some(position);
+    if is(rollout.running().map(|run| run.target.position)) {
+        return "running";
+    }
+    if is(rollout.complete().map(|target| target.position)) {
+        return "current";
+    }
+    if is(rollout.waiting().map(|target| target.position)) {
+        return "waiting";
+    }
+    let rejected = rejected.iter().find(|it| it.position == position);
+    match rejected.map(|it| it.outcome.as_str()) {
+        Some("halted") => "halted",
+        Some("aborted") => "aborted",
+        Some(_) => "rolled_back",
+        None => "superseded",
+    }
+}
+
+/// Why a generation that was published is not what everybody is wanted at, if it is not about to be.
+pub fn obstacle(view: &View, position: Position) -> Option<String> {
+    let rollout = &view.rollout;
+    let failed = rollout.failed();
+    if let Some(failed) = failed.filter(|failed| failed.target.position == position) {
+        let how = match failed.how {
+            Ending::Halted => "halted",
+            Ending::Aborted => "aborted",
+            Ending::RolledBack => "rolled back",
+        };
+        return Some(format!("{position} was {how}: {}", failed.reason));
+    }
+    let run = rollout.running()?;
+    let target = run.target.position;
+    if target != position {
+        return Some(format!(
+            "{position} waits until {target} has gone through the fleet"
+        ));
+    }
+    let pause = run.paused.as_ref()?;
+    Some(format!("{position} is paused: {}", pause.reason))
+}
