@@ -72,6 +72,7 @@ struct Agent {
 /// The generation that an agent was offered last.
 #[derive(Clone, Copy, Debug)]
 struct Took {
+    position: Position,
     manifest_sha256: Digest,
     /// The last sign of progress with it, on this connection or before: a host that comes and goes
     /// has no new deadline each time.
@@ -230,7 +231,7 @@ pub struct Row {
     pub conformant: bool,
     /// What came of the last generation: an outcome, or what it is doing.
     pub outcome: String,
-    /// Why it is not what is wanted.
+    /// Why it is not what is wanted, or what it refused before that was taken back.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
     /// Since when: of the last receipt, else of the connection or the last one.
@@ -280,6 +281,7 @@ impl Fleet {
     ) -> Self {
         let agent = |record: Record| {
             let took = record.installed.as_ref().map(|installed| Took {
+                position: installed.position,
                 manifest_sha256: installed.manifest_sha256,
                 progress: record.seen,
             });
@@ -476,6 +478,7 @@ impl Fleet {
         let manifest_sha256 = manifest.payload_sha256();
         if agent.took.map(|took| took.manifest_sha256) != Some(manifest_sha256) {
             agent.took = Some(Took {
+                position: manifest.position(),
                 manifest_sha256,
                 progress: now,
             });
@@ -754,10 +757,20 @@ impl Agent {
             groups: &record.groups,
             connected: self.link.is_some(),
             seen: record.seen,
-            at: record.installed.as_ref().map(|it| it.position),
+            at: self.at(),
             word: target.and_then(|target| self.word(&target)),
             progress: took.map(|took| took.progress),
         }
+    }
+
+    /// The highest generation that it took: it declines what is below, whether it came to have that
+    /// generation or not.
+    fn at(&self) -> Option<Position> {
+        let record = &self.record;
+        let installed = record.installed.as_ref().map(|it| it.position);
+        let failed = record.failed.as_ref().map(|it| it.position);
+        let took = self.took.map(|took| took.position);
+        installed.max(failed).max(took)
     }
 
     fn word(&self, target: &Digest) -> Option<Word> {
@@ -859,7 +872,7 @@ impl Agent {
 
     /// Why it is not conformant, as far as it or its silence says.
     fn error(&self, standing: Standing, now: Timestamp) -> Option<String> {
-        if standing == Standing::Conformant {
+        if standing == Standing::Conformant && self.record.failed.is_none() {
             return None;
         }
         let link = self.link.as_ref();

@@ -476,13 +476,15 @@ impl Publisher {
             return Ok((done, None));
         }
         let Position { epoch, generation } = self.next_position()?;
+        let publisher = self.records().publisher.id.clone();
+        let previous = self.highest_known().map(|it| it.payload_sha256());
         let manifest = Manifest {
             fleet: self.settings.fleet.clone(),
             epoch,
             generation,
-            publisher: self.records().publisher.id.clone(),
+            publisher,
             created: now,
-            previous: self.highest_known().map(|it| it.payload_sha256()),
+            previous,
             rollback_of: Some(of),
             content: to.content,
             files: to.files.clone(),

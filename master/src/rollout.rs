@@ -65,7 +65,8 @@ pub struct Member<'a> {
     pub connected: bool,
     /// When it last was.
     pub seen: Timestamp,
-    /// The generation that its last receipt says is on its disk.
+    /// The highest generation that it took, by its receipts and by what it was offered: agents never
+    /// take a lower one.
     pub at: Option<Position>,
     /// What its receipt says of the running generation.
     pub word: Option<Word>,

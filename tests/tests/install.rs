@@ -972,7 +972,10 @@ fn a_database_changes_its_form_both_ways_and_also_back_from_a_refusal() {
     let mut clamd = Clamd::new(&database);
     let mut agent = fleet.agent_with("web1", &format!("config = {:?}", clamd.config()));
     let mut master = fleet.master(&mirror.directory());
-    master.configure("require = []", "require = []\nload_test = \"never\"");
+    master.configure(
+        "require = []",
+        "require = []\nload_test = \"never\"\n[rollout]\nrollback_on_halt = false",
+    );
     master.start();
     agent.start();
     master.wait_agent("web1", "the first set is there", |row| {

@@ -1,0 +1,123 @@
+//! What waves are for: a bad generation reaches the canaries and nobody else.
+
+use std::fs;
+
+use clamcast_tests::lab::{
+    Agent, Clamd, Container, Fleet, Master, PATIENCE, hash_signature, signatures, until,
+};
+use clamcast_tests::require;
+use serde_json::{Value, json};
+
+const SAMPLE: &[u8] = b"a sample that the good sets find";
+
+/// A set that clamd loads.
+fn good(version: u64) -> Container {
+    let members = signatures(0..50 + version) + &hash_signature(SAMPLE, "Lab.Good-1");
+    Container::new("daily", version).member("hsb", members)
+}
+
+/// A master whose canaries are `web1` and `web2`, with `rollout` as its table of that name. Not
+/// started; set 1 is in the mirror.
+fn master(fleet: &Fleet, rollout: &str) -> Master {
+    let mirror = fleet.join("mirror");
+    fs::create_dir_all(&mirror).unwrap();
+    good(1).write(&mirror);
+    let master = fleet.master(&mirror);
+    let tables = format!(
+        "load_test = \"never\"\n[groups]\ncanary = [\"web1\", \"web2\"]\n[rollout]\n{rollout}"
+    );
+    master.configure("require = []", &format!("require = []\n{tables}"));
+    master
+}
+
+fn rollout(master: &Master) -> Value {
+    master.json(&["status"]).unwrap_or_default()["rollout"].clone()
+}
+
+#[track_caller]
+fn wait_state(master: &Master, state: &str) -> Value {
+    until(PATIENCE, &format!("the rollout is {state}"), || {
+        let rollout = rollout(master);
+        if rollout["state"] == state {
+            Ok(rollout)
+        } else {
+            Err(rollout)
+        }
+    })
+}
+
+/// The generations that an agent was offered, by the audit log.
+fn offered(master: &Master, agent: &str) -> Vec<Value> {
+    let offers = master.audit("offer").into_iter();
+    let to = offers.filter(|offer| offer["subject"] == agent);
+    to.map(|offer| offer["generation"].clone()).collect()
+}
+
+#[test]
+fn a_generation_that_clamd_cannot_load_halts_at_the_canaries_and_is_taken_back() {
+    require!(Clamd);
+    let fleet = Fleet::new();
+    let mut master = master(&fleet, "");
+    let directories = ["web1", "web2"].map(|name| fleet.join(&format!("agents/{name}/db")));
+    for directory in &directories {
+        fs::create_dir_all(directory).unwrap();
+    }
+    let mut clamds = Clamd::pair([&directories[0], &directories[1]]);
+    let config = |clamd: &Clamd| format!("config = {:?}", clamd.config());
+    let mut agents: [Agent; 3] = [
+        fleet.agent_with("web1", &config(&clamds[0])),
+        fleet.agent_with("web2", &config(&clamds[1])),
+        fleet.agent("db1"),
+    ];
+    master.start();
+    for agent in &mut agents {
+        agent.start();
+    }
+    for (name, clamd) in ["web1", "web2"].into_iter().zip(&mut clamds) {
+        master.wait_agent(name, "the first set is there", |row| row["generation"] == 1);
+        clamd.start();
+    }
+    for name in ["web1", "web2", "db1"] {
+        master.wait_live(name, 1);
+    }
+    wait_state(&master, "complete");
+
+    let mirror = fleet.join("mirror");
+    let nonsense = "Lab.Nonsense:0:*:these are no hexadecimal digits\n";
+    good(2).member("ndb", nonsense).write(&mirror);
+    let halt = master.wait_audit("halt", 1).remove(0);
+    assert_eq!(halt["generation"], 2);
+    let reason = halt["detail"]["reason"].as_str().unwrap();
+    assert!(reason.contains("clamd refused it on"), "{reason}");
+
+    // The databases from before are published again, and the canaries are back on them.
+    for (name, clamd) in ["web1", "web2"].into_iter().zip(&clamds) {
+        master.wait_live(name, 3);
+        let found = clamd.scan(SAMPLE).unwrap();
+        assert_eq!(found, "stream: Lab.Good-1.UNOFFICIAL FOUND");
+    }
+    master.wait_live("db1", 3);
+    assert_eq!(offered(&master, "db1"), [json!(1), json!(3)], "never 2");
+    let status = master.json(&["status"]).unwrap();
+    let rollout = &status["rollout"];
+    assert_eq!(rollout["state"], "halted", "{status}");
+    assert_eq!(rollout["failed"]["generation"], 2);
+    assert_eq!(rollout["failed"]["reason"], reason);
+
+    // The mirror still has what nobody wants.
+    let looked = master.command(&["publish"]);
+    assert_eq!(looked.status.code(), Some(4), "{looked:?}");
+    let held = String::from_utf8(looked.stderr).unwrap();
+    assert!(held.contains("which was halted"), "{held}");
+    master.wait_audit("held", 1);
+    let generations = master.json(&["generations"]).unwrap();
+    let states = generations.as_array().unwrap().iter();
+    let states: Vec<_> = states.map(|generation| &generation["state"]).collect();
+    assert_eq!(states, ["superseded", "halted", "current"]);
+
+    good(3).write(&mirror);
+    for name in ["web1", "web2", "db1"] {
+        master.wait_live(name, 4);
+    }
+    wait_state(&master, "complete");
+}
