@@ -17,7 +17,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::{Config, LoadTest};
 use crate::endpoint::{self, EndpointError};
+use crate::fleet::Record;
+use crate::recorder;
 use crate::revoked;
+use crate::rollout::Wave;
 
 /// A certificate that ends sooner than this is to be renewed.
 pub const CERTIFICATE_ENDS_SOON: SignedDuration = SignedDuration::from_hours(30 * 24);
@@ -174,6 +177,7 @@ pub fn doubts(config: &Config, now: Timestamp) -> Vec<String> {
                 .to_owned(),
         );
     }
+    doubts.extend(canary_doubts(config));
     let state = &config.state;
     if state.join("mark.json").exists() && !state.join("generations").exists() {
         doubts.push(format!(
@@ -182,6 +186,28 @@ pub fn doubts(config: &Config, now: Timestamp) -> Vec<String> {
         ));
     }
     doubts
+}
+
+/// A wave of a group that nobody is known to be in passes by.
+fn canary_doubts(config: &Config) -> Vec<String> {
+    // Without a fleet there is nothing to say yet; a damaged record is told of at the start.
+    let records = recorder::load(&config.state.join("agents")).unwrap_or_default();
+    let groups_of = |record: &Record| config.groups.of(record.name.as_str(), &record.groups);
+    let groups: Vec<_> = records.iter().flat_map(groups_of).collect();
+    let waves = config.rollout.waves.iter().filter_map(|wave| match wave {
+        Wave::Group(group) => Some(group),
+        Wave::Share(_) | Wave::Count(_) => None,
+    });
+    let empty = waves.filter(|group| !records.is_empty() && !groups.contains(group));
+    empty
+        .map(|group| {
+            format!(
+                "rollout.waves has \"group:{group}\", and no agent was ever in that group: the wave \
+                 is passed over; name agents under [groups], or make certificates with \
+                 `clamcast-certs agent --group {group}`"
+            )
+        })
+        .collect()
 }
 
 /// What keeps the mirror from being published: nobody there, nothing in it, or no right to read.

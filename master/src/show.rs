@@ -83,6 +83,7 @@ fn status_lines(result: &Value, now: Timestamp, width: Option<usize>) -> Vec<Str
         lines.field("generation", &generation);
     }
     signatures(&mut lines, &result["signatures"], now);
+    rollout(&mut lines, &result["rollout"]);
     lines.field("agents", &counts(&result["agents"]));
     if let Some(refused) = result.get("refused") {
         let (kind, reason) = (text(&refused["kind"]), text(&refused["reason"]));
@@ -121,6 +122,44 @@ fn status_lines(result: &Value, now: Timestamp, width: Option<usize>) -> Vec<Str
         lines.line(&format!("and {more} more; `agents` has them all"));
     }
     lines.lines
+}
+
+/// Where a rollout is that is not through, and why.
+fn rollout(lines: &mut Lines, rollout: &Value) {
+    if !rollout["running"].is_null() {
+        let number = |of: &str, key: &str| rollout[of][key].as_u64().unwrap_or(0);
+        let wave = match rollout["name"].as_str() {
+            Some(name) => format!(
+                "wave {} of {} ({name}): {} of {} live, {} at it, {} refused, {} unwell",
+                text(&rollout["wave"]),
+                text(&rollout["waves"]),
+                number("this_wave", "live"),
+                number("this_wave", "members"),
+                number("this_wave", "unsettled"),
+                number("all", "refused"),
+                number("all", "unwell"),
+            ),
+            None => "no agent yet".to_owned(),
+        };
+        lines.field(
+            "rollout",
+            &format!("{}: {wave}", position(&rollout["running"])),
+        );
+    }
+    for wave in rollout["skipped"].as_array().into_iter().flatten() {
+        lines.field("", &format!("wave {} has no members", text(wave)));
+    }
+    if let Some(waiting) = rollout.get("waiting") {
+        lines.field("", &format!("{} waits for it", position(waiting)));
+    }
+    if let Some(paused) = rollout.get("paused") {
+        lines.alarm(&format!("paused: {}", text(&paused["reason"])));
+    }
+    if rollout["state"] == "halted" {
+        let failed = &rollout["failed"];
+        let (position, how) = (position(failed), text(&failed["how"]));
+        lines.alarm(&format!("{how}: {position}: {}", text(&failed["reason"])));
+    }
 }
 
 /// How old the signatures are, with the auditors' limits.
@@ -487,6 +526,43 @@ mod tests {
                 "NOT CONFORMANT OR AWAY  LINK  OUTCOME  SINCE  WHY",
                 "web1                    down  live     30m    not connected; it catches up",
             ]
+        );
+    }
+
+    #[test]
+    fn status_says_where_a_rollout_is_and_why_it_stands() {
+        let check = |rollout: Value, expected: &[&str]| {
+            let mut lines = Lines {
+                width: None,
+                lines: Vec::new(),
+            };
+            super::rollout(&mut lines, &rollout);
+            assert_eq!(lines.lines, expected);
+        };
+        check(json!({ "state": "complete" }), &[]);
+        check(
+            json!({
+                "state": "paused", "wave": 2, "waves": 3, "skipped": ["group:canary"], "name": "10%",
+                "running": { "epoch": 1, "generation": 7 },
+                "waiting": { "epoch": 1, "generation": 8 },
+                "this_wave": { "live": 3, "members": 5, "unsettled": 0 },
+                "all": { "refused": 0, "unwell": 2 },
+                "paused": { "reason": "2 of 5 hosts have trouble of their own: web1, web2" },
+            }),
+            &[
+                "rollout      1.7: wave 2 of 3 (10%): 3 of 5 live, 0 at it, 0 refused, 2 unwell",
+                "             wave group:canary has no members",
+                "             1.8 waits for it",
+                "paused: 2 of 5 hosts have trouble of their own: web1, web2",
+            ],
+        );
+        let failed = json!({
+            "epoch": 1, "generation": 7, "how": "halted",
+            "reason": "clamd refused it on 1 of 2 hosts: web1",
+        });
+        check(
+            json!({ "state": "halted", "failed": failed }),
+            &["halted: 1.7: clamd refused it on 1 of 2 hosts: web1"],
         );
     }
 
