@@ -9,8 +9,9 @@ use clamcast_daemon::audit::{self, Draft};
 use clamcast_daemon::exit;
 use clamcast_daemon::service::Occasion;
 use clamcast_daemon::table::printable;
+use clamcast_proto::dsse::Verified;
 use clamcast_proto::manifest::Manifest;
-use clamcast_proto::{AgentName, FleetName, Position};
+use clamcast_proto::{AgentName, FleetName, GroupName, Position};
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -22,13 +23,14 @@ use tokio_util::task::TaskTracker;
 use crate::events::Filter;
 use crate::fleet::{AWAY, Row};
 use crate::force::{self, INTERRUPTED, Meant, News, Selection, Work};
-use crate::hub::{Event, Hub, Stopping, View};
+use crate::hub::{Event, Hub, Stopping, View, Wanted};
 use crate::pipeline::Pipeline;
 use crate::preflight::{CERTIFICATE_ENDS_SOON, Running};
 use crate::publish::{PublishError, Published, Request as PublishRequest};
 use crate::recorder::Recorder;
 use crate::rejections::Rejections;
 use crate::report;
+use crate::rollout::Order as RolloutOrder;
 use crate::store::Store;
 
 /// Commands served at a time. A waiting `publish` is one of them.
@@ -98,6 +100,49 @@ pub enum Request {
         wait: bool,
         /// Seconds after which an agent that is not done has failed.
         timeout: u64,
+    },
+    /// Where the rollout is.
+    RolloutStatus {
+        /// Seconds to wait until it is complete or halted.
+        timeout: Option<u64>,
+    },
+    /// Begin no further wave and offer nothing more.
+    RolloutPause {
+        /// Why.
+        reason: Option<String>,
+    },
+    /// Go on.
+    RolloutResume,
+    /// End the running generation, as a halt does.
+    RolloutAbort {
+        /// Why.
+        reason: Option<String>,
+    },
+    /// Begin all waves that are still to come.
+    RolloutPromote {
+        /// Why.
+        reason: Option<String>,
+    },
+    /// Publish the databases of a generation again.
+    Rollback {
+        /// Which one.
+        generation: Meant,
+        /// Why.
+        reason: Option<String>,
+    },
+    /// Keep a group at a generation, or where it is.
+    Pin {
+        /// The group.
+        group: GroupName,
+        /// The generation.
+        generation: Option<Meant>,
+        /// Why.
+        reason: Option<String>,
+    },
+    /// Let a group go with everybody else again.
+    Unpin {
+        /// The group.
+        group: GroupName,
     },
     /// Records of the audit log.
     AuditShow {
@@ -276,6 +321,52 @@ impl Commands {
                 .map_or_else(stopping, |view| Finish::done(view.rows)),
             Request::Generations => self.generations().await.unwrap_or_else(stopping),
             Request::ForceSync { .. } => return self.force_sync(session, request).await,
+            Request::RolloutStatus { timeout } => {
+                self.rollout_status(&mut session, timeout.map(Duration::from_secs))
+                    .await?
+            }
+            Request::RolloutPause { reason } => {
+                let order = Wanted::Plain(RolloutOrder::Pause(said(reason)));
+                self.order(&session, order).await
+            }
+            Request::RolloutResume => {
+                self.order(&session, Wanted::Plain(RolloutOrder::Resume))
+                    .await
+            }
+            Request::RolloutAbort { reason } => {
+                let order = Wanted::Plain(RolloutOrder::Abort(said(reason)));
+                self.order(&session, order).await
+            }
+            Request::RolloutPromote { reason } => {
+                let order = Wanted::Plain(RolloutOrder::Promote(said(reason)));
+                self.order(&session, order).await
+            }
+            Request::Rollback { generation, reason } => match self.kept(generation) {
+                Ok(to) => {
+                    let order = Wanted::RollBack(to, said(reason));
+                    self.order(&session, order).await
+                }
+                Err(finish) => finish,
+            },
+            Request::Pin {
+                group,
+                generation,
+                reason,
+            } => match generation
+                .map(|generation| self.kept(generation))
+                .transpose()
+            {
+                Ok(Some(to)) => self.order(&session, Wanted::Pin(group, to, reason)).await,
+                Ok(None) => {
+                    let order = Wanted::Plain(RolloutOrder::Pin(group, None, reason));
+                    self.order(&session, order).await
+                }
+                Err(finish) => finish,
+            },
+            Request::Unpin { group } => {
+                let order = Wanted::Plain(RolloutOrder::Unpin(group));
+                self.order(&session, order).await
+            }
             Request::AuditShow { filter, follow } => {
                 self.audit_show(&mut session, filter, follow).await?
             }
@@ -374,6 +465,86 @@ impl Commands {
                 },
                 () = sleep(LOOK) => {}
             }
+        }
+    }
+
+    /// Orders something about the rollout, and answers with where it is then.
+    async fn order(&self, session: &Session, order: Wanted) -> Finish {
+        if self.stop.is_cancelled() {
+            return self.life.ending().finish();
+        }
+        let (reply, answer) = oneshot::channel();
+        let event = Event::Order {
+            order,
+            operator: session.operator.clone(),
+            reply,
+        };
+        let told = self.hub.tell(event).await;
+        let (Ok(()), Ok(answer)) = (told, answer.await) else {
+            return self.life.ending().finish();
+        };
+        match (answer, self.hub.view().await) {
+            (Err(error), _) => Finish::because(exit::REFUSED, error.to_string()),
+            (Ok(()), Ok(view)) => Finish::done(report::rollout(&view)),
+            (Ok(()), Err(Stopping)) => self.life.ending().finish(),
+        }
+    }
+
+    /// The generation that an operator means, if it is still kept.
+    fn kept(&self, generation: Meant) -> Result<Arc<Verified<Manifest>>, Finish> {
+        let mut manifests = self.store.manifests().into_iter().rev();
+        let manifest = manifests.find(|manifest| generation.is(manifest.position()));
+        manifest.ok_or_else(|| {
+            let message = "there is no such generation; `generations` lists those that are kept";
+            Finish::because(exit::USAGE, message.to_owned())
+        })
+    }
+
+    async fn rollout_status(
+        &self,
+        session: &mut Session,
+        timeout: Option<Duration>,
+    ) -> Result<Finish, AdminError> {
+        let deadline = timeout.map(|timeout| Instant::now() + timeout.min(TIMEOUT_MAX));
+        let mut hub = self.hub.clone();
+        loop {
+            let Ok(view) = self.hub.view().await else {
+                return Ok(self.life.ending().finish());
+            };
+            let state = report::state(&view.rollout);
+            let over = match state {
+                "halted" => Some(exit::NOT_CONFORMANT),
+                "complete" if view.rollout.owed().is_none() => Some(exit::DONE),
+                _ => None,
+            };
+            let late = deadline.map(|deadline| Instant::now() >= deadline);
+            let code = match (over, late) {
+                (Some(code), _) => code,
+                (None, None) => exit::DONE,
+                (None, Some(true)) => exit::NOT_CONFORMANT,
+                (None, Some(false)) => {
+                    session.progress(&progress(&view)).await?;
+                    tokio::select! {
+                        biased;
+                        () = self.stop.cancelled() => return Ok(self.life.ending().finish()),
+                        () = session.gone() => return Ok(Finish::done(Value::Null)),
+                        changed = hub.changed() => match changed {
+                            Ok(()) => sleep(CHANGES_SETTLE).await,
+                            Err(Stopping) => return Ok(self.life.ending().finish()),
+                        },
+                        () = sleep_until(deadline.expect("it has one")) => {}
+                        () = sleep(LOOK) => {}
+                    }
+                    continue;
+                }
+            };
+            let message = (over.is_none() && code != exit::DONE)
+                .then(|| format!("not complete in time: it is {state}"));
+            return Ok(Finish {
+                exit: code,
+                result: report::rollout(&view),
+                message,
+            });
         }
     }
 
@@ -748,6 +919,11 @@ impl Order {
         };
         self.commands.recorder.note(draft).await;
     }
+}
+
+/// An operator's reason, as the audit log has it.
+fn said(reason: Option<String>) -> String {
+    reason.unwrap_or_else(|| "no reason given".to_owned())
 }
 
 /// Tells whoever still listens. One that does not is as good as gone: the work goes on.

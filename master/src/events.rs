@@ -9,7 +9,8 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 /// Every event that the master records.
-pub const EVENTS: [&str; 29] = [
+pub const EVENTS: [&str; 34] = [
+    "abort",
     "alarm",
     "declined",
     "denied",
@@ -20,6 +21,8 @@ pub const EVENTS: [&str; 29] = [
     "halt",
     "held",
     "offer",
+    "pin",
+    "promoted",
     "published",
     "receipt",
     "refused",
@@ -30,6 +33,7 @@ pub const EVENTS: [&str; 29] = [
     "revocation_list",
     "revoked",
     "rollback",
+    "rolled-back",
     "rollout",
     "rollout-complete",
     "rollout-paused",
@@ -37,6 +41,7 @@ pub const EVENTS: [&str; 29] = [
     "rollout-waits",
     "started",
     "stopped",
+    "unpin",
     "wave",
     "wave-skipped",
 ];

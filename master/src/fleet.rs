@@ -23,7 +23,9 @@ use clamcast_proto::{AgentName, Digest, GroupName, Position};
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
-use crate::rollout::{Agents, Effect, Member, Rollout, Rules, Tally, Target, Wanted, Word};
+use crate::rollout::{
+    Agents, Effect, Member, Order, OrderError, Rollout, Rules, Tally, Target, Wanted, Word,
+};
 
 /// Receipts remembered by digest, so that one that is sent again is not taken for a new one.
 const RECEIPTS_REMEMBERED: usize = wire::RECEIPTS_PENDING_MAX;
@@ -340,6 +342,16 @@ impl Fleet {
         let installed = installed.map(|installed| installed.manifest_sha256);
         let kept: HashSet<_> = needed.chain(installed).collect();
         self.manifests.retain(|digest, _| kept.contains(digest));
+        self.remember(manifest)
+    }
+
+    /// Carries out what an operator orders.
+    pub fn order(&mut self, order: Order, now: Timestamp) -> Result<Vec<Effect>, OrderError> {
+        self.rollout.order(order, &self.agents, &self.rules, now)
+    }
+
+    /// Takes note of a manifest that somebody is to be wanted at.
+    pub fn remember(&mut self, manifest: &Arc<Verified<Manifest>>) -> Target {
         let target = target(manifest);
         self.manifests
             .insert(target.manifest_sha256, manifest.clone());

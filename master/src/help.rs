@@ -59,6 +59,23 @@ Examples:
   clamcast-master publish --wait
   clamcast-master publish --accept 'main was cut by Talos, ticket 4711'";
 
+pub(crate) const ROLLOUT: &str = "\
+A wave is done when no connected member is still at it, one has proven the generation live, and so \
+have half of those that were seen in the last 24 hours. A clamd that refuses it halts it; hosts with \
+trouble of their own only pause it.
+
+Exit codes:
+  0  done; `status`: complete, or without --timeout on its way or paused
+  1  `status`: halted or aborted, or not complete when the time was over
+  2  there is no such generation
+  4  refused: nothing is running, nothing is paused, the group is not pinned or is past the generation
+
+Examples:
+  clamcast-master rollout status --timeout 10m
+  clamcast-master rollout pause --reason 'change freeze until Monday'
+  clamcast-master rollback 1.41 --reason 'false positives, ticket 4711'
+  clamcast-master pin db 1.41";
+
 pub(crate) const STATUS: &str = "\
 GENERATION is EPOCH.NUMBER. An agent is conformant when its clamd was seen scanning with what is \
 published last and every file has its hash; behind when it is not there yet; failed when it said that \

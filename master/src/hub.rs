@@ -10,6 +10,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use clamcast_daemon::admin::Operator;
 use clamcast_daemon::audit::Draft;
 use clamcast_proto::dsse::{Envelope, Verified};
 use clamcast_proto::fresh::Freshness;
@@ -31,7 +32,7 @@ use crate::fleet::{Arrival, Counts, Fleet, Link, LinkId, Row, Standing};
 use crate::pipeline::Wish;
 use crate::publish::{Publisher, Rejected};
 use crate::recorder::{Job, Recorder};
-use crate::rollout::{Effect, Ending, Rollout, Run, Tally, Target};
+use crate::rollout::{Effect, Ending, Order, OrderError, Rollout, Run, Tally, Target};
 
 /// Messages that wait for the hub; senders wait when it is full, and with them their agents.
 const EVENTS_MAX: usize = 1024;
@@ -142,10 +143,30 @@ pub enum Event {
         /// Gets what was offered to whom; nothing if another generation is current by now.
         reply: oneshot::Sender<Forced>,
     },
+    /// An operator orders something about the rollout.
+    Order {
+        /// What.
+        order: Wanted,
+        /// Who.
+        operator: Operator,
+        /// Gets why it cannot be carried out, if so.
+        reply: oneshot::Sender<Result<(), OrderError>>,
+    },
     /// A newer revocation list is in force.
     Revoked(RevocationList),
     /// Somebody asks.
     Query(oneshot::Sender<View>),
+}
+
+/// An order about the rollout; generations are given by their manifests.
+#[derive(Debug)]
+pub enum Wanted {
+    /// Without a generation.
+    Plain(Order),
+    /// Publish its databases again.
+    RollBack(Arc<Verified<Manifest>>, String),
+    /// Keep a group at it.
+    Pin(GroupName, Arc<Verified<Manifest>>, Option<String>),
 }
 
 /// An agent whose certificate was checked.
@@ -483,11 +504,11 @@ impl Running {
                 supersede,
             } => {
                 let effects = self.task.fleet.published(&manifest, supersede);
-                self.carry_out(effects, "master", now).await;
+                self.carry_out(effects, None, now).await;
             }
             Event::WentBack(manifest) => {
                 let effects = self.task.fleet.went_back(&manifest);
-                self.carry_out(effects, "master", now).await;
+                self.carry_out(effects, None, now).await;
             }
             Event::Force {
                 position,
@@ -495,9 +516,33 @@ impl Running {
                 full,
                 reply,
             } => self.force(position, agents, full, reply, now).await,
+            Event::Order {
+                order,
+                operator,
+                reply,
+            } => {
+                let fleet = &mut self.task.fleet;
+                let order = match order {
+                    Wanted::Plain(order) => order,
+                    Wanted::RollBack(to, reason) => Order::RollBack(fleet.remember(&to), reason),
+                    Wanted::Pin(group, to, reason) => {
+                        Order::Pin(group, Some(fleet.remember(&to)), reason)
+                    }
+                };
+                let ordered = fleet.order(order, now);
+                let answer = match ordered {
+                    Ok(effects) => {
+                        self.carry_out(effects, Some(&operator), now).await;
+                        self.look(now).await;
+                        Ok(())
+                    }
+                    Err(error) => Err(error),
+                };
+                let _ = reply.send(answer); // the operator may have gone
+            }
             Event::Withdrawn => {
                 self.task.fleet.withdrawn();
-                self.carry_out(Vec::new(), "master", now).await;
+                self.carry_out(Vec::new(), None, now).await;
             }
             Event::Revoked(list) => self.revoked(list).await,
         }
@@ -514,7 +559,7 @@ impl Running {
     async fn look(&mut self, now: Timestamp) {
         self.look = None;
         let effects = self.task.fleet.step(now);
-        self.carry_out(effects, "master", now).await;
+        self.carry_out(effects, None, now).await;
         let offers = self.links.iter().filter_map(|(id, link)| {
             let manifest = self.task.fleet.wanted(&link.line.name, now)?;
             let known = link.offered == Some(manifest.payload_sha256());
@@ -536,7 +581,13 @@ impl Running {
 
     /// Carries out what a change of the rollout brings. Its new state stands in the recorder's
     /// queue before every offer that follows from it.
-    async fn carry_out(&mut self, effects: Vec<Effect>, actor: &str, now: Timestamp) {
+    async fn carry_out(
+        &mut self,
+        effects: Vec<Effect>,
+        operator: Option<&Operator>,
+        now: Timestamp,
+    ) {
+        let actor = operator.map_or_else(|| "master".to_owned(), Operator::to_string);
         let mut looks = false;
         for effect in effects {
             match effect {
@@ -547,13 +598,17 @@ impl Running {
                 } => {
                     let position = target.position;
                     tracing::info!(%position, event, "{reason}");
+                    let mut detail = json!({ "reason": reason });
+                    if let Some(operator) = operator {
+                        detail["login_uid"] = json!(operator.login_uid);
+                    }
                     let draft = Draft {
                         event: event.to_owned(),
-                        actor: actor.to_owned(),
+                        actor: actor.clone(),
                         subject: "fleet".to_owned(),
                         position: Some(position),
                         outcome: None,
-                        detail: json!({ "reason": reason }),
+                        detail,
                     };
                     let job = Job {
                         draft: Some(draft),

@@ -131,6 +131,46 @@ enum Command {
     /// before every agent was done.
     #[command(after_long_help = help::FORCE_SYNC)]
     ForceSync(ForceSync),
+    /// A generation's way through the fleet: where it is, and what to do about it
+    #[command(subcommand)]
+    Rollout(Rollout),
+    /// Publish the databases of an older generation again, under a new number
+    ///
+    /// Everybody gets them at once. What the mirror has is not published until `rollout resume`.
+    #[command(after_long_help = help::ROLLOUT)]
+    Rollback {
+        /// The generation: 1.42, or 42
+        generation: Meant,
+        /// Why, for the audit log
+        #[arg(long, value_name = "TEXT")]
+        reason: Option<String>,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Keep a group at a generation while the others go on
+    #[command(after_long_help = help::ROLLOUT)]
+    Pin {
+        /// The group
+        group: GroupName,
+        /// The generation: 1.42, or 42; where the group is wanted now, unless it is said
+        generation: Option<Meant>,
+        /// Why, for the audit log
+        #[arg(long, value_name = "TEXT")]
+        reason: Option<String>,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Let a pinned group go with the others again
+    #[command(after_long_help = help::ROLLOUT)]
+    Unpin {
+        /// The group
+        group: GroupName,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// The log of what happened
     #[command(subcommand)]
     Audit(Audit),
@@ -164,6 +204,46 @@ struct ForceSync {
     #[arg(long, value_name = "TIME", default_value = "10m", value_parser = humantime::parse_duration)]
     timeout: Duration,
     /// Print JSON, one object a line
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Subcommand)]
+enum Rollout {
+    /// Wave, counts, who holds it up and why
+    #[command(after_long_help = help::ROLLOUT)]
+    Status {
+        /// Wait so long until it is complete or halted
+        #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+        timeout: Option<Duration>,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Begin no further wave and offer nothing more, until `resume`
+    #[command(after_long_help = help::ROLLOUT)]
+    Pause(Reason),
+    /// Go on after a pause; publish again after a `rollback`
+    #[command(after_long_help = help::ROLLOUT)]
+    Resume {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// End the running generation: those who took it go back, as after a halt
+    #[command(after_long_help = help::ROLLOUT)]
+    Abort(Reason),
+    /// Begin all waves that are still to come
+    #[command(after_long_help = help::ROLLOUT)]
+    Promote(Reason),
+}
+
+#[derive(Args)]
+struct Reason {
+    /// Why, for the audit log
+    #[arg(long, value_name = "TEXT")]
+    reason: Option<String>,
+    /// Print JSON
     #[arg(long)]
     json: bool,
 }
@@ -336,6 +416,26 @@ fn run(cli: Cli) -> Result<(), Exit> {
             show::end(ask(socket, &Request::Generations)?, json, show::generations)
         }
         Command::ForceSync(args) => force_sync(socket, args),
+        Command::Rollout(command) => rollout(socket, command),
+        Command::Rollback {
+            generation,
+            reason,
+            json,
+        } => ordered(socket, &Request::Rollback { generation, reason }, json),
+        Command::Pin {
+            group,
+            generation,
+            reason,
+            json,
+        } => {
+            let request = Request::Pin {
+                group,
+                generation,
+                reason,
+            };
+            ordered(socket, &request, json)
+        }
+        Command::Unpin { group, json } => ordered(socket, &Request::Unpin { group }, json),
         Command::Audit(Audit::Show {
             filter,
             follow,
@@ -369,6 +469,28 @@ fn run(cli: Cli) -> Result<(), Exit> {
             json,
         }) => verify(&config, state, keys, json),
     }
+}
+
+fn rollout(socket: &Path, command: Rollout) -> Result<(), Exit> {
+    let (request, json) = match command {
+        Rollout::Status { timeout, json } => {
+            let progress = show::Progress::new(timeout.is_some() && !json);
+            let timeout = timeout.map(|timeout| timeout.as_secs());
+            let request = Request::RolloutStatus { timeout };
+            let finish = call(socket, &request, |value| progress.show(&value))?;
+            progress.clear();
+            return show::end(finish, json, show::rollout_status);
+        }
+        Rollout::Pause(Reason { reason, json }) => (Request::RolloutPause { reason }, json),
+        Rollout::Resume { json } => (Request::RolloutResume, json),
+        Rollout::Abort(Reason { reason, json }) => (Request::RolloutAbort { reason }, json),
+        Rollout::Promote(Reason { reason, json }) => (Request::RolloutPromote { reason }, json),
+    };
+    ordered(socket, &request, json)
+}
+
+fn ordered(socket: &Path, request: &Request, json: bool) -> Result<(), Exit> {
+    show::end(ask(socket, request)?, json, show::rollout_status)
 }
 
 fn force_sync(socket: &Path, args: ForceSync) -> Result<(), Exit> {

@@ -200,6 +200,25 @@ pub enum Effect {
     Look,
 }
 
+/// What an operator orders.
+#[derive(Clone, Debug)]
+pub enum Order {
+    /// Begin no further wave and offer nothing more.
+    Pause(String),
+    /// Go on.
+    Resume,
+    /// End the running generation, as a halt does.
+    Abort(String),
+    /// Begin all waves that are still to come.
+    Promote(String),
+    /// Publish these databases again, in the place of what is current.
+    RollBack(Target, String),
+    /// Keep a group at a generation, or where it is wanted now.
+    Pin(GroupName, Option<Target>, Option<String>),
+    /// Let a group go with everybody else again.
+    Unpin(GroupName),
+}
+
 /// An order that cannot be carried out.
 #[derive(Debug, Eq, PartialEq, thiserror::Error)]
 pub enum OrderError {
@@ -481,7 +500,40 @@ impl Rollout {
         effects
     }
 
-    // What operators order.
+    /// Carries out what an operator orders.
+    pub fn order(
+        &mut self,
+        order: Order,
+        agents: &impl Agents,
+        rules: &Rules,
+        now: Timestamp,
+    ) -> Result<Vec<Effect>, OrderError> {
+        match order {
+            Order::Pause(reason) => self.pause(reason, now),
+            Order::Resume => self.resume(agents, rules, now),
+            Order::Abort(reason) => self.abort(reason, rules, now),
+            Order::Promote(reason) => self.promote(reason, now),
+            Order::RollBack(to, reason) => self.roll_back(to, reason, now),
+            Order::Pin(group, Some(target), reason) => {
+                self.pin_group(group, target, reason, agents, now)
+            }
+            Order::Pin(group, None, reason) => {
+                // Where nobody of the group is past it, it has not begun for them.
+                let running = self.running.as_ref().map(|run| run.target);
+                let is_past = |target: &Target| {
+                    let mut members = agents.members(None).into_iter();
+                    members.any(|member| {
+                        member.groups.contains(&group) && member.at > Some(target.position)
+                    })
+                };
+                let target = self.complete.filter(|target| !is_past(target)).or(running);
+                let complete = self.complete;
+                let target = target.ok_or(OrderError::Idle { complete })?;
+                self.pin_group(group, target, reason, agents, now)
+            }
+            Order::Unpin(group) => self.unpin_group(&group),
+        }
+    }
 
     /// Begins no further wave and offers nothing more, until [`Rollout::resume`].
     pub fn pause(&mut self, reason: String, now: Timestamp) -> Result<Vec<Effect>, OrderError> {

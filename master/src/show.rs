@@ -124,7 +124,28 @@ fn status_lines(result: &Value, now: Timestamp, width: Option<usize>) -> Vec<Str
     lines.lines
 }
 
-/// Where a rollout is that is not through, and why.
+pub(crate) fn rollout_status(result: &Value) {
+    let mut lines = Lines {
+        width: terminal_width(),
+        lines: Vec::new(),
+    };
+    lines.field("state", &text(&result["state"]));
+    if let Some(complete) = result.get("complete") {
+        lines.field("complete", &position(complete));
+    }
+    rollout(&mut lines, result);
+    let named = result["all"]["named"].as_array().into_iter().flatten();
+    let named: Vec<_> = named.map(text).collect();
+    if !named.is_empty() {
+        let hosts = format!("{}; `agents` says why", named.join(", "));
+        lines.field("look at", &hosts);
+    }
+    for line in lines.lines {
+        say!("{line}");
+    }
+}
+
+/// Where a rollout is that is not through, and why; what is pinned, and what is held.
 fn rollout(lines: &mut Lines, rollout: &Value) {
     if !rollout["running"].is_null() {
         let number = |of: &str, key: &str| rollout[of][key].as_u64().unwrap_or(0);
@@ -154,6 +175,20 @@ fn rollout(lines: &mut Lines, rollout: &Value) {
     }
     if let Some(paused) = rollout.get("paused") {
         lines.alarm(&format!("paused: {}", text(&paused["reason"])));
+    }
+    for pin in rollout["pins"].as_array().into_iter().flatten() {
+        let (group, position) = (text(&pin["group"]), position(pin));
+        let reason = match text(&pin["reason"]) {
+            none if none.is_empty() => none,
+            reason => format!(": {reason}"),
+        };
+        lines.line(&format!("group {group} is pinned to {position}{reason}"));
+    }
+    if let Some(held) = rollout.get("held") {
+        let reason = text(&held["reason"]);
+        lines.alarm(&format!(
+            "nothing is published until `rollout resume`: {reason}"
+        ));
     }
     if rollout["state"] == "halted" {
         let failed = &rollout["failed"];
