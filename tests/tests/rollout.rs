@@ -121,3 +121,107 @@ fn a_generation_that_clamd_cannot_load_halts_at_the_canaries_and_is_taken_back()
     }
     wait_state(&master, "complete");
 }
+
+/// A fleet of `web1`, a canary, and `db1` without clamds, complete at 1; then set 2 stands at the
+/// canary for as long as nobody promotes it.
+fn standing(fleet: &Fleet) -> (Master, [Agent; 2]) {
+    let mut master = master(fleet, "settle = \"1h\"");
+    let mut agents = ["web1", "db1"].map(|name| fleet.agent(name));
+    master.start();
+    for agent in &mut agents {
+        agent.start();
+    }
+    master.wait_live("web1", 1);
+    order(&master, &["rollout", "promote", "--reason", "the first"], 0);
+    master.wait_live("db1", 1);
+    order(&master, &["rollout", "status", "--timeout", "60s"], 0);
+    good(2).write(&fleet.join("mirror"));
+    master.wait_live("web1", 2);
+    (master, agents)
+}
+
+/// Runs a command that must end with this exit code, and returns what it says on stderr.
+#[track_caller]
+fn order(master: &Master, command: &[&str], code: i32) -> String {
+    let output = master.command(command);
+    assert_eq!(output.status.code(), Some(code), "{command:?}: {output:?}");
+    String::from_utf8(output.stderr).unwrap()
+}
+
+#[test]
+fn a_restarted_master_goes_on_where_the_rollout_stood() {
+    let fleet = Fleet::new();
+    let (mut master, _agents) = standing(&fleet);
+    master.kill();
+    master.start();
+    master.wait_agent("db1", "db1 is back", |row| row["connected"] == true);
+    master.wait_agent("web1", "web1 is back", |row| row["connected"] == true);
+    assert_eq!(wait_state(&master, "running")["running"]["generation"], 2);
+    assert_eq!(
+        order(&master, &["rollout", "status", "--timeout", "1s"], 1),
+        "clamcast-master: not complete in time: it is running\n"
+    );
+    order(
+        &master,
+        &["rollout", "promote", "--reason", "it is good"],
+        0,
+    );
+    master.wait_live("db1", 2);
+    let promoted = master.wait_audit("promoted", master.audit("promoted").len());
+    assert_eq!(promoted.last().unwrap()["detail"]["reason"], "it is good");
+    assert_eq!(offered(&master, "db1"), [json!(1), json!(2)]);
+}
+
+#[test]
+fn operators_pause_abort_roll_back_and_pin() {
+    let fleet = Fleet::new();
+    let (mut master, _agents) = standing(&fleet);
+    order(&master, &["rollout", "pause", "--reason", "freeze"], 0);
+    assert_eq!(wait_state(&master, "paused")["paused"]["reason"], "freeze");
+    order(&master, &["rollout", "status"], 0);
+    order(&master, &["rollout", "resume"], 0);
+    let nothing = order(&master, &["rollout", "resume"], 4);
+    assert!(nothing.contains("1.2 is not paused"), "{nothing}");
+
+    // Those who have it go back, and the mirror's set is held.
+    order(&master, &["rollout", "abort", "--reason", "ticket 7"], 0);
+    for name in ["web1", "db1"] {
+        master.wait_live(name, 3);
+    }
+    assert_eq!(offered(&master, "db1"), [json!(1), json!(3)]);
+    assert_eq!(
+        wait_state(&master, "halted")["failed"]["reason"],
+        "ticket 7"
+    );
+    assert!(order(&master, &["publish"], 4).contains("which was aborted"));
+
+    // A pinned group stays where it is while the others go on.
+    order(&master, &["pin", "canary", "--reason", "audit"], 0);
+    good(3).write(&fleet.join("mirror"));
+    master.wait_live("db1", 4);
+    order(&master, &["rollout", "status", "--timeout", "60s"], 0);
+    assert_eq!(master.agent("web1").unwrap()["generation"], 3);
+    order(&master, &["unpin", "canary"], 0);
+    master.wait_live("web1", 4);
+
+    // After a rollback by hand nothing is published until somebody says so.
+    order(
+        &master,
+        &["rollback", "3", "--reason", "false positives"],
+        0,
+    );
+    for name in ["web1", "db1"] {
+        master.wait_live(name, 5);
+    }
+    good(4).write(&fleet.join("mirror"));
+    let held = order(&master, &["publish"], 4);
+    assert!(
+        held.contains("rolled back to the databases of 1.3"),
+        "{held}"
+    );
+    master.kill();
+    master.start();
+    order(&master, &["rollout", "resume"], 0);
+    master.wait_live("web1", 6);
+    assert!(order(&master, &["rollback", "77"], 2).contains("`generations`"));
+}

@@ -171,7 +171,8 @@ impl Run {
                 return Turn::Rest;
             }
             let since = *self.done.get_or_insert(now);
-            if !rules.settle.is_zero() && !is_over(since, rules.settle, now) {
+            let settles = !self.ahead.is_empty() && !rules.settle.is_zero();
+            if settles && !is_over(since, rules.settle, now) {
                 return Turn::Rest;
             }
         }
