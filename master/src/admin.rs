@@ -162,6 +162,14 @@ impl Request {
             Self::Agents => "agents",
             Self::Generations => "generations",
             Self::ForceSync { .. } => "force-sync",
+            Self::RolloutStatus { .. } => "rollout status",
+            Self::RolloutPause { .. } => "rollout pause",
+            Self::RolloutResume => "rollout resume",
+            Self::RolloutAbort { .. } => "rollout abort",
+            Self::RolloutPromote { .. } => "rollout promote",
+            Self::Rollback { .. } => "rollback",
+            Self::Pin { .. } => "pin",
+            Self::Unpin { .. } => "unpin",
             Self::AuditShow { .. } => "audit show",
         }
     }
