@@ -170,9 +170,11 @@ impl Run {
                 }
                 return Turn::Rest;
             }
+            if subject.iter().all(|agent| self.wave_of(agent).is_some()) {
+                return Turn::Through; // nobody is left for the waves ahead
+            }
             let since = *self.done.get_or_insert(now);
-            let settles = !self.ahead.is_empty() && !rules.settle.is_zero();
-            if settles && !is_over(since, rules.settle, now) {
+            if !is_over(since, rules.settle, now) {
                 return Turn::Rest;
             }
         }

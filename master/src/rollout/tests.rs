@@ -640,6 +640,13 @@ fn settle_time_passes_between_waves() {
 }
 
 #[test]
+fn settle_time_does_not_pass_where_nobody_is_left() {
+    let mut lab = Lab::new(2, 2, &["group:canary", "10%", "100%"]);
+    lab.rules.settle = Duration::from_secs(60);
+    lab.published(1).everybody(1, Word::Live).is("complete 1");
+}
+
+#[test]
 fn a_host_that_is_past_it_is_left_alone() {
     let mut lab = Lab::usual();
     lab.host("h7").at = Some(9);
