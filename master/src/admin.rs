@@ -23,7 +23,7 @@ use tokio_util::task::TaskTracker;
 use crate::events::Filter;
 use crate::fleet::{AWAY, Row};
 use crate::force::{self, INTERRUPTED, Meant, News, Selection, Work};
-use crate::hub::{Event, Hub, Stopping, View, Wanted};
+use crate::hub::{Event, Forcing, Hub, Stopping, View, Wanted};
 use crate::pipeline::Pipeline;
 use crate::preflight::{CERTIFICATE_ENDS_SOON, Running};
 use crate::publish::{PublishError, Published, Request as PublishRequest};
@@ -415,6 +415,13 @@ impl Commands {
                 position = Some(manifest.position());
                 ("new", None)
             }
+            Published::Unchanged if supersede => {
+                let order = Wanted::Plain(RolloutOrder::Supersede);
+                match self.order(session, order).await.exit {
+                    exit::DONE => ("begun", None),
+                    _ => ("unchanged", None), // nothing waits
+                }
+            }
             Published::Unchanged => ("unchanged", None),
             Published::Busy { reason } => {
                 let message = format!("{reason}; the daemon publishes when it is quiet");
@@ -430,10 +437,12 @@ impl Commands {
         }
         if let Some(reason) = reason {
             fields.insert("reason".to_owned(), reason.clone().into());
-            let next = if word == "held" {
-                "look at the mirror; if it is right, `publish --accept REASON`"
-            } else {
-                "mend the mirror; the last good generation stays"
+            let view = self.hub.view().await.ok();
+            let by_hand = view.is_some_and(|view| view.rollout.held().is_some());
+            let next = match word {
+                "held" if by_hand => "`rollout resume` publishes again",
+                "held" => "look at the mirror; if it is right, `publish --accept REASON`",
+                _ => "mend the mirror; the last good generation stays",
             };
             let message = Some(format!("{word}: {reason}; {next}"));
             return Ok(Finish {
@@ -579,7 +588,7 @@ impl Commands {
             );
             return session.finish(Finish::because(exit::FAILED, message)).await;
         };
-        let (position, agents) = match self.forced(&selection, generation).await {
+        let (what, agents) = match self.forced(&selection, generation, accept.as_deref()).await {
             Ok(forced) => forced,
             Err(finish) => return session.finish(finish).await,
         };
@@ -588,7 +597,7 @@ impl Commands {
             id: hex::encode(rand::random::<[u8; 4]>()),
             commands: self.clone(),
             operator,
-            position,
+            position: what.position(),
             deadline: Instant::now() + timeout,
             work: Work::default(),
             _place: place,
@@ -602,7 +611,7 @@ impl Commands {
 
         let (reply, forced) = oneshot::channel();
         let event = Event::Force {
-            position,
+            what,
             agents,
             full,
             reply,
@@ -640,24 +649,68 @@ impl Commands {
         &self,
         selection: &Selection,
         generation: Option<Meant>,
-    ) -> Result<(Position, Vec<AgentName>), Finish> {
+        accept: Option<&str>,
+    ) -> Result<(Forcing, Vec<AgentName>), Finish> {
         let view = self.hub.view().await;
         let view = view.map_err(|Stopping| self.life.ending().finish())?;
-        let Some(current) = view.current.as_ref().map(|manifest| manifest.position()) else {
-            let message = "no generation is published yet; `publish` makes one";
-            return Err(Finish::because(exit::FAILED, message));
+        let agents = selection
+            .resolve(&view.rows)
+            .map_err(|error| Finish::because(exit::USAGE, crate::chain(&error)))?;
+        let current = view.current.as_ref().map(|manifest| manifest.position());
+        let what = match (generation, current) {
+            (Some(meant), Some(current)) if meant.is(current) => Forcing::Current(current),
+            (None, Some(current)) => Forcing::Current(current),
+            (Some(meant), _) => {
+                let manifest = self.kept(meant)?;
+                self.may_be_forced(&manifest, selection, accept)?;
+                Forcing::TakenBack(manifest)
+            }
+            (None, None) => {
+                let message = "no generation is published yet; `publish` makes one";
+                return Err(Finish::because(exit::FAILED, message));
+            }
         };
-        if generation.is_some_and(|meant| !meant.is(current)) {
+        let position = what.position();
+        let is_past = |row: &&Row| agents.contains(&row.name) && row.at > Some(position);
+        if matches!(what, Forcing::TakenBack(_))
+            && let Some(row) = view.rows.iter().find(is_past)
+        {
+            let (agent, at) = (&row.name, row.at.expect("more than something"));
             let message = format!(
-                "only the current generation, {current}, can be forced: agents never go back to a \
-                 lower number"
+                "{agent} was offered {at} already, and agents never go back to a lower number; \
+                 `publish --accept REASON` publishes what the mirror holds under a new one"
             );
             return Err(Finish::because(exit::REFUSED, message));
         }
-        match selection.resolve(&view.rows) {
-            Ok(agents) => Ok((current, Vec::from_iter(agents))),
-            Err(error) => Err(Finish::because(exit::USAGE, crate::chain(&error))),
+        Ok((what, Vec::from_iter(agents)))
+    }
+
+    /// A generation that is not current is forced only if it was taken back, by name, and with a
+    /// reason.
+    fn may_be_forced(
+        &self,
+        manifest: &Manifest,
+        selection: &Selection,
+        accept: Option<&str>,
+    ) -> Result<(), Finish> {
+        let position = manifest.position();
+        let rejected = self.pipeline.rejected();
+        let Some(rejected) = rejected.iter().find(|it| it.position == position) else {
+            let message = format!(
+                "{position} is neither current nor was it halted: agents never go back to a lower \
+                 number, and what waits has its turn (`rollout status`)"
+            );
+            return Err(Finish::because(exit::REFUSED, message));
+        };
+        if selection.all || accept.is_none() {
+            let message = format!(
+                "{position} was {}; hosts get it all the same by name, with --accept REASON, and \
+                 never with --all",
+                rejected.outcome
+            );
+            return Err(Finish::because(exit::REFUSED, message));
         }
+        Ok(())
     }
 
     /// The three questions of a morning: what is the fleet at, who is not there and why, and how

@@ -4,7 +4,7 @@
 //! returns on disk. Invariant: what is said of a host comes from its signed receipts, never from
 //! what the master sent.
 
-use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,7 +24,7 @@ use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
 use crate::rollout::{
-    Agents, Effect, Member, Order, OrderError, Rollout, Rules, Tally, Target, Wanted, Word,
+    Agents, Effect, Member, Order, OrderError, Rollout, Rules, Tally, Target, Wanted, Wave, Word,
 };
 
 /// Receipts remembered by digest, so that one that is sent again is not taken for a new one.
@@ -249,6 +249,9 @@ pub struct Row {
     pub address: Option<SocketAddr>,
     /// When the certificate that it last came with ends.
     pub certificate_ends: Timestamp,
+    /// The highest generation that it took: it declines what is below.
+    #[serde(skip)]
+    pub at: Option<Position>,
     /// The offer that is under way.
     #[serde(skip)]
     pub offered: Option<OfferId>,
@@ -366,6 +369,32 @@ impl Fleet {
     /// What became of the running generation in all waves that have begun, and in the last.
     pub fn tallies(&self, now: Timestamp) -> Option<(Tally, Tally)> {
         self.rollout.tallies(&self.agents, &self.rules, now)
+    }
+
+    /// Versions of clamd that hosts have and no host of the first wave has, where that is a group:
+    /// whether they can load a generation is not known before it comes to them. With the number of
+    /// hosts and one of them.
+    pub fn untried_versions(&self) -> BTreeMap<&str, (usize, &AgentName)> {
+        let Some(Wave::Group(canary)) = self.rules.waves.first() else {
+            return BTreeMap::new(); // a part of the fleet, another one each time
+        };
+        let agents = self.agents.0.values().map(|agent| &agent.record);
+        let (canaries, others): (Vec<_>, Vec<_>) =
+            agents.partition(|record| record.groups.contains(canary));
+        let tried: BTreeSet<_> = canaries
+            .iter()
+            .filter_map(|record| program_version(&record.clamd))
+            .collect();
+        let mut untried = BTreeMap::new();
+        for record in others {
+            let Some(version) = program_version(&record.clamd) else {
+                continue;
+            };
+            if !tried.contains(version) && !canaries.is_empty() {
+                untried.entry(version).or_insert((0, &record.name)).0 += 1;
+            }
+        }
+        untried
     }
 
     /// Whether time alone may change what is wanted.
@@ -718,6 +747,7 @@ impl Fleet {
                 drift: record.drift.clone(),
                 address: agent.link.as_ref().map(|link| link.address),
                 certificate_ends: record.certificate_ends,
+                at: agent.at(),
                 offered: offer.map(|offer| offer.id),
                 answered: agent
                     .link
@@ -921,6 +951,13 @@ impl Agent {
     }
 }
 
+/// The program's own version in clamd's answer to VERSION: `ClamAV 1.4.3` of
+/// `ClamAV 1.4.3/27890/Sat ...`.
+fn program_version(clamd: &ClamdReport) -> Option<&str> {
+    let version = clamd.version.as_deref()?;
+    version.split('/').next()
+}
+
 /// Names of drifted files that a table has room for.
 const DRIFT_SHOWN: usize = 3;
 
@@ -1075,6 +1112,39 @@ mod tests {
             found.outcome
         );
         assert_eq!(text, row);
+    }
+
+    #[test]
+    fn a_version_of_clamd_that_no_canary_has_is_told() {
+        let mut fleet = fleet(1, &[]);
+        fleet.rules.waves = vec!["group:canary".parse().unwrap()];
+        let mut check = |hosts: &[(&str, &str, &str)], expected: &[(&str, usize)]| {
+            for (id, (name, group, version)) in (2..).zip(hosts) {
+                let name = name.parse().unwrap();
+                fleet.connected(&name, vec![group.parse().unwrap()], link(id));
+                let clamd = ClamdReport {
+                    version: Some((*version).to_owned()),
+                    ..ClamdReport::default()
+                };
+                fleet.hello(&name, clamd, vec![]);
+            }
+            let untried = fleet.untried_versions().into_iter();
+            let untried: Vec<_> = untried.map(|(of, (count, _))| (of, count)).collect();
+            assert_eq!(untried, expected);
+        };
+        check(&[("db1", "db", "ClamAV 1.0.7/1/Sat")], &[]); // without canaries, which is told elsewhere
+        check(
+            &[("web2", "canary", "ClamAV 1.4.3/2/Sun")],
+            &[("ClamAV 1.0.7", 1)],
+        );
+        check(
+            &[
+                ("db2", "db", "ClamAV 1.0.7"),
+                ("db3", "db", "ClamAV 1.4.3/1"),
+            ],
+            &[("ClamAV 1.0.7", 2)],
+        );
+        check(&[("web3", "canary", "ClamAV 1.0.7/1/Sat")], &[]);
     }
 
     #[test]

@@ -481,6 +481,7 @@ mod tests {
                 drift: vec![],
                 address: None,
                 certificate_ends: Timestamp::UNIX_EPOCH,
+                at: None,
                 offered: number(),
                 answered: number(),
             }

@@ -107,7 +107,8 @@ Examples:
   clamcast-master agents --json | jq -r '.[] | select(.conformant | not) | .name'";
 
 pub(crate) const GENERATIONS: &str = "\
-FILES are named with their versions. STATE is current or superseded.
+FILES are named with their versions. STATE is running (on its way through the fleet), waiting (for \
+that), current (what everybody else is wanted at), superseded, halted, aborted or rolled_back.
 
 Exit codes:
   0  it could answer
@@ -120,13 +121,14 @@ Exit codes:
   0  every agent is live with the current generation
   1  one is not; the table says which and why
   2  no such agent or group
-  4  not the current generation
+  4  the generation is not current and was not taken back, or hosts are past it
 
 Examples:
   clamcast-master force-sync web1 'db-*'
   clamcast-master force-sync --group canary --timeout 2m
   clamcast-master force-sync --all --no-wait
-  clamcast-master force-sync web1 --full --json";
+  clamcast-master force-sync web1 --full --json
+  clamcast-master force-sync web1 --generation 1.42 --accept 'to see what clamd has against it'";
 
 pub(crate) const AUDIT_SHOW: &str = "\
 A record says what happened (EVENT), to what (SUBJECT, GENERATION), what came of it (OUTCOME), and who \

@@ -132,15 +132,15 @@ pub enum Event {
     WentBack(Arc<Verified<Manifest>>),
     /// What was current is not to be offered any more; the next publication is.
     Withdrawn,
-    /// An operator wants these agents at the current generation, whatever they say they have.
+    /// An operator wants these agents at a generation, whatever they say they have.
     Force {
-        /// The generation that was current when the operator asked.
-        position: Position,
+        /// Which one.
+        what: Forcing,
         /// Which ones.
         agents: Vec<AgentName>,
         /// Without a delta.
         full: bool,
-        /// Gets what was offered to whom; nothing if another generation is current by now.
+        /// Gets what was offered to whom; nothing if it may not be offered any more.
         reply: oneshot::Sender<Forced>,
     },
     /// An operator orders something about the rollout.
@@ -211,6 +211,25 @@ pub struct Current {
     pub fresh: Verified<Freshness>,
 }
 
+/// What is forced.
+#[derive(Clone, Debug)]
+pub enum Forcing {
+    /// What is current, if it still is the one at this position.
+    Current(Position),
+    /// One that was taken back, on the word of an operator.
+    TakenBack(Arc<Verified<Manifest>>),
+}
+
+impl Forcing {
+    /// Where it stands.
+    pub fn position(&self) -> Position {
+        match self {
+            Self::Current(position) => *position,
+            Self::TakenBack(manifest) => manifest.position(),
+        }
+    }
+}
+
 /// What came of [`Event::Force`] at first.
 #[derive(Debug)]
 pub struct Forced {
@@ -262,6 +281,8 @@ pub struct View {
     pub rollout: Rollout,
     /// What became of the running generation in all waves that have begun, and in the last.
     pub tallies: Option<(Tally, Tally)>,
+    /// Versions of clamd that no canary tries, with the number of hosts and one of them.
+    pub untried: Vec<(String, usize, AgentName)>,
     /// Who stands where, in numbers.
     pub counts: Counts,
     /// Connected agents that have not answered their offer yet.
@@ -373,7 +394,7 @@ struct Running {
     accepted: bool,
     /// Agents that an operator has forced and that have not answered yet: one that loses its
     /// connection is to look at its disk all the same when it is back.
-    forced: HashMap<AgentName, (Manner, Arc<Verified<Manifest>>)>,
+    forced: HashMap<AgentName, Ordered>,
     /// When agents were last told the audit log's head.
     told: Option<Instant>,
     /// Words that a generation is current, until they are made anew.
@@ -388,6 +409,15 @@ struct Running {
     /// When that, or the rollback that is owed, was tried last.
     tried: Option<Instant>,
     tick: watch::Sender<u64>,
+}
+
+/// What an operator has forced on an agent.
+#[derive(Clone, Debug)]
+struct Ordered {
+    manner: Manner,
+    manifest: Arc<Verified<Manifest>>,
+    /// It is not current and does not become so.
+    taken_back: bool,
 }
 
 struct OpenLink {
@@ -511,11 +541,11 @@ impl Running {
                 self.carry_out(effects, None, now).await;
             }
             Event::Force {
-                position,
+                what,
                 agents,
                 full,
                 reply,
-            } => self.force(position, agents, full, reply, now).await,
+            } => self.force(what, agents, full, reply, now).await,
             Event::Order {
                 order,
                 operator,
@@ -572,11 +602,13 @@ impl Running {
         self.looked = Instant::now();
     }
 
-    /// Whether an agent is being driven past the waves to what is still current.
+    /// Whether an agent is being driven past the waves to what is still current, or to what was
+    /// taken back.
     fn is_forced(&self, name: &AgentName) -> bool {
-        let forced = self.forced.get(name).map(|(_, it)| it.payload_sha256());
         let current = self.task.fleet.current().map(|it| it.payload_sha256());
-        forced.is_some() && forced == current
+        self.forced.get(name).is_some_and(|order| {
+            order.taken_back || Some(order.manifest.payload_sha256()) == current
+        })
     }
 
     /// Carries out what a change of the rollout brings. Its new state stands in the recorder's
@@ -720,6 +752,11 @@ impl Running {
             current: fleet.current().cloned(),
             rollout: fleet.rollout().clone(),
             tallies: fleet.tallies(now),
+            untried: fleet
+                .untried_versions()
+                .into_iter()
+                .map(|(version, (hosts, one))| (version.to_owned(), hosts, one.clone()))
+                .collect(),
             counts: fleet.counts(now, deadline),
             unsettled: fleet.unsettled(now, deadline).cloned().collect(),
             rows: fleet.rows(now, deadline),
@@ -824,8 +861,8 @@ impl Running {
             link.greeted = true;
         }
         let forced = self.forced.get(name).cloned();
-        let manner = forced.as_ref().map(|(manner, _)| *manner);
-        let ordered = forced.and_then(|(_, manifest)| self.is_forced(name).then_some(manifest));
+        let manner = forced.as_ref().map(|order| order.manner);
+        let ordered = forced.and_then(|order| self.is_forced(name).then_some(order.manifest));
         let wanted = self.task.fleet.wanted(name, now).cloned();
         let Some(manifest) = ordered.or(wanted) else {
             self.vouch_to(id, now);
@@ -920,15 +957,21 @@ impl Running {
 
     async fn force(
         &mut self,
-        position: Position,
+        what: Forcing,
         agents: Vec<AgentName>,
         full: bool,
         reply: oneshot::Sender<Forced>,
         now: Timestamp,
     ) {
-        let current = self.task.fleet.current().cloned();
-        let Some(manifest) = current.filter(|current| current.position() == position) else {
-            return; // dropping `reply` says so
+        let manifest = match &what {
+            Forcing::Current(position) => {
+                let current = self.task.fleet.current().cloned();
+                let Some(current) = current.filter(|it| it.position() == *position) else {
+                    return; // dropping `reply` says so
+                };
+                current
+            }
+            Forcing::TakenBack(manifest) => manifest.clone(),
         };
         let by_name: HashMap<_, _> = self
             .links
@@ -947,7 +990,12 @@ impl Running {
             };
             match offer {
                 Some(offer) => {
-                    self.forced.insert(name.clone(), (manner, manifest.clone()));
+                    let order = Ordered {
+                        manner,
+                        manifest: manifest.clone(),
+                        taken_back: matches!(what, Forcing::TakenBack(_)),
+                    };
+                    self.forced.insert(name.clone(), order);
                     forced.offers.push((name, offer));
                 }
                 None => forced.offline.push(name),

@@ -83,7 +83,8 @@ enum Command {
         /// the audit log
         #[arg(long, value_name = "REASON", value_parser = reason)]
         accept: Option<String>,
-        /// Let it take the place of the generation that is on its way, which otherwise goes first
+        /// Let it, or the one that waits, take the place of the generation that is on its way, which
+        /// otherwise goes first
         #[arg(long)]
         supersede: bool,
         /// Print JSON
@@ -190,8 +191,8 @@ struct ForceSync {
     /// Send whole files, no deltas
     #[arg(long)]
     full: bool,
-    /// Only if this generation (1.42, or 42 in the current epoch) is the current one; needs --accept,
-    /// and never goes with --all
+    /// A generation that was halted, aborted or rolled back (1.42, or 42), on hosts that are below
+    /// it; or only if it is the current one. Needs --accept, and never goes with --all
     #[arg(long, value_name = "N", conflicts_with = "all", requires = "accept")]
     generation: Option<Meant>,
     /// Why, for the audit log

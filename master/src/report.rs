@@ -68,6 +68,11 @@ pub fn rollout(view: &View) -> Value {
     if let Some(held) = rollout.held() {
         set("held", json!(held));
     }
+    let untried = view
+        .untried
+        .iter()
+        .map(|(version, hosts, one)| json!({ "version": version, "hosts": hosts, "one": one }));
+    set("untried", untried.collect());
     let pins = rollout.pins().iter().map(|(group, pin)| {
         let position = pin.target.position;
         json!({

@@ -211,6 +211,8 @@ pub enum Order {
     Abort(String),
     /// Begin all waves that are still to come.
     Promote(String),
+    /// Let what waits take the place of the running generation.
+    Supersede,
     /// Publish these databases again, in the place of what is current.
     RollBack(Target, String),
     /// Keep a group at a generation, or where it is wanted now.
@@ -228,6 +230,9 @@ pub enum OrderError {
         /// What everybody is wanted at.
         complete: Option<Target>,
     },
+    /// Nothing waits.
+    #[error("no generation waits for its turn")]
+    NothingWaits,
     /// It is not paused.
     #[error("the rollout of {0} is not paused")]
     NotPaused(Position),
@@ -513,6 +518,10 @@ impl Rollout {
             Order::Resume => self.resume(agents, rules, now),
             Order::Abort(reason) => self.abort(reason, rules, now),
             Order::Promote(reason) => self.promote(reason, now),
+            Order::Supersede => {
+                let waiting = self.waiting.ok_or(OrderError::NothingWaits)?;
+                Ok(self.begin(waiting, rules))
+            }
             Order::RollBack(to, reason) => self.roll_back(to, reason, now),
             Order::Pin(group, Some(target), reason) => {
                 self.pin_group(group, target, reason, agents, now)

@@ -46,6 +46,7 @@ pub(crate) fn published(result: &Value) {
     let position = position(result);
     match text(&result["outcome"]).as_str() {
         "new" => say!("published {position}"),
+        "begun" => say!("{position} waits no longer"),
         "unchanged" => say!("unchanged: {position} is what the mirror holds"),
         _ => say!("current is still {position}"),
     }
@@ -183,6 +184,13 @@ fn rollout(lines: &mut Lines, rollout: &Value) {
             reason => format!(": {reason}"),
         };
         lines.line(&format!("group {group} is pinned to {position}{reason}"));
+    }
+    for untried in rollout["untried"].as_array().into_iter().flatten() {
+        let [version, hosts, one] = ["version", "hosts", "one"].map(|key| text(&untried[key]));
+        lines.line(&format!(
+            "no canary runs {version}, which {hosts} other hosts have ({one}): nobody tries a \
+             generation with it first"
+        ));
     }
     if let Some(held) = rollout.get("held") {
         let reason = text(&held["reason"]);

@@ -203,10 +203,13 @@ fn a_full_disk_on_the_agent_keeps_the_old_set_and_says_so() {
         (&1.into(), &true.into())
     );
     assert_eq!(agent.names(), ["daily.cud"]);
-    // With room again the next set goes in.
+    // A smaller set waits behind the one that has no room, until an operator says otherwise.
     Container::new("daily", 3)
         .member("hsb", signatures(0..200))
         .write(&mirror);
+    master.wait_audit("rollout-waits", 1);
+    let published = master.command(&["publish", "--supersede"]);
+    assert_eq!(published.status.code(), Some(0), "{published:?}");
     master.wait_live("web1", 3);
 }
 

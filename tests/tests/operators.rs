@@ -155,8 +155,8 @@ fn force_sync_names_whoever_is_offline_unknown_or_too_late() {
     );
     exits(
         &master.command(&["force-sync", "web1", "--generation", "9", "--accept", "x"]),
-        4,
-        "never go back",
+        2,
+        "no such generation",
     );
     exits(
         &master.command(&["force-sync", "web1", "--no-wait"]),

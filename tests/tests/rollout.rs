@@ -125,7 +125,11 @@ fn a_generation_that_clamd_cannot_load_halts_at_the_canaries_and_is_taken_back()
 /// A fleet of `web1`, a canary, and `db1` without clamds, complete at 1; then set 2 stands at the
 /// canary for as long as nobody promotes it.
 fn standing(fleet: &Fleet) -> (Master, [Agent; 2]) {
-    let mut master = master(fleet, "settle = \"1h\"");
+    standing_with(fleet, "")
+}
+
+fn standing_with(fleet: &Fleet, rules: &str) -> (Master, [Agent; 2]) {
+    let mut master = master(fleet, &format!("settle = \"1h\"\n{rules}"));
     let mut agents = ["web1", "db1"].map(|name| fleet.agent(name));
     master.start();
     for agent in &mut agents {
@@ -224,4 +228,28 @@ fn operators_pause_abort_roll_back_and_pin() {
     order(&master, &["rollout", "resume"], 0);
     master.wait_live("web1", 6);
     assert!(order(&master, &["rollback", "77"], 2).contains("`generations`"));
+}
+
+#[test]
+fn what_was_taken_back_is_forced_by_name_and_with_a_reason_only() {
+    let fleet = Fleet::new();
+    let (master, _agents) = standing_with(&fleet, "rollback_on_halt = false");
+    order(&master, &["rollout", "abort", "--reason", "ticket 7"], 0);
+    let force = |rest: &[&str], code| {
+        let command = [&["force-sync"], rest].concat();
+        order(&master, &command, code)
+    };
+    force(&["--all", "--generation", "2", "--accept", "a test"], 2);
+    force(&["db1", "--generation", "2"], 2);
+    force(&["db1", "--generation", "2", "--accept", "a test"], 0);
+    let row = master.wait_live("db1", 2);
+    assert_eq!(row["conformant"], true, "it is where an operator put it");
+    let end = master.wait_audit("force-sync", 1).remove(0);
+    assert_eq!(end["generation"], 2);
+    assert_eq!(end["detail"]["reason"], "a test");
+    // Nobody goes back.
+    let back = force(&["db1", "--generation", "1", "--accept", "a test"], 4);
+    assert!(back.contains("never go back"), "{back}");
+    let none = force(&["db1", "--generation", "77", "--accept", "a test"], 2);
+    assert!(none.contains("no such generation"), "{none}");
 }

@@ -503,6 +503,22 @@ fn superseding_begins_the_waves_anew_and_nobody_goes_back() {
 }
 
 #[test]
+fn what_waits_behind_one_that_does_not_move_is_let_past_it_by_an_operator() {
+    let mut lab = Lab::usual();
+    lab.published(2).say("h0", 2, Word::Unwell).published(3);
+    lab.is("complete 1, running 2 wave 1 of 3, paused Unwell, waiting 3");
+    let supersede = |lab: &mut Lab| {
+        let fleet = Hosts(&lab.hosts, lab.now);
+        lab.rollout
+            .order(Order::Supersede, &fleet, &lab.rules, at(lab.now))
+    };
+    let effects = supersede(&mut lab).unwrap();
+    lab.take(effects);
+    lab.step().is("complete 1, running 3 wave 1 of 3");
+    assert_eq!(supersede(&mut lab), Err(OrderError::NothingWaits));
+}
+
+#[test]
 fn paused_by_an_operator_nothing_begins_and_what_was_begun_is_finished() {
     let mut lab = Lab::usual();
     lab.published(2);
