@@ -628,7 +628,7 @@ impl Commands {
             };
             return session.finish(finish).await;
         };
-        let (work, first) = Work::new(forced.offers, forced.offline);
+        let (work, first) = Work::new(forced.offers, forced.offline, forced.past);
         order.work = work;
         let mut listener = Some(session);
         tell(&mut listener, &first).await;
@@ -670,18 +670,6 @@ impl Commands {
                 return Err(Finish::because(exit::FAILED, message));
             }
         };
-        let position = what.position();
-        let is_past = |row: &&Row| agents.contains(&row.name) && row.at > Some(position);
-        if matches!(what, Forcing::TakenBack(_))
-            && let Some(row) = view.rows.iter().find(is_past)
-        {
-            let (agent, at) = (&row.name, row.at.expect("more than something"));
-            let message = format!(
-                "{agent} was offered {at} already, and agents never go back to a lower number; \
-                 `publish --accept REASON` publishes what the mirror holds under a new one"
-            );
-            return Err(Finish::because(exit::REFUSED, message));
-        }
         Ok((what, Vec::from_iter(agents)))
     }
 

@@ -249,9 +249,6 @@ pub struct Row {
     pub address: Option<SocketAddr>,
     /// When the certificate that it last came with ends.
     pub certificate_ends: Timestamp,
-    /// The highest generation that it took: it declines what is below.
-    #[serde(skip)]
-    pub at: Option<Position>,
     /// The offer that is under way.
     #[serde(skip)]
     pub offered: Option<OfferId>,
@@ -395,6 +392,11 @@ impl Fleet {
             }
         }
         untried
+    }
+
+    /// The highest generation that an agent took: it declines what is below.
+    pub fn at(&self, name: &AgentName) -> Option<Position> {
+        self.agents.0.get(name)?.at()
     }
 
     /// Whether time alone may change what is wanted.
@@ -747,7 +749,6 @@ impl Fleet {
                 drift: record.drift.clone(),
                 address: agent.link.as_ref().map(|link| link.address),
                 certificate_ends: record.certificate_ends,
-                at: agent.at(),
                 offered: offer.map(|offer| offer.id),
                 answered: agent
                     .link

@@ -197,7 +197,7 @@ const ORDERED: &str = "ordered";
 pub struct End {
     /// The agent.
     pub agent: AgentName,
-    /// An outcome of its receipt, or `offline`, `gone`, `no answer`, `timeout`, `interrupted`.
+    /// An outcome of its receipt, or `offline`, `past`, `gone`, `no answer`, `timeout`, `interrupted`.
     pub outcome: String,
     /// Epoch of the generation that it has now; nothing is said of one that has not answered.
     pub epoch: Option<u64>,
@@ -229,9 +229,13 @@ pub enum News {
 }
 
 impl Work {
-    /// Begins with the agents that were offered, and those that are not connected, which are done
-    /// at once.
-    pub fn new(offers: Vec<(AgentName, OfferId)>, offline: Vec<AgentName>) -> (Self, Vec<News>) {
+    /// Begins with the agents that were offered, and those that are not connected or past it, which
+    /// are done at once.
+    pub fn new(
+        offers: Vec<(AgentName, OfferId)>,
+        offline: Vec<AgentName>,
+        past: Vec<(AgentName, Position)>,
+    ) -> (Self, Vec<News>) {
         let ordered = offers.iter().map(|(agent, _)| News::Phase {
             agent: agent.clone(),
             phase: ORDERED.to_owned(),
@@ -249,6 +253,13 @@ impl Work {
             let error = "not connected; it catches up when it comes back, without a re-hash";
             let end = End::new(agent, "offline", None, Some(error.to_owned()));
             news.push(work.end(end));
+        }
+        for (agent, at) in past {
+            let error = format!(
+                "it took {at} and never goes back to a lower number; `rollback` publishes old \
+                 databases under a new one"
+            );
+            news.push(work.end(End::new(agent, "past", None, Some(error))));
         }
         (work, news)
     }
@@ -481,7 +492,6 @@ mod tests {
                 drift: vec![],
                 address: None,
                 certificate_ends: Timestamp::UNIX_EPOCH,
-                at: None,
                 offered: number(),
                 answered: number(),
             }
@@ -541,7 +551,7 @@ mod tests {
             ("web1".parse().unwrap(), OfferId(5)),
             ("web2".parse().unwrap(), OfferId(6)),
         ];
-        let (mut work, first) = Work::new(offers, vec!["db1".parse().unwrap()]);
+        let (mut work, first) = Work::new(offers, vec!["db1".parse().unwrap()], vec![]);
         assert_eq!(news(&first), "web1 ordered, web2 ordered, db1 = offline");
         let look = |work: &mut Work, text: &str| news(&work.look(&rows(text)));
         let fetching = "web1 dmz fetching 5 4 | web2 dmz live 6 2";
@@ -565,7 +575,7 @@ mod tests {
             ("web1".parse().unwrap(), OfferId(5)),
             ("web2".parse().unwrap(), OfferId(6)),
         ];
-        let (mut work, _) = Work::new(offers, vec![]);
+        let (mut work, _) = Work::new(offers, vec![], vec![]);
         let rows = rows("web1 dmz proving 5");
         assert_eq!(news(&work.look(&rows)), "web1 proving, web2 = gone");
         assert_eq!(news(&work.time_out()), "web1 = timeout");
@@ -578,10 +588,10 @@ mod tests {
             let names = ["web1", "web2"].map(|name| name.parse().unwrap());
             names.into_iter().zip([5, 6].map(OfferId)).collect()
         };
-        let (mut work, _) = Work::new(offers(), vec![]);
+        let (mut work, _) = Work::new(offers(), vec![], vec![]);
         work.look(&rows("web1 dmz offered 5 | web2 dmz fetching 6"));
         assert_eq!(news(&work.time_out()), "web1 = no answer, web2 = timeout");
-        let (mut work, _) = Work::new(offers(), vec![]);
+        let (mut work, _) = Work::new(offers(), vec![], vec![]);
         work.look(&rows("web1 dmz live - 5 | web2 dmz proving 6"));
         assert_eq!(news(&work.interrupt("reload")), "web2 = interrupted");
         assert_eq!(work.detail()["failed"], json!(["web2"]));
@@ -595,7 +605,7 @@ mod tests {
         let record = |count: u64| {
             let names: Vec<AgentName> = (0..count).map(name).collect();
             let ordered = Value::Object(named("agents", names.iter()));
-            let (work, _) = Work::new(vec![], names);
+            let (work, _) = Work::new(vec![], names, vec![]);
             (ordered, work.detail())
         };
         let (ordered, ended) = record(2_000);

@@ -237,6 +237,8 @@ pub struct Forced {
     pub offers: Vec<(AgentName, OfferId)>,
     /// Agents that are not connected.
     pub offline: Vec<AgentName>,
+    /// Agents that took a higher one, and which.
+    pub past: Vec<(AgentName, Position)>,
 }
 
 /// How a generation is offered.
@@ -981,9 +983,15 @@ impl Running {
         let mut forced = Forced {
             offers: Vec::new(),
             offline: Vec::new(),
+            past: Vec::new(),
         };
         let manner = Manner { rehash: true, full };
         for name in agents {
+            let at = self.task.fleet.at(&name);
+            if let Some(at) = at.filter(|at| *at > manifest.position()) {
+                forced.past.push((name, at));
+                continue;
+            }
             let offer = match by_name.get(&name) {
                 Some(id) => self.offer(*id, manifest.clone(), manner, now).await,
                 None => None,

@@ -41,6 +41,7 @@ pub fn rollout(view: &View) -> Value {
     if let Some(run) = run {
         set("running", json!(run.target.position));
         set("skipped", json!(run.skipped));
+        set("waits_for_window", run.waits_for_window.into());
         let last = run.begun.last();
         set("name", json!(last.map(|begun| &begun.wave)));
         set("since", json!(last.map(|begun| begun.since)));

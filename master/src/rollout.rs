@@ -434,7 +434,7 @@ impl Rollout {
     }
 
     /// The agents that take part in the running generation: a pinned group does not, nor does who
-    /// is past it or waits for a window.
+    /// is past it.
     fn subject<'a>(
         &self,
         agents: &'a impl Agents,
@@ -447,11 +447,14 @@ impl Rollout {
         let takes_part = |member: &Member<'_>| {
             self.pin(member.groups).is_none()
                 && member.at.is_none_or(|at| at <= run.target.position)
-                && (member.word.is_some() || rules.is_open(member.groups, now))
         };
         let members = agents.members(Some(&run.target));
         let members = members.into_iter().filter(takes_part);
-        members.map(|member| run.placed(member)).collect()
+        let placed = |member: Member<'a>| {
+            let may = member.word.is_some() || rules.is_open(member.groups, now);
+            run.placed(member, may)
+        };
+        members.map(placed).collect()
     }
 
     fn completed(&mut self, rules: &Rules) -> Vec<Effect> {
@@ -588,14 +591,10 @@ impl Rollout {
         Ok(self.end(Ending::Aborted, reason, rules, now))
     }
 
-    /// Begins all waves that are still to come.
+    /// Makes one wave of everybody, in the place of those that have begun and are still to come.
     pub fn promote(&mut self, reason: String, now: Timestamp) -> Result<Vec<Effect>, OrderError> {
         let run = self.run()?;
-        run.ahead.clear();
-        run.paused = None;
-        run.done = None;
-        let everybody = Wave::Share(Percent::new(100).expect("a percentage"));
-        run.begun.push(Begun::new(everybody, &mut [], now));
+        run.promote(now);
         Ok(vec![note("promoted", run.target, reason)])
     }
 

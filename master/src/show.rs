@@ -171,6 +171,12 @@ fn rollout(lines: &mut Lines, rollout: &Value) {
     for wave in rollout["skipped"].as_array().into_iter().flatten() {
         lines.field("", &format!("wave {} has no members", text(wave)));
     }
+    if rollout["waits_for_window"] == true {
+        lines.field(
+            "",
+            "the next wave begins when a window of its members opens",
+        );
+    }
     if let Some(waiting) = rollout.get("waiting") {
         lines.field("", &format!("{} waits for it", position(waiting)));
     }

@@ -30,6 +30,12 @@ pub struct Run {
     pub ahead: Vec<Wave>,
     /// Waves without members, which were passed over.
     pub skipped: Vec<Wave>,
+    /// Whether the next wave waits for a window of its members to open.
+    #[serde(default)]
+    pub waits_for_window: bool,
+    /// An operator has made one wave of everybody.
+    #[serde(default)]
+    pub promoted: bool,
     /// Since when the last wave that began is done.
     pub done: Option<Timestamp>,
     /// Why it does not go on.
@@ -88,6 +94,8 @@ pub struct Tally {
 pub(super) struct Placed<'a> {
     member: Member<'a>,
     place: Digest,
+    /// Its window is open, or it has taken the generation before that closed.
+    may: bool,
 }
 
 /// What follows for a run.
@@ -119,6 +127,8 @@ impl Run {
             begun: Vec::new(),
             ahead: waves,
             skipped: Vec::new(),
+            waits_for_window: false,
+            promoted: false,
             done: None,
             paused: None,
             unwell_seen: 0,
@@ -161,6 +171,18 @@ impl Run {
             effects.extend(self.pause(PauseKind::Unwell, reason, now));
             return Turn::Rest;
         }
+        if wave.members == 0 && !self.begun.is_empty() && !self.promoted {
+            let last = self.begun.len() - 1;
+            if subject
+                .iter()
+                .any(|agent| self.wave_of(agent) == Some(last))
+            {
+                return Turn::Rest; // their window has closed
+            }
+            let wave = self.begun.remove(last).wave; // revoked or pinned meanwhile
+            self.skip(wave, effects);
+            return Turn::Again;
+        }
         if let Some(begun) = self.begun.last() {
             if !wave.is_done() {
                 self.done = None;
@@ -182,14 +204,14 @@ impl Run {
     }
 
     /// An agent with its place in this rollout.
-    pub(super) fn placed<'a>(&self, member: Member<'a>) -> Placed<'a> {
+    pub(super) fn placed<'a>(&self, member: Member<'a>, may: bool) -> Placed<'a> {
         let place = place(&self.target.content, member.name);
-        Placed { member, place }
+        Placed { member, place, may }
     }
 
     /// Whether the wave of an agent has begun.
     pub fn has(&self, member: &Member<'_>) -> bool {
-        self.wave_of(&self.placed(member.clone())).is_some()
+        self.wave_of(&self.placed(member.clone(), true)).is_some()
     }
 
     /// The first wave that has begun and that an agent is in.
@@ -210,18 +232,35 @@ impl Run {
         }
         while !self.ahead.is_empty() {
             let wave = self.ahead.remove(0);
-            let places = subject.iter().map(|agent| agent.place);
-            let begun = Begun::new(wave.clone(), &mut places.collect::<Vec<_>>(), now);
+            let open = subject.iter().filter(|agent| agent.may);
+            let mut places: Vec<_> = open.map(|agent| agent.place).collect();
+            let begun = Begun::new(wave.clone(), &mut places, now);
             let is_new = |agent: &&Placed<'_>| {
                 begun.has(agent.member.groups, &agent.place) && self.wave_of(agent).is_none()
             };
-            let new = subject.iter().filter(is_new).count();
+            let new = subject
+                .iter()
+                .filter(|agent| agent.may)
+                .filter(is_new)
+                .count();
             if new == 0 {
-                let reason = format!("{wave} has no members");
-                effects.push(note("wave-skipped", self.target, reason));
-                self.skipped.push(wave);
+                let would = |agent: &Placed<'_>| match &wave {
+                    Wave::Group(group) => agent.member.groups.contains(group),
+                    Wave::Share(_) | Wave::Count(_) => true,
+                };
+                let closed = subject.iter().filter(|agent| !agent.may);
+                if closed.filter(|it| self.wave_of(it).is_none()).any(would) {
+                    if !std::mem::replace(&mut self.waits_for_window, true) {
+                        let reason = format!("{wave}: until a window of its members opens");
+                        effects.push(note("rollout-waits", self.target, reason));
+                    }
+                    self.ahead.insert(0, wave);
+                    return Turn::Rest;
+                }
+                self.skip(wave, effects);
                 continue;
             }
+            self.waits_for_window = false;
             if new > 1 && new == subject.len() && !self.skipped.is_empty() {
                 let substitute = Percent::new(SUBSTITUTE).expect("a percentage");
                 self.ahead.insert(0, wave);
@@ -234,6 +273,22 @@ impl Run {
             return Turn::Again;
         }
         Turn::Through
+    }
+
+    fn skip(&mut self, wave: Wave, effects: &mut Vec<Effect>) {
+        let reason = format!("{wave} has no members");
+        effects.push(note("wave-skipped", self.target, reason));
+        self.skipped.push(wave);
+    }
+
+    pub(super) fn promote(&mut self, now: Timestamp) {
+        let everybody = Wave::Share(Percent::new(100).expect("a percentage"));
+        self.begun = vec![Begun::new(everybody, &mut [], now)];
+        self.ahead.clear();
+        self.promoted = true;
+        self.waits_for_window = false;
+        self.paused = None;
+        self.done = None;
     }
 
     pub(super) fn pause(&mut self, kind: PauseKind, reason: String, now: Timestamp) -> Vec<Effect> {
@@ -260,6 +315,9 @@ impl Run {
         for agent in subject {
             let (of, member) = (self.wave_of(agent), &agent.member);
             let refused = member.word == Some(Word::Refused);
+            if !agent.may {
+                continue;
+            }
             if of.is_none() && !(refused && wave.is_none()) || (wave.is_some() && of != last) {
                 continue;
             }
@@ -288,7 +346,7 @@ impl Run {
     /// Why it must be halted, if it must: in the first wave one refusal is enough.
     fn refusals(&self, all: &Tally, rules: &Rules) -> Option<String> {
         let bound = match self.begun.len() {
-            0 | 1 => 0,
+            0 | 1 if !self.promoted => 0,
             _ => rules.refused_max.of(all.members as u64).max(1),
         };
         let Tally {

@@ -606,14 +606,15 @@ fn nobody_is_pinned_below_what_it_has() {
 fn outside_its_window_a_host_keeps_what_it_has_and_a_rollback_does_not_wait() {
     let mut lab = Lab::usual();
     lab.now = at_utc("2026-11-20T12:00:00Z");
-    let canary: GroupName = "canary".parse().unwrap();
+    let db: GroupName = "db".parse().unwrap();
     lab.rules
         .windows
-        .insert(canary, vec!["Mon-Sun 22:00-05:00 UTC".parse().unwrap()]);
+        .insert(db.clone(), vec!["Mon-Sun 22:00-05:00 UTC".parse().unwrap()]);
+    lab.host("h7").groups.push(db);
     lab.published(2).everybody(2, Word::Live).is("complete 2");
     assert_eq!(
-        (lab.offered(2), lab.wanted(&"h0".parse().unwrap())),
-        (98, Some(1))
+        (lab.offered(2), lab.wanted(&"h7".parse().unwrap())),
+        (99, Some(1))
     );
     lab.now = at_utc("2026-11-20T22:00:00Z");
     lab.step();
@@ -653,6 +654,47 @@ fn settle_time_passes_between_waves() {
         .say("h1", 2, Word::Live);
     lab.wait(59).is("complete 1, running 2 wave 1 of 3");
     lab.wait(1).is("complete 1, running 2 wave 2 of 3");
+}
+
+#[test]
+fn promoted_again_and_with_everybody_there_it_still_ends() {
+    let mut lab = Lab::usual();
+    lab.rules.settle = Duration::from_secs(3600);
+    lab.published(2)
+        .say("h0", 2, Word::Live)
+        .say("h1", 2, Word::Live);
+    for _ in 0..3 {
+        lab.order(|lab, now| lab.rollout.promote("it is good".to_owned(), now));
+    }
+    lab.step().is("complete 1, running 2 wave 1 of 1");
+    lab.everybody(2, Word::Live).is("complete 2");
+}
+
+#[test]
+fn a_wave_that_everybody_left_is_passed_over() {
+    let mut lab = Lab::usual();
+    lab.published(2);
+    for name in ["h0", "h1"] {
+        lab.hosts.remove(&name.parse::<AgentName>().unwrap());
+    }
+    lab.step().is("complete 1, running 2 wave 1 of 2");
+    assert!(lab.noted.contains(&"wave-skipped 2".to_owned()));
+}
+
+#[test]
+fn a_wave_whose_window_is_closed_is_waited_for() {
+    let mut lab = Lab::usual();
+    lab.now = at_utc("2026-11-23T12:00:00Z");
+    let night = "Mon-Fri 22:00-05:00 UTC".parse().unwrap();
+    lab.rules.windows = BTreeMap::from([("canary".parse().unwrap(), vec![night])]);
+    lab.published(2);
+    assert_eq!(lab.offered(2), 0, "not without its canaries");
+    lab.is("complete 1, running 2 wave 0 of 3");
+    assert_eq!(lab.noted, ["rollout 2", "rollout-waits 2"]);
+    lab.now = at_utc("2026-11-23T22:00:00Z");
+    lab.step().is("complete 1, running 2 wave 1 of 3");
+    lab.say("h0", 2, Word::Live).say("h1", 2, Word::Live);
+    lab.is("complete 1, running 2 wave 2 of 3");
 }
 
 #[test]
