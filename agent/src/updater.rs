@@ -330,7 +330,7 @@ mod tests {
         assert_eq!(runs("clamav-unoffici"), Some("clamav-unofficial-sigs"));
         assert_eq!(runs("cvd update"), Some("cvdupdate"));
         assert_eq!(runs("rsync -a x::db/ /var/lib/clamav/"), Some("rsync"));
-        assert_eq!(runs("rsync -a x::home/ /home/"), None);
+        assert_eq!(runs("rsync -a x::mail/ /srv/mail/"), None);
         assert_eq!(runs("freshclamx"), None);
     }
 
