@@ -18,7 +18,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use clamcast_daemon::input::{this_user, user_name};
 use clamcast_proto::Digest;
 use nix::errno::Errno;
-use nix::fcntl::{AtFlags, OFlag, openat, renameat};
+use nix::fcntl::{AtFlags, OFlag, RenameFlags, openat, renameat, renameat2};
 use nix::sys::stat::{FchmodatFlags, FileStat, Mode, SFlag, fchmodat, fstat, fstatat, mkdirat};
 use nix::sys::statvfs::fstatvfs;
 use nix::unistd::{Uid, UnlinkatFlags, geteuid, linkat, symlinkat, unlinkat};
@@ -148,6 +148,8 @@ pub trait Disk: Send + Sync + 'static {
     fn set_mode(&self, at: At<'_>, mode: u32) -> io::Result<()>;
     /// Moves a name over another one.
     fn rename(&self, from: At<'_>, to: At<'_>) -> io::Result<()>;
+    /// Lets two names change places in one step. Not every file system can.
+    fn exchange(&self, one: At<'_>, other: At<'_>) -> io::Result<()>;
     /// Removes a name.
     fn remove(&self, at: At<'_>) -> io::Result<()>;
     /// Looks at a name; a link is looked at itself.
@@ -501,6 +503,11 @@ impl Disk for HostDisk {
         Ok(renameat(self.fd(from), old, self.fd(to), new)?)
     }
 
+    fn exchange(&self, At(one, old): At<'_>, At(other, new): At<'_>) -> io::Result<()> {
+        let flags = RenameFlags::RENAME_EXCHANGE;
+        Ok(renameat2(self.fd(one), old, self.fd(other), new, flags)?)
+    }
+
     fn remove(&self, At(dir, name): At<'_>) -> io::Result<()> {
         Ok(unlinkat(self.fd(dir), name, UnlinkatFlags::NoRemoveDir)?)
     }
@@ -740,6 +747,16 @@ impl Tree {
         self.disk
             .rename(from, to)
             .map_err(self.failed("rename a file to", to))
+    }
+
+    /// Lets two names change places; `false` where the file system cannot.
+    pub(super) fn exchange(&self, one: At<'_>, other: At<'_>) -> Result<bool, HostFault> {
+        let unable = [Errno::EINVAL as i32, Errno::ENOSYS as i32];
+        match self.disk.exchange(one, other) {
+            Ok(()) => Ok(true),
+            Err(error) if error.raw_os_error().is_some_and(|e| unable.contains(&e)) => Ok(false),
+            Err(error) => Err(self.failed("exchange a file with", other)(error)),
+        }
     }
 
     /// A name that is not there is removed already.

@@ -184,6 +184,18 @@ fn a_database_name_never_holds_a_partial_file(host: &Host, scenario: &Scenario, 
     }
 }
 
+/// Whoever opens a name of both sets finds a file, at any moment.
+fn a_name_of_both_sets_is_never_missing(host: &Host, scenario: &Scenario, at: &str) {
+    let (there, new) = (host.there(), set(scenario.new));
+    for name in scenario
+        .before()
+        .keys()
+        .filter(|name| new.contains_key(*name))
+    {
+        assert!(there.contains_key(name), "{at}: {name} is missing");
+    }
+}
+
 /// Databases first, then the canary, then the gate: who sees a new canary finds a whole set.
 fn the_canary_comes_after_every_database_and_the_gate_last(
     host: &Host,
@@ -343,6 +355,7 @@ fn survive(scenario: &Scenario, fault: Fault, at: &str) {
             a_fault_is_named_with_its_remedy(&host, fault, &taken, at);
         }
     }
+    a_name_of_both_sets_is_never_missing(&host, scenario, at);
     the_canary_comes_after_every_database_and_the_gate_last(&host, old, scenario, at);
     if matches!(fault, Fault::PowerCut(_)) {
         shim.cut_power();

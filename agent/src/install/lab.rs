@@ -108,6 +108,8 @@ struct ShimState {
     kept: u64,
     /// A file that nobody may change, link, rename or remove: `chattr +i`.
     immutable: Option<Inode>,
+    /// Whether two names can change places.
+    exchanges: bool,
 }
 
 /// Takes back one change of a name. File systems with a journal lose the last changes, never one in
@@ -145,6 +147,7 @@ impl Shim {
             undo: Vec::new(),
             kept: 0,
             immutable: None,
+            exchanges: true,
         };
         Self {
             disk: Arc::new(disk),
@@ -204,6 +207,12 @@ impl Shim {
     pub(super) fn make_immutable(&self, at: At<'_>) {
         let inode = self.disk.facts(at).unwrap().inode;
         self.state.lock().unwrap().immutable = Some(inode);
+    }
+
+    /// Is a file system on which two names cannot change places.
+    pub(super) fn without_exchange(self) -> Self {
+        self.state.lock().unwrap().exchanges = false;
+        self
     }
 
     fn may_change(&self, at: At<'_>) -> io::Result<()> {
@@ -371,6 +380,19 @@ impl Disk for Shim {
             }
             let before = Some(Some(self.disk.path(from)));
             self.change(to, before, || self.disk.rename(from, to))
+        })
+    }
+
+    fn exchange(&self, one: At<'_>, other: At<'_>) -> io::Result<()> {
+        self.run(Kind::Write, || {
+            if !self.state.lock().unwrap().exchanges {
+                return Err(Errno::EINVAL.into());
+            }
+            self.may_change(one)?;
+            self.may_change(other)?;
+            // Moved back, what `other` had before goes back to it, too.
+            let from = Some(Some(self.disk.path(one)));
+            self.change(other, from, || self.disk.exchange(one, other))
         })
     }
 

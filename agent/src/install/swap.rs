@@ -365,7 +365,7 @@ impl Swap<'_> {
         }
         // In reverse: what the set has no file for comes back first, beside the whole set.
         for moved in journal.before.moved.iter().rev() {
-            also(self.move_back(moved));
+            also(self.move_back(moved, &journal.set));
         }
         for name in &journal.withdraw {
             also(self.withdraw(name));
@@ -504,12 +504,27 @@ impl Swap<'_> {
     }
 
     /// Keeps what cannot be read in `adopted/`. The kernel may forbid a second name for another
-    /// user's file: then its own one moves, and is missing until the new file has it.
+    /// user's file: then it changes places with the new one.
     fn move_away(&self, journal: &Journal) -> Result<(), HostFault> {
         for moved in &journal.before.moved {
             let (there, kept) = places_of(moved);
-            let done = self.tree.facts(kept)?.is_some() || self.tree.facts(there)?.is_none();
-            if !done && self.tree.link(there, kept).is_err() {
+            let new = journal.files.iter().find(|file| file.name == moved.name);
+            let is_new = self.holds_new(kept, new)?;
+            let done = self.tree.facts(kept)?.is_some() && !is_new;
+            if done || self.tree.facts(there)?.is_none() {
+                continue;
+            }
+            if !is_new {
+                if self.tree.link(there, kept).is_ok() {
+                    continue;
+                }
+                if let Some(new) = new {
+                    self.tree
+                        .link(At(Dir::Stage, &new.sha256.to_string()), kept)?;
+                }
+            }
+            if new.is_none() || !self.tree.exchange(kept, there)? {
+                // It is missing until the new one is placed, if there is one.
                 self.tree.rename(there, kept)?;
             }
         }
@@ -519,8 +534,25 @@ impl Swap<'_> {
         self.tree.sync_dir(Dir::Adopted)
     }
 
-    fn move_back(&self, moved: &Moved) -> Result<(), HostFault> {
+    /// Whether it is still the new file that waits in `adopted/` to change places with the old one,
+    /// which cannot be read.
+    fn holds_new(&self, kept: At<'_>, new: Option<&FileState>) -> Result<bool, HostFault> {
+        let Some(new) = new else { return Ok(false) };
+        let inode =
+            |at| -> Result<_, HostFault> { Ok(self.tree.facts(at)?.map(|facts| facts.inode)) };
+        let Some(there) = inode(kept)? else {
+            return Ok(false);
+        };
+        let staged = inode(At(Dir::Stage, &new.sha256.to_string()))?;
+        Ok(staged == Some(there) || self.stage.holds(kept, new)?.is_some())
+    }
+
+    fn move_back(&self, moved: &Moved, set: &Set) -> Result<(), HostFault> {
         let (there, kept) = places_of(moved);
+        let new = set.manifest.file(&moved.name).map(state_of);
+        if self.holds_new(kept, new.as_ref())? {
+            return self.tree.remove(kept); // they had not changed places yet
+        }
         if self.tree.facts(kept)?.is_some() {
             self.tree.rename(kept, there)?;
             // A rename between two names of one file leaves both.

@@ -249,6 +249,24 @@ fn what_the_agent_cannot_read_is_kept_and_comes_back() {
 }
 
 #[test]
+fn where_names_cannot_change_places_what_cannot_be_read_is_kept_too() {
+    for (line, outcome) in [("x.ndb=BAD", Outcome::Refused), ("x.ndb=x", Outcome::Live)] {
+        let host = Host::new();
+        host.put_denied("x.ndb=theirs");
+        let shim = host.shim(Fault::None).without_exchange();
+        let (installer, _) = host.start_on(shim).unwrap();
+        let completed = host.take(&installer, &manifest(1, line), line).unwrap();
+        assert_eq!(completed.outcome, outcome, "{:?}", completed.error);
+        let (there, kept) = match outcome {
+            Outcome::Live => (line, "x.ndb=theirs"),
+            Outcome::Installed | Outcome::Refused | Outcome::HostFault => ("x.ndb=theirs", ""),
+        };
+        assert_eq!(host.there(), set(there));
+        assert_eq!(loaded(&host.hidden("adopted")), set(kept));
+    }
+}
+
+#[test]
 fn a_link_that_outranks_the_set_goes_and_is_kept() {
     let host = Host::new();
     let outside = host.state().join("outside.cld");
