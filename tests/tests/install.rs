@@ -1165,31 +1165,193 @@ fn where_a_failed_load_is_the_end_of_clamd_it_gets_only_what_clamscan_loads() {
 #[test]
 fn what_clamd_is_configured_not_to_load_of_a_set_is_named_where_it_is_live() {
     require!(Clamd, TestFiles);
-    let fleet = Fleet::new();
-    let (database, mirror) = (fleet.join("agents/web1/db"), fleet.join("mirror"));
-    for directory in [&database, &mirror] {
-        fs::create_dir_all(directory).unwrap();
-    }
-    let signed = Part::TestFiles.path().join("test-1.cvd");
-    fs::copy(signed, mirror.join("test.cvd")).unwrap();
+    let mut host = Bare::new();
+    host.clamd = host.clamd.with("OfficialDatabaseOnly", "yes");
+    let signed = fs::read(Part::TestFiles.path().join("test-1.cvd")).unwrap();
     let own = format!("Lab.Own:0:*:{}\n", hex::encode(ALWAYS));
-    fs::write(mirror.join("own.ndb"), own).unwrap();
-    let mut clamd = Clamd::new(&database).with("OfficialDatabaseOnly", "yes");
-    let mut agent = fleet.agent_with("web1", &format!("config = {:?}", clamd.config()));
-    let mut master = fleet.master(&mirror);
-    master.configure("require = []", "require = []\nload_test = \"never\"");
-    master.start();
-    agent.start();
-    master.wait_agent("web1", "the first set is there", |row| {
-        row["outcome"] == "installed"
-    });
-    clamd.start();
-    let row = master.wait_live("web1", 1);
-    assert_eq!(clamd.scan(ALWAYS).unwrap(), "stream: OK");
+    host.publish(&[("test.cvd", &signed), ("own.ndb", own.as_bytes())], &[]);
+    host.master.start();
+    host.agent.start();
+    host.master
+        .wait_agent("web1", "the first set is there", |row| {
+            row["outcome"] == "installed"
+        });
+    host.clamd.start();
+    let row = host.master.wait_live("web1", 1);
+    assert_eq!(host.clamd.scan(ALWAYS).unwrap(), "stream: OK");
     let named = "OfficialDatabaseOnly yes: clamd does not load own.ndb";
     let note = row["clamd"]["note"].as_str().unwrap_or_default();
     assert!(note.starts_with(named), "{row}");
-    let status = agent.command(&["status"]);
+    let status = host.agent.command(&["status"]);
     let status = String::from_utf8_lossy(&status.stdout);
     assert!(status.contains(named), "{status}");
+}
+
+/// A fleet of one host that publishes what a test puts into the mirror; its clamd does not run yet.
+struct Bare {
+    fleet: Fleet,
+    mirror: PathBuf,
+    master: Master,
+    agent: Agent,
+    clamd: Clamd,
+}
+
+impl Bare {
+    fn new() -> Self {
+        let fleet = Fleet::new();
+        let (database, mirror) = (fleet.join("agents/web1/db"), fleet.join("mirror"));
+        for directory in [&database, &mirror] {
+            fs::create_dir_all(directory).unwrap();
+        }
+        let clamd = Clamd::new(&database);
+        let agent = fleet.agent_with("web1", &format!("config = {:?}", clamd.config()));
+        let master = fleet.master(&mirror);
+        master.configure("quiet = \"300ms\"", "quiet = \"20ms\"");
+        master.configure("require = []", "require = []\nload_test = \"never\"");
+        Self {
+            fleet,
+            mirror,
+            master,
+            agent,
+            clamd,
+        }
+    }
+
+    /// Puts files into the mirror, all at once.
+    fn publish(&self, put: &[(&str, &[u8])], remove: &[&str]) {
+        let busy = self.mirror.join("tmp.0123456789");
+        fs::create_dir(&busy).unwrap();
+        for (name, bytes) in put {
+            let part = busy.join(name);
+            fs::write(&part, bytes).unwrap();
+            fs::rename(part, self.mirror.join(name)).unwrap();
+        }
+        for name in remove {
+            fs::remove_file(self.mirror.join(name)).unwrap();
+        }
+        fs::remove_dir(busy).unwrap();
+    }
+}
+
+#[test]
+fn a_refused_first_set_stays_and_its_receipt_says_why() {
+    require!(Clamd);
+    let mut host = Bare::new();
+    let good = Container::new("daily", 1).member("hsb", hash_signature(ALWAYS, "Lab.Always"));
+    let good = good.bytes();
+    host.publish(
+        &[("daily.cud", &good), ("bad.ndb", RUBBISH.as_bytes())],
+        &[],
+    );
+    host.master.start();
+    host.agent.start();
+    host.master
+        .wait_agent("web1", "the first set is there", |row| {
+            row["outcome"] == "installed"
+        });
+    // It does not start with it, nor when it is tried again.
+    for _ in 0..2 {
+        host.clamd.start();
+        assert!(!host.clamd.wait_ended().success());
+    }
+    let row = host
+        .master
+        .wait_agent("web1", "refused", |row| row["outcome"] == "refused");
+    let said = row["error"].as_str().unwrap_or_default();
+    assert!(said.contains("Malformed database"), "{row}");
+    assert!(
+        said.contains("there is no previous set to go back to"),
+        "{row}"
+    );
+    assert_eq!(host.agent.names(), ["bad.ndb", "daily.cud"], "nothing goes");
+
+    host.publish(&[], &["bad.ndb"]);
+    let row = host
+        .master
+        .wait_agent("web1", "the next set is there", |row| {
+            row["outcome"] == "installed"
+        });
+    assert_eq!(host.agent.names(), ["daily.cud"], "{row}");
+    host.clamd.start();
+    host.master.wait_live("web1", 2);
+}
+
+#[test]
+fn a_detached_signature_comes_before_its_database_and_the_old_one_goes_after_the_proof() {
+    require!(Clamd, Strace, TestFiles);
+    let mut host = Bare::new();
+    let file = |name: &str| fs::read(Part::TestFiles.path().join(name)).unwrap();
+    let set = |n: u32| {
+        (
+            file(&format!("test-{n}.cvd")),
+            file(&format!("test-{n}.cvd.sign")),
+        )
+    };
+    let (cvd, sign) = set(1);
+    host.publish(&[("test.cvd", &cvd), ("test-1.cvd.sign", &sign)], &[]);
+    host.master.start();
+    host.agent.start();
+    host.master
+        .wait_agent("web1", "the first set is there", |row| {
+            row["outcome"] == "installed"
+        });
+    host.clamd.start();
+    host.master.wait_live("web1", 1);
+    let database = host.agent.database();
+    assert_eq!(host.agent.names(), ["test-1.cvd.sign", "test.cvd"]);
+
+    let strace = Strace::list(host.agent.pid(), &host.fleet.join(""));
+    let (cvd, sign) = set(2);
+    let put: [(&str, &[u8]); 2] = [("test.cvd", &cvd), ("test-2.cvd.sign", &sign)];
+    host.publish(&put, &["test-1.cvd.sign"]);
+    host.master.wait_live("web1", 2);
+    assert_eq!(host.agent.names(), ["test-2.cvd.sign", "test.cvd"]);
+    let calls = strace.calls(&[&database]);
+    let directory = database.display().to_string();
+    let place = |call: &str, name: &str| {
+        let is = |made: &Call| {
+            made.name.starts_with(call)
+                && made.paths.ends_with(&[directory.clone(), name.to_owned()])
+        };
+        let found = calls.iter().rposition(is);
+        found.unwrap_or_else(|| panic!("no {call} of {name}: {calls:?}"))
+    };
+    let order = [
+        place("rename", "test-2.cvd.sign"),
+        place("rename", "test.cvd"),
+        place("rename", GATE),
+        place("unlink", "test-1.cvd.sign"),
+    ];
+    assert!(order.is_sorted(), "{order:?} of {calls:?}");
+}
+
+#[test]
+fn a_clamd_killed_in_the_middle_of_a_load_is_live_once_it_is_back() {
+    require!(Clamd);
+    let mut host = Host::new();
+    // A file of others that makes every load take a while: spread out, since for hashes that begin
+    // alike the loader takes hours.
+    let line = |n: u64| {
+        let spread = n.wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        format!("S:F:{spread:016x}{n:048x}\n")
+    };
+    let slow: String = (0..800_000).map(line).collect();
+    fs::write(host.agent.database().join("local.gdb"), slow).unwrap();
+    host.load();
+    let whole = |host: &Host| {
+        let log = host.clamd.log();
+        log.matches("Activating the newly loaded database").count()
+    };
+    let (loads, before) = (host.loads(), whole(&host));
+    host.publish();
+    until(PATIENCE, "a load to begin", || loads < host.loads());
+    host.clamd.kill();
+    assert_eq!(whole(&host), before, "the load was under way");
+    let mut there = host.there();
+    there.remove("local.gdb");
+    assert!(there == set(2), "the new set stays");
+    host.clamd.start();
+    host.wait_live();
+    assert!(host.finds_all_of(host.version));
+    assert_eq!(host.row()["outcome"], "live");
 }
