@@ -51,6 +51,10 @@ fn set(version: u64) -> Files {
     set
 }
 
+/// The master does not load what it publishes, so that a set may be one that clamd refuses; and it
+/// does not take a refused one back, so that the numbers of generations are the test's.
+const ALONE: &str = "require = []\nload_test = \"never\"\n[rollout]\nrollback_on_halt = false";
+
 /// What every set finds.
 const ALWAYS: &[u8] = b"a sample that is found by every set";
 
@@ -88,7 +92,7 @@ impl Host {
         let agent = fleet.agent_with("web1", &format!("config = {:?}", clamd.config()));
         let master = fleet.master(&mirror);
         master.configure("quiet = \"300ms\"", "quiet = \"20ms\"");
-        master.configure("require = []", "require = []\nload_test = \"never\"");
+        master.configure("require = []", ALONE);
         let mut host = Self {
             fleet,
             master,
@@ -972,10 +976,7 @@ fn a_database_changes_its_form_both_ways_and_also_back_from_a_refusal() {
     let mut clamd = Clamd::new(&database);
     let mut agent = fleet.agent_with("web1", &format!("config = {:?}", clamd.config()));
     let mut master = fleet.master(&mirror.directory());
-    master.configure(
-        "require = []",
-        "require = []\nload_test = \"never\"\n[rollout]\nrollback_on_halt = false",
-    );
+    master.configure("require = []", ALONE);
     master.start();
     agent.start();
     master.wait_agent("web1", "the first set is there", |row| {
@@ -1207,7 +1208,7 @@ impl Bare {
         let agent = fleet.agent_with("web1", &format!("config = {:?}", clamd.config()));
         let master = fleet.master(&mirror);
         master.configure("quiet = \"300ms\"", "quiet = \"20ms\"");
-        master.configure("require = []", "require = []\nload_test = \"never\"");
+        master.configure("require = []", ALONE);
         Self {
             fleet,
             mirror,
