@@ -55,14 +55,13 @@ mod drift;
 pub(crate) use drift::kept_rest;
 
 /// While something is going on, the master hears of it at least this often.
-const PROGRESS: Duration = Duration::from_secs(15);
+pub const PROGRESS: Duration = Duration::from_secs(15);
 
 /// Waits between two looks at a clamd that has not shown the installed set yet.
-const PROBE_FIRST: Duration = Duration::from_secs(1);
-const PROBE_LONGEST: Duration = Duration::from_secs(30);
+pub const PROBE: Backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(30));
 
 /// A clamd that was seen with the installed set is asked this often whether it is still there.
-const CLAMD_LOOK: Duration = Duration::from_secs(60);
+pub const CLAMD_LOOK: Duration = Duration::from_secs(60);
 
 /// The wall clock is looked at this often: it may have been set.
 const CLOCK_LOOK: Duration = Duration::from_secs(600);
@@ -294,7 +293,7 @@ impl Keeper {
             probing: Probing {
                 at: None,
                 running: false,
-                backoff: Backoff::new(PROBE_FIRST, PROBE_LONGEST),
+                backoff: PROBE,
                 stop: stop.child_token(),
             },
             guard,

@@ -23,9 +23,8 @@ use crate::chain;
 use crate::config::MASTERS_MAX;
 use crate::endpoint::{Credentials, SERVER_NAME};
 
-/// Waits between two tries.
-const RETRY_FIRST: Duration = Duration::from_secs(1);
-const RETRY_LONGEST: Duration = Duration::from_secs(60);
+/// Waits between two tries to reach a master.
+pub const RETRY: Backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(60));
 
 /// One address gets this long for the handshake, and the master behind it as long again for its
 /// `Welcome`.
@@ -215,7 +214,7 @@ pub struct Link {
 
 /// Keeps a connection to the master until `stop` fires.
 pub async fn run(link: Link, stop: CancellationToken) {
-    let mut backoff = Backoff::new(RETRY_FIRST, RETRY_LONGEST);
+    let mut backoff = RETRY;
     let mut keep_alive = KEEP_ALIVE;
     let mut complaint = String::new();
     loop {

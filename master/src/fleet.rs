@@ -399,6 +399,12 @@ impl Fleet {
         self.agents.0.get(name)?.at()
     }
 
+    /// The agents as the rollout sees them, with what each says of what is on its way.
+    pub fn members(&self) -> Vec<Member<'_>> {
+        let running = self.rollout.running().map(|run| &run.target);
+        self.agents.members(running)
+    }
+
     /// Whether time alone may change what is wanted.
     pub fn is_timed(&self) -> bool {
         self.rollout.running().is_some() || !self.rules.windows.is_empty()
@@ -421,10 +427,10 @@ impl Fleet {
             Wanted::Nothing => return None,
             Wanted::Stay => agent.record.installed.as_ref()?.manifest_sha256,
         };
-        let failed = self.rollout.failed().map(|it| it.target.manifest_sha256);
-        self.manifests
-            .get(&digest)
-            .filter(|_| failed != Some(digest))
+        let vouched = self.manifests.get(&digest)?;
+        let position = vouched.position();
+        // What is lower than it took before it declines, even if that is what it went back to.
+        (agent.at() <= Some(position) && !self.rollout.is_taken_back(position)).then_some(vouched)
     }
 
     fn wanted_of(&self, agent: &Agent, now: Timestamp) -> Wanted {
@@ -437,7 +443,9 @@ impl Fleet {
     pub fn current(&self) -> Option<&Arc<Verified<Manifest>>> {
         let running = self.rollout.running().map(|run| &run.target);
         let target = running.or(self.rollout.complete())?;
-        self.manifests.get(&target.manifest_sha256)
+        self.manifests
+            .get(&target.manifest_sha256)
+            .filter(|manifest| !self.rollout.is_taken_back(manifest.position()))
     }
 
     /// An agent is connected.
@@ -607,7 +615,8 @@ impl Fleet {
                         && manifest.is_none_or(|manifest| is_intact(manifest, &receipt.files)),
                     time: receipt.time,
                 });
-                record.failed = None;
+                // What it went back to and says it has says nothing for what it refused.
+                record.failed.take_if(|failed| failed.position <= position);
             }
             Outcome::Refused | Outcome::HostFault => {
                 if let Some(installed) = &mut record.installed
@@ -623,13 +632,17 @@ impl Fleet {
                     installed.live = receipt.clamd.proof != Proof::None
                         || receipt.clamd.state == ClamdState::None;
                 }
-                record.failed = Some(Failed {
-                    position,
-                    manifest_sha256,
-                    outcome: receipt.outcome,
-                    error: clipped(receipt.error.clone().unwrap_or_default()),
-                    time: receipt.time,
-                });
+                // Nor does trouble with what it went back to.
+                let newer = record.failed.as_ref().map(|failed| failed.position);
+                if newer <= Some(position) {
+                    record.failed = Some(Failed {
+                        position,
+                        manifest_sha256,
+                        outcome: receipt.outcome,
+                        error: clipped(receipt.error.clone().unwrap_or_default()),
+                        time: receipt.time,
+                    });
+                }
             }
         }
         if let Some(took) = &mut agent.took
@@ -847,7 +860,7 @@ impl Agent {
         let offer = self.link.as_ref().and_then(|link| link.offer.as_ref());
         let failed = self.record.failed.as_ref().map(|it| it.manifest_sha256);
         let failed = failed.is_some() && failed == wanted;
-        // A success clears the failure before it, so one that is there is the newer receipt.
+        // A success clears the failure before it, so one of the same that is there is the newer receipt.
         if !failed
             && let Some(installed) = installed
             && Some(installed.manifest_sha256) == wanted
@@ -1176,6 +1189,19 @@ mod tests {
             9,
             &[(7, Live), (8, Refused)],
             Standing::Behind,
+            "7 live: refused",
+        );
+        // What it went back to is seen in clamd once more.
+        check(
+            8,
+            &[(7, Live), (8, Refused), (7, Live)],
+            Standing::Failed,
+            "7 live: refused",
+        );
+        check(
+            8,
+            &[(7, Live), (8, Refused), (7, HostFault)],
+            Standing::Failed,
             "7 live: refused",
         );
         check(

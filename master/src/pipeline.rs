@@ -229,6 +229,10 @@ impl Pipeline {
     /// Publishes what the rollout owes those who took what was taken back.
     async fn roll_back(&self, owed: Owed) {
         let _one_at_a_time = self.told.lock().await;
+        let view = self.hub.view().await;
+        if !view.is_ok_and(|view| view.rollout.owed() == Some(&owed)) {
+            return; // an operator ordered another one meanwhile, or the daemon stops
+        }
         let publisher = self.publisher.clone();
         let publishing = tokio::task::spawn_blocking(move || {
             publisher.roll_back(owed.to.position, owed.of.position, Timestamp::now())

@@ -10,7 +10,7 @@ mod tests;
 mod wave;
 mod window;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use clamcast_daemon::config::Percent;
@@ -23,6 +23,10 @@ pub use wave::{Begun, Wave, WaveError, place};
 pub use window::{Window, WindowError};
 
 use run::{Placed, Turn};
+
+/// Generations that are remembered as taken back. A host that still has an older one of them was
+/// away for so many bad updates; then it is told to go on from there like any other.
+const TAKEN_BACK_MAX: usize = 256;
 
 /// How careful rollouts are: `[rollout]` of the configuration.
 #[derive(Clone, Debug)]
@@ -117,6 +121,9 @@ pub struct Rollout {
     pins: BTreeMap<GroupName, Pin>,
     /// How the last one ended that did not go through.
     failed: Option<Failed>,
+    /// All that were halted, aborted or rolled back: nobody is offered them any more.
+    #[serde(default)]
+    taken_back: BTreeSet<Position>,
     /// A rollback that has to be published.
     owed: Option<Owed>,
     /// Why nothing is published although the mirror changes.
@@ -246,6 +253,9 @@ pub enum OrderError {
         /// Where it is.
         at: Position,
     },
+    /// It is not to be offered to anybody.
+    #[error("{0} was halted, aborted or rolled back, and nobody is offered it any more")]
+    TakenBack(Position),
     /// Nothing is pinned.
     #[error("group `{0}` is not pinned")]
     NotPinned(GroupName),
@@ -275,6 +285,11 @@ impl Rollout {
         self.failed.as_ref()
     }
 
+    /// Whether a generation was halted, aborted or rolled back.
+    pub fn is_taken_back(&self, position: Position) -> bool {
+        self.taken_back.contains(&position)
+    }
+
     /// The rollback that is to be published now.
     pub fn owed(&self) -> Option<&Owed> {
         self.owed.as_ref()
@@ -300,7 +315,8 @@ impl Rollout {
     }
 
     /// What an agent should run: the pin of its group; else the running generation if its wave has
-    /// begun; else the last complete one. Never lower than what it has.
+    /// begun; else the last complete one. Never lower than what it has, and never what was taken
+    /// back.
     pub fn wanted(&self, member: &Member<'_>, rules: &Rules, now: Timestamp) -> Wanted {
         let Some(wanted) = self.meant_for(member) else {
             return member.at.map_or(Wanted::Nothing, |_| Wanted::Stay);
@@ -318,6 +334,11 @@ impl Rollout {
 
     /// The same without a look at what it has or at the clock.
     fn meant_for(&self, member: &Member<'_>) -> Option<&Target> {
+        self.named_for(member)
+            .filter(|target| !self.is_taken_back(target.position))
+    }
+
+    fn named_for(&self, member: &Member<'_>) -> Option<&Target> {
         if let Some(pin) = self.pin(member.groups) {
             return Some(pin);
         }
@@ -374,8 +395,9 @@ impl Rollout {
     /// The rollback that was [`Rollout::owed`] was published: everybody is wanted at it at once.
     /// Who never had what it takes away only counts its number.
     pub fn went_back(&mut self, target: Target) -> Vec<Effect> {
-        let Some(owed) = self.owed.take() else {
-            return Vec::new(); // told again after a restart
+        // Told again after a restart, or another one was ordered meanwhile.
+        let Some(owed) = self.owed.take_if(|owed| owed.to.content == target.content) else {
+            return Vec::new();
         };
         self.complete = Some(target);
         self.urgent = true;
@@ -434,7 +456,7 @@ impl Rollout {
     }
 
     /// The agents that take part in the running generation: a pinned group does not, nor does who
-    /// is past it.
+    /// is past it. A refusal counts in any case.
     fn subject<'a>(
         &self,
         agents: &'a impl Agents,
@@ -445,7 +467,7 @@ impl Rollout {
             return Vec::new();
         };
         let takes_part = |member: &Member<'_>| {
-            self.pin(member.groups).is_none()
+            (self.pin(member.groups).is_none() || member.word == Some(Word::Refused))
                 && member.at.is_none_or(|at| at <= run.target.position)
         };
         let members = agents.members(Some(&run.target));
@@ -481,6 +503,7 @@ impl Rollout {
             return Vec::new();
         };
         let target = run.target;
+        self.take_back(target);
         self.failed = Some(Failed {
             target,
             how,
@@ -506,6 +529,13 @@ impl Rollout {
             }
         }
         effects
+    }
+
+    fn take_back(&mut self, target: Target) {
+        self.taken_back.insert(target.position);
+        if self.taken_back.len() > TAKEN_BACK_MAX {
+            self.taken_back.pop_first();
+        }
     }
 
     /// Carries out what an operator orders.
@@ -609,6 +639,9 @@ impl Rollout {
         let Some(complete) = self.complete else {
             return Err(OrderError::Idle { complete: None });
         };
+        if self.is_taken_back(to.position) {
+            return Err(OrderError::TakenBack(to.position));
+        }
         let mut effects = Vec::new();
         let of = match self.running.take() {
             Some(run) => run.target,
@@ -620,9 +653,11 @@ impl Rollout {
         let how = Ending::RolledBack;
         for target in [of, complete] {
             if target.content != to.content {
+                self.take_back(target);
                 effects.push(Effect::Reject { target, how });
             }
         }
+        self.take_back(of);
         effects.dedup();
         self.waiting = None;
         self.failed = Some(Failed {
@@ -649,6 +684,9 @@ impl Rollout {
         agents: &impl Agents,
         now: Timestamp,
     ) -> Result<Vec<Effect>, OrderError> {
+        if self.is_taken_back(target.position) {
+            return Err(OrderError::TakenBack(target.position));
+        }
         let members = agents.members(None).into_iter();
         let past = members.filter(|member| member.groups.contains(&group));
         let past = past.filter_map(|member| {

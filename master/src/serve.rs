@@ -329,7 +329,11 @@ impl Master {
             config.rollout.clone(),
             publisher.offerable(),
         );
-        let replay = publisher.current().map(|current| replay(&fleet, current));
+        // One that was taken back since is not for anybody: the rollout may have lost what it knew.
+        let replay = publisher
+            .current()
+            .filter(|it| !publisher.rejected().iter().any(|no| no.content == it.content))
+            .map(|current| replay(&fleet, current));
         let hub_stop = CancellationToken::new();
         let (forget, forgotten) = mpsc::channel(FORGOTTEN_MAX);
         let (wishes, wished) = mpsc::channel(WISHES_MAX);

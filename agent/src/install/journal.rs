@@ -116,6 +116,10 @@ pub struct Journal {
     pub step: Step,
     /// Whether the database directory may differ from what it was before.
     pub touched: bool,
+    /// Whether the set has stood there whole: a fault while it is put there once more is no reason
+    /// to take it away where there is no other.
+    #[serde(default)]
+    pub whole: bool,
     /// What shall stand in the directory.
     pub files: Vec<FileState>,
     /// What stood there before.

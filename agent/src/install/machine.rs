@@ -198,6 +198,7 @@ impl Machine {
                     way: Way::Forward,
                     step: Step::Waiting,
                     touched: true,
+                    whole: true,
                     // It is what there is to go back to.
                     before: Before::default(),
                     adopt: Vec::new(),
@@ -288,6 +289,14 @@ impl Machine {
             (Way::Forward, Step::Swapping) if !journal.touched && !touched => {
                 let ending = host_fault(journal.install, &fault);
                 self.nothing_happened(journal, ending)
+            }
+            // It is tried again with the next probe, install or start.
+            (Way::Forward, Step::Swapping | Step::Proving)
+                if journal.whole && journal.before.is_empty() =>
+            {
+                let ending = host_fault(journal.install, &fault);
+                self.journal = Some(journal);
+                vec![Action::Finish(ending)]
             }
             (Way::Forward, Step::Swapping | Step::Proving) => {
                 self.turn_back(journal, Cause::HostFault(fault))
@@ -463,6 +472,7 @@ impl Machine {
     fn wait(&mut self, mut journal: Box<Journal>, ending: Ending) -> Vec<Action> {
         self.ending = Some(ending);
         journal.step = Step::Waiting;
+        journal.whole = true;
         let installed = Installed {
             set: journal.set.clone(),
             install: journal.install,
@@ -557,6 +567,7 @@ impl Machine {
             },
             step: Step::Swapping,
             touched: true,
+            whole: false,
             files: forward.before.files.clone(),
             adopt: Vec::new(),
             withdraw,
@@ -584,6 +595,7 @@ impl Machine {
             set: old.set.clone(),
             way: Way::Forward,
             step: Step::Waiting,
+            whole: true,
             // If clamd refuses this one too, there is nothing further back.
             before: Before::default(),
             withdraw: Vec::new(),
@@ -697,6 +709,7 @@ mod tests {
             way: Way::Forward,
             step: Step::Swapping,
             touched: false,
+            whole: false,
             files,
             before,
             adopt: Vec::new(),
@@ -1027,6 +1040,25 @@ mod tests {
             vec![begin(true), judged(Verdict::Absent), judged(Verdict::Live)],
             "live 2",
         );
+    }
+
+    #[test]
+    fn a_set_that_was_whole_is_not_taken_away_by_a_fault_after_a_restart() {
+        let Some(installed) = journal(true).before.installed else {
+            unreachable!("one is installed")
+        };
+        let mut machine = Machine::default();
+        machine.handle(Event::Lost(Box::new(installed), ClamdReport::default()));
+        let journal = Box::new(machine.journal().cloned().expect("it waits for clamd"));
+        let mut machine = Machine::default();
+        machine.handle(Event::Resumed { journal, next: 2 });
+        let (fault, touched) = ("no space".to_owned(), true);
+        let actions = machine.handle(Event::Failed { fault, touched });
+        let [Action::Finish(ending)] = &actions[..] else {
+            panic!("{actions:#?}");
+        };
+        assert_eq!(ending.outcome, Outcome::HostFault);
+        assert!(machine.journal().is_some(), "it is tried again");
     }
 
     #[test]

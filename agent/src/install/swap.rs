@@ -185,6 +185,7 @@ impl Swap<'_> {
                 way: Way::Forward,
                 step: Step::Swapping,
                 touched: false,
+                whole: false,
                 files,
                 before,
                 adopt,

@@ -261,7 +261,8 @@ impl Run {
                 continue;
             }
             self.waits_for_window = false;
-            if new > 1 && new == subject.len() && !self.skipped.is_empty() {
+            let may = subject.iter().filter(|agent| agent.may).count();
+            if new > 1 && new == may && !self.skipped.is_empty() {
                 let substitute = Percent::new(SUBSTITUTE).expect("a percentage");
                 self.ahead.insert(0, wave);
                 self.ahead.insert(0, Wave::Share(substitute));

@@ -39,6 +39,14 @@ fn target(number: u64) -> Target {
     }
 }
 
+/// The databases of another one under a new number.
+fn again(number: u64, of: u64) -> Target {
+    Target {
+        content: target(of).content,
+        ..target(number)
+    }
+}
+
 fn position(number: u64) -> Position {
     Position {
         epoch: Epoch(1),
@@ -312,7 +320,7 @@ fn one_refusal_in_the_first_wave_halts_and_those_who_took_it_go_back() {
         "it has no other yet"
     );
     assert_eq!(lab.wanted(&"h9".parse().unwrap()), Some(1));
-    let effects = lab.rollout.went_back(target(3));
+    let effects = lab.rollout.went_back(again(3, 1));
     lab.take(effects);
     lab.step().is("complete 3");
     assert_eq!(
@@ -448,6 +456,17 @@ fn an_empty_canary_group_does_not_mean_that_everybody_is_next() {
 }
 
 #[test]
+fn without_canaries_not_everybody_whose_window_is_open_is_next() {
+    let mut lab = Lab::new(50, 0, &["group:canary", "100%"]);
+    let night: GroupName = "night".parse().unwrap();
+    lab.host("h0").groups = vec![night.clone()];
+    let closed = "Sun 00:00-00:01 UTC".parse().unwrap();
+    lab.rules.windows.insert(night, vec![closed]);
+    lab.published(1);
+    assert!(lab.offered(1) < 10, "{}", lab.offered(1));
+}
+
+#[test]
 fn before_anybody_is_enrolled_the_first_to_come_is_the_first_wave() {
     let mut lab = Lab::new(0, 0, &["group:canary", "10%", "100%"]);
     lab.published(1).is("nothing, running 1 wave 0 of 3");
@@ -483,7 +502,7 @@ fn what_waited_for_a_halted_one_is_captured_anew_above_the_rollback() {
         .published(3)
         .say("h0", 2, Word::Refused)
         .is("complete 1, owes 1 for 2");
-    let effects = lab.rollout.went_back(target(4));
+    let effects = lab.rollout.went_back(again(4, 1));
     lab.take(effects);
     assert_eq!(lab.noted.last().unwrap(), "look");
 }
@@ -563,7 +582,7 @@ fn rolled_back_by_hand_nothing_is_published_until_resumed() {
     });
     lab.is("complete 2, owes 1 for 2");
     assert!(lab.rollout.held().is_some());
-    let effects = lab.rollout.went_back(target(3));
+    let effects = lab.rollout.went_back(again(3, 1));
     lab.take(effects);
     lab.step().is("complete 3");
     assert_eq!((lab.offered(3), &lab.rejected[..]), (100, &[2][..]));
@@ -588,6 +607,53 @@ fn a_pinned_group_stays_and_is_neither_waited_for_nor_asked() {
     lab.order(|lab, _| lab.rollout.unpin_group(&canary));
     lab.step();
     assert_eq!(lab.offered(2), 100);
+}
+
+#[test]
+fn a_refusal_counts_also_where_the_group_is_pinned_meanwhile() {
+    let mut lab = Lab::usual();
+    lab.published(2);
+    lab.pin("canary", 2).unwrap();
+    lab.say("h0", 2, Word::Refused)
+        .is("complete 1, owes 1 for 2");
+}
+
+#[test]
+fn a_pin_offers_nobody_what_was_taken_back() {
+    let mut lab = Lab::usual();
+    lab.published(2);
+    lab.host("h5").groups = vec!["db".parse().unwrap()];
+    lab.pin("db", 2).unwrap();
+    assert_eq!(lab.wanted(&"h5".parse().unwrap()), Some(2));
+    lab.say("h0", 2, Word::Refused);
+    assert_ne!(lab.wanted(&"h5".parse().unwrap()), Some(2));
+    let taken_back = Err(OrderError::TakenBack(position(2)));
+    assert_eq!(lab.pin("canary", 2), taken_back);
+    let (to, why) = (target(2), "it was better".to_owned());
+    assert_eq!(lab.rollout.roll_back(to, why, at(0)), taken_back);
+}
+
+#[test]
+fn what_is_rolled_back_is_offered_to_nobody_until_the_other_is_published() {
+    let mut lab = Lab::usual();
+    lab.published(2).everybody(2, Word::Live).is("complete 2");
+    lab.host("h9").at = Some(1);
+    lab.order(|lab, now| lab.rollout.roll_back(target(1), "slow".into(), now));
+    assert_eq!(lab.wanted(&"h9".parse().unwrap()), Some(1), "it stays");
+}
+
+#[test]
+fn a_rollback_that_another_order_overtook_is_not_taken_for_that() {
+    let mut lab = Lab::usual();
+    for number in [2, 3] {
+        lab.published(number).everybody(number, Word::Live);
+    }
+    lab.order(|lab, now| lab.rollout.roll_back(target(2), "slow".into(), now));
+    lab.order(|lab, now| lab.rollout.roll_back(target(1), "slower".into(), now));
+    lab.rollout.went_back(again(4, 2));
+    lab.is("complete 3, owes 1 for 3");
+    lab.rollout.went_back(again(5, 1));
+    lab.is("complete 5");
 }
 
 #[test]
@@ -622,7 +688,7 @@ fn outside_its_window_a_host_keeps_what_it_has_and_a_rollback_does_not_wait() {
     lab.everybody(2, Word::Live);
     lab.now = at_utc("2026-11-21T12:00:00Z");
     lab.order(|lab, now| lab.rollout.roll_back(target(1), "bad".into(), now));
-    let effects = lab.rollout.went_back(target(3));
+    let effects = lab.rollout.went_back(again(3, 1));
     lab.take(effects);
     lab.step();
     assert_eq!(lab.offered(3), 100);
@@ -725,6 +791,13 @@ impl Lab {
         let effects = self.rollout.resume(&fleet, &self.rules, at(self.now))?;
         self.take(effects);
         Ok(())
+    }
+
+    fn pin(&mut self, group: &str, number: u64) -> Result<Vec<Effect>, OrderError> {
+        let fleet = Hosts(&self.hosts, self.now);
+        let (group, target) = (group.parse().unwrap(), target(number));
+        let now = at(self.now);
+        self.rollout.pin_group(group, target, None, &fleet, now)
     }
 
     #[track_caller]
