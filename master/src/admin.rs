@@ -112,7 +112,10 @@ pub enum Request {
         reason: Option<String>,
     },
     /// Go on.
-    RolloutResume,
+    RolloutResume {
+        /// Why.
+        reason: Option<String>,
+    },
     /// End the running generation, as a halt does.
     RolloutAbort {
         /// Why.
@@ -143,6 +146,8 @@ pub enum Request {
     Unpin {
         /// The group.
         group: GroupName,
+        /// Why.
+        reason: Option<String>,
     },
     /// Records of the audit log.
     AuditShow {
@@ -164,7 +169,7 @@ impl Request {
             Self::ForceSync { .. } => "force-sync",
             Self::RolloutStatus { .. } => "rollout status",
             Self::RolloutPause { .. } => "rollout pause",
-            Self::RolloutResume => "rollout resume",
+            Self::RolloutResume { .. } => "rollout resume",
             Self::RolloutAbort { .. } => "rollout abort",
             Self::RolloutPromote { .. } => "rollout promote",
             Self::Rollback { .. } => "rollback",
@@ -337,9 +342,9 @@ impl Commands {
                 let order = Wanted::Plain(RolloutOrder::Pause(said(reason)));
                 self.order(&session, order).await
             }
-            Request::RolloutResume => {
-                self.order(&session, Wanted::Plain(RolloutOrder::Resume))
-                    .await
+            Request::RolloutResume { reason } => {
+                let order = Wanted::Plain(RolloutOrder::Resume(reason));
+                self.order(&session, order).await
             }
             Request::RolloutAbort { reason } => {
                 let order = Wanted::Plain(RolloutOrder::Abort(said(reason)));
@@ -371,8 +376,8 @@ impl Commands {
                 }
                 Err(finish) => finish,
             },
-            Request::Unpin { group } => {
-                let order = Wanted::Plain(RolloutOrder::Unpin(group));
+            Request::Unpin { group, reason } => {
+                let order = Wanted::Plain(RolloutOrder::Unpin(group, reason));
                 self.order(&session, order).await
             }
             Request::AuditShow { filter, follow } => {
@@ -656,8 +661,7 @@ impl Commands {
         let agents = selection
             .resolve(&view.rows)
             .map_err(|error| Finish::because(exit::USAGE, crate::chain(&error)))?;
-        let current = view.current.as_ref().map(|manifest| manifest.position());
-        let what = match (generation, current) {
+        let what = match (generation, view.newest) {
             (Some(meant), Some(current)) if meant.is(current) => Forcing::Current(current),
             (None, Some(current)) => Forcing::Current(current),
             (Some(meant), _) => {

@@ -55,6 +55,8 @@ pub struct Fleet {
     rules: Rules,
     /// Those that somebody may be wanted at, and those that somebody has.
     manifests: HashMap<Digest, Arc<Verified<Manifest>>>,
+    /// What the next [`Fleet::step`] says besides.
+    unsaid: Vec<Effect>,
 }
 
 /// The agents by their names.
@@ -79,6 +81,8 @@ struct Took {
     /// The last sign of progress with it, on this connection or before: a host that comes and goes
     /// has no new deadline each time.
     progress: Timestamp,
+    /// When it was first offered.
+    since: Timestamp,
 }
 
 /// What is kept of an agent across restarts of the master.
@@ -286,6 +290,7 @@ impl Fleet {
                 position: installed.position,
                 manifest_sha256: installed.manifest_sha256,
                 progress: record.seen,
+                since: record.seen,
             });
             let name = record.name.clone();
             let (link, answered) = (None, None);
@@ -299,13 +304,19 @@ impl Fleet {
         };
         let known = manifests.into_iter();
         let manifests: HashMap<_, _> = known.map(|it| (it.payload_sha256(), it)).collect();
-        rollout.retain(|target| manifests.contains_key(&target.manifest_sha256));
+        let unsaid = rollout.retain(|target| manifests.contains_key(&target.manifest_sha256));
         Self {
             agents: Roster(records.into_iter().map(agent).collect()),
             rollout,
             rules,
             manifests,
+            unsaid,
         }
+    }
+
+    /// Takes note that the master was started at `now`, and nobody is connected yet.
+    pub fn resumed(&mut self, now: Timestamp) {
+        self.rollout.resumed(now);
     }
 
     /// What is on its way, and what everybody is wanted at.
@@ -331,7 +342,7 @@ impl Fleet {
 
     /// What was wanted is not to be offered any more; the next publication is.
     pub fn withdrawn(&mut self) {
-        self.rollout.retain(|_| false);
+        self.unsaid.extend(self.rollout.retain(|_| false));
     }
 
     /// Remembers a manifest, and forgets those that nobody has or is wanted at.
@@ -360,7 +371,24 @@ impl Fleet {
 
     /// Goes on where the rollout may go on, or stops it.
     pub fn step(&mut self, now: Timestamp) -> Vec<Effect> {
-        self.rollout.step(&self.agents, &self.rules, now)
+        self.clock_is_at(now);
+        let mut effects = std::mem::take(&mut self.unsaid);
+        effects.extend(self.rollout.step(&self.agents, &self.rules, now));
+        effects
+    }
+
+    /// Takes signs that are further in the future than any agent may promise for signs of now: the
+    /// clock was set back.
+    fn clock_is_at(&mut self, now: Timestamp) {
+        let latest = now.saturating_add(SILENCE_MAX).unwrap_or(Timestamp::MAX);
+        for agent in self.agents.0.values_mut() {
+            if let Some(took) = &mut agent.took {
+                took.since = took.since.min(now);
+                if took.progress > latest {
+                    took.progress = now;
+                }
+            }
+        }
     }
 
     /// What became of the running generation in all waves that have begun, and in the last.
@@ -448,6 +476,25 @@ impl Fleet {
             .filter(|manifest| !self.rollout.is_taken_back(manifest.position()))
     }
 
+    /// The newest generation that was not taken back: also one that waits for its turn.
+    pub fn newest(&self) -> Option<&Arc<Verified<Manifest>>> {
+        let waiting = self.rollout.waiting();
+        let waiting = waiting.and_then(|target| self.manifests.get(&target.manifest_sha256));
+        waiting.or_else(|| self.current())
+    }
+
+    /// Whether a generation is current, on its way, or waits for that.
+    pub fn is_open(&self, manifest_sha256: &Digest) -> bool {
+        let mut needed = self.rollout.needed();
+        needed.any(|target| target.manifest_sha256 == *manifest_sha256)
+    }
+
+    /// What the group of an agent is pinned to.
+    pub fn pinned(&self, name: &AgentName) -> Option<&Arc<Verified<Manifest>>> {
+        let pin = self.rollout.pin(&self.record(name)?.groups)?;
+        self.manifests.get(&pin.manifest_sha256)
+    }
+
     /// An agent is connected.
     pub fn connected(&mut self, name: &AgentName, groups: Vec<GroupName>, link: Link) -> Arrival {
         let now = link.since;
@@ -532,6 +579,7 @@ impl Fleet {
                 position: manifest.position(),
                 manifest_sha256,
                 progress: now,
+                since: now,
             });
         }
         if let Some(link) = &mut agent.link {
@@ -593,6 +641,9 @@ impl Fleet {
         let record = &mut agent.record;
         if record.receipts.contains(&digest) {
             return false;
+        }
+        if agent.link.is_some() {
+            record.seen = now; // kept with the receipt: a start finds who was there
         }
         record.receipts.push_back(digest);
         if record.receipts.len() > RECEIPTS_REMEMBERED {
@@ -816,6 +867,7 @@ impl Agent {
             at: self.at(),
             word: target.and_then(|target| self.word(&target)),
             progress: took.map(|took| took.progress),
+            offered: took.map(|took| took.since),
         }
     }
 

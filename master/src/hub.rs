@@ -283,6 +283,8 @@ pub struct View {
     pub rollout: Rollout,
     /// What became of the running generation in all waves that have begun, and in the last.
     pub tallies: Option<(Tally, Tally)>,
+    /// The newest generation that was not taken back: also one that waits for its turn.
+    pub newest: Option<Position>,
     /// Versions of clamd that no canary tries, with the number of hosts and one of them.
     pub untried: Vec<(String, usize, AgentName)>,
     /// Who stands where, in numbers.
@@ -365,7 +367,8 @@ pub struct Task {
 }
 
 /// Starts the task. It ends when `stop` fires.
-pub fn start(task: Task, stop: CancellationToken) -> (Hub, tokio::task::JoinHandle<()>) {
+pub fn start(mut task: Task, stop: CancellationToken) -> (Hub, tokio::task::JoinHandle<()>) {
+    task.fleet.resumed(Timestamp::now());
     let (events, inbox) = mpsc::channel(EVENTS_MAX);
     let (tick, changed) = watch::channel(0);
     let running = Running {
@@ -607,9 +610,9 @@ impl Running {
     /// Whether an agent is being driven past the waves to what is still current, or to what was
     /// taken back.
     fn is_forced(&self, name: &AgentName) -> bool {
-        let current = self.task.fleet.current().map(|it| it.payload_sha256());
+        let fleet = &self.task.fleet;
         self.forced.get(name).is_some_and(|order| {
-            order.taken_back || Some(order.manifest.payload_sha256()) == current
+            order.taken_back || fleet.is_open(&order.manifest.payload_sha256())
         })
     }
 
@@ -752,6 +755,7 @@ impl Running {
         let (fleet, deadline) = (&self.task.fleet, self.task.deadline);
         View {
             current: fleet.current().cloned(),
+            newest: fleet.newest().map(|manifest| manifest.position()),
             rollout: fleet.rollout().clone(),
             tallies: fleet.tallies(now),
             untried: fleet
@@ -967,11 +971,11 @@ impl Running {
     ) {
         let manifest = match &what {
             Forcing::Current(position) => {
-                let current = self.task.fleet.current().cloned();
-                let Some(current) = current.filter(|it| it.position() == *position) else {
+                let newest = self.task.fleet.newest().cloned();
+                let Some(newest) = newest.filter(|it| it.position() == *position) else {
                     return; // dropping `reply` says so
                 };
-                current
+                newest
             }
             Forcing::TakenBack(manifest) => manifest.clone(),
         };
@@ -987,6 +991,8 @@ impl Running {
         };
         let manner = Manner { rehash: true, full };
         for name in agents {
+            let pinned = self.task.fleet.pinned(&name);
+            let manifest = pinned.unwrap_or(&manifest).clone();
             let at = self.task.fleet.at(&name);
             if let Some(at) = at.filter(|at| *at > manifest.position()) {
                 forced.past.push((name, at));

@@ -168,6 +168,9 @@ enum Command {
     Unpin {
         /// The group
         group: GroupName,
+        /// Why, for the audit log
+        #[arg(long, value_name = "TEXT")]
+        reason: Option<String>,
         /// Print JSON
         #[arg(long)]
         json: bool,
@@ -226,11 +229,7 @@ enum Rollout {
     Pause(Reason),
     /// Go on after a pause; publish again after a `rollback`
     #[command(after_long_help = help::ROLLOUT)]
-    Resume {
-        /// Print JSON
-        #[arg(long)]
-        json: bool,
-    },
+    Resume(Reason),
     /// End the running generation: those who took it go back, as after a halt
     #[command(after_long_help = help::ROLLOUT)]
     Abort(Reason),
@@ -436,7 +435,11 @@ fn run(cli: Cli) -> Result<(), Exit> {
             };
             ordered(socket, &request, json)
         }
-        Command::Unpin { group, json } => ordered(socket, &Request::Unpin { group }, json),
+        Command::Unpin {
+            group,
+            reason,
+            json,
+        } => ordered(socket, &Request::Unpin { group, reason }, json),
         Command::Audit(Audit::Show {
             filter,
             follow,
@@ -483,7 +486,7 @@ fn rollout(socket: &Path, command: Rollout) -> Result<(), Exit> {
             return show::end(finish, json, show::rollout_status);
         }
         Rollout::Pause(Reason { reason, json }) => (Request::RolloutPause { reason }, json),
-        Rollout::Resume { json } => (Request::RolloutResume, json),
+        Rollout::Resume(Reason { reason, json }) => (Request::RolloutResume { reason }, json),
         Rollout::Abort(Reason { reason, json }) => (Request::RolloutAbort { reason }, json),
         Rollout::Promote(Reason { reason, json }) => (Request::RolloutPromote { reason }, json),
     };

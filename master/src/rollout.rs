@@ -76,6 +76,8 @@ pub struct Member<'a> {
     pub word: Option<Word>,
     /// Its last sign of progress with the running generation, on this connection or before.
     pub progress: Option<Timestamp>,
+    /// When it was first offered the running generation.
+    pub offered: Option<Timestamp>,
 }
 
 /// Where members come from: the fleet.
@@ -113,8 +115,8 @@ pub enum Wanted {
 pub struct Rollout {
     /// The last one that went through, or went back.
     complete: Option<Target>,
-    /// Whether that one takes something bad away: then it waits for no window.
-    urgent: bool,
+    /// What that one takes away: who has had it waits for no window.
+    urgent: Option<Position>,
     running: Option<Run>,
     /// The newest one that waits for the running one to end.
     waiting: Option<Target>,
@@ -153,6 +155,17 @@ pub enum Ending {
     Aborted,
     /// By an operator, after it was complete.
     RolledBack,
+}
+
+impl Ending {
+    /// What was done to it, as in `was halted`.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Halted => "halted",
+            Self::Aborted => "aborted",
+            Self::RolledBack => "rolled back",
+        }
+    }
 }
 
 /// A group that is kept where it is.
@@ -213,7 +226,7 @@ pub enum Order {
     /// Begin no further wave and offer nothing more.
     Pause(String),
     /// Go on.
-    Resume,
+    Resume(Option<String>),
     /// End the running generation, as a halt does.
     Abort(String),
     /// Begin all waves that are still to come.
@@ -225,7 +238,7 @@ pub enum Order {
     /// Keep a group at a generation, or where it is wanted now.
     Pin(GroupName, Option<Target>, Option<String>),
     /// Let a group go with everybody else again.
-    Unpin(GroupName),
+    Unpin(GroupName, Option<String>),
 }
 
 /// An order that cannot be carried out.
@@ -259,6 +272,26 @@ pub enum OrderError {
     /// Nothing is pinned.
     #[error("group `{0}` is not pinned")]
     NotPinned(GroupName),
+    /// It is not what everybody could have by now.
+    #[error(
+        "{0} has not gone through the fleet yet: wait until it has (`rollout status`), or pin one that everybody has"
+    )]
+    NotThrough(Position),
+    /// Some of the group have what is on its way, and some have not.
+    #[error(
+        "{agent} and others of group `{group}` are at {at}, which is on its way, and the others are not: wait until it has gone through, or `rollout abort`"
+    )]
+    Split {
+        /// The group.
+        group: GroupName,
+        /// One that has it.
+        agent: AgentName,
+        /// Where that one is.
+        at: Position,
+    },
+    /// It is what is on its way.
+    #[error("{0} is on its way already; `rollout promote` brings it to everybody at once")]
+    OnItsWay(Position),
     /// That is where everybody is wanted.
     #[error("{0} is what everybody is wanted at")]
     Current(Position),
@@ -303,6 +336,13 @@ impl Rollout {
     /// The pinned groups.
     pub fn pins(&self) -> &BTreeMap<GroupName, Pin> {
         &self.pins
+    }
+
+    /// Takes note of a start of the master: agents that were there are waited for.
+    pub fn resumed(&mut self, now: Timestamp) {
+        if let Some(run) = &mut self.running {
+            run.resumed = Some(now);
+        }
     }
 
     /// Generations that somebody may be wanted at: they and their files are kept.
@@ -352,7 +392,7 @@ impl Rollout {
     }
 
     /// Of several pinned groups of an agent the lowest generation counts: a pin holds back.
-    fn pin(&self, groups: &[GroupName]) -> Option<&Target> {
+    pub fn pin(&self, groups: &[GroupName]) -> Option<&Target> {
         let pins = groups.iter().filter_map(|group| self.pins.get(group));
         pins.map(|pin| &pin.target)
             .min_by_key(|target| target.position)
@@ -365,7 +405,10 @@ impl Rollout {
         rules: &Rules,
         now: Timestamp,
     ) -> bool {
-        if self.urgent && self.complete.as_ref() == Some(wanted) {
+        if self.urgent.is_some()
+            && self.complete.as_ref() == Some(wanted)
+            && member.at >= self.urgent
+        {
             return false;
         }
         !rules.is_open(member.groups, now)
@@ -381,10 +424,11 @@ impl Rollout {
         if self.owed.is_some() {
             return Vec::new(); // it is below the rollback, after which the mirror is looked at
         }
-        // One that nobody was offered needs no end.
-        let is_unheard = |run: &Run| run.begun.is_empty() && run.paused.is_none();
+        // One that nobody was offered needs no end, and one that waits for a night has made way.
+        let makes_way =
+            |run: &Run| run.paused.is_none() && (run.begun.is_empty() || run.waits_for_window);
         let running = self.running.as_ref();
-        let Some(run) = running.filter(|run| !supersede && !is_unheard(run)) else {
+        let Some(run) = running.filter(|run| !supersede && !makes_way(run)) else {
             return self.begin(target, rules);
         };
         let reason = format!("waits for {}", run.target.position);
@@ -400,7 +444,7 @@ impl Rollout {
             return Vec::new();
         };
         self.complete = Some(target);
-        self.urgent = true;
+        self.urgent = Some(owed.of.position);
         let reason = format!(
             "the databases of {} instead of those of {}",
             owed.to.position, owed.of.position
@@ -413,15 +457,24 @@ impl Rollout {
     }
 
     /// Forgets generations that are not to be offered any more.
-    pub fn retain(&mut self, may_be_offered: impl Fn(&Target) -> bool) {
+    pub fn retain(&mut self, may_be_offered: impl Fn(&Target) -> bool) -> Vec<Effect> {
         self.complete.take_if(|target| !may_be_offered(target));
         self.running.take_if(|run| !may_be_offered(&run.target));
         self.waiting.take_if(|target| !may_be_offered(target));
         self.owed.take_if(|owed| !may_be_offered(&owed.to));
-        self.pins.retain(|_, pin| may_be_offered(&pin.target));
         if self.complete.is_none() {
-            self.urgent = false;
+            self.urgent = None;
         }
+        let why = "its generation is not to be offered any more";
+        self.unpin_all(|pin| !may_be_offered(&pin.target), why)
+    }
+
+    /// Lets go the groups of some pins.
+    fn unpin_all(&mut self, of: impl Fn(&Pin) -> bool, why: &str) -> Vec<Effect> {
+        let gone = self.pins.extract_if(.., |_, pin| of(pin));
+        let unpinned =
+            gone.map(|(group, pin)| note("unpin", pin.target, format!("group {group}: {why}")));
+        unpinned.collect()
     }
 
     fn begin(&mut self, target: Target, rules: &Rules) -> Vec<Effect> {
@@ -439,6 +492,9 @@ impl Rollout {
     /// change of the fleet, and every few seconds.
     pub fn step(&mut self, agents: &impl Agents, rules: &Rules, now: Timestamp) -> Vec<Effect> {
         let mut effects = Vec::new();
+        if let Some(run) = &mut self.running {
+            run.clock_is_at(now);
+        }
         loop {
             let subject = self.subject(agents, rules, now);
             let Some(run) = &mut self.running else {
@@ -455,8 +511,8 @@ impl Rollout {
         }
     }
 
-    /// The agents that take part in the running generation: a pinned group does not, nor does who
-    /// is past it. A refusal counts in any case.
+    /// The agents that take part in the running generation: who is pinned to another one does not,
+    /// nor does who is past it. A refusal counts in any case.
     fn subject<'a>(
         &self,
         agents: &'a impl Agents,
@@ -467,7 +523,9 @@ impl Rollout {
             return Vec::new();
         };
         let takes_part = |member: &Member<'_>| {
-            (self.pin(member.groups).is_none() || member.word == Some(Word::Refused))
+            let pin = self.pin(member.groups);
+            let pinned = pin.is_some_and(|pin| pin.position != run.target.position);
+            (!pinned || member.word == Some(Word::Refused))
                 && member.at.is_none_or(|at| at <= run.target.position)
         };
         let members = agents.members(Some(&run.target));
@@ -484,7 +542,7 @@ impl Rollout {
             return Vec::new();
         };
         self.complete = Some(run.target);
-        self.urgent = false;
+        self.urgent = None;
         self.failed = None;
         let mut effects = vec![note(
             "rollout-complete",
@@ -516,6 +574,11 @@ impl Rollout {
             Ending::RolledBack => "rolled-back",
         };
         let mut effects = vec![note(event, target, reason), Effect::Reject { target, how }];
+        let same = |it: &Target| it.content == target.content;
+        effects.extend(self.unpin_all(|pin| same(&pin.target), "its generation was taken back"));
+        if self.waiting.take_if(|waiting| same(waiting)).is_some() {
+            effects.push(Effect::Look); // which says that it is held
+        }
         match self.complete {
             // What waits has a lower number than the rollback will have: it is captured anew.
             Some(to) if rules.rollback_on_halt && !run.begun.is_empty() => {
@@ -548,32 +611,22 @@ impl Rollout {
     ) -> Result<Vec<Effect>, OrderError> {
         match order {
             Order::Pause(reason) => self.pause(reason, now),
-            Order::Resume => self.resume(agents, rules, now),
+            Order::Resume(reason) => self.resume(reason, agents, rules, now),
             Order::Abort(reason) => self.abort(reason, rules, now),
             Order::Promote(reason) => self.promote(reason, now),
             Order::Supersede => {
                 let waiting = self.waiting.ok_or(OrderError::NothingWaits)?;
                 Ok(self.begin(waiting, rules))
             }
-            Order::RollBack(to, reason) => self.roll_back(to, reason, now),
+            Order::RollBack(to, reason) => self.roll_back(to, reason, agents, now),
             Order::Pin(group, Some(target), reason) => {
                 self.pin_group(group, target, reason, agents, now)
             }
             Order::Pin(group, None, reason) => {
-                // Where nobody of the group is past it, it has not begun for them.
-                let running = self.running.as_ref().map(|run| run.target);
-                let is_past = |target: &Target| {
-                    let mut members = agents.members(None).into_iter();
-                    members.any(|member| {
-                        member.groups.contains(&group) && member.at > Some(target.position)
-                    })
-                };
-                let target = self.complete.filter(|target| !is_past(target)).or(running);
-                let complete = self.complete;
-                let target = target.ok_or(OrderError::Idle { complete })?;
+                let target = self.common(&group, agents)?;
                 self.pin_group(group, target, reason, agents, now)
             }
-            Order::Unpin(group) => self.unpin_group(&group),
+            Order::Unpin(group, reason) => self.unpin_group(&group, reason),
         }
     }
 
@@ -585,12 +638,19 @@ impl Rollout {
     /// Goes on, with the agents that have trouble now; and publishes again after a rollback.
     pub fn resume(
         &mut self,
+        reason: Option<String>,
         agents: &impl Agents,
         rules: &Rules,
         now: Timestamp,
     ) -> Result<Vec<Effect>, OrderError> {
+        let reason = reason.unwrap_or_else(|| "by an operator".to_owned());
         if self.held.take().is_some() {
-            return Ok(vec![Effect::Look]);
+            let known = self.complete.or(self.owed.as_ref().map(|owed| owed.to));
+            let resumed = known.map(|known| {
+                let reason = format!("the mirror is published again: {reason}");
+                note("rollout-resumed", known, reason)
+            });
+            return Ok(resumed.into_iter().chain([Effect::Look]).collect());
         }
         let subject = self.subject(agents, rules, now);
         let run = self.run()?;
@@ -603,11 +663,7 @@ impl Rollout {
         {
             begun.since = now; // as long again
         }
-        Ok(vec![note(
-            "rollout-resumed",
-            run.target,
-            "by an operator".to_owned(),
-        )])
+        Ok(vec![note("rollout-resumed", run.target, reason)])
     }
 
     /// Ends the running generation, as a halt does.
@@ -634,6 +690,7 @@ impl Rollout {
         &mut self,
         to: Target,
         reason: String,
+        agents: &impl Agents,
         now: Timestamp,
     ) -> Result<Vec<Effect>, OrderError> {
         let Some(complete) = self.complete else {
@@ -642,19 +699,33 @@ impl Rollout {
         if self.is_taken_back(to.position) {
             return Err(OrderError::TakenBack(to.position));
         }
+        let running = self.running.as_ref().map(|run| run.target);
+        if running.is_some_and(|running| running.content == to.content) {
+            return Err(OrderError::OnItsWay(to.position));
+        }
         let mut effects = Vec::new();
         let of = match self.running.take() {
             Some(run) => run.target,
-            None if complete.content == to.content => {
-                return Err(OrderError::Current(complete.position));
+            None => {
+                // Where a halt took nobody back, those who are past it are to come.
+                let all = agents.members(None);
+                let ahead = all.iter().filter_map(|it| it.at).max();
+                if complete.content == to.content && ahead <= Some(complete.position) {
+                    return Err(OrderError::Current(complete.position));
+                }
+                match self.failed.as_ref().map(|failed| failed.target) {
+                    Some(failed) if ahead >= Some(failed.position) => failed,
+                    Some(_) | None => complete,
+                }
             }
-            None => complete,
         };
         let how = Ending::RolledBack;
         for target in [of, complete] {
             if target.content != to.content {
                 self.take_back(target);
                 effects.push(Effect::Reject { target, how });
+                let same = |pin: &Pin| pin.target.content == target.content;
+                effects.extend(self.unpin_all(same, "its generation was taken back"));
             }
         }
         self.take_back(of);
@@ -675,7 +746,28 @@ impl Rollout {
         Ok(effects)
     }
 
-    /// Keeps a group at `target`, or where it is wanted now.
+    /// Where all of a group are: what everybody has, or what is on its way if all of them have it.
+    fn common(&self, group: &GroupName, agents: &impl Agents) -> Result<Target, OrderError> {
+        let complete = self.complete;
+        let running = self.running.as_ref().map(|run| run.target);
+        let members = agents.members(None);
+        let of_group = || members.iter().filter(|it| it.groups.contains(group));
+        let past = |it: &&Member<'_>| it.at > complete.map(|target| target.position);
+        let Some(ahead) = of_group().find(past) else {
+            return complete.ok_or(OrderError::Idle { complete });
+        };
+        let running = running.ok_or(OrderError::Idle { complete })?;
+        if of_group().all(|it| it.at == Some(running.position)) {
+            return Ok(running);
+        }
+        Err(OrderError::Split {
+            group: group.clone(),
+            agent: ahead.name.clone(),
+            at: running.position,
+        })
+    }
+
+    /// Keeps a group at `target`: one that everybody could have, or that all of the group have.
     pub fn pin_group(
         &mut self,
         group: GroupName,
@@ -687,9 +779,9 @@ impl Rollout {
         if self.is_taken_back(target.position) {
             return Err(OrderError::TakenBack(target.position));
         }
-        let members = agents.members(None).into_iter();
-        let past = members.filter(|member| member.groups.contains(&group));
-        let past = past.filter_map(|member| {
+        let members = agents.members(None);
+        let of_group = || members.iter().filter(|it| it.groups.contains(&group));
+        let past = of_group().filter_map(|member| {
             Some((member.name, member.at.filter(|at| *at > target.position)?))
         });
         if let Some((agent, at)) = past.max_by_key(|(_, at)| *at) {
@@ -697,6 +789,12 @@ impl Rollout {
                 agent: agent.clone(),
                 at,
             });
+        }
+        let through = self
+            .complete
+            .is_some_and(|it| it.position >= target.position);
+        if !through && !of_group().all(|it| it.at == Some(target.position)) {
+            return Err(OrderError::NotThrough(target.position)); // the waves are not to be got round
         }
         let text = format!(
             "group {group}{}",
@@ -717,12 +815,23 @@ impl Rollout {
     }
 
     /// Lets a group go with everybody else again.
-    pub fn unpin_group(&mut self, group: &GroupName) -> Result<Vec<Effect>, OrderError> {
+    pub fn unpin_group(
+        &mut self,
+        group: &GroupName,
+        reason: Option<String>,
+    ) -> Result<Vec<Effect>, OrderError> {
         let pin = self
             .pins
             .remove(group)
             .ok_or_else(|| OrderError::NotPinned(group.clone()))?;
-        Ok(vec![note("unpin", pin.target, format!("group {group}"))])
+        let reason = reason
+            .map(|reason| format!(": {reason}"))
+            .unwrap_or_default();
+        Ok(vec![note(
+            "unpin",
+            pin.target,
+            format!("group {group}{reason}"),
+        )])
     }
 
     fn run(&mut self) -> Result<&mut Run, OrderError> {

@@ -332,7 +332,12 @@ impl Master {
         // One that was taken back since is not for anybody: the rollout may have lost what it knew.
         let replay = publisher
             .current()
-            .filter(|it| !publisher.rejected().iter().any(|no| no.content == it.content))
+            .filter(|it| {
+                !publisher
+                    .rejected()
+                    .iter()
+                    .any(|no| no.content == it.content)
+            })
             .map(|current| replay(&fleet, current));
         let hub_stop = CancellationToken::new();
         let (forget, forgotten) = mpsc::channel(FORGOTTEN_MAX);

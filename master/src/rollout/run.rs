@@ -12,9 +12,17 @@ use super::{Begun, Effect, Member, Rules, Target, Wave, Word, note, place};
 /// Members that were not seen for longer than this are not waited for.
 const SEEN: SignedDuration = SignedDuration::from_hours(24);
 
-/// Where all waves before the last one are empty, this part of the fleet goes first: an empty
-/// canary group must not mean that everybody is a canary.
+/// Where the waves before it are empty, this part of the fleet goes first: an empty canary group
+/// must not mean that everybody is a canary.
 const SUBSTITUTE: u8 = 10;
+
+/// So long after a start agents are waited for that were there before: the idle timeout of their
+/// connections, and their longest wait between two tries, with some time to spare.
+const RECONNECT: SignedDuration = SignedDuration::from_mins(3);
+
+/// However much progress an agent shows, it has so long for one generation: the longest silence
+/// that it may announce, twice.
+const TAKE: SignedDuration = SignedDuration::from_hours(24);
 
 /// Agents that a reason names; `agents` has them all.
 const NAMED_MAX: usize = 5;
@@ -42,6 +50,9 @@ pub struct Run {
     pub paused: Option<Pause>,
     /// Agents with trouble that an operator has seen and gone on with.
     pub(super) unwell_seen: usize,
+    /// When the master was started, if it went on after a start.
+    #[serde(skip)]
+    pub(super) resumed: Option<Timestamp>,
 }
 
 /// Why a rollout does not go on.
@@ -76,7 +87,7 @@ pub struct Tally {
     pub seen: usize,
     /// Proven live.
     pub live: usize,
-    /// Connected, not done, and showing progress.
+    /// Not done, and connected or at it: they are waited for.
     pub unsettled: usize,
     /// Refused by clamd.
     pub refused: usize,
@@ -87,6 +98,8 @@ pub struct Tally {
     progress: Option<Timestamp>,
     /// Some that refused or are unwell.
     pub named: Vec<AgentName>,
+    /// Some that are waited for.
+    pub waited: Vec<AgentName>,
 }
 
 /// An agent with its place in the order of a rollout.
@@ -132,6 +145,7 @@ impl Run {
             done: None,
             paused: None,
             unwell_seen: 0,
+            resumed: None,
         }
     }
 
@@ -148,6 +162,7 @@ impl Run {
             return Turn::Halt(reason);
         }
         let wave = self.tally(subject, self.begun.last(), rules, now);
+        self.unwell_seen = self.unwell_seen.min(all.unwell);
         let unwell = all.unwell > self.unwell_seen
             && all.unwell as u64 > rules.unwell_max.of(all.members as u64);
         let over = match self.paused.as_ref().map(|pause| pause.kind) {
@@ -181,6 +196,7 @@ impl Run {
             }
             let wave = self.begun.remove(last).wave; // revoked or pinned meanwhile
             self.skip(wave, effects);
+            self.done.get_or_insert(now); // what it had to say settles all the same
             return Turn::Again;
         }
         if let Some(begun) = self.begun.last() {
@@ -195,10 +211,13 @@ impl Run {
             if subject.iter().all(|agent| self.wave_of(agent).is_some()) {
                 return Turn::Through; // nobody is left for the waves ahead
             }
-            let since = *self.done.get_or_insert(now);
-            if !is_over(since, rules.settle, now) {
-                return Turn::Rest;
-            }
+            self.done.get_or_insert(now);
+        }
+        if self
+            .done
+            .is_some_and(|since| !is_over(since, rules.settle, now))
+        {
+            return Turn::Rest;
         }
         self.next_wave(subject, now, effects)
     }
@@ -244,12 +263,15 @@ impl Run {
                 .filter(is_new)
                 .count();
             if new == 0 {
-                let would = |agent: &Placed<'_>| match &wave {
+                let would = |agent: &&Placed<'_>| match &wave {
                     Wave::Group(group) => agent.member.groups.contains(group),
                     Wave::Share(_) | Wave::Count(_) => true,
                 };
-                let closed = subject.iter().filter(|agent| !agent.may);
-                if closed.filter(|it| self.wave_of(it).is_none()).any(would) {
+                let left = subject.iter().filter(|it| self.wave_of(it).is_none());
+                let (open, closed): (Vec<_>, Vec<_>) = left.partition(|agent| agent.may);
+                // Later ones catch up when theirs opens, as long as there are others to go on with.
+                let first = self.begun.is_empty() || open.is_empty();
+                if first && closed.iter().any(would) {
                     if !std::mem::replace(&mut self.waits_for_window, true) {
                         let reason = format!("{wave}: until a window of its members opens");
                         effects.push(note("rollout-waits", self.target, reason));
@@ -261,9 +283,9 @@ impl Run {
                 continue;
             }
             self.waits_for_window = false;
-            let may = subject.iter().filter(|agent| agent.may).count();
-            if new > 1 && new == may && !self.skipped.is_empty() {
-                let substitute = Percent::new(SUBSTITUTE).expect("a percentage");
+            let substitute = Percent::new(SUBSTITUTE).expect("a percentage");
+            let most = substitute.of_rounded_up(places.len() as u64);
+            if self.begun.is_empty() && !self.skipped.is_empty() && new as u64 > most {
                 self.ahead.insert(0, wave);
                 self.ahead.insert(0, Wave::Share(substitute));
                 continue;
@@ -277,9 +299,20 @@ impl Run {
     }
 
     fn skip(&mut self, wave: Wave, effects: &mut Vec<Effect>) {
+        self.waits_for_window = false;
         let reason = format!("{wave} has no members");
         effects.push(note("wave-skipped", self.target, reason));
         self.skipped.push(wave);
+    }
+
+    /// Takes what is said to be in the future for now: the clock was set back.
+    pub(super) fn clock_is_at(&mut self, now: Timestamp) {
+        let begun = self.begun.iter_mut().map(|begun| &mut begun.since);
+        let paused = self.paused.as_mut().map(|pause| &mut pause.since);
+        let others = [self.done.as_mut(), self.resumed.as_mut(), paused];
+        for since in begun.chain(others.into_iter().flatten()) {
+            *since = now.min(*since);
+        }
     }
 
     pub(super) fn promote(&mut self, now: Timestamp) {
@@ -327,11 +360,19 @@ impl Run {
                 Some(Word::Unwell) => true,
                 Some(Word::Installed) => late, // clamd may be about to start
                 Some(Word::Live | Word::Refused) => false,
-                None => member.connected && late && member.progress.is_some(),
+                None => late && member.progress.is_some(),
             };
-            let unsettled = member.word.is_none() && member.connected && !unwell;
+            // Whoever has taken it in hand is waited for also where its connection is lost, or a
+            // wave would be done whenever its last agents blink.
+            let seen = member.connected || now.duration_since(member.seen) < SEEN;
+            let coming = seen
+                && self
+                    .resumed
+                    .is_some_and(|start| now.duration_since(start) < RECONNECT);
+            let at_it = member.connected || member.progress.is_some() || coming;
+            let unsettled = member.word.is_none() && at_it && !unwell;
             tally.members += 1;
-            tally.seen += usize::from(member.connected || now.duration_since(member.seen) < SEEN);
+            tally.seen += usize::from(seen);
             tally.live += usize::from(member.word == Some(Word::Live));
             tally.unsettled += usize::from(unsettled);
             tally.refused += usize::from(refused);
@@ -339,6 +380,9 @@ impl Run {
             tally.progress = tally.progress.max(member.progress);
             if (refused || unwell) && tally.named.len() < NAMED_MAX {
                 tally.named.push(member.name.clone());
+            }
+            if unsettled && tally.waited.len() < NAMED_MAX {
+                tally.waited.push(member.name.clone());
             }
         }
         tally
@@ -385,10 +429,11 @@ impl Tally {
     }
 }
 
-/// Whether an agent has shown no progress for too long.
+/// Whether an agent has shown no progress for too long, or has made nothing of it.
 fn is_late(member: &Member<'_>, rules: &Rules, now: Timestamp) -> bool {
     let since = member.progress.unwrap_or(Timestamp::MIN);
-    is_over(since, rules.deadline, now)
+    let offered = member.offered.unwrap_or(now);
+    is_over(since, rules.deadline, now) || now.duration_since(offered) >= TAKE
 }
 
 fn is_over(since: Timestamp, span: Duration, now: Timestamp) -> bool {

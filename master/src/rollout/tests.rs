@@ -28,6 +28,7 @@ struct Host {
     words: BTreeMap<u64, Word>,
     /// When it was offered one.
     progress: BTreeMap<u64, i64>,
+    offered: Option<i64>,
 }
 
 fn target(number: u64) -> Target {
@@ -264,6 +265,7 @@ impl Host {
             at: self.at.map(position),
             word: of.and_then(|number| self.words.get(&number).copied()),
             progress: of.and_then(|number| self.progress.get(&number).map(|it| at(*it))),
+            offered: self.offered.map(at),
         }
     }
 }
@@ -576,10 +578,7 @@ fn aborted_is_halted_by_hand_and_promoted_is_everybody_at_once() {
 fn rolled_back_by_hand_nothing_is_published_until_resumed() {
     let mut lab = Lab::usual();
     lab.published(2).everybody(2, Word::Live);
-    lab.order(|lab, now| {
-        lab.rollout
-            .roll_back(target(1), "false positives".into(), now)
-    });
+    lab.roll_back(target(1), "false positives").unwrap();
     lab.is("complete 2, owes 1 for 2");
     assert!(lab.rollout.held().is_some());
     let effects = lab.rollout.went_back(again(3, 1));
@@ -604,7 +603,7 @@ fn a_pinned_group_stays_and_is_neither_waited_for_nor_asked() {
     assert_eq!(lab.wanted(&"h0".parse().unwrap()), Some(1));
     lab.everybody(2, Word::Live).is("complete 2");
     assert_eq!(lab.offered(2), 98);
-    lab.order(|lab, _| lab.rollout.unpin_group(&canary));
+    lab.order(|lab, _| lab.rollout.unpin_group(&canary, None));
     lab.step();
     assert_eq!(lab.offered(2), 100);
 }
@@ -613,6 +612,9 @@ fn a_pinned_group_stays_and_is_neither_waited_for_nor_asked() {
 fn a_refusal_counts_also_where_the_group_is_pinned_meanwhile() {
     let mut lab = Lab::usual();
     lab.published(2);
+    for name in ["h0", "h1"] {
+        lab.host(name).at = Some(2);
+    }
     lab.pin("canary", 2).unwrap();
     lab.say("h0", 2, Word::Refused)
         .is("complete 1, owes 1 for 2");
@@ -622,15 +624,20 @@ fn a_refusal_counts_also_where_the_group_is_pinned_meanwhile() {
 fn a_pin_offers_nobody_what_was_taken_back() {
     let mut lab = Lab::usual();
     lab.published(2);
-    lab.host("h5").groups = vec!["db".parse().unwrap()];
+    lab.host("h1").at = Some(2);
+    lab.host("h1").groups = vec!["db".parse().unwrap()];
     lab.pin("db", 2).unwrap();
-    assert_eq!(lab.wanted(&"h5".parse().unwrap()), Some(2));
+    assert_eq!(lab.wanted(&"h1".parse().unwrap()), Some(2));
     lab.say("h0", 2, Word::Refused);
-    assert_ne!(lab.wanted(&"h5".parse().unwrap()), Some(2));
-    let taken_back = Err(OrderError::TakenBack(position(2)));
-    assert_eq!(lab.pin("canary", 2), taken_back);
-    let (to, why) = (target(2), "it was better".to_owned());
-    assert_eq!(lab.rollout.roll_back(to, why, at(0)), taken_back);
+    assert!(
+        lab.rollout.pins().is_empty(),
+        "it goes back with the others"
+    );
+    assert!(lab.noted.contains(&"unpin 2".to_owned()));
+    let taken_back = OrderError::TakenBack(position(2));
+    assert_eq!(lab.pin("canary", 2), Err(taken_back));
+    let taken_back = OrderError::TakenBack(position(2));
+    assert_eq!(lab.roll_back(target(2), "it was better"), Err(taken_back));
 }
 
 #[test]
@@ -638,7 +645,7 @@ fn what_is_rolled_back_is_offered_to_nobody_until_the_other_is_published() {
     let mut lab = Lab::usual();
     lab.published(2).everybody(2, Word::Live).is("complete 2");
     lab.host("h9").at = Some(1);
-    lab.order(|lab, now| lab.rollout.roll_back(target(1), "slow".into(), now));
+    lab.roll_back(target(1), "slow").unwrap();
     assert_eq!(lab.wanted(&"h9".parse().unwrap()), Some(1), "it stays");
 }
 
@@ -648,8 +655,8 @@ fn a_rollback_that_another_order_overtook_is_not_taken_for_that() {
     for number in [2, 3] {
         lab.published(number).everybody(number, Word::Live);
     }
-    lab.order(|lab, now| lab.rollout.roll_back(target(2), "slow".into(), now));
-    lab.order(|lab, now| lab.rollout.roll_back(target(1), "slower".into(), now));
+    lab.roll_back(target(2), "slow").unwrap();
+    lab.roll_back(target(1), "slower").unwrap();
     lab.rollout.went_back(again(4, 2));
     lab.is("complete 3, owes 1 for 3");
     lab.rollout.went_back(again(5, 1));
@@ -687,7 +694,7 @@ fn outside_its_window_a_host_keeps_what_it_has_and_a_rollback_does_not_wait() {
     assert_eq!(lab.offered(2), 100);
     lab.everybody(2, Word::Live);
     lab.now = at_utc("2026-11-21T12:00:00Z");
-    lab.order(|lab, now| lab.rollout.roll_back(target(1), "bad".into(), now));
+    lab.roll_back(target(1), "bad").unwrap();
     let effects = lab.rollout.went_back(again(3, 1));
     lab.take(effects);
     lab.step();
@@ -764,6 +771,142 @@ fn a_wave_whose_window_is_closed_is_waited_for() {
 }
 
 #[test]
+fn a_wave_that_everybody_left_settles_all_the_same() {
+    let mut lab = Lab::usual();
+    lab.rules.settle = Duration::from_secs(3600);
+    lab.published(2)
+        .say("h0", 2, Word::Live)
+        .say("h1", 2, Word::Live);
+    for name in ["h0", "h1"] {
+        lab.host(name).groups.clear();
+    }
+    lab.wait(3599).is("complete 1, running 2 wave 0 of 2");
+    lab.wait(1).is("complete 1, running 2 wave 1 of 2");
+}
+
+#[test]
+fn whoever_took_it_in_hand_is_waited_for_wherever_it_is() {
+    let mut lab = Lab::usual();
+    lab.published(2).say("h0", 2, Word::Live);
+    lab.host("h1").away = true;
+    lab.wait(60).is("complete 1, running 2 wave 1 of 3");
+    lab.wait(DEADLINE)
+        .is("complete 1, running 2 wave 1 of 3, paused Unwell");
+}
+
+#[test]
+fn after_a_start_those_who_were_there_are_waited_for() {
+    let mut lab = Lab::usual();
+    lab.published(2).say("h0", 2, Word::Live);
+    // The next master knows what it kept, and hears of nobody yet.
+    let now = lab.now;
+    for host in lab.hosts.values_mut() {
+        (host.away, host.seen) = (true, now - 3600);
+        host.progress.clear();
+    }
+    lab.rollout.resumed(at(now));
+    lab.wait(170).is("complete 1, running 2 wave 1 of 3");
+    lab.wait(10).is("complete 1, running 2 wave 2 of 3");
+}
+
+#[test]
+fn whoever_makes_nothing_of_it_for_a_day_has_trouble() {
+    let mut lab = Lab::usual();
+    lab.published(2).say("h0", 2, Word::Live);
+    let offered = lab.now;
+    lab.host("h1").offered = Some(offered);
+    for _ in 0..24 {
+        lab.is("complete 1, running 2 wave 1 of 3");
+        let now = lab.now + 3600;
+        lab.host("h1").progress.insert(2, now);
+        lab.wait(3600);
+    }
+    lab.is("complete 1, running 2 wave 1 of 3, paused Unwell");
+}
+
+#[test]
+fn a_clock_that_was_in_the_future_stops_nothing() {
+    let mut lab = Lab::usual();
+    lab.rules.settle = Duration::from_secs(60);
+    lab.now += 1 << 30;
+    lab.published(2)
+        .say("h0", 2, Word::Live)
+        .say("h1", 2, Word::Live);
+    lab.now -= 1 << 30;
+    lab.step().is("complete 1, running 2 wave 1 of 3");
+    lab.wait(60).is("complete 1, running 2 wave 2 of 3");
+}
+
+#[test]
+fn a_group_of_which_a_part_is_ahead_is_not_pinned_to_where_it_is() {
+    let mut lab = Lab::usual();
+    lab.published(2).say("h0", 2, Word::Live);
+    let split = lab.pin_where_it_is("canary");
+    assert!(matches!(split, Err(OrderError::Split { .. })), "{split:?}");
+    lab.say("h1", 2, Word::Live);
+    lab.pin_where_it_is("canary").unwrap();
+    assert_eq!(
+        number(&lab.rollout.pins().values().next().unwrap().target),
+        2
+    );
+}
+
+#[test]
+fn where_a_halt_took_nobody_back_an_operator_can() {
+    let mut lab = Lab::usual();
+    lab.rules.rollback_on_halt = false;
+    lab.published(2)
+        .say("h1", 2, Word::Live)
+        .say("h0", 2, Word::Refused);
+    lab.is("complete 1");
+    lab.roll_back(target(1), "h1 is still there").unwrap();
+    lab.is("complete 1, owes 1 for 2");
+}
+
+#[test]
+fn what_is_on_its_way_is_not_rolled_back_to() {
+    let mut lab = Lab::usual();
+    lab.published(2);
+    let on_its_way = OrderError::OnItsWay(position(2));
+    assert_eq!(lab.roll_back(target(2), "now"), Err(on_its_way));
+}
+
+#[test]
+fn the_same_databases_do_not_come_again_behind_those_that_were_halted() {
+    let mut lab = Lab::usual();
+    lab.rules.rollback_on_halt = false;
+    lab.published(2);
+    let effects = lab.rollout.published(again(4, 2), false, &lab.rules);
+    lab.take(effects);
+    lab.say("h0", 2, Word::Refused).is("complete 1");
+    assert_eq!(lab.noted.last().unwrap(), "look");
+}
+
+#[test]
+fn hosts_with_a_window_hold_nobody_up_but_are_waited_for_in_the_end() {
+    let mut lab = Lab::new(20, 1, &["group:canary", "group:db", "100%"]);
+    lab.published(1).everybody(1, Word::Live);
+    lab.now = at_utc("2026-11-23T12:00:00Z");
+    let night = "Mon-Fri 22:00-05:00 UTC".parse().unwrap();
+    let db: GroupName = "db".parse().unwrap();
+    lab.rules.windows = BTreeMap::from([(db.clone(), vec![night])]);
+    for name in ["h7", "h8"] {
+        lab.host(name).groups.push(db.clone());
+    }
+    lab.published(2).everybody(2, Word::Live).is("complete 2");
+    // Where all but the canary have one, the night is waited for, and a newer one goes first.
+    for i in 1..20 {
+        lab.host(&format!("h{i}")).groups = vec![db.clone()];
+    }
+    lab.published(3).say("h0", 3, Word::Live);
+    lab.is("complete 2, running 3 wave 1 of 3");
+    lab.published(4).say("h0", 4, Word::Live);
+    lab.is("complete 2, running 4 wave 1 of 3");
+    lab.now = at_utc("2026-11-23T22:00:00Z");
+    lab.step().is("complete 2, running 4 wave 2 of 3");
+}
+
+#[test]
 fn settle_time_does_not_pass_where_nobody_is_left() {
     let mut lab = Lab::new(2, 2, &["group:canary", "10%", "100%"]);
     lab.rules.settle = Duration::from_secs(60);
@@ -788,7 +931,9 @@ fn at_utc(text: &str) -> i64 {
 impl Lab {
     fn resume(&mut self) -> Result<(), OrderError> {
         let fleet = Hosts(&self.hosts, self.now);
-        let effects = self.rollout.resume(&fleet, &self.rules, at(self.now))?;
+        let effects = self
+            .rollout
+            .resume(None, &fleet, &self.rules, at(self.now))?;
         self.take(effects);
         Ok(())
     }
@@ -798,6 +943,26 @@ impl Lab {
         let (group, target) = (group.parse().unwrap(), target(number));
         let now = at(self.now);
         self.rollout.pin_group(group, target, None, &fleet, now)
+    }
+
+    fn roll_back(&mut self, to: Target, why: &str) -> Result<(), OrderError> {
+        let fleet = Hosts(&self.hosts, self.now);
+        let order = Order::RollBack(to, why.to_owned());
+        let effects = self
+            .rollout
+            .order(order, &fleet, &self.rules, at(self.now))?;
+        self.take(effects);
+        Ok(())
+    }
+
+    fn pin_where_it_is(&mut self, group: &str) -> Result<(), OrderError> {
+        let fleet = Hosts(&self.hosts, self.now);
+        let order = Order::Pin(group.parse().unwrap(), None, None);
+        let effects = self
+            .rollout
+            .order(order, &fleet, &self.rules, at(self.now))?;
+        self.take(effects);
+        Ok(())
     }
 
     #[track_caller]
