@@ -10,7 +10,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clamcast_proto::wire::{self, FrameError, Part, ToAgent, ToMaster, Welcome, close};
-use quinn::{Connection, ConnectionError, Endpoint, RecvStream, SendStream, VarInt};
+use quinn::{
+    Connection, ConnectionError, Endpoint, RecvStream, SendStream, TransportErrorCode, VarInt,
+};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
@@ -161,6 +163,11 @@ fn said(address: SocketAddr, error: &ConnectionError) -> String {
                 close::BUSY => format!("the master at {address} has too many agents"),
                 _ => format!("the master at {address} closed the connection: {closed}"),
             }
+        }
+        ConnectionError::ConnectionClosed(closed)
+            if closed.error_code == TransportErrorCode::CONNECTION_REFUSED =>
+        {
+            format!("the master at {address} lets nobody in now: it stops, or has too many agents")
         }
         ConnectionError::ConnectionClosed(closed) => format!(
             "the master at {address} refused the handshake ({closed}); is this host's certificate \

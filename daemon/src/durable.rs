@@ -6,6 +6,9 @@ use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
+use nix::unistd::syncfs;
+use tempfile::NamedTempFile;
+
 /// How the name of a file begins and ends that is being written beside its target.
 const BESIDE: (&str, &str) = (".", ".new");
 
@@ -16,6 +19,43 @@ const BESIDE: (&str, &str) = (".", ".new");
 /// old file or the new one, and after `Ok` it is the new one.
 pub fn write(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
     let directory = directory_of(path);
+    let file = beside(directory, bytes, mode)?;
+    file.as_file().sync_all()?;
+    file.persist(path).map_err(|error| error.error)?;
+    sync_dir(directory)
+}
+
+/// From this many files on, one sync of the whole file system costs less than one for each. It also
+/// waits for what others have written there, which is why a few files do without.
+const SYNC_TOGETHER: usize = 16;
+
+/// [`write()`] for several files of one directory, by their names in it, for little more than the
+/// cost of one. A crash leaves each of them old or new, and after `Ok` all are new.
+pub fn write_all(directory: &Path, files: &[(String, Vec<u8>)], mode: u32) -> io::Result<()> {
+    // Bounded, for each is an open file until it has its name.
+    for files in files.chunks(WRITTEN_TOGETHER_MAX) {
+        let each = |(_, bytes): &(String, Vec<u8>)| beside(directory, bytes, mode);
+        let written: Vec<_> = files.iter().map(each).collect::<io::Result<_>>()?;
+        if written.len() < SYNC_TOGETHER {
+            for file in &written {
+                file.as_file().sync_all()?;
+            }
+        } else {
+            syncfs(File::open(directory)?)?;
+        }
+        for (file, (name, _)) in written.into_iter().zip(files) {
+            let placed = file.persist(directory.join(name));
+            placed.map_err(|error| error.error)?;
+        }
+    }
+    sync_dir(directory)
+}
+
+/// Files that are written at a time: open ones, of which a process may have 1024.
+const WRITTEN_TOGETHER_MAX: usize = 256;
+
+/// A new file beside its target, with its content, not synced.
+fn beside(directory: &Path, bytes: &[u8], mode: u32) -> io::Result<NamedTempFile> {
     let mut file = tempfile::Builder::new()
         .prefix(BESIDE.0)
         .suffix(BESIDE.1)
@@ -25,9 +65,7 @@ pub fn write(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
     // The umask may have taken bits away that the caller wants others to have.
     file.as_file()
         .set_permissions(Permissions::from_mode(mode))?;
-    file.as_file().sync_all()?;
-    file.persist(path).map_err(|error| error.error)?;
-    sync_dir(directory)
+    Ok(file)
 }
 
 /// [`write()`], unless the file has that content already: what is there needs no room on a full disk.
@@ -168,6 +206,26 @@ mod tests {
         fs::create_dir(&path).unwrap(); // a file cannot be renamed over a directory
         assert!(write(&path, b"bytes", 0o600).is_err());
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn many_files_are_replaced_as_one_is() {
+        for count in [0, 1, SYNC_TOGETHER, 2 * WRITTEN_TOGETHER_MAX + 1] {
+            let dir = tempfile::tempdir().unwrap();
+            fs::write(dir.path().join("0"), b"old").unwrap();
+            let files = (0..count).map(|number| (number.to_string(), vec![b'x'; number]));
+            let files: Vec<_> = files.collect();
+            write_all(dir.path(), &files, 0o600).unwrap();
+            for (name, bytes) in &files {
+                let path = dir.path().join(name);
+                assert_eq!(
+                    (fs::read(&path).unwrap(), mode(&path)),
+                    (bytes.clone(), 0o600)
+                );
+            }
+            let there = fs::read_dir(dir.path()).unwrap().count();
+            assert_eq!(there, count.max(1));
+        }
     }
 
     #[test]

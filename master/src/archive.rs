@@ -4,9 +4,9 @@
 use std::collections::HashMap;
 use std::fs;
 use std::io;
-use std::path::PathBuf;
+use std::path::Path;
+use std::sync::Mutex;
 
-use clamcast_daemon::durable;
 use clamcast_proto::dsse::PublicKey;
 use clamcast_proto::identity::{Certificate, Role};
 use clamcast_proto::{AgentName, Digest};
@@ -15,18 +15,15 @@ use clamcast_proto::{AgentName, Digest};
 /// is older than its agent's certificate only for as long as it waits to be sent.
 const KEYS_TRIED_MAX: usize = 8;
 
-/// The directory of certificates, `FINGERPRINT.der` each.
-#[derive(Debug)]
-pub struct Archive {
-    directory: PathBuf,
-    keys: HashMap<AgentName, Vec<(Digest, PublicKey)>>,
-}
+/// What is known of the directory of certificates, `FINGERPRINT.der` each.
+#[derive(Debug, Default)]
+pub struct Archive(Mutex<HashMap<AgentName, Vec<(Digest, PublicKey)>>>);
 
 impl Archive {
-    /// Opens the directory, which exists.
-    pub fn open(directory: PathBuf) -> io::Result<Self> {
+    /// Reads the directory, which exists.
+    pub fn load(directory: &Path) -> io::Result<Self> {
         let mut certificates = Vec::new();
-        for entry in fs::read_dir(&directory)? {
+        for entry in fs::read_dir(directory)? {
             let path = entry?.path();
             if path.extension().is_some_and(|extension| extension == "der") {
                 match Certificate::from_der(&fs::read(&path)?) {
@@ -38,53 +35,36 @@ impl Archive {
             }
         }
         certificates.sort_by_key(|certificate| certificate.not_before);
-        let mut archive = Self {
-            directory,
-            keys: HashMap::new(),
-        };
-        for certificate in certificates {
-            if let Some(Role::Agent { name, .. }) = certificate.identity.map(|i| i.role) {
-                archive.remember(&name, certificate.fingerprint, certificate.key);
+        let archive = Self::default();
+        for certificate in &certificates {
+            let identity = certificate.identity.as_ref();
+            if let Some(Role::Agent { name, .. }) = identity.map(|identity| &identity.role) {
+                archive.learn(name, certificate);
             }
         }
         Ok(archive)
     }
 
-    /// Keeps a certificate whose chain was verified. Cheap if it is there already.
-    pub fn keep(&mut self, name: &AgentName, der: &[u8]) -> io::Result<()> {
-        let fingerprint = Digest::of(der);
-        let known = self
-            .keys
-            .get(name)
-            .is_some_and(|keys| keys.iter().any(|k| k.0 == fingerprint));
-        if known {
-            return Ok(());
+    /// Takes a certificate whose chain was verified. Returns whether it is new, and so to be
+    /// written into the directory before any receipt that its key signs.
+    pub fn learn(&self, name: &AgentName, certificate: &Certificate) -> bool {
+        let mut keys = self.0.lock().expect("nothing panics with it");
+        let keys = keys.entry(name.clone()).or_default();
+        let fingerprint = certificate.fingerprint;
+        if keys.iter().any(|(known, _)| *known == fingerprint) {
+            return false;
         }
-        durable::write(
-            &self.directory.join(format!("{fingerprint}.der")),
-            der,
-            0o600,
-        )?;
-        let certificate = Certificate::from_der(der).map_err(io::Error::other)?;
-        self.remember(name, fingerprint, certificate.key);
-        Ok(())
+        keys.push((fingerprint, certificate.key.clone()));
+        if keys.len() > KEYS_TRIED_MAX {
+            keys.remove(0);
+        }
+        true
     }
 
     /// The keys that a receipt of this agent may be signed with, newest last.
     pub fn keys(&self, name: &AgentName) -> Vec<PublicKey> {
-        self.keys
-            .get(name)
-            .into_iter()
-            .flatten()
-            .map(|(_, key)| key.clone())
-            .collect()
-    }
-
-    fn remember(&mut self, name: &AgentName, fingerprint: Digest, key: PublicKey) {
-        let keys = self.keys.entry(name.clone()).or_default();
-        keys.push((fingerprint, key));
-        if keys.len() > KEYS_TRIED_MAX {
-            keys.remove(0);
-        }
+        let keys = self.0.lock().expect("nothing panics with it");
+        let keys = keys.get(name).into_iter().flatten();
+        keys.map(|(_, key)| key.clone()).collect()
     }
 }

@@ -13,7 +13,11 @@ use clamcast_daemon::input::{self, InputError};
 use clamcast_proto::identity::{Certificate, CertificateError, Identity, Role};
 use clamcast_proto::{FleetName, wire};
 use quinn::crypto::rustls::QuicServerConfig;
-use quinn::{Endpoint, EndpointConfig, ServerConfig, TransportConfig, VarInt};
+use quinn::{
+    ConnectionId, ConnectionIdGenerator, Endpoint, EndpointConfig, ServerConfig, TransportConfig,
+    VarInt,
+};
+use quinn_proto::InvalidCid;
 use rustls::RootCertStore;
 use rustls::client::verify_server_cert_signed_by_trust_anchor;
 use rustls::crypto::CryptoProvider;
@@ -28,6 +32,9 @@ use crate::config::Tls;
 /// that overflows, not the CPU: an Initial occupies 2.3 KiB of it, and nobody drains the socket
 /// while a handshake's keys are computed.
 const RECEIVE_BUFFER: usize = 32 << 20;
+
+/// With this many bytes 2,000 agents that reconnect at once lose nothing.
+const RECEIVE_BUFFER_ENOUGH: usize = 4 << 20;
 
 /// Handshakes that wait for their turn, at most; more are dropped and tried again by their agents.
 const INCOMING_MAX: usize = 4096;
@@ -305,28 +312,29 @@ pub fn bind(
 ) -> Result<Endpoint, EndpointError> {
     let keys = QuicKeys::load(&state.join("quic.key"))?;
     let mut config = EndpointConfig::new(Arc::new(hmac::Key::new(hmac::HMAC_SHA256, &keys.reset)));
-    let connection_ids = keys.connection_ids;
-    config.cid_generator(move || {
-        Box::new(quinn_proto::HashedConnectionIdGenerator::from_key(
-            connection_ids,
-        ))
-    });
-    // A restarted master must be able to tell a whole fleet at once: 10,000 resets a second.
-    config.min_reset_interval(Duration::from_micros(100));
+    config.cid_generator(move || Box::new(ConnectionIds::from_key(keys.connection_ids)));
+    // A restarted master tells a whole fleet as fast as it asks: with any interval only one of a
+    // batch of packets is answered, and an agent whose answer is left out asks again after seconds.
+    // Only a packet with a connection id that we made is answered, and by a shorter one.
+    config.min_reset_interval(Duration::ZERO);
     let failed = |source| EndpointError::Bind { address, source };
     let socket = socket(address).map_err(failed)?;
     Endpoint::new(config, Some(server), socket, Arc::new(quinn::TokioRuntime)).map_err(failed)
 }
 
 fn socket(address: SocketAddr) -> io::Result<UdpSocket> {
-    let socket = Socket::new(
-        Domain::for_address(address),
-        Type::DGRAM,
-        Some(Protocol::UDP),
-    )?;
+    let (socket, _) = sized_socket(Domain::for_address(address))?;
     if address.is_ipv6() {
         socket.set_only_v6(false)?; // `[::]` means every address, IPv4 too
     }
+    socket.bind(&address.into())?;
+    socket.set_nonblocking(true)?;
+    Ok(socket.into())
+}
+
+/// A UDP socket with the largest receive buffer to be had, and how many bytes that is.
+fn sized_socket(domain: Domain) -> io::Result<(Socket, usize)> {
+    let socket = Socket::new(domain, Type::DGRAM, Some(Protocol::UDP))?;
     // Forcing needs CAP_NET_ADMIN; without it the kernel caps the size at net.core.rmem_max.
     let forced = nix::sys::socket::setsockopt(
         &socket,
@@ -337,20 +345,70 @@ fn socket(address: SocketAddr) -> io::Result<UdpSocket> {
         socket.set_recv_buffer_size(RECEIVE_BUFFER)?;
     }
     let bytes = socket.recv_buffer_size()? / 2; // the kernel reports twice what it was asked for
-    if bytes < RECEIVE_BUFFER_SMALL {
-        tracing::warn!(
-            bytes,
-            "the UDP receive buffer is small; raise net.core.rmem_max to 4194304 or more, or a \
-             large fleet reconnects slowly"
-        );
-    }
-    socket.bind(&address.into())?;
-    socket.set_nonblocking(true)?;
-    Ok(socket.into())
+    Ok((socket, bytes))
 }
 
-/// Below this many bytes a few hundred agents that reconnect at once lose packets.
-const RECEIVE_BUFFER_SMALL: usize = 1 << 20;
+/// What is to be doubted about the receive buffer that this process gets, with the next step.
+pub fn receive_buffer_doubt() -> Option<String> {
+    // Without a socket there is an error, told elsewhere.
+    let (_, bytes) = sized_socket(Domain::IPV4).ok()?;
+    small_receive_buffer(bytes)
+}
+
+fn small_receive_buffer(bytes: usize) -> Option<String> {
+    (bytes < RECEIVE_BUFFER_ENOUGH).then(|| {
+        format!(
+            "the kernel allows a UDP receive buffer of {} KiB (net.core.rmem_max): agents that \
+             reconnect by the hundred at once lose packets and are back seconds later; put \
+             `net.core.rmem_max = {RECEIVE_BUFFER_ENOUGH}` into /etc/sysctl.d/clamcast.conf and run \
+             `sysctl --system`, then restart the master",
+            bytes >> 10
+        )
+    })
+}
+
+/// Names connections, so that a master that has forgotten all of them still knows its own names: only
+/// who uses one is told that its connection is gone. A name is random, then a keyed hash of that.
+///
+/// quinn's own generator has 24 random bits. Of 2,000 agents that lost their master one would find
+/// that its name is somebody else's by now; who has it would drop what it cannot decrypt, and the
+/// agent would wait for its idle timeout.
+struct ConnectionIds(hmac::Key);
+
+/// Bytes of a connection id, of at most 20 (RFC 9000 section 17.2), that are random, and of the hash.
+const ID_RANDOM_BYTES: usize = 8;
+const ID_HASH_BYTES: usize = 8;
+
+impl ConnectionIds {
+    fn from_key(key: u64) -> Self {
+        Self(hmac::Key::new(hmac::HMAC_SHA256, &key.to_be_bytes()))
+    }
+
+    fn hash(&self, random: &[u8]) -> [u8; ID_HASH_BYTES] {
+        let hash = hmac::sign(&self.0, random);
+        *hash.as_ref().first_chunk().expect("it is longer")
+    }
+}
+
+impl ConnectionIdGenerator for ConnectionIds {
+    fn generate_cid(&mut self) -> ConnectionId {
+        let random: [u8; ID_RANDOM_BYTES] = rand::random();
+        ConnectionId::new(&[random, self.hash(&random)].concat())
+    }
+
+    fn validate(&self, id: &ConnectionId) -> Result<(), InvalidCid> {
+        let (random, hash) = id.split_at_checked(ID_RANDOM_BYTES).ok_or(InvalidCid)?;
+        (self.hash(random) == *hash).then_some(()).ok_or(InvalidCid)
+    }
+
+    fn cid_len(&self) -> usize {
+        ID_RANDOM_BYTES + ID_HASH_BYTES
+    }
+
+    fn cid_lifetime(&self) -> Option<Duration> {
+        None // a host's address says more than the id of its connection
+    }
+}
 
 /// Kept in the state directory, 0600.
 struct QuicKeys {
@@ -387,5 +445,46 @@ impl QuicKeys {
         rand::fill(&mut bytes[..]);
         durable::write(path, &bytes, 0o600)?;
         Ok(bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_restarted_master_knows_its_connection_ids_and_gives_none_of_them_again() {
+        let mut seen = std::collections::HashSet::new();
+        for _ in 0..2 {
+            let mut ids = ConnectionIds::from_key(7);
+            for _ in 0..50_000 {
+                let id = ids.generate_cid();
+                assert!(ids.validate(&id).is_ok());
+                assert!(ConnectionIds::from_key(8).validate(&id).is_err());
+                assert!(ids.validate(&ConnectionId::new(&id[1..])).is_err());
+                assert!(seen.insert(id), "{id} twice");
+            }
+        }
+        assert!(
+            ConnectionIds::from_key(7)
+                .validate(&ConnectionId::new(&[]))
+                .is_err()
+        );
+    }
+
+    #[test]
+    fn the_receive_buffer_is_as_large_as_the_kernel_allows() {
+        let largest = fs::read_to_string("/proc/sys/net/core/rmem_max").unwrap();
+        let largest: usize = largest.trim().parse().unwrap();
+        let (_, bytes) = sized_socket(Domain::IPV4).unwrap();
+        assert!(bytes >= largest.min(RECEIVE_BUFFER), "{bytes} of {largest}");
+    }
+
+    #[test]
+    fn a_receive_buffer_that_the_kernel_caps_is_told_of_with_the_setting_to_change() {
+        let doubt = small_receive_buffer(212_992).unwrap();
+        assert!(doubt.contains("208 KiB"), "{doubt}");
+        assert!(doubt.contains("net.core.rmem_max = 4194304"), "{doubt}");
+        assert_eq!(small_receive_buffer(4_194_304), None);
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clamcast_proto::dsse::{EnvelopeError, Verified};
@@ -13,7 +13,7 @@ use clamcast_proto::wire::{
     self, FRAME_BYTES_MAX, FrameError, NeedFile, Offer, OfferId, ToAgent, ToMaster,
 };
 use clamcast_proto::{AgentName, FleetName};
-use quinn::{Connecting, Connection, Endpoint, Incoming, RecvStream, SendStream, VarInt};
+use quinn::{Connecting, Connection, Endpoint, RecvStream, SendStream, VarInt};
 use rustls_pki_types::CertificateDer;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
@@ -22,9 +22,12 @@ use tokio_stream::StreamExt as _;
 use tokio_util::codec::{FramedRead, LengthDelimitedCodec};
 use tokio_util::sync::CancellationToken;
 
+use crate::archive::Archive;
 use crate::config::Groups;
+use crate::fleet::LinkId;
 use crate::hub::{AGENTS_MAX, Command, Connected, Event, Hub, Unwanted};
 use crate::push::Pusher;
+use crate::recorder::{Job, Recorder};
 use crate::rejections::Rejections;
 
 /// A handshake, and then a Hello, must be done within this time.
@@ -33,6 +36,10 @@ const HANDSHAKE: Duration = Duration::from_secs(10);
 /// From this many unfinished handshakes on, newcomers must first prove that they are where they
 /// say they are (QUIC Retry): an Initial then costs a sixteenth.
 const HANDSHAKES_UNPROVEN_MAX: usize = 64;
+
+/// From this many on nobody is let in: each may hold 37 KiB for as long as [`HANDSHAKE`], and the
+/// agents back off and come again.
+const HANDSHAKES_MAX: usize = 4096;
 
 /// Connections at a time: a fleet, and again as many while it reconnects.
 const CONNECTIONS_MAX: usize = 2 * AGENTS_MAX;
@@ -43,6 +50,10 @@ const STALL: Duration = Duration::from_secs(30);
 /// Times an agent may ask for the files of one offer: after lost parts, wrong digests and its own
 /// retries on a full disk over days.
 const NEEDS_MAX: u32 = 1000;
+
+/// Bytes that are read of the control stream at a time: what an agent says is seldom longer, and
+/// every agent's connection keeps as many.
+const READ_BYTES: usize = 2 << 10;
 
 /// How long open connections may take to finish what they are at when the daemon stops.
 const DRAIN: Duration = Duration::from_secs(3);
@@ -59,7 +70,9 @@ pub struct Shared {
     /// Groups by name patterns.
     pub groups: Groups,
     /// Certificates that were seen.
-    pub archive: Mutex<crate::archive::Archive>,
+    pub archive: Archive,
+    /// Keeps them.
+    pub recorder: Recorder,
     /// Connections that were not let in.
     pub rejections: Rejections,
 }
@@ -97,8 +110,6 @@ enum LinkError {
     TooManyReceipts,
     #[error("the agent said {0}")]
     Order(&'static str),
-    #[error("the certificate cannot be archived")]
-    Archive(#[source] std::io::Error),
 }
 
 impl LinkError {
@@ -107,7 +118,7 @@ impl LinkError {
         match self {
             Self::Certificate(_) | Self::NotAnAgent(_) => wire::close::NOT_AN_AGENT,
             Self::Unwanted(Unwanted::Revoked { .. }) => wire::close::REVOKED,
-            Self::Unwanted(Unwanted::Full) | Self::Archive(_) => wire::close::BUSY,
+            Self::Unwanted(Unwanted::Full) => wire::close::BUSY,
             Self::HandshakeTimeout | Self::Stalled | Self::NoHello => wire::close::TIMEOUT,
             Self::Frame(_) | Self::TooManyNeeds | Self::TooManyReceipts | Self::Order(_) => {
                 wire::close::PROTOCOL
@@ -135,8 +146,7 @@ impl LinkError {
             | Self::Write(_)
             | Self::Read(_)
             | Self::Stalled
-            | Self::NoHello
-            | Self::Archive(_) => false,
+            | Self::NoHello => false,
         }
     }
 }
@@ -154,18 +164,22 @@ pub async fn serve(endpoint: Endpoint, shared: Arc<Shared>, stop: CancellationTo
             incoming = endpoint.accept() => incoming,
         };
         let Some(incoming) = incoming else { break };
-        if connections.len() >= CONNECTIONS_MAX {
+        // Every unfinished handshake holds a clone.
+        let unfinished = Arc::strong_count(&handshakes) - 1;
+        if connections.len() >= CONNECTIONS_MAX || unfinished >= HANDSHAKES_MAX {
             incoming.refuse(); // the agent backs off and tries again
             continue;
         }
-        // Every unfinished handshake holds a clone.
-        let unfinished = Arc::strong_count(&handshakes) - 1;
         if unfinished >= HANDSHAKES_UNPROVEN_MAX && !incoming.remote_address_validated() {
             let _ = incoming.retry(); // fails only for a validated address
             continue;
         }
+        // Here and not in the connection's task: nobody reads the socket while an Initial is worked
+        // on, so that is done for one at a time, and whoever reads comes before the next.
+        let (address, accepted) = (incoming.remote_address(), incoming.accept());
         let (shared, stop, permit) = (shared.clone(), stop.child_token(), handshakes.clone());
-        connections.spawn(converse(incoming, shared, permit, stop));
+        connections.spawn(converse(address, accepted, shared, permit, stop));
+        tokio::task::yield_now().await;
     }
     // They saw the token too and end by themselves, at a file boundary.
     let drained = async {
@@ -193,28 +207,33 @@ fn report(ended: Result<(), tokio::task::JoinError>) {
     }
 }
 
-/// The life of one connection.
+/// The life of one connection. What it does seldom or once is boxed, because thousands of these
+/// tasks wait for agents that say nothing.
 async fn converse(
-    incoming: Incoming,
+    address: SocketAddr,
+    accepted: Result<Connecting, quinn::ConnectionError>,
     shared: Arc<Shared>,
     handshake: Arc<()>,
     stop: CancellationToken,
 ) {
-    let address = incoming.remote_address();
-    let connecting = match incoming.accept() {
-        Ok(connecting) => connecting,
-        Err(error) => return rejected(&shared, address, &LinkError::Handshake(error)).await,
-    };
-    let connection = match shake_hands(connecting).await {
-        Ok(connection) => connection,
-        Err(error) => return rejected(&shared, address, &error).await,
+    let shaken = match accepted {
+        Ok(connecting) => Box::pin(shake_hands(connecting)).await,
+        Err(error) => Err(LinkError::Handshake(error)),
     };
     drop(handshake);
-    let result = admit(&connection, &shared, &stop).await;
-    if let Err(error) = result {
-        // Closed first: the audit log may have to wait for its disk.
-        connection.close(VarInt::from_u32(error.code()), error.to_string().as_bytes());
-        rejected(&shared, address, &error).await;
+    let ended = match shaken {
+        Ok(connection) => {
+            let ended = speak(&connection, &shared, &stop).await;
+            if let Err(error) = &ended {
+                // Before it is noted: the audit log may have to wait for its disk.
+                connection.close(VarInt::from_u32(error.code()), error.to_string().as_bytes());
+            }
+            ended
+        }
+        Err(error) => Err(error),
+    };
+    if let Err(error) = ended {
+        Box::pin(rejected(&shared, address, &error)).await;
     }
 }
 
@@ -234,12 +253,44 @@ async fn shake_hands(connecting: Connecting) -> Result<Connection, LinkError> {
         .map_err(LinkError::Handshake)
 }
 
-/// TLS has verified the chain and the dates. Here: is it an agent of this fleet, and not revoked?
-async fn admit(
+/// Lets an agent in, and speaks with it until one of the two ends it.
+async fn speak(
     connection: &Connection,
     shared: &Arc<Shared>,
     stop: &CancellationToken,
 ) -> Result<(), LinkError> {
+    let Admitted { name, id, commands } = Box::pin(admit(connection, shared)).await?;
+    let converse = async {
+        let opened = timeout(HANDSHAKE, connection.open_bi()).await;
+        let (send, recv) = opened.map_err(|_| LinkError::NoHello)??;
+        let mut link = Link {
+            connection,
+            shared,
+            name: name.clone(),
+            id,
+            send,
+            offer: None,
+            parts: JoinSet::new(),
+            receipts: Budget::new(Instant::now()),
+        };
+        link.run(recv, commands, stop).await
+    };
+    let result = Box::pin(converse).await;
+    // From here on the hub must hear of the end, whatever it was.
+    let told = shared.hub.tell(Event::Disconnected { name, id });
+    let _ = Box::pin(told).await; // it may be gone already
+    result
+}
+
+/// An agent that was let in.
+struct Admitted {
+    name: AgentName,
+    id: LinkId,
+    commands: mpsc::Receiver<Command>,
+}
+
+/// TLS has verified the chain and the dates. Here: is it an agent of this fleet, and not revoked?
+async fn admit(connection: &Connection, shared: &Shared) -> Result<Admitted, LinkError> {
     let chain = connection
         .peer_identity()
         .and_then(|identity| identity.downcast::<Vec<CertificateDer<'static>>>().ok())
@@ -254,19 +305,15 @@ async fn admit(
     if identity.fleet != shared.fleet {
         return Err(not_an_agent());
     }
-    let kept = {
-        let (shared, name, der) = (shared.clone(), name.clone(), der.clone());
-        tokio::task::spawn_blocking(move || {
-            shared
-                .archive
-                .lock()
-                .expect("nothing panics with it")
-                .keep(&name, &der)
-        })
-    };
-    kept.await
-        .expect("archiving does not panic")
-        .map_err(LinkError::Archive)?;
+    if shared.archive.learn(name, &certificate) {
+        // It stands in the recorder's queue before every receipt that its key signs.
+        let certificate = (certificate.fingerprint, der.to_vec());
+        let job = Job {
+            certificate: Some(certificate),
+            ..Job::default()
+        };
+        shared.recorder.write(job).await;
+    }
 
     let (reply, admitted) = oneshot::channel();
     let connected = Connected {
@@ -284,33 +331,14 @@ async fn admit(
         .map_err(|_| LinkError::Stopping)?;
     let (id, commands) = admitted.await.map_err(|_| LinkError::Stopping)??;
     let name = name.clone();
-    let converse = async {
-        let (send, recv) = timeout(HANDSHAKE, connection.open_bi())
-            .await
-            .map_err(|_| LinkError::NoHello)??;
-        let mut link = Link {
-            connection,
-            shared,
-            name: name.clone(),
-            id,
-            send,
-            offer: None,
-            parts: JoinSet::new(),
-            receipts: Budget::new(Instant::now()),
-        };
-        link.run(recv, commands, stop).await
-    };
-    let result = converse.await;
-    // From here on the hub must hear of the end, whatever it was.
-    let _ = shared.hub.tell(Event::Disconnected { name, id }).await; // it may be gone already
-    result
+    Ok(Admitted { name, id, commands })
 }
 
 struct Link<'a> {
     connection: &'a Connection,
     shared: &'a Arc<Shared>,
     name: AgentName,
-    id: crate::fleet::LinkId,
+    id: LinkId,
     send: SendStream,
     offer: Option<Offering>,
     parts: JoinSet<()>,
@@ -373,9 +401,10 @@ impl Link<'_> {
         mut commands: mpsc::Receiver<Command>,
         stop: &CancellationToken,
     ) -> Result<(), LinkError> {
-        let mut frames = LengthDelimitedCodec::builder()
+        let codec = LengthDelimitedCodec::builder()
             .max_frame_length(FRAME_BYTES_MAX)
-            .new_read(recv);
+            .new_codec();
+        let mut frames = FramedRead::with_capacity(recv, codec, READ_BYTES);
         // The hub's first command is Welcome.
         if let Some(welcome) = commands.recv().await {
             self.obey(welcome).await?;
@@ -395,12 +424,12 @@ impl Link<'_> {
                 () = stop.cancelled() => return Ok(()),
                 Some(ended) = self.parts.join_next() => report(ended),
                 command = commands.recv() => match command {
-                    Some(command) => self.obey(command).await?,
+                    Some(command) => Box::pin(self.obey(command)).await?,
                     None => return Ok(()), // replaced, revoked, or the daemon stops
                 },
                 // Cancel-safe: what was read of a frame stays in the codec's buffer.
-                frame = frames.next() => match self.read(frame).await? {
-                    Heard::Message(message) => self.hear(message).await?,
+                frame = frames.next() => match Box::pin(self.read(frame)).await? {
+                    Heard::Message(message) => Box::pin(self.hear(message)).await?,
                     Heard::Unknown => {}
                     Heard::End => return Ok(()),
                 },
@@ -517,10 +546,7 @@ impl Link<'_> {
                 if !self.receipts.spend(Instant::now()) {
                     return Err(LinkError::TooManyReceipts);
                 }
-                let keys = {
-                    let archive = self.shared.archive.lock().expect("nothing panics with it");
-                    archive.keys(&name)
-                };
+                let keys = self.shared.archive.keys(&name);
                 let verified: Result<Verified<Receipt>, EnvelopeError> = receipt.verify(&keys);
                 match verified {
                     Ok(receipt) if !receipt.is_bounded() => {

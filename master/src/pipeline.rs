@@ -376,8 +376,12 @@ mod tests {
         let directory = lab.root.path().join("audit");
         fs::create_dir_all(&directory).unwrap();
         let log = audit::Log::open(&directory, key(3), "clamcast/bank".to_owned()).unwrap();
-        let (recorder, thread) =
-            Recorder::start(log, directory.clone(), directory.join("rollout.json"));
+        let places = crate::recorder::Places {
+            agents: directory.clone(),
+            certificates: directory.clone(),
+            rollout: directory.join("rollout.json"),
+        };
+        let (recorder, thread) = Recorder::start(log, places);
         recover(&Arc::new(lab.publisher("state")), &recorder).await;
         drop(recorder);
         thread.join().unwrap();

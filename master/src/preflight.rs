@@ -178,6 +178,7 @@ pub fn doubts(config: &Config, now: Timestamp) -> Vec<String> {
         );
     }
     doubts.extend(canary_doubts(config));
+    doubts.extend(endpoint::receive_buffer_doubt());
     let state = &config.state;
     if state.join("mark.json").exists() && !state.join("generations").exists() {
         doubts.push(format!(

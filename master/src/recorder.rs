@@ -1,4 +1,5 @@
-//! Writes what must last: the audit log, what is known of each agent, and where the rollout is.
+//! Writes what must last: the audit log, what is known of each agent, the certificates it came with,
+//! and where the rollout is.
 //!
 //! One thread of its own, because every write ends in an fsync. Jobs that wait together are
 //! written together, so that a whole fleet's receipts cost a few fsyncs and not thousands. What a
@@ -38,10 +39,12 @@ const DETAIL_BYTES_MAX: usize = 1_000_000;
 /// Time between two tries when the disk refuses.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// One thing to write, in this order: the audit log, the agent's record, the rollout's state, then
-/// the word to the agent.
+/// One thing to write, in this order: the certificate, the audit log, the agent's record, the
+/// rollout's state, then the word to the agent.
 #[derive(Debug, Default)]
 pub struct Job {
+    /// A certificate to archive, in DER, by its fingerprint.
+    pub certificate: Option<(Digest, Vec<u8>)>,
     /// A line for the audit log.
     pub draft: Option<Draft>,
     /// An agent's record to keep.
@@ -58,6 +61,17 @@ pub struct Job {
     pub done: Option<oneshot::Sender<()>>,
 }
 
+/// Where it is written, beside the audit log.
+#[derive(Clone, Debug)]
+pub struct Places {
+    /// The directory of the agents' records.
+    pub agents: PathBuf,
+    /// The directory of their certificates.
+    pub certificates: PathBuf,
+    /// The file that says where the rollout is.
+    pub rollout: PathBuf,
+}
+
 /// The way to the writing thread.
 #[derive(Clone, Debug)]
 pub struct Recorder {
@@ -68,18 +82,13 @@ pub struct Recorder {
 
 impl Recorder {
     /// Starts the thread. It ends when the last clone is dropped and all jobs are written.
-    pub fn start(
-        log: audit::Log,
-        agents: PathBuf,
-        rollout: PathBuf,
-    ) -> (Self, thread::JoinHandle<()>) {
+    pub fn start(log: audit::Log, places: Places) -> (Self, thread::JoinHandle<()>) {
         let (jobs, inbox) = mpsc::channel(JOBS_MAX);
         let alarm = Arc::new(Mutex::new(None));
         let give_up = Arc::new(AtomicBool::new(false));
         let writer = Writer {
             log,
-            agents,
-            rollout,
+            places,
             alarm: alarm.clone(),
             give_up: give_up.clone(),
         };
@@ -155,8 +164,7 @@ pub fn load(agents: &Path) -> io::Result<Vec<Record>> {
 
 struct Writer {
     log: audit::Log,
-    agents: PathBuf,
-    rollout: PathBuf,
+    places: Places,
     alarm: Arc<Mutex<Option<String>>>,
     give_up: Arc<AtomicBool>,
 }
@@ -193,6 +201,9 @@ impl Writer {
         let mut drafts: Vec<_> = drafts.map(shortened).collect();
         let rollouts = batch.iter_mut().filter_map(|job| job.rollout.take());
         let rollout = rollouts.last();
+        let certificates = batch.iter_mut().filter_map(|job| job.certificate.take());
+        let named = |(fingerprint, der): (Digest, _)| (format!("{fingerprint}.der"), der);
+        let certificates: Vec<_> = certificates.map(named).collect();
         let mut records = BTreeMap::new(); // of several jobs about one agent the last one counts
         for job in &mut *batch {
             if let Some(record) = job.keep.take() {
@@ -202,6 +213,10 @@ impl Writer {
                 records.insert(name, None);
             }
         }
+        let mut kept = certificates.is_empty()
+            || self.until_written("the agents' certificates", |writer| {
+                durable::write_all(&writer.places.certificates, &certificates, 0o600)
+            });
         let logged = self.until_written("the audit log", |writer| {
             let before = writer.log.records();
             let written = writer.log.append_all(drafts.clone(), Timestamp::now());
@@ -212,26 +227,31 @@ impl Writer {
                 .map(|_| ())
                 .map_err(|error| io::Error::other(crate::chain(&error)))
         });
-        let mut kept = true;
+        let (mut keep, mut forget) = (Vec::new(), Vec::new());
         for (name, record) in records {
-            kept &= self.until_written("an agent's record", |writer| {
-                let path = writer.agents.join(format!("{name}.json"));
-                match &record {
-                    Some(record) => {
-                        let text = serde_json::to_vec(record).expect("a record serialises");
-                        durable::write(&path, &text, 0o600)
-                    }
-                    None => match fs::remove_file(&path) {
-                        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-                        Ok(()) | Err(_) => durable::sync_dir(&writer.agents),
-                    },
+            match record {
+                Some(record) => {
+                    let text = serde_json::to_vec(&record).expect("a record serialises");
+                    keep.push((format!("{name}.json"), text));
                 }
+                None => forget.push(format!("{name}.json")),
+            }
+        }
+        if !keep.is_empty() || !forget.is_empty() {
+            kept &= self.until_written("the agents' records", |writer| {
+                for name in &forget {
+                    match fs::remove_file(writer.places.agents.join(name)) {
+                        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                        Ok(()) | Err(_) => {}
+                    }
+                }
+                durable::write_all(&writer.places.agents, &keep, 0o600)
             });
         }
         if let Some(rollout) = rollout {
             kept &= self.until_written("the state of the rollout", |writer| {
                 let text = serde_json::to_vec(&rollout).expect("a rollout serialises");
-                durable::write(&writer.rollout, &text, 0o600)
+                durable::write(&writer.places.rollout, &text, 0o600)
             });
         }
         *self.alarm.lock().expect("nothing panics with it") = None;
@@ -286,7 +306,12 @@ mod tests {
     fn start(dir: &Path) -> (Recorder, thread::JoinHandle<()>) {
         let key = SigningKey::from_bytes(&[1; 32]);
         let log = audit::Log::open(dir, key, "clamcast/bank".to_owned()).unwrap();
-        Recorder::start(log, dir.to_owned(), dir.join("rollout.json"))
+        let places = Places {
+            agents: dir.to_owned(),
+            certificates: dir.to_owned(),
+            rollout: dir.join("rollout.json"),
+        };
+        Recorder::start(log, places)
     }
 
     #[tokio::test]

@@ -3,8 +3,8 @@
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -35,7 +35,7 @@ use crate::mirror;
 use crate::pipeline::{self, Pipeline};
 use crate::publish::{self, Publisher};
 use crate::push::Pusher;
-use crate::recorder::{self, Job, Recorder};
+use crate::recorder::{self, Job, Places, Recorder};
 use crate::rejections::Rejections;
 use crate::revoked::{Look, Revocations};
 use crate::rollout::Rollout;
@@ -299,7 +299,7 @@ impl Master {
         durable::ensure(&copy, &envelope, 0o600).map_err(failed(&copy))?;
 
         let records = recorder::load(&agents).map_err(failed(&agents))?;
-        let archive = Archive::open(certificates.clone()).map_err(failed(&certificates))?;
+        let archive = Archive::load(&certificates).map_err(failed(&certificates))?;
         let endpoint = bind(&config, server).await?;
         let address = endpoint
             .local_addr()
@@ -310,9 +310,14 @@ impl Master {
         let (socket, group) = (&config.listen.admin, &config.listen.admin_group);
         let listener = Listener::open(config::DAEMON.program, socket, Some(group), kept)?;
 
+        let places = Places {
+            agents: agents.clone(),
+            certificates,
+            rollout: path,
+        };
         // From here on nothing fails: a start that came to nothing must not leave a task behind that
         // holds the state directory.
-        let (recorder, recorder_thread) = Recorder::start(log, agents.clone(), path);
+        let (recorder, recorder_thread) = Recorder::start(log, places);
         let keys = Arc::new(keys);
         publisher.hold(rollout.held().map(|held| held.reason.clone()));
         let mut revocations = Revocations::open(
@@ -402,7 +407,8 @@ impl Master {
             hub: hub.clone(),
             pusher: Pusher::new(store.clone(), config.push_concurrent),
             groups: config.groups.clone(),
-            archive: Mutex::new(archive),
+            archive,
+            recorder: recorder.clone(),
             rejections: Rejections::new(recorder.clone()),
         };
         tasks.spawn(link::serve(endpoint, Arc::new(shared), stop.clone()));
