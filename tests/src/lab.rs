@@ -29,6 +29,7 @@ mod scratch;
 mod slots;
 mod strace;
 mod until;
+mod usage;
 
 pub use clamd::Clamd;
 pub use container::{Container, hash_signature, signatures};
@@ -40,3 +41,4 @@ pub use scratch::Scratch;
 pub use slots::CLAMDS_MAX;
 pub use strace::{Call, Strace};
 pub use until::{Answer, PATIENCE, until, until_async};
+pub use usage::{Usage, datagrams_dropped};

@@ -4,3 +4,4 @@
 //! code wants nothing from here.
 
 pub mod lab;
+pub mod simulated;
