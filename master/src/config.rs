@@ -13,7 +13,7 @@ use clamcast_proto::{FleetName, GroupName};
 use globset::{GlobBuilder, GlobMatcher};
 use serde::Deserialize;
 
-use crate::rollout::Rules;
+use crate::rollout::{Rules, Wave};
 
 /// Where `--config` points unless told otherwise.
 pub const DEFAULT_PATH: &str = "/etc/clamcast/master.toml";
@@ -462,6 +462,11 @@ impl Config {
         for wave in raw.rollout.waves.unwrap_or_else(default) {
             let wrong = |_| file.wrong::<Raw>(&["rollout", "waves"], Some(wave.as_str()));
             waves.push(wave.parse().map_err(wrong)?);
+        }
+        // Whoever is in none of them comes last, and is watched as well.
+        let everybody = Wave::Share(Percent::new(100).expect("a percentage"));
+        if waves.last() != Some(&everybody) {
+            waves.push(everybody);
         }
         let mut windows = BTreeMap::new();
         for (group, written) in raw.rollout.windows.unwrap_or_default() {

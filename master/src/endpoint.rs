@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io;
-use std::net::{SocketAddr, UdpSocket};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -320,6 +320,19 @@ pub fn bind(
     let failed = |source| EndpointError::Bind { address, source };
     let socket = socket(address).map_err(failed)?;
     Endpoint::new(config, Some(server), socket, Arc::new(quinn::TokioRuntime)).map_err(failed)
+}
+
+/// Frees the port of an endpoint that was closed, whose connections may drain for three probe
+/// timeouts of their own (RFC 9000 section 10.2): minutes where an agent's host was suspended. The
+/// next endpoint must not wait for that. What the old one still has to say is said to nobody.
+pub fn free_port(endpoint: &Endpoint) -> io::Result<()> {
+    let nowhere = match endpoint.local_addr()? {
+        SocketAddr::V4(_) => SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
+        SocketAddr::V6(_) => SocketAddr::from((Ipv6Addr::LOCALHOST, 0)),
+    };
+    // Twice: after a change of sockets the one before goes on being read.
+    endpoint.rebind(UdpSocket::bind(nowhere)?)?;
+    endpoint.rebind(UdpSocket::bind(nowhere)?)
 }
 
 fn socket(address: SocketAddr) -> io::Result<UdpSocket> {

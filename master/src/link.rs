@@ -196,7 +196,12 @@ pub async fn serve(endpoint: Endpoint, shared: Arc<Shared>, stop: CancellationTo
     }
     endpoint.close(VarInt::from_u32(wire::close::STOPPING), b"the master stops");
     // Lets the last packets out; an agent that is not there any more must not hold us up.
-    let _ = timeout(Duration::from_secs(1), endpoint.wait_idle()).await;
+    let idle = timeout(Duration::from_secs(1), endpoint.wait_idle()).await;
+    if idle.is_err()
+        && let Err(error) = crate::endpoint::free_port(&endpoint)
+    {
+        tracing::debug!(%error, "the port is kept until the last connection has drained");
+    }
 }
 
 fn report(ended: Result<(), tokio::task::JoinError>) {
