@@ -21,10 +21,12 @@
 
 mod clamd;
 mod container;
+mod datagrams;
 mod fleet;
 mod mirror;
 mod needs;
 mod proxy;
+mod rogue;
 mod scratch;
 mod slots;
 mod strace;
@@ -33,10 +35,12 @@ mod usage;
 
 pub use clamd::Clamd;
 pub use container::{Container, hash_signature, signatures};
+pub use datagrams::{halfway, initials, send_from};
 pub use fleet::{Agent, Daemon, Fleet, Master, program};
 pub use mirror::Mirror;
 pub use needs::{Part, make_corpus, named, needs, search_path, target, wants_long};
 pub use proxy::{Counts, Link, UdpProxy};
+pub use rogue::{Conversation, Rogue, code, hello, with_transport};
 pub use scratch::Scratch;
 pub use slots::CLAMDS_MAX;
 pub use strace::{Call, Strace};
