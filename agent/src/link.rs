@@ -160,7 +160,9 @@ fn said(address: SocketAddr, error: &ConnectionError) -> String {
                     "another connection with this host's certificate took over at {address}; is \
                      the same bundle on two hosts?"
                 ),
-                close::BUSY => format!("the master at {address} has too many agents"),
+                close::BUSY => format!(
+                    "the master at {address} has too many agents, or too much work by this one"
+                ),
                 _ => format!("the master at {address} closed the connection: {closed}"),
             }
         }

@@ -11,6 +11,7 @@ pub mod fleet;
 pub mod force;
 pub mod hub;
 pub mod link;
+pub mod meter;
 pub mod mirror;
 pub mod pipeline;
 pub mod preflight;

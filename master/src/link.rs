@@ -17,7 +17,7 @@ use quinn::{Connecting, Connection, Endpoint, RecvStream, SendStream, VarInt};
 use rustls_pki_types::CertificateDer;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use tokio_stream::StreamExt as _;
 use tokio_util::codec::{FramedRead, LengthDelimitedCodec};
 use tokio_util::sync::CancellationToken;
@@ -26,6 +26,7 @@ use crate::archive::Archive;
 use crate::config::Groups;
 use crate::fleet::LinkId;
 use crate::hub::{AGENTS_MAX, Command, Connected, Event, Hub, Unwanted};
+use crate::meter::{Meters, Talk};
 use crate::push::Pusher;
 use crate::recorder::{Job, Recorder};
 use crate::rejections::Rejections;
@@ -47,10 +48,6 @@ const CONNECTIONS_MAX: usize = 2 * AGENTS_MAX;
 /// A control message that an agent does not take for this long ends the connection.
 const STALL: Duration = Duration::from_secs(30);
 
-/// Times an agent may ask for the files of one offer: after lost parts, wrong digests and its own
-/// retries on a full disk over days.
-const NEEDS_MAX: u32 = 1000;
-
 /// Bytes that are read of the control stream at a time: what an agent says is seldom longer, and
 /// every agent's connection keeps as many.
 const READ_BYTES: usize = 2 << 10;
@@ -69,6 +66,8 @@ pub struct Shared {
     pub pusher: Pusher,
     /// Groups by name patterns.
     pub groups: Groups,
+    /// What every agent makes of work.
+    pub meters: Meters,
     /// Certificates that were seen.
     pub archive: Archive,
     /// Keeps them.
@@ -104,10 +103,8 @@ enum LinkError {
     NoHello,
     #[error("a message cannot be read")]
     Frame(#[from] FrameError),
-    #[error("the agent asked {NEEDS_MAX} times for the files of one offer")]
-    TooManyNeeds,
-    #[error("the agent sends receipts without end")]
-    TooManyReceipts,
+    #[error("`{0}` makes too much work: connections, receipts, requests for files")]
+    TooMuch(AgentName),
     #[error("the agent said {0}")]
     Order(&'static str),
 }
@@ -118,11 +115,9 @@ impl LinkError {
         match self {
             Self::Certificate(_) | Self::NotAnAgent(_) => wire::close::NOT_AN_AGENT,
             Self::Unwanted(Unwanted::Revoked { .. }) => wire::close::REVOKED,
-            Self::Unwanted(Unwanted::Full) => wire::close::BUSY,
+            Self::Unwanted(Unwanted::Full) | Self::TooMuch(_) => wire::close::BUSY,
             Self::HandshakeTimeout | Self::Stalled | Self::NoHello => wire::close::TIMEOUT,
-            Self::Frame(_) | Self::TooManyNeeds | Self::TooManyReceipts | Self::Order(_) => {
-                wire::close::PROTOCOL
-            }
+            Self::Frame(_) | Self::Order(_) => wire::close::PROTOCOL,
             Self::Stopping
             | Self::Handshake(_)
             | Self::Connection(_)
@@ -139,7 +134,7 @@ impl LinkError {
                 matches!(error, quinn::ConnectionError::TransportError(_))
             }
             Self::Certificate(_) | Self::NotAnAgent(_) | Self::Unwanted(_) => true,
-            Self::Frame(_) | Self::TooManyNeeds | Self::TooManyReceipts | Self::Order(_) => true,
+            Self::Frame(_) | Self::TooMuch(_) | Self::Order(_) => true,
             Self::HandshakeTimeout
             | Self::Stopping
             | Self::Connection(_)
@@ -276,7 +271,7 @@ async fn speak(
             send,
             offer: None,
             parts: JoinSet::new(),
-            receipts: Budget::new(Instant::now()),
+            talk: Talk::new(Instant::now()),
         };
         link.run(recv, commands, stop).await
     };
@@ -309,6 +304,9 @@ async fn admit(connection: &Connection, shared: &Shared) -> Result<Admitted, Lin
     };
     if identity.fleet != shared.fleet {
         return Err(not_an_agent());
+    }
+    if !shared.meters.spend(name, 0, Instant::now()) {
+        return Err(LinkError::TooMuch(name.clone()));
     }
     if shared.archive.learn(name, &certificate) {
         // It stands in the recorder's queue before every receipt that its key signs.
@@ -347,48 +345,15 @@ struct Link<'a> {
     send: SendStream,
     offer: Option<Offering>,
     parts: JoinSet<()>,
-    receipts: Budget,
+    talk: Talk,
 }
 
 /// What came of reading a frame.
 enum Heard {
-    Message(ToMaster),
+    /// With the length of its frame.
+    Message(ToMaster, usize),
     Unknown,
     End,
-}
-
-/// Bounds what one agent can make the master write down: a token bucket. Pure.
-#[derive(Debug)]
-struct Budget {
-    left: u32,
-    refilled: Instant,
-}
-
-/// Receipts that an agent may send at once: all that it may hold, and as many new ones.
-const RECEIPTS_AT_ONCE: u32 = 2 * wire::RECEIPTS_PENDING_MAX as u32;
-
-/// Time in which an agent earns another receipt. An honest one needs a few a day.
-const RECEIPT_EARNED: Duration = Duration::from_secs(10);
-
-impl Budget {
-    fn new(now: Instant) -> Self {
-        Self {
-            left: RECEIPTS_AT_ONCE,
-            refilled: now,
-        }
-    }
-
-    /// Takes one, if there is one.
-    fn spend(&mut self, now: Instant) -> bool {
-        let earned = now.duration_since(self.refilled).as_secs() / RECEIPT_EARNED.as_secs();
-        if let Some(earned) = u32::try_from(earned).ok().filter(|earned| *earned > 0) {
-            self.left = self.left.saturating_add(earned).min(RECEIPTS_AT_ONCE);
-            self.refilled += RECEIPT_EARNED * earned;
-        }
-        let spent = self.left.checked_sub(1);
-        self.left = spent.unwrap_or(0);
-        spent.is_some()
-    }
 }
 
 /// The offer that this agent was made last.
@@ -396,7 +361,6 @@ struct Offering {
     id: OfferId,
     manifest: Arc<Verified<Manifest>>,
     full: bool,
-    needs: u32,
 }
 
 impl Link<'_> {
@@ -424,6 +388,7 @@ impl Link<'_> {
             None => return Ok(()),
         }
         loop {
+            let pause = self.talk.pause(Instant::now());
             tokio::select! {
                 biased;
                 () = stop.cancelled() => return Ok(()),
@@ -433,8 +398,8 @@ impl Link<'_> {
                     None => return Ok(()), // replaced, revoked, or the daemon stops
                 },
                 // Cancel-safe: what was read of a frame stays in the codec's buffer.
-                frame = frames.next() => match Box::pin(self.read(frame)).await? {
-                    Heard::Message(message) => Box::pin(self.hear(message)).await?,
+                frame = after(pause, frames.next()) => match Box::pin(self.read(frame)).await? {
+                    Heard::Message(message, bytes) => Box::pin(self.hear(message, bytes)).await?,
                     Heard::Unknown => {}
                     Heard::End => return Ok(()),
                 },
@@ -450,7 +415,7 @@ impl Link<'_> {
         loop {
             let frame = frames.next().await;
             match self.read(frame).await? {
-                Heard::Message(message) => return Ok(Some(message)),
+                Heard::Message(message, _) => return Ok(Some(message)),
                 Heard::Unknown => {}
                 Heard::End => return Ok(None),
             }
@@ -476,8 +441,9 @@ impl Link<'_> {
                 LinkError::Read(error)
             }
         })?;
+        self.talk.heard(frame.len(), Instant::now());
         match wire::parse(&frame) {
-            Ok(message) => Ok(Heard::Message(message)),
+            Ok(message) => Ok(Heard::Message(message, frame.len())),
             Err(error @ FrameError::Message { .. }) => {
                 tracing::debug!(agent = %self.name, %error, "answered with an error");
                 self.say(&ToAgent::Error {
@@ -520,7 +486,6 @@ impl Link<'_> {
                     id: offer,
                     manifest,
                     full: manner.full,
-                    needs: 0,
                 });
                 message
             }
@@ -528,8 +493,8 @@ impl Link<'_> {
         self.say(&message).await
     }
 
-    /// Takes what the agent says.
-    async fn hear(&mut self, message: ToMaster) -> Result<(), LinkError> {
+    /// Takes what the agent says, in so many bytes.
+    async fn hear(&mut self, message: ToMaster, bytes: usize) -> Result<(), LinkError> {
         let name = self.name.clone();
         let event = match message {
             ToMaster::Hello(_) => return Err(LinkError::Order("a second Hello")),
@@ -539,18 +504,17 @@ impl Link<'_> {
                 phase,
                 until,
             },
-            ToMaster::Need { offer, files } => return self.need(offer, files).await,
+            ToMaster::Need { offer, files } => {
+                self.spend(bytes)?;
+                return self.need(offer, files).await;
+            }
             ToMaster::Reoffer {} => {
                 // An offer is a line in the audit log, as a receipt is.
-                if !self.receipts.spend(Instant::now()) {
-                    return Err(LinkError::TooManyReceipts);
-                }
+                self.spend(bytes)?;
                 Event::Reoffer { name, id: self.id }
             }
             ToMaster::Receipt { receipt } => {
-                if !self.receipts.spend(Instant::now()) {
-                    return Err(LinkError::TooManyReceipts);
-                }
+                self.spend(bytes)?;
                 let keys = self.shared.archive.keys(&name);
                 let verified: Result<Verified<Receipt>, EnvelopeError> = receipt.verify(&keys);
                 match verified {
@@ -597,12 +561,20 @@ impl Link<'_> {
                 offer: None,
                 message,
             } => {
+                self.spend(bytes)?; // a line in the log
                 let message: String = message.chars().take(1000).collect();
                 tracing::warn!(agent = %name, said = message, "the agent did not understand");
                 return Ok(());
             }
         };
         self.tell(event).await
+    }
+
+    fn spend(&self, bytes: usize) -> Result<(), LinkError> {
+        let meters = &self.shared.meters;
+        let is_left = meters.spend(&self.name, bytes, Instant::now());
+        let too_much = || LinkError::TooMuch(self.name.clone());
+        is_left.then_some(()).ok_or_else(too_much)
     }
 
     async fn tell(&self, event: Event) -> Result<(), LinkError> {
@@ -613,15 +585,12 @@ impl Link<'_> {
     /// Sends the files of the current offer that the agent lacks. A new Need replaces the one
     /// before: the agent asks again only for what did not arrive.
     async fn need(&mut self, offer: OfferId, files: Vec<NeedFile>) -> Result<(), LinkError> {
-        let Some(offering) = self.offer.as_mut().filter(|offering| offering.id == offer) else {
+        let offering = self.offer.as_ref();
+        let Some(offering) = offering.filter(|offering| offering.id == offer) else {
             return Ok(()); // about an offer that is no longer ours
         };
-        offering.needs += 1;
-        if offering.needs > NEEDS_MAX {
-            return Err(LinkError::TooManyNeeds);
-        }
-        self.parts.shutdown().await;
         let (manifest, full) = (offering.manifest.clone(), offering.full);
+        self.parts.shutdown().await;
         let mut needs = HashMap::new();
         for file in files {
             // A name that is not in the manifest is nothing that we could send.
@@ -679,20 +648,10 @@ impl Link<'_> {
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn receipts_without_end_run_out_and_honest_ones_do_not() {
-        let start = Instant::now();
-        let mut budget = Budget::new(start);
-        let spent = (0..10_000).filter(|_| budget.spend(start)).count();
-        assert_eq!(spent, RECEIPTS_AT_ONCE as usize);
-        assert!(!budget.spend(start + RECEIPT_EARNED / 2));
-        assert!(budget.spend(start + RECEIPT_EARNED));
-        assert!(!budget.spend(start + RECEIPT_EARNED));
-        let day = start + Duration::from_secs(86_400);
-        assert!((0..100).all(|_| budget.spend(day)));
+/// What comes of `doing`, which is begun after a pause.
+async fn after<T>(pause: Duration, doing: impl Future<Output = T>) -> T {
+    if !pause.is_zero() {
+        sleep(pause).await;
     }
+    doing.await
 }

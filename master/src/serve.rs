@@ -31,6 +31,7 @@ use crate::endpoint::{self, EndpointError, FILE_BYTES_MAX};
 use crate::fleet::Fleet;
 use crate::hub::{self, Event, Hub};
 use crate::link::{self, Shared};
+use crate::meter::Meters;
 use crate::mirror;
 use crate::pipeline::{self, Pipeline};
 use crate::publish::{self, Publisher};
@@ -407,6 +408,7 @@ impl Master {
             hub: hub.clone(),
             pusher: Pusher::new(store.clone(), config.push_concurrent),
             groups: config.groups.clone(),
+            meters: Meters::default(),
             archive,
             recorder: recorder.clone(),
             rejections: Rejections::new(recorder.clone()),

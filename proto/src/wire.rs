@@ -365,7 +365,7 @@ pub mod close {
     pub const PROTOCOL: u32 = 4;
     /// The peer did not do in time what it should.
     pub const TIMEOUT: u32 = 5;
-    /// The master has as many connections as it can serve.
+    /// The master has as many connections as it can serve, or as much work by this agent.
     pub const BUSY: u32 = 6;
 }
 

@@ -7,12 +7,12 @@
 
 use std::fs;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use clamcast_proto::receipt::{ClamdReport, Outcome, Receipt};
+use clamcast_proto::receipt::{ClamdReport, FileState, Outcome, Receipt};
 use clamcast_proto::wire::{self, Have, NeedFile, Offer, OfferId, Part, Phase, ToAgent, ToMaster};
 use clamcast_proto::{DatabaseName, Digest, Epoch, Generation};
 use clamcast_tests::lab::{
@@ -573,6 +573,85 @@ fn what_a_liar_says_of_itself_moves_nobody_else() {
     assert!(scene.master.agent("rogue").unwrap()["conformant"] == false);
 }
 
+#[test]
+fn receipts_without_end_fill_no_disk_also_over_many_connections() {
+    let mut scene = Scene::new();
+    let rogue = scene.rogue("rogue");
+    let state = scene.master.directory().join("state");
+    let before = bytes_below(&state);
+    let codes = scene.run(async {
+        let mut codes = Vec::new();
+        let mut seq = 0;
+        while codes.len() < 6 {
+            let mut talk = match rogue.try_greet(rogue.config()).await {
+                Ok(talk) => talk,
+                Err(end) => {
+                    codes.push(code(&end));
+                    continue;
+                }
+            };
+            talk.say(&hello()).await;
+            let offer = talk.offer().await;
+            // Listing what a manifest could, which is as long as a receipt can be.
+            let mut long = receipt(&offer, "rogue", 0);
+            let state = FileState {
+                name: "daily.cud".parse().unwrap(),
+                size: 1,
+                sha256: Digest::of(b""),
+            };
+            long.files = vec![state; 4000];
+            while talk.connection.close_reason().is_none() {
+                seq += 1;
+                long.seq = seq;
+                let receipt = rogue.sign(long.clone());
+                talk.say(&ToMaster::Receipt { receipt }).await;
+            }
+            codes.push(talk.ended().await);
+        }
+        codes
+    });
+    assert_eq!(codes, [wire::close::BUSY; 6]);
+    let written = bytes_below(&state) - before;
+    println!("{written} bytes written");
+    assert!(written < 32 << 20, "{written} bytes");
+    scene.unhurt(50);
+    scene.bounded(2 * MEMORY);
+}
+
+fn bytes_below(directory: &Path) -> u64 {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    entries
+        .map(|entry| match entry.metadata() {
+            Ok(metadata) if metadata.is_dir() => bytes_below(&entry.path()),
+            Ok(metadata) => metadata.len(),
+            Err(_) => 0, // gone meanwhile
+        })
+        .sum()
+}
+
+// ---- with a certificate: connections
+
+#[test]
+fn connections_of_one_name_by_the_thousand_replace_each_other_until_they_are_too_many() {
+    let mut scene = Scene::new();
+    let rogue = scene.rogue("rogue");
+    let attack = scene.attack(1000, async move |struck| {
+        loop {
+            if let Ok(mut talk) = rogue.try_greet(rogue.config()).await {
+                talk.say(&hello()).await;
+                let _ = talk.next().await; // the offer, or the end
+            }
+            struck.fetch_add(1, Ordering::Relaxed);
+        }
+    });
+    scene.unhurt(50);
+    assert!(!attack.is_finished());
+    let offers = scene.audit("offer", "rogue").len();
+    println!("{offers} offers");
+    assert!(offers < 600, "{offers} lines in the audit log");
+    scene.bounded(MEMORY);
+}
+
 // ---- with a certificate: files
 
 #[test]
@@ -622,6 +701,24 @@ fn a_need_for_what_is_not_there_gets_nothing_or_the_file() {
             assert!(stream.read_to_end(1).await.unwrap().is_empty());
         }
     });
+    scene.unhurt(5000);
+    scene.bounded(MEMORY);
+}
+
+#[test]
+fn whoever_asks_for_the_same_files_without_end_is_sent_away() {
+    let mut scene = Scene::with("", 5000);
+    let rogue = scene.rogue("rogue");
+    let code = scene.run(async {
+        let mut talk = rogue.enter(rogue.config()).await;
+        let offer = talk.offer().await;
+        while talk.connection.close_reason().is_none() {
+            talk.say(&need(&offer, Have::Nothing)).await;
+        }
+        talk.ended().await
+    });
+    assert_eq!(code, wire::close::BUSY);
+    scene.wait_rejected("too much work");
     scene.unhurt(5000);
     scene.bounded(MEMORY);
 }
