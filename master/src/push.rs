@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::path::PathBuf;
+use std::pin::pin;
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
@@ -12,7 +13,7 @@ use clamcast_proto::wire::{self, Have, NeedFile, OfferId, Part};
 use quinn::{Connection, SendStream, VarInt};
 use tokio::fs::File;
 use tokio::io::{AsyncReadExt as _, AsyncSeekExt as _};
-use tokio::sync::{OnceCell, Semaphore};
+use tokio::sync::{OnceCell, Semaphore, SemaphorePermit};
 use tokio::time::timeout;
 
 use crate::store::{Encoded, Pair, Store, StoreError};
@@ -24,11 +25,20 @@ const CHUNK_BYTES: usize = 64 << 10;
 /// cannot keep one of the transfers that others wait for.
 const STALL: Duration = Duration::from_secs(30);
 
+/// A transfer that has taken no chunk for this long makes place for another one: others do not wait
+/// for an agent that hardly reads. Slower than the slowest path that is worth a database.
+const SLOW: Duration = Duration::from_secs(2);
+
+/// Transfers that go on slowly beside the others, at most: each may hold as many bytes as QUIC takes
+/// ahead, 2 MiB. With more of them, the others wait.
+const SLOW_MAX: usize = 64;
+
 /// Makes and sends what agents need.
 #[derive(Debug)]
 pub struct Pusher {
     store: Arc<Store>,
     transfers: Semaphore,
+    slow: Semaphore,
     /// Encodings being made at this moment, so that a whole fleet that asks for one at the same
     /// time costs one computation and no thread each.
     making: Mutex<HashMap<Pair, Weak<OnceCell<Encoded>>>>,
@@ -78,11 +88,12 @@ pub enum PushError {
 }
 
 impl Pusher {
-    /// Sends from `store`, at most `concurrent` files at a time over all agents.
+    /// Sends from `store`, at most `concurrent` files at a time over all agents that read them.
     pub fn new(store: Arc<Store>, concurrent: usize) -> Self {
         Self {
             store,
             transfers: Semaphore::new(concurrent),
+            slow: Semaphore::new(SLOW_MAX),
             making: Mutex::default(),
         }
     }
@@ -111,14 +122,7 @@ impl Pusher {
             0
         };
 
-        let _transfer = self.transfers.acquire().await.expect("never closed");
-        let read = |source| PushError::Read {
-            path: encoded.path.clone(),
-            source,
-        };
-        let mut file = File::open(&encoded.path).await.map_err(read)?;
-        file.seek(io::SeekFrom::Start(offset)).await.map_err(read)?;
-
+        // First, for an agent that opens itself to no stream must not take a place.
         let stream = timeout(STALL, connection.open_uni())
             .await
             .map_err(|_| PushError::Stalled { name: name() })?
@@ -126,7 +130,19 @@ impl Pusher {
                 name: name(),
                 source,
             })?;
-        let mut stream = ResetUnlessFinished(Some(stream));
+        let mut stream = Sending {
+            stream: Some(stream),
+            pusher: self,
+            _place: self.transfers.acquire().await.expect("never closed"),
+            is_slow: false,
+        };
+        let read = |source| PushError::Read {
+            path: encoded.path.clone(),
+            source,
+        };
+        let mut file = File::open(&encoded.path).await.map_err(read)?;
+        file.seek(io::SeekFrom::Start(offset)).await.map_err(read)?;
+
         let part = Part {
             offer,
             name: need.name.clone(),
@@ -180,20 +196,37 @@ impl Pusher {
     }
 }
 
+/// A stream on its way, and its place among those that are.
+///
 /// quinn finishes a stream that is dropped, so a push that ends halfway would look complete to the
 /// agent. This resets it instead.
-struct ResetUnlessFinished(Option<SendStream>);
+struct Sending<'p> {
+    stream: Option<SendStream>,
+    pusher: &'p Pusher,
+    _place: SemaphorePermit<'p>,
+    is_slow: bool,
+}
 
-impl ResetUnlessFinished {
+impl Sending<'_> {
     async fn write(
         &mut self,
         chunk: bytes::Bytes,
         name: &clamcast_proto::DatabaseName,
     ) -> Result<(), PushError> {
         let name = || name.to_string();
-        let stream = self.0.as_mut().expect("only `finish` takes it");
-        timeout(STALL, stream.write_chunk(chunk))
-            .await
+        let stream = self.stream.as_mut().expect("only `finish` takes it");
+        let mut writing = pin!(stream.write_chunk(chunk));
+        let mut written = timeout(SLOW, &mut writing).await;
+        if written.is_err() {
+            if !self.is_slow
+                && let Ok(place) = self.pusher.slow.try_acquire()
+            {
+                self._place = place;
+                self.is_slow = true;
+            }
+            written = timeout(STALL - SLOW, writing).await;
+        }
+        written
             .map_err(|_| PushError::Stalled { name: name() })?
             .map_err(|source| PushError::Send {
                 name: name(),
@@ -203,13 +236,13 @@ impl ResetUnlessFinished {
 
     fn finish(mut self) {
         // An error means that the agent has stopped the stream already; its receipt tells the rest.
-        let _ = self.0.take().expect("only `finish` takes it").finish();
+        let _ = self.stream.take().expect("only `finish` takes it").finish();
     }
 }
 
-impl Drop for ResetUnlessFinished {
+impl Drop for Sending<'_> {
     fn drop(&mut self) {
-        if let Some(stream) = &mut self.0 {
+        if let Some(stream) = &mut self.stream {
             // An error means that the stream is gone already, which is as good.
             let _ = stream.reset(VarInt::from_u32(wire::close::STOPPING));
         }

@@ -722,3 +722,65 @@ fn whoever_asks_for_the_same_files_without_end_is_sent_away() {
     scene.unhurt(5000);
     scene.bounded(MEMORY);
 }
+
+#[test]
+fn some_who_read_slowly_keep_nobody_waiting() {
+    let mut scene = Scene::with("[push]\nconcurrent = 1", 60_000);
+    let rogues = ["rogue1", "rogue2", "rogue3", "rogue4"].map(|name| scene.rogue(name));
+    let attack = scene.attack(rogues.len(), async move |struck| {
+        let bite = Duration::from_secs(2); // fast enough not to be given up
+        let hogs = rogues.map(|rogue| hog(rogue, narrow(16 << 10, 8), bite, struck.clone()));
+        let [one, two, three, four] = hogs;
+        tokio::join!(one, two, three, four);
+    });
+    scene.unhurt(60_000);
+    assert!(!attack.is_finished());
+    scene.bounded(MEMORY);
+}
+
+#[test]
+fn many_who_read_nothing_keep_nobody_waiting() {
+    let mut scene = Scene::with("[push]\nconcurrent = 2", 60_000);
+    let names: Vec<_> = (0..16).map(|number| format!("rogue{number}")).collect();
+    let rogues: Vec<_> = names.iter().map(|name| scene.rogue(name)).collect();
+    let attack = scene.attack(rogues.len(), async move |struck| {
+        let mut hogs = tokio::task::JoinSet::new();
+        for (number, rogue) in rogues.into_iter().enumerate() {
+            // Some take no stream at all, some a little of one, some as much as there is.
+            let transport = match number % 3 {
+                0 => narrow(16 << 10, 0),
+                1 => narrow(16 << 10, 8),
+                _ => narrow(8 << 20, 8),
+            };
+            hogs.spawn(hog(rogue, transport, PATIENCE, struck.clone()));
+        }
+        hogs.join_all().await;
+    });
+    scene.unhurt(60_000);
+    assert!(!attack.is_finished());
+    scene.bounded(MEMORY);
+}
+
+/// Asks for the file of every offer, and takes a bite of it now and then.
+async fn hog(rogue: Rogue, transport: TransportConfig, bite: Duration, struck: Arc<AtomicUsize>) {
+    let config = with_transport(rogue.config(), transport);
+    let mut talk = rogue.enter(config).await;
+    let connection = talk.connection.clone();
+    let mut offer = talk.offer().await;
+    loop {
+        talk.say(&need(&offer, Have::Nothing)).await;
+        struck.fetch_add(1, Ordering::Relaxed);
+        let eat = async {
+            while let Ok(mut stream) = connection.accept_uni().await {
+                let mut bytes = [0; 8 << 10];
+                while stream.read_exact(&mut bytes).await.is_ok() {
+                    tokio::time::sleep(bite).await;
+                }
+            }
+        };
+        tokio::select! {
+            next = talk.offer() => offer = next,
+            () = eat => return,
+        }
+    }
+}
