@@ -187,12 +187,15 @@ impl Pusher {
                 cell
             }
         };
-        let make = || async {
-            let (store, have, target) = (self.store.clone(), have.clone(), target.clone());
+        let (store, have, target) = (self.store.clone(), have.clone(), target.clone());
+        let make = move || async move {
             let made = tokio::task::spawn_blocking(move || store.encode(&have, &target, full));
             made.await.expect("encoding does not panic")
         };
-        cell.get_or_try_init(make).await.cloned()
+        // In a task of its own, which lasts as long as the thread: an agent that asks again has this
+        // push ended, and must find the computation that goes on.
+        let made = tokio::spawn(async move { cell.get_or_try_init(make).await.cloned() });
+        made.await.expect("encoding does not panic")
     }
 }
 

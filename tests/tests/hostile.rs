@@ -784,3 +784,49 @@ async fn hog(rogue: Rogue, transport: TransportConfig, bite: Duration, struck: A
         }
     }
 }
+
+#[test]
+fn asking_again_while_a_delta_is_made_takes_no_more_threads() {
+    let mut scene = Scene::with("", 300_000);
+    let rogue = scene.rogue("rogue");
+    // Nobody has asked for the delta from 1 to 2 before: the honest agent comes later.
+    assert!(scene.good.stop().success());
+    let first = scene.run(async {
+        let mut talk = rogue.enter(rogue.config()).await;
+        let offer = talk.offer().await;
+        let manifest: Value = serde_json::from_slice(&offer.manifest.payload).unwrap();
+        let digest = manifest["files"][0]["sha256"].clone();
+        serde_json::from_value::<Digest>(digest).unwrap()
+    });
+    scene.generation = 2;
+    let numbers = 1_000_000..1_300_010; // ten more than in the first
+    Container::new("daily", 2)
+        .member("hsb", signatures(numbers))
+        .write(&scene.mirror());
+    scene.master.wait_generation(2);
+    let pid = scene.master.pid();
+    let threads = move || {
+        let tasks = fs::read_dir(format!("/proc/{pid}/task"));
+        tasks.expect("it runs").count()
+    };
+    let before = threads();
+    let most = scene.run(async {
+        let mut talk = rogue.enter(rogue.config()).await;
+        let offer = talk.offer().await;
+        let mut most = 0;
+        for _ in 0..200 {
+            talk.say(&need(&offer, Have::Sha256(first))).await;
+            // Long enough for each to be begun, and for all of them not as long as the delta takes.
+            tokio::time::sleep(Duration::from_millis(1)).await;
+            most = most.max(threads());
+        }
+        let mut stream = talk.connection.accept_uni().await.unwrap();
+        let part = part(&mut stream).await;
+        assert_eq!(part.encoding.from, Some(first));
+        most.max(threads())
+    });
+    println!("{before} and then {most} threads");
+    assert!(most < before + 12, "{before} and then {most} threads");
+    scene.good.start();
+    scene.unhurt(50);
+}
