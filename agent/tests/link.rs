@@ -499,6 +499,35 @@ async fn files_that_never_come_after_one_that_was_cut_off_are_asked_for_again() 
 }
 
 #[tokio::test]
+async fn streams_without_a_part_and_a_file_without_an_end_keep_no_good_file_out() {
+    let lab = Lab::new();
+    let master = lab.master("bank");
+    let agent = lab.start(&master).await;
+    let mut talk = master.greet().await;
+    talk.say(&ToAgent::Offer(lab.offer(1, &[("a.ndb", b"good")])))
+        .await;
+    talk.need().await;
+    let mut silent = Vec::new();
+    let heads: [&[u8]; 4] = [b"\0", &[0xff; 4], b"\0\0\0\x04[1,2", b"\0\0\0\x09{}"];
+    for head in heads {
+        let mut stream = talk.connection.open_uni().await.unwrap();
+        let _ = stream.write_all(head).await; // it may be stopped by then
+        silent.push(stream);
+    }
+    talk.push(7, "a.ndb", b"good").await; // for an offer that nobody made
+    let mut endless = talk.part(1, "a.ndb", b"good", 0).await;
+    let sending = async { while endless.write_all(&[b'x'; 64 << 10]).await.is_ok() {} };
+    timeout(PATIENCE, sending).await.unwrap();
+
+    let again = talk.need().await;
+    assert_eq!((names(&again), again[0].resume_at), (vec!["a.ndb"], 0));
+    talk.push(1, "a.ndb", b"good").await;
+    assert_eq!(talk.receipt(&lab).await.outcome, Outcome::Live);
+    assert_eq!(fs::read(lab.database().join("a.ndb")).unwrap(), b"good");
+    agent.stop(Occasion::Exit).await;
+}
+
+#[tokio::test]
 async fn what_comes_out_wrong_is_never_installed_and_is_a_fault_after_the_last_round() {
     let lab = Lab::new();
     let master = lab.master("bank");

@@ -1341,6 +1341,28 @@ mod tests {
             Standing::Behind,
             "it said that it would be silent"
         );
+        // Of a silence without end half a day is believed, and none that lies in the past.
+        fleet.progress(
+            &name,
+            LinkId(1),
+            Phase::Staged,
+            Some(Timestamp::MAX),
+            at(2000),
+        );
+        let end = 2000 + SILENCE_MAX.as_secs() + 900;
+        assert_eq!(fleet.standing(&name, at(end), DEADLINE), Standing::Behind);
+        assert_eq!(
+            fleet.standing(&name, at(end + 1), DEADLINE),
+            Standing::Failed
+        );
+        fleet.progress(
+            &name,
+            LinkId(1),
+            Phase::Staged,
+            Some(Timestamp::MIN),
+            at(end),
+        );
+        assert_eq!(fleet.standing(&name, at(end), DEADLINE), Standing::Behind);
     }
 
     #[test]

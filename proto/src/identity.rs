@@ -224,4 +224,16 @@ mod tests {
             assert!(check(uris).is_err(), "{uris:?}");
         }
     }
+
+    #[test]
+    fn groups_beyond_the_limit_are_refused() {
+        let named = |count| {
+            let groups = (0..count).map(|number| format!("clamcast://bank/group/g{number}"));
+            let agent = "clamcast://bank/agent/web1".to_owned();
+            let uris: Vec<_> = std::iter::once(agent).chain(groups).collect();
+            let uris: Vec<_> = uris.iter().map(String::as_str).collect();
+            check(&uris).is_ok()
+        };
+        assert!(named(GROUPS_MAX) && !named(GROUPS_MAX + 1));
+    }
 }
