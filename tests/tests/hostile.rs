@@ -20,7 +20,7 @@ use clamcast_tests::lab::{
     initials, send_from, signatures, until, with_transport,
 };
 use jiff::Timestamp;
-use quinn::{RecvStream, TransportConfig, VarInt};
+use quinn::{Connection, RecvStream, TransportConfig, VarInt};
 use rand::{Rng as _, RngCore as _, SeedableRng as _};
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
@@ -212,12 +212,20 @@ fn receipt(offer: &Offer, agent: &str, seq: u64) -> Receipt {
     }
 }
 
-async fn part(stream: &mut RecvStream) -> Part {
-    let mut prefix = [0; 4];
-    stream.read_exact(&mut prefix).await.unwrap();
-    let mut json = vec![0; u32::from_be_bytes(prefix) as usize];
-    stream.read_exact(&mut json).await.unwrap();
-    serde_json::from_slice(&json).unwrap()
+/// The next file that comes, as far as its header. What was begun for an earlier request is reset.
+async fn part(connection: &Connection) -> (Part, RecvStream) {
+    loop {
+        let mut stream = connection.accept_uni().await.unwrap();
+        let header = async {
+            let mut prefix = [0; 4];
+            stream.read_exact(&mut prefix).await?;
+            let mut json = vec![0; u32::from_be_bytes(prefix) as usize];
+            stream.read_exact(&mut json).await.map(|()| json)
+        };
+        if let Ok(json) = header.await {
+            return (serde_json::from_slice(&json).unwrap(), stream);
+        }
+    }
 }
 
 /// The next error that the master answers with.
@@ -316,7 +324,7 @@ fn a_frame_that_says_it_is_giant_ends_the_connection_before_it_comes() {
         scene.run(async {
             let mut talk = rogue.enter(rogue.config()).await;
             talk.write(&length.to_be_bytes()).await;
-            assert_eq!(talk.ended().await, wire::close::PROTOCOL);
+            assert_eq!(talk.ended().await, Some(wire::close::PROTOCOL));
         });
     }
     scene.wait_rejected("a frame of");
@@ -335,7 +343,11 @@ fn what_is_no_message_ends_the_connection_and_an_unknown_one_is_answered() {
             let mut frame = (text.len() as u32).to_be_bytes().to_vec();
             frame.extend(text.as_bytes());
             talk.write(&frame).await;
-            assert_eq!(talk.ended().await, wire::close::PROTOCOL, "{text:.20}");
+            assert_eq!(
+                talk.ended().await,
+                Some(wire::close::PROTOCOL),
+                "{text:.20}"
+            );
         });
     }
     scene.run(async {
@@ -372,7 +384,7 @@ fn whoever_says_no_hello_is_sent_away() {
     let waiting = scene.runtime.spawn(async move {
         let say_nothing = async {
             let talk = silent.greet(silent.config()).await;
-            assert_eq!(talk.ended().await, wire::close::TIMEOUT);
+            assert_eq!(talk.ended().await, Some(wire::close::TIMEOUT));
         };
         let one_byte_at_a_time = async {
             let mut talk = dripping.greet(dripping.config()).await;
@@ -382,7 +394,7 @@ fn whoever_says_no_hello_is_sent_away() {
                 }
                 tokio::time::sleep(Duration::from_millis(200)).await;
             }
-            assert_eq!(talk.ended().await, wire::close::TIMEOUT);
+            assert_eq!(talk.ended().await, Some(wire::close::TIMEOUT));
         };
         let open_to_no_stream = async {
             let mut transport = narrow(1024, 0);
@@ -390,12 +402,12 @@ fn whoever_says_no_hello_is_sent_away() {
             let config = with_transport(closed.config(), transport);
             let connection = closed.connect(config).await.unwrap();
             let end = timeout(PATIENCE, connection.closed()).await.unwrap();
-            assert_eq!(code(&end), wire::close::TIMEOUT);
+            assert_eq!(code(&end), Some(wire::close::TIMEOUT));
         };
         let something_else_first = async {
             let mut talk = early.greet(early.config()).await;
             talk.say(&ToMaster::Reoffer {}).await;
-            assert_eq!(talk.ended().await, wire::close::PROTOCOL);
+            assert_eq!(talk.ended().await, Some(wire::close::PROTOCOL));
         };
         tokio::join!(
             say_nothing,
@@ -610,7 +622,9 @@ fn receipts_without_end_fill_no_disk_also_over_many_connections() {
         }
         codes
     });
-    assert_eq!(codes, [wire::close::BUSY; 6]);
+    let busy = |code: &Option<u32>| code.is_none_or(|code| code == wire::close::BUSY);
+    assert!(codes.iter().all(busy), "{codes:?}");
+    scene.wait_rejected("too much work");
     let written = bytes_below(&state) - before;
     println!("{written} bytes written");
     assert!(written < 32 << 20, "{written} bytes");
@@ -682,8 +696,7 @@ fn a_need_for_what_is_not_there_gets_nothing_or_the_file() {
             Have::Sha256(Digest::of(b"never seen")),
         ] {
             talk.say(&need(&offer, have)).await;
-            let mut stream = talk.connection.accept_uni().await.unwrap();
-            let part = part(&mut stream).await;
+            let (part, mut stream) = part(&talk.connection).await;
             assert_eq!((part.name.as_str(), part.offset), ("daily.cud", 0));
             let bytes = stream.read_to_end(8 << 20).await.unwrap();
             assert_eq!(bytes.len() as u64, part.encoding.length);
@@ -695,8 +708,7 @@ fn a_need_for_what_is_not_there_gets_nothing_or_the_file() {
             let files = vec![beyond; 50]; // one file is sent once, however often it is named
             let offer = offer.offer;
             talk.say(&ToMaster::Need { offer, files }).await;
-            let mut stream = talk.connection.accept_uni().await.unwrap();
-            let end = self::part(&mut stream).await;
+            let (end, mut stream) = self::part(&talk.connection).await;
             assert_eq!(end.offset, part.encoding.length);
             assert!(stream.read_to_end(1).await.unwrap().is_empty());
         }
@@ -717,7 +729,10 @@ fn whoever_asks_for_the_same_files_without_end_is_sent_away() {
         }
         talk.ended().await
     });
-    assert_eq!(code, wire::close::BUSY);
+    assert!(
+        code.is_none_or(|code| code == wire::close::BUSY),
+        "{code:?}"
+    );
     scene.wait_rejected("too much work");
     scene.unhurt(5000);
     scene.bounded(MEMORY);
@@ -820,8 +835,7 @@ fn asking_again_while_a_delta_is_made_takes_no_more_threads() {
             tokio::time::sleep(Duration::from_millis(1)).await;
             most = most.max(threads());
         }
-        let mut stream = talk.connection.accept_uni().await.unwrap();
-        let part = part(&mut stream).await;
+        let (part, _) = part(&talk.connection).await;
         assert_eq!(part.encoding.from, Some(first));
         most.max(threads())
     });

@@ -170,12 +170,12 @@ impl Conversation {
         }
     }
 
-    /// Waits for the end of the connection and returns the code that the master gave it.
+    /// Waits for the end of the connection and returns the [`code`] that the master gave it.
     ///
     /// # Panics
     ///
-    /// If it does not end, or without a code.
-    pub async fn ended(&self) -> u32 {
+    /// If it does not end.
+    pub async fn ended(&self) -> Option<u32> {
         let closed = timeout(PATIENCE, self.connection.closed());
         code(&closed.await.expect("the master ends the connection"))
     }
@@ -186,16 +186,21 @@ impl Conversation {
     }
 }
 
-/// The code with which the master ended a connection.
+/// The code with which the master ended a connection. `None`: its last word was lost, as it may be in
+/// a flood, and what was sent after it was answered with a reset.
 ///
 /// # Panics
 ///
 /// If it ended otherwise.
-pub fn code(end: &ConnectionError) -> u32 {
+pub fn code(end: &ConnectionError) -> Option<u32> {
+    if *end == ConnectionError::Reset {
+        return None;
+    }
     let ConnectionError::ApplicationClosed(closed) = end else {
         panic!("the master gave no code: {end}")
     };
-    u32::try_from(closed.error_code.into_inner()).expect("our codes are small")
+    let code = closed.error_code.into_inner();
+    Some(u32::try_from(code).expect("our codes are small"))
 }
 
 /// `config` with a transport of one's own.
