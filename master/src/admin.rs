@@ -725,6 +725,7 @@ impl Commands {
             fields.insert("refused".to_owned(), refused);
         }
         let alarms = [
+            report::lost(&view.rollout),
             self.recorder.alarm(),
             self.pipeline.trouble(),
             self.life.unused(),

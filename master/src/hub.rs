@@ -32,6 +32,7 @@ use crate::fleet::{Arrival, Counts, Fleet, Link, LinkId, Row, Standing};
 use crate::pipeline::Wish;
 use crate::publish::{Publisher, Rejected};
 use crate::recorder::{Job, Recorder};
+use crate::store::Store;
 use crate::rollout::{Effect, Ending, Order, OrderError, Rollout, Run, Tally, Target};
 
 /// Messages that wait for the hub; senders wait when it is full, and with them their agents.
@@ -566,7 +567,10 @@ impl Running {
                 };
                 let ordered = fleet.order(order, now);
                 let answer = match ordered {
-                    Ok(effects) => {
+                    Ok(mut effects) => {
+                        if effects.contains(&Effect::Look) {
+                            effects.extend(self.begin_anew());
+                        }
                         self.carry_out(effects, Some(&operator), now).await;
                         self.look(now).await;
                         Ok(())
@@ -583,6 +587,14 @@ impl Running {
         }
         self.look_soon();
         self.tick.send_modify(|tick| *tick += 1);
+    }
+
+    /// What is published goes through the fleet again, if it is not known how far it came.
+    fn begin_anew(&mut self) -> Vec<Effect> {
+        let (publisher, rollout) = (&self.task.publisher, self.task.fleet.rollout());
+        let is_known = rollout.complete().is_some() || rollout.running().is_some();
+        let newest = publisher.newest().filter(|_| !is_known && !publisher.is_due());
+        newest.map_or_else(Vec::new, |it| self.task.fleet.published(&it, false))
     }
 
     /// Has the rollout looked at as soon as what waits with this was heard.
@@ -664,7 +676,8 @@ impl Running {
         if *rollout != self.kept {
             let publisher = &self.task.publisher;
             publisher.hold(rollout.held().map(|held| held.reason.clone()));
-            publisher.store().need(needed(rollout));
+            let store = publisher.store();
+            store.need(needed(rollout, store));
             if rollout.owed() != self.kept.owed() {
                 self.tried = None;
             }
@@ -1160,8 +1173,13 @@ impl Running {
     }
 }
 
-/// Generations that agents may be wanted at.
-pub fn needed(rollout: &Rollout) -> HashSet<Position> {
+/// Generations that agents may be wanted at. Of those in the store an operator may choose any for
+/// as long as publishing is held.
+pub fn needed(rollout: &Rollout, store: &Store) -> HashSet<Position> {
+    if rollout.held().is_some() {
+        let manifests = store.manifests();
+        return manifests.iter().map(|it| it.position()).collect();
+    }
     rollout.needed().map(|target| target.position).collect()
 }
 

@@ -265,6 +265,15 @@ impl Publisher {
         manifests
     }
 
+    /// The highest of them that the fleet did not reject: what everybody is wanted at, as far as
+    /// this knows.
+    pub fn newest(&self) -> Option<Arc<Verified<Manifest>>> {
+        let offerable = self.offerable().into_iter().rev();
+        let records = self.records();
+        let mut good = offerable.filter(|it| records.rejection(it.content).is_none());
+        good.next()
+    }
+
     fn may_be_offered(&self, manifest: &Verified<Manifest>, id: &PublisherId) -> bool {
         let signers = &self.keys.manifest;
         manifest.epoch == self.keys.epoch
@@ -469,9 +478,10 @@ impl Publisher {
         let _one_at_a_time = lock(&self.publishing);
         let gone = PublishError::Gone { position: to };
         let to = self.store.manifest(to).ok_or(gone)?;
-        let current = self.store.current();
+        // Not only the highest: the mirror may have been published since.
+        let mut published = self.store.manifests().into_iter();
         if let Some(done) =
-            current.filter(|it| it.rollback_of == Some(of) && it.content == to.content)
+            published.find(|it| it.rollback_of == Some(of) && it.content == to.content)
         {
             return Ok((done, None));
         }

@@ -20,6 +20,12 @@ pub fn state(rollout: &Rollout) -> &'static str {
     }
 }
 
+/// An alarm, if it is not known where the rollout stood.
+pub fn lost(rollout: &Rollout) -> Option<String> {
+    let is_lost = rollout.held().is_some() && rollout.complete().is_none();
+    is_lost.then(|| "nobody is offered anything until `rollout resume`".to_owned())
+}
+
 /// What `status` and `rollout status` say of it.
 pub fn rollout(view: &View) -> Value {
     let rollout = &view.rollout;

@@ -298,6 +298,15 @@ pub enum OrderError {
 }
 
 impl Rollout {
+    /// Where it stood is not known: nobody is wanted at anything, and nothing is published until
+    /// [`Rollout::resume`].
+    pub fn lost(reason: String, now: Timestamp) -> Self {
+        Self {
+            held: Some(Held { reason, since: now }),
+            ..Self::default()
+        }
+    }
+
     /// What everybody is wanted at who is in no wave that has begun.
     pub fn complete(&self) -> Option<&Target> {
         self.complete.as_ref()

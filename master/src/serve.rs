@@ -15,9 +15,9 @@ use clamcast_daemon::input::{self, InputError};
 use clamcast_daemon::service::Occasion;
 use clamcast_proto::dsse::{Envelope, PublicKey, Verified};
 use clamcast_proto::keys::{KeySet, KeySetError};
-use clamcast_proto::manifest::Manifest;
 use ed25519_dalek::SigningKey;
 use ed25519_dalek::pkcs8::DecodePrivateKey as _;
+use jiff::Timestamp;
 use quinn::{Endpoint, ServerConfig};
 use serde_json::json;
 use tokio::sync::{Notify, mpsc};
@@ -278,16 +278,8 @@ impl Master {
         let store = Arc::new(Store::open(&config.state, &keys)?);
         let log = audit::Log::open(&audit_dir, audit_key, audit_origin(&config.fleet))?;
         let path = config.state.join(ROLLOUT);
-        let rollout = store.load::<Rollout>(ROLLOUT).unwrap_or_else(|error| {
-            let error = crate::chain(&error);
-            tracing::error!(
-                error,
-                "what is published begins its rollout anew, and groups are not pinned any more"
-            );
-            None
-        });
-        let rollout = rollout.unwrap_or_default();
-        store.need(hub::needed(&rollout));
+        let (rollout, lost) = load_rollout(&store, Timestamp::now())?;
+        store.need(hub::needed(&rollout, &store));
         let publisher = Arc::new(Publisher::new(
             &config,
             store.clone(),
@@ -335,16 +327,7 @@ impl Master {
             config.rollout.clone(),
             publisher.offerable(),
         );
-        // One that was taken back since is not for anybody: the rollout may have lost what it knew.
-        let replay = publisher
-            .current()
-            .filter(|it| {
-                !publisher
-                    .rejected()
-                    .iter()
-                    .any(|no| no.content == it.content)
-            })
-            .map(|current| replay(&fleet, current));
+        let replay = replay(&fleet, &publisher);
         let hub_stop = CancellationToken::new();
         let (forget, forgotten) = mpsc::channel(FORGOTTEN_MAX);
         let (wishes, wished) = mpsc::channel(WISHES_MAX);
@@ -389,6 +372,17 @@ impl Master {
             ..Job::default()
         };
         recorder.write(started).await; // without waiting for the disk, which may be full
+        if let Some(reason) = lost {
+            let mut draft = own_draft("alarm", None, json!({ "reason": reason }));
+            draft.subject = ROLLOUT.to_owned();
+            let draft = Some(draft);
+            recorder
+                .write(Job {
+                    draft,
+                    ..Job::default()
+                })
+                .await;
+        }
         pipeline::recover(&publisher, &recorder).await;
 
         let stop = CancellationToken::new();
@@ -551,20 +545,50 @@ fn own_draft(event: &str, outcome: Option<&str>, detail: serde_json::Value) -> D
     }
 }
 
+/// Where the rollout stood; and why that is not known, if so. Then nobody is offered anything and
+/// nothing is published or removed until an operator says so: what was halted, pinned or held must
+/// not come through because a file is gone.
+fn load_rollout(
+    store: &Store,
+    now: Timestamp,
+) -> Result<(Rollout, Option<String>), StoreError> {
+    let reason = match store.load(ROLLOUT) {
+        Ok(Some(rollout)) => return Ok((rollout, None)),
+        Ok(None) if store.taken().is_none() => {
+            // From now on there is one for as long as there are generations.
+            let rollout = Rollout::default();
+            store.save(ROLLOUT, &rollout)?;
+            return Ok((rollout, None));
+        }
+        Ok(None) => format!("{} is gone", store.directory().join(ROLLOUT).display()),
+        Err(error) => crate::chain(&error),
+    };
+    let reason = format!(
+        "{reason}; which generations agents are wanted at, and which groups were pinned, is not \
+         known, so nothing is offered; `pin` again what was pinned"
+    );
+    tracing::error!("{reason}, and then `rollout resume`");
+    Ok((Rollout::lost(reason.clone(), now), Some(reason)))
+}
+
 /// What the rollout may not have heard before the last end: the generation published last.
-fn replay(fleet: &Fleet, manifest: Arc<Verified<Manifest>>) -> Event {
-    let owed = fleet.rollout().owed();
-    let is_owed = owed.is_some_and(|owed| {
-        manifest.rollback_of == Some(owed.of.position) && manifest.content == owed.to.content
-    });
-    if is_owed {
-        return Event::WentBack(manifest);
+fn replay(fleet: &Fleet, publisher: &Publisher) -> Option<Event> {
+    let rollout = fleet.rollout();
+    if let (Some(owed), Some(manifest)) = (rollout.owed(), publisher.current())
+        && manifest.rollback_of == Some(owed.of.position)
+        && manifest.content == owed.to.content
+    {
+        return Some(Event::WentBack(manifest));
     }
+    if rollout.held().is_some() {
+        return None; // nothing was published since, and where that stood may not be known
+    }
+    let manifest = publisher.newest()?;
     let supersede = false;
-    Event::Published {
+    Some(Event::Published {
         manifest,
         supersede,
-    }
+    })
 }
 
 /// Opens the endpoint. After a reload the port may still be the last endpoint's for a moment.

@@ -262,3 +262,62 @@ fn what_was_taken_back_is_forced_by_name_and_with_a_reason_only() {
     let none = force(&["db1", "--generation", "77", "--accept", "a test"], 2);
     assert!(none.contains("no such generation"), "{none}");
 }
+
+/// Asks for the `status` of a master that does not know where its rollout stood, and that holds
+/// everything until somebody says so.
+#[track_caller]
+fn check_lost(master: &Master, why: &str) {
+    let status = master.json(&["status"]).unwrap();
+    let alarm = status["alarm"].as_str().unwrap();
+    assert!(alarm.contains("until `rollout resume`"), "{status}");
+    let held = order(master, &["publish"], 4);
+    assert!(held.contains(why), "{held}");
+    let alarms = master.audit("alarm");
+    let alarm = alarms.last().unwrap();
+    assert_eq!(alarm["subject"], "rollout.json");
+    assert!(
+        alarm["detail"]["reason"].as_str().unwrap().contains(why),
+        "{alarm}"
+    );
+}
+
+#[test]
+fn a_master_that_lost_where_its_rollout_stood_offers_nothing_until_an_operator_says_so() {
+    let fleet = Fleet::new();
+    let (mut master, _agents) = standing_with(&fleet, "rollback_on_halt = false");
+    order(&master, &["rollout", "abort", "--reason", "ticket 7"], 0);
+    let state = master.directory().join("state/rollout.json");
+    master.kill();
+    fs::write(&state, "{").unwrap();
+    master.configure("[rollout]", "[store]\nkeep = 1\n[rollout]");
+    master.start();
+    for name in ["web1", "db1"] {
+        master.wait_agent(name, "it is back", |row| row["connected"] == true);
+    }
+    check_lost(&master, "rollout.json is damaged");
+    good(3).write(&fleet.join("mirror"));
+    order(&master, &["publish"], 4);
+    let kept = master.json(&["generations"]).unwrap();
+    assert_eq!(kept.as_array().unwrap().len(), 2, "nothing is removed");
+
+    order(&master, &["rollout", "resume"], 0);
+    master.wait_live("web1", 3);
+    order(&master, &["rollout", "promote", "--reason", "good"], 0);
+    master.wait_live("db1", 3);
+    assert_eq!(offered(&master, "db1"), [json!(1), json!(3)], "never 2");
+    assert!(master.json(&["status"]).unwrap()["alarm"].is_null());
+
+    // Gone it is not known either; what is published goes through the waves again.
+    wait_state(&master, "complete");
+    master.kill();
+    fs::remove_file(&state).unwrap();
+    master.start();
+    check_lost(&master, "rollout.json is gone");
+    order(&master, &["rollout", "resume"], 0);
+    until(PATIENCE, "it begins anew", || {
+        let rollout = rollout(&master);
+        (rollout["running"]["generation"] == 3 || rollout["state"] == "complete")
+            .then_some(())
+            .ok_or(rollout)
+    });
+}

@@ -750,3 +750,44 @@ fn objects_are_read_only() {
 fn is_read_only(path: &Path) -> bool {
     fs::metadata(path).unwrap().permissions().readonly()
 }
+
+#[test]
+fn a_rollback_is_published_once_also_when_the_mirror_was_published_since() {
+    let lab = Lab::with_daily(7);
+    let publisher = lab.publisher("state");
+    publish(&publisher);
+    lab.put("daily.cud", &container("daily", 8, 11));
+    publish(&publisher);
+    let [to, of] = [0, 1].map(|index| publisher.store().manifests()[index].position());
+    let roll_back = || publisher.roll_back(to, of, Timestamp::now()).unwrap();
+    let (first, announcement) = roll_back();
+    assert!(announcement.is_some() && first.rollback_of == Some(of));
+    lab.put("daily.cud", &container("daily", 9, 12));
+    check(&publisher, "1.4 daily.cud=9");
+    let (again, announcement) = roll_back();
+    assert_eq!(again.position(), first.position());
+    assert!(announcement.is_none());
+    assert_eq!(publisher.store().manifests().len(), 4);
+}
+
+#[test]
+fn what_the_fleet_rejected_is_not_the_newest() {
+    let lab = Lab::with_daily(7);
+    let publisher = lab.publisher("state");
+    assert!(publisher.newest().is_none());
+    publish(&publisher);
+    lab.put("daily.cud", &container("daily", 8, 11));
+    publish(&publisher);
+    let newest = || publisher.newest().unwrap().position();
+    let bad = publisher.current().unwrap();
+    assert_eq!(newest(), bad.position());
+    publisher
+        .reject(Rejected {
+            content: bad.content,
+            position: bad.position(),
+            outcome: "halted".to_owned(),
+            since: Timestamp::now(),
+        })
+        .unwrap();
+    assert_eq!(newest().generation, Generation::FIRST);
+}
