@@ -16,7 +16,7 @@ use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::sync::oneshot;
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -51,6 +51,9 @@ const TIMEOUT_MAX: Duration = Duration::from_secs(72 * 3600);
 
 /// While it waits, `publish` looks again at least this often, for silence is no event.
 const LOOK: Duration = Duration::from_secs(5);
+
+/// Time between looks whether the disk refuses an order that waits to be written.
+const WRITING: Duration = Duration::from_millis(300);
 
 /// Signatures older than this are an alarm: Talos publishes daily, so the mirror is stuck.
 const SIGNATURES_OLD: SignedDuration = SignedDuration::from_hours(24);
@@ -354,7 +357,7 @@ impl Commands {
                 let order = Wanted::Plain(RolloutOrder::Promote(said(reason)));
                 self.order(&session, order).await
             }
-            Request::Rollback { generation, reason } => match self.kept(generation) {
+            Request::Rollback { generation, reason } => match self.good(generation) {
                 Ok(to) => {
                     let order = Wanted::RollBack(to, said(reason));
                     self.order(&session, order).await
@@ -366,7 +369,7 @@ impl Commands {
                 generation,
                 reason,
             } => match generation
-                .map(|generation| self.kept(generation))
+                .map(|generation| self.good(generation))
                 .transpose()
             {
                 Ok(Some(to)) => self.order(&session, Wanted::Pin(group, to, reason)).await,
@@ -414,12 +417,8 @@ impl Commands {
                 return Ok(Finish::because(exit::FAILED, crate::chain(&error)));
             }
         };
-        let mut position = None;
         let (word, reason) = match published {
-            Published::New { manifest, .. } => {
-                position = Some(manifest.position());
-                ("new", None)
-            }
+            Published::New { .. } => ("new", None),
             Published::Unchanged if supersede => {
                 let order = Wanted::Plain(RolloutOrder::Supersede);
                 match self.order(session, order).await.exit {
@@ -437,8 +436,9 @@ impl Commands {
         };
         let mut result = json!({ "outcome": word });
         let fields = result.as_object_mut().expect("made as one");
-        if let Some(manifest) = self.store.current() {
-            describe(fields, &manifest);
+        let newest = self.store.current();
+        if let Some(manifest) = &newest {
+            describe(fields, manifest);
         }
         if let Some(reason) = reason {
             fields.insert("reason".to_owned(), reason.clone().into());
@@ -468,6 +468,7 @@ impl Commands {
                 self.life.word()
             )),
         };
+        let position = newest.map(|manifest| manifest.position());
         let mut hub = self.hub.clone();
         loop {
             let Ok(view) = self.hub.view().await else {
@@ -490,10 +491,13 @@ impl Commands {
         }
     }
 
-    /// Orders something about the rollout, and answers with where it is then.
+    /// Orders something about the rollout, and answers with where it is then: when the disk has it.
     async fn order(&self, session: &Session, order: Wanted) -> Finish {
         if self.stop.is_cancelled() {
             return self.life.ending().finish();
+        }
+        if let Err(finish) = self.can_write() {
+            return finish;
         }
         let (reply, answer) = oneshot::channel();
         let event = Event::Order {
@@ -505,11 +509,38 @@ impl Commands {
         let (Ok(()), Ok(answer)) = (told, answer.await) else {
             return self.life.ending().finish();
         };
-        match (answer, self.hub.view().await) {
-            (Err(error), _) => Finish::because(exit::REFUSED, error.to_string()),
-            (Ok(()), Ok(view)) => Finish::done(report::rollout(&view)),
-            (Ok(()), Err(Stopping)) => self.life.ending().finish(),
+        let mut written = match answer {
+            Ok(written) => written,
+            Err(error) => return Finish::because(exit::REFUSED, error.to_string()),
+        };
+        loop {
+            match timeout(WRITING, &mut written).await {
+                Ok(Ok(())) => break,
+                Ok(Err(_)) => return self.life.ending().finish(), // the disk refused to the end
+                Err(_) => {}
+            }
+            if let Some(alarm) = self.recorder.alarm() {
+                let message = format!(
+                    "{alarm}; the order is carried out, but forgotten if the daemon ends before it \
+                     is written"
+                );
+                return Finish::because(exit::FAILED, message);
+            }
         }
+        let view = self.hub.view().await;
+        view.map_or_else(
+            |Stopping| self.life.ending().finish(),
+            |view| Finish::done(report::rollout(&view)),
+        )
+    }
+
+    /// No order is taken that would be in nobody's log.
+    fn can_write(&self) -> Result<(), Finish> {
+        let Some(alarm) = self.recorder.alarm() else {
+            return Ok(());
+        };
+        let message = format!("no order is taken while it cannot be written down: {alarm}");
+        Err(Finish::because(exit::FAILED, message))
     }
 
     /// The generation that an operator means, if it is still kept.
@@ -520,6 +551,26 @@ impl Commands {
             let message = "there is no such generation; `generations` lists those that are kept";
             Finish::because(exit::USAGE, message.to_owned())
         })
+    }
+
+    /// The same, if nobody took it back.
+    fn good(&self, generation: Meant) -> Result<Arc<Verified<Manifest>>, Finish> {
+        let manifest = self.kept(generation)?;
+        let rejected = self.pipeline.rejected();
+        let Some(rejected) = rejected.iter().find(|it| it.content == manifest.content) else {
+            return Ok(manifest);
+        };
+        let (position, bad, outcome) = (manifest.position(), rejected.position, &rejected.outcome);
+        let same = match bad == position {
+            true => String::new(),
+            false => format!(" has the databases of {bad}, which"),
+        };
+        let message = format!(
+            "{position}{same} was {outcome}; `publish --accept REASON` publishes the mirror's \
+             databases in spite of that, `force-sync HOST --generation {position} --accept REASON` \
+             tries it on single hosts"
+        );
+        Err(Finish::because(exit::REFUSED, message))
     }
 
     async fn rollout_status(
@@ -583,9 +634,8 @@ impl Commands {
             unreachable!("called for no other")
         };
         let operator = session.operator.clone();
-        if let Some(alarm) = self.recorder.alarm() {
-            let message = format!("no order is taken while it cannot be written down: {alarm}");
-            return session.finish(Finish::because(exit::FAILED, message)).await;
+        if let Err(finish) = self.can_write() {
+            return session.finish(finish).await;
         }
         let Some(place) = self.orders.places.take(operator.uid) else {
             let message = format!(
@@ -714,7 +764,10 @@ impl Commands {
             "fleet": self.fleet, "generation": null, "daemon": self.daemon,
         });
         let fields = result.as_object_mut().expect("made as one");
-        if let Some(manifest) = &view.current {
+        // What the fleet is at; before the first one is through, what is on its way.
+        let complete = view.rollout.complete();
+        let complete = complete.and_then(|target| self.store.manifest(target.position));
+        if let Some(manifest) = complete.as_ref().or(view.current.as_ref()) {
             describe(fields, manifest);
             fields.insert("signatures".to_owned(), signatures(manifest, now));
         }
@@ -728,6 +781,7 @@ impl Commands {
             report::lost(&view.rollout),
             self.recorder.alarm(),
             self.pipeline.trouble(),
+            self.pipeline.rollback_trouble(),
             self.life.unused(),
             self.life.revocations(),
         ];

@@ -32,8 +32,8 @@ use crate::fleet::{Arrival, Counts, Fleet, Link, LinkId, Row, Standing};
 use crate::pipeline::Wish;
 use crate::publish::{Publisher, Rejected};
 use crate::recorder::{Job, Recorder};
-use crate::store::Store;
 use crate::rollout::{Effect, Ending, Order, OrderError, Rollout, Run, Tally, Target};
+use crate::store::Store;
 
 /// Messages that wait for the hub; senders wait when it is full, and with them their agents.
 const EVENTS_MAX: usize = 1024;
@@ -150,8 +150,8 @@ pub enum Event {
         order: Wanted,
         /// Who.
         operator: Operator,
-        /// Gets why it cannot be carried out, if so.
-        reply: oneshot::Sender<Result<(), OrderError>>,
+        /// Gets why it cannot be carried out, or what tells when it is on disk that it is.
+        reply: oneshot::Sender<Result<oneshot::Receiver<()>, OrderError>>,
     },
     /// A newer revocation list is in force.
     Revoked(RevocationList),
@@ -300,7 +300,8 @@ impl View {
     /// Whether something is about to happen without anybody's help: an agent answers, a wave
     /// begins, a rollback is published.
     pub fn is_moving(&self) -> bool {
-        let settles = |run: &Run| run.paused.is_none() && run.done.is_some();
+        let settles =
+            |run: &Run| run.paused.is_none() && run.done.is_some() && !run.waits_for_window;
         !self.unsettled.is_empty()
             || self.rollout.owed().is_some()
             || self.rollout.running().is_some_and(settles)
@@ -573,7 +574,7 @@ impl Running {
                         }
                         self.carry_out(effects, Some(&operator), now).await;
                         self.look(now).await;
-                        Ok(())
+                        Ok(self.written().await)
                     }
                     Err(error) => Err(error),
                 };
@@ -593,7 +594,9 @@ impl Running {
     fn begin_anew(&mut self) -> Vec<Effect> {
         let (publisher, rollout) = (&self.task.publisher, self.task.fleet.rollout());
         let is_known = rollout.complete().is_some() || rollout.running().is_some();
-        let newest = publisher.newest().filter(|_| !is_known && !publisher.is_due());
+        let newest = publisher
+            .newest()
+            .filter(|_| !is_known && !publisher.is_due());
         newest.map_or_else(Vec::new, |it| self.task.fleet.published(&it, false))
     }
 
@@ -711,12 +714,7 @@ impl Running {
             self.reject(rejected).await;
         }
         if let Some(owed) = self.kept.owed().cloned() {
-            let (done, written) = oneshot::channel();
-            let job = Job {
-                done: Some(done),
-                ..Job::default()
-            };
-            self.task.recorder.write(job).await;
+            let written = self.written().await;
             let wishes = self.task.wishes.clone();
             tokio::spawn(async move {
                 if written.await.is_ok() {
@@ -725,6 +723,17 @@ impl Running {
                 }
             });
         }
+    }
+
+    /// Tells when all that was queued so far is on disk.
+    async fn written(&self) -> oneshot::Receiver<()> {
+        let (done, written) = oneshot::channel();
+        let job = Job {
+            done: Some(done),
+            ..Job::default()
+        };
+        self.task.recorder.write(job).await;
+        written
     }
 
     /// Keeps a content from being published again; later, if the disk refuses.

@@ -47,6 +47,8 @@ pub struct Pipeline {
     told: Arc<Mutex<Option<String>>>,
     /// Why the last publication failed through no fault of the mirror's.
     trouble: Arc<std::sync::Mutex<Option<String>>>,
+    /// Why the rollback that is owed could not be published.
+    rollback_trouble: Arc<std::sync::Mutex<Option<String>>>,
     stop: CancellationToken,
 }
 
@@ -65,6 +67,7 @@ impl Pipeline {
             recorder,
             told: Arc::new(Mutex::new(told)),
             trouble: Arc::default(),
+            rollback_trouble: Arc::default(),
             stop,
         }
     }
@@ -135,6 +138,12 @@ impl Pipeline {
     /// Why the last publication failed, if it did: a full disk, a load test that could not run.
     pub fn trouble(&self) -> Option<String> {
         self.trouble.lock().expect("nothing panics with it").clone()
+    }
+
+    /// Why the rollback that is owed could not be published, if so.
+    pub fn rollback_trouble(&self) -> Option<String> {
+        let trouble = self.rollback_trouble.lock();
+        trouble.expect("nothing panics with it").clone()
     }
 
     /// Publishes whenever `wake` says so, or the rollout does, and adopts what a restored master has
@@ -237,7 +246,16 @@ impl Pipeline {
         let publishing = tokio::task::spawn_blocking(move || {
             publisher.roll_back(owed.to.position, owed.of.position, Timestamp::now())
         });
-        match publishing.await.expect("publishing does not panic") {
+        let published = publishing.await.expect("publishing does not panic");
+        let trouble = published.as_ref().err().map(|error| {
+            let error = crate::chain(error);
+            format!("the rollback cannot be published: {error}")
+        });
+        *self
+            .rollback_trouble
+            .lock()
+            .expect("nothing panics with it") = trouble;
+        match published {
             Ok((manifest, announcement)) => {
                 tracing::info!(position = %manifest.position(), "published as a rollback");
                 if let Some(announcement) = announcement {

@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 
 use crate::hub::View;
 use crate::publish::Rejected;
-use crate::rollout::{Ending, Rollout, Run};
+use crate::rollout::{Ending, Rollout, Run, Tally};
 
 /// Where the rollout is, in one word.
 pub fn state(rollout: &Rollout) -> &'static str {
@@ -35,7 +35,6 @@ pub fn rollout(view: &View) -> Value {
     };
     set("state", state(rollout).into());
     let run = rollout.running();
-    let over = |run: &Run| run.begun.len() + run.skipped.len();
     set("wave", run.map_or(0, over).into());
     set(
         "waves",
@@ -71,6 +70,10 @@ pub fn rollout(view: &View) -> Value {
                 "how": failed.how, "reason": failed.reason, "since": failed.since,
             }),
         );
+    }
+    if let Some(owed) = rollout.owed() {
+        let (to, of) = (owed.to.position, owed.of.position);
+        set("owed", json!({ "to": to, "of": of }));
     }
     if let Some(held) = rollout.held() {
         set("held", json!(held));
@@ -113,8 +116,11 @@ pub fn state_of(manifest: &Manifest, rollout: &Rollout, rejected: &[Rejected]) -
     }
 }
 
-/// Why a generation that was published is not what everybody is wanted at, if it is not about to be.
+/// Why a generation that was published is not what everybody is wanted at, if it is not.
 pub fn obstacle(view: &View, position: Position) -> Option<String> {
+    if view.counts.total == 0 {
+        return None; // there is nobody to have it
+    }
     let rollout = &view.rollout;
     let failed = rollout.failed();
     if let Some(failed) = failed.filter(|failed| failed.target.position == position) {
@@ -125,13 +131,53 @@ pub fn obstacle(view: &View, position: Position) -> Option<String> {
         };
         return Some(format!("{position} was {how}: {}", failed.reason));
     }
-    let run = rollout.running()?;
-    let target = run.target.position;
-    if target != position {
+    let running = rollout.running();
+    if let Some(run) = running.filter(|run| run.target.position == position) {
+        return Some(standing(run, view.tallies.as_ref().map(|(_, wave)| wave)));
+    }
+    if rollout.waiting().map(|target| target.position) == Some(position) {
+        let target = running?.target.position;
         return Some(format!(
             "{position} waits until {target} has gone through the fleet"
         ));
     }
-    let pause = run.paused.as_ref()?;
-    Some(format!("{position} is paused: {}", pause.reason))
+    if rollout.complete().map(|target| target.position) >= Some(position) {
+        return None;
+    }
+    Some(match rollout.owed() {
+        Some(owed) => format!(
+            "{position} is not offered: the databases of {} are published again first",
+            owed.to.position
+        ),
+        None => format!("{position} is not offered any more: another one took its place"),
+    })
+}
+
+/// Where a generation stands that goes through the waves.
+fn standing(run: &Run, wave: Option<&Tally>) -> String {
+    let position = run.target.position;
+    if let Some(pause) = &run.paused {
+        return format!("{position} is paused: {}", pause.reason);
+    }
+    if run.waits_for_window {
+        return format!(
+            "{position} waits: the next wave begins when a window of its members opens"
+        );
+    }
+    let (Some(begun), Some(wave)) = (run.begun.last(), wave) else {
+        return format!("{position} waits for the first wave to begin");
+    };
+    format!(
+        "{position} is not through: {} of {} are live with it in wave {} of {} ({})",
+        wave.live,
+        wave.members,
+        over(run),
+        over(run) + run.ahead.len(),
+        begun.wave
+    )
+}
+
+/// Waves that have begun or were passed over.
+fn over(run: &Run) -> usize {
+    run.begun.len() + run.skipped.len()
 }

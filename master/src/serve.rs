@@ -548,10 +548,7 @@ fn own_draft(event: &str, outcome: Option<&str>, detail: serde_json::Value) -> D
 /// Where the rollout stood; and why that is not known, if so. Then nobody is offered anything and
 /// nothing is published or removed until an operator says so: what was halted, pinned or held must
 /// not come through because a file is gone.
-fn load_rollout(
-    store: &Store,
-    now: Timestamp,
-) -> Result<(Rollout, Option<String>), StoreError> {
+fn load_rollout(store: &Store, now: Timestamp) -> Result<(Rollout, Option<String>), StoreError> {
     let reason = match store.load(ROLLOUT) {
         Ok(Some(rollout)) => return Ok((rollout, None)),
         Ok(None) if store.taken().is_none() => {

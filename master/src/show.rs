@@ -198,6 +198,12 @@ fn rollout(lines: &mut Lines, rollout: &Value) {
              generation with it first"
         ));
     }
+    if let Some(owed) = rollout.get("owed") {
+        let [to, of] = ["to", "of"].map(|key| position(&owed[key]));
+        lines.alarm(&format!(
+            "the databases of {to} have to be published again, in the place of {of}"
+        ));
+    }
     if let Some(held) = rollout.get("held") {
         let reason = text(&held["reason"]);
         lines.alarm(&format!(

@@ -1,6 +1,7 @@
 //! What waves are for: a bad generation reaches the canaries and nobody else.
 
 use std::fs;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use clamcast_tests::lab::{
     Agent, Clamd, Container, Fleet, Master, PATIENCE, hash_signature, signatures, until,
@@ -167,6 +168,8 @@ fn a_restarted_master_goes_on_where_the_rollout_stood() {
     master.wait_agent("db1", "db1 is back", |row| row["connected"] == true);
     master.wait_agent("web1", "web1 is back", |row| row["connected"] == true);
     assert_eq!(wait_state(&master, "running")["running"]["generation"], 2);
+    let status = master.json(&["status"]).unwrap();
+    assert_eq!(status["generation"], 1, "what the fleet is at");
     assert_eq!(
         order(&master, &["rollout", "status", "--timeout", "1s"], 1),
         "clamcast-master: not complete in time: it is running\n"
@@ -204,6 +207,10 @@ fn operators_pause_abort_roll_back_and_pin() {
         "ticket 7"
     );
     assert!(order(&master, &["publish"], 4).contains("which was aborted"));
+    for back in [["rollback", "2"].as_slice(), &["pin", "canary", "2"]] {
+        let refused = order(&master, back, 4);
+        assert!(refused.contains("1.2 was aborted; `publish"), "{refused}");
+    }
 
     // A pinned group stays where it is while the others go on.
     order(&master, &["pin", "canary", "--reason", "audit"], 0);
@@ -320,4 +327,115 @@ fn a_master_that_lost_where_its_rollout_stood_offers_nothing_until_an_operator_s
             .then_some(())
             .ok_or(rollout)
     });
+}
+
+#[test]
+fn an_order_is_done_when_the_disk_has_it() {
+    let fleet = Fleet::new();
+    let (master, _agents) = standing(&fleet);
+    let state = master.directory().join("state/rollout.json");
+    fs::remove_file(&state).unwrap();
+    fs::create_dir(&state).unwrap(); // as good as a disk that refuses the file
+    let pause = ["rollout", "pause", "--reason", "freeze"];
+    let unwritten = order(&master, &pause, 5);
+    assert!(
+        unwritten.contains("cannot write the state of the rollout"),
+        "{unwritten}"
+    );
+    let refused = order(&master, &["rollout", "resume"], 5);
+    assert!(refused.contains("no order is taken"), "{refused}");
+    fs::remove_dir(&state).unwrap();
+    until(PATIENCE, "it is written", || state.is_file());
+    assert_eq!(wait_state(&master, "paused")["paused"]["reason"], "freeze");
+    until(PATIENCE, "the alarm is over", || {
+        master.json(&["status"]).unwrap()["alarm"].is_null()
+    });
+    order(&master, &["rollout", "resume"], 0);
+}
+
+#[test]
+fn a_rollback_that_cannot_be_published_is_told_and_made_later() {
+    let fleet = Fleet::new();
+    let (master, _agents) = standing(&fleet);
+    let generations = master.directory().join("state/generations");
+    let aside = master.directory().join("aside");
+    fs::rename(&generations, &aside).unwrap();
+    order(&master, &["rollout", "abort", "--reason", "ticket 7"], 0);
+    let status = until(PATIENCE, "the master says that it cannot", || {
+        let status = master.json(&["status"]).unwrap();
+        let alarm = status["alarm"].as_str().unwrap_or_default();
+        if alarm.contains("the rollback cannot be published") {
+            Ok(status)
+        } else {
+            Err(status)
+        }
+    });
+    let owed = &status["rollout"]["owed"];
+    assert_eq!(
+        (&owed["to"]["generation"], &owed["of"]["generation"]),
+        (&json!(1), &json!(2))
+    );
+    fs::rename(&aside, &generations).unwrap();
+    for name in ["web1", "db1"] {
+        master.wait_live(name, 3);
+    }
+    let status = master.json(&["status"]).unwrap();
+    assert!(status["alarm"].is_null() && status["rollout"]["owed"].is_null());
+}
+
+#[test]
+fn publish_that_waits_says_so_when_the_fleet_does_not_get_it() {
+    let fleet = Fleet::new();
+    let mut master = master(&fleet, "");
+    let mut agents = ["web1", "db1"].map(|name| fleet.agent(name));
+    master.start();
+    for agent in &mut agents {
+        agent.start();
+    }
+    for name in ["web1", "db1"] {
+        master.wait_live(name, 1);
+    }
+    wait_state(&master, "complete");
+    agents[0].stop();
+    master.wait_agent("web1", "the canary is away", |row| {
+        row["connected"] == false
+    });
+    good(2).write(&fleet.join("mirror"));
+    for again in ["published", "unchanged"] {
+        let output = master.command(&["publish", "--wait"]);
+        assert_eq!(output.status.code(), Some(1), "{again}: {output:?}");
+        let stuck = String::from_utf8(output.stderr).unwrap();
+        assert!(
+            stuck.contains("1.2 is not through: 0 of 1 are live with it in wave 1 of 3 (canary)"),
+            "{stuck}"
+        );
+    }
+}
+
+/// A window, as the configuration has it, that is closed for hours.
+fn closed_window() -> String {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    let hour = (now.as_secs() / 3600 + 12) % 24;
+    format!("Mon-Sun {hour:02}:00-{hour:02}:59 UTC")
+}
+
+#[test]
+fn publish_waits_for_no_window() {
+    let fleet = Fleet::new();
+    let window = closed_window();
+    let mut master = master(&fleet, &format!("[rollout.windows]\ndb = [{window:?}]"));
+    master.configure("[groups]", "[groups]\ndb = [\"db1\"]");
+    let mut agents = ["web1", "db1"].map(|name| fleet.agent(name));
+    master.start();
+    for agent in &mut agents {
+        agent.start();
+    }
+    master.wait_live("web1", 1);
+    master.wait_agent("db1", "db1 is there", |row| row["connected"] == true);
+    let told = order(&master, &["publish", "--wait"], 1);
+    assert!(
+        told.contains("when a window of its members opens"),
+        "{told}"
+    );
+    assert_eq!(offered(&master, "db1"), [] as [Value; 0]);
 }

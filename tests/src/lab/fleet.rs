@@ -359,15 +359,16 @@ impl Master {
         })
     }
 
-    /// Waits until the current generation is `generation`.
+    /// Waits until the generation published last is `generation`.
     #[track_caller]
     pub fn wait_generation(&self, generation: u64) {
         until(PATIENCE, "the generation is published", || {
-            let status = self.json(&["status"]).unwrap_or_default();
-            if status["generation"] == generation {
+            let generations = self.json(&["generations"]).unwrap_or_default();
+            let last = generations.as_array().and_then(|rows| rows.last());
+            if last.is_some_and(|last| last["generation"] == generation) {
                 Ok(())
             } else {
-                Err(status)
+                Err(generations)
             }
         });
     }
