@@ -20,9 +20,10 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::config::Groups;
 use crate::events::Filter;
 use crate::fleet::{AWAY, Row};
-use crate::force::{self, INTERRUPTED, Meant, News, Selection, Work};
+use crate::force::{self, INTERRUPTED, Meant, News, SelectError, Selection, Work};
 use crate::hub::{Event, Forcing, Hub, Stopping, View, Wanted};
 use crate::pipeline::Pipeline;
 use crate::preflight::{CERTIFICATE_ENDS_SOON, Running};
@@ -31,7 +32,7 @@ use crate::recorder::Recorder;
 use crate::rejections::Rejections;
 use crate::report;
 use crate::rollout::Order as RolloutOrder;
-use crate::store::Store;
+use crate::store::{RECORD_BYTES_MAX, Store};
 
 /// Commands served at a time. A waiting `publish` is one of them.
 const SESSIONS_MAX: usize = 64;
@@ -45,6 +46,15 @@ const SUPERSEDED: &str =
 
 /// Failed agents that the last line of a `force-sync` names; the table above it has them all.
 const NAMED_MAX: usize = 20;
+
+/// Longest reason in bytes: a long sentence. A record of the audit log holds it as well as the state
+/// of the rollout.
+pub const REASON_BYTES_MAX: usize = 1000;
+
+/// Groups that are pinned at a time. With the longest reasons, in which each byte may need six in
+/// JSON, they leave half of what a record may have to the rest of the rollout's state.
+const PINS_MAX: usize = 100;
+const _: () = assert!(PINS_MAX * (6 * REASON_BYTES_MAX + 1000) < RECORD_BYTES_MAX as usize / 2);
 
 /// Longest time that a `force-sync` follows its agents: a weekend.
 const TIMEOUT_MAX: Duration = Duration::from_secs(72 * 3600);
@@ -181,6 +191,26 @@ impl Request {
             Self::AuditShow { .. } => "audit show",
         }
     }
+
+    /// Why, in the operator's words.
+    fn reason(&self) -> Option<&str> {
+        match self {
+            Self::Publish { accept: reason, .. }
+            | Self::ForceSync { accept: reason, .. }
+            | Self::RolloutPause { reason }
+            | Self::RolloutAbort { reason }
+            | Self::RolloutPromote { reason }
+            | Self::Rollback { reason, .. }
+            | Self::RolloutResume { reason }
+            | Self::Pin { reason, .. }
+            | Self::Unpin { reason, .. } => reason.as_deref(),
+            Self::Status
+            | Self::Agents
+            | Self::Generations
+            | Self::RolloutStatus { .. }
+            | Self::AuditShow { .. } => None,
+        }
+    }
 }
 
 /// What commands are answered from.
@@ -194,6 +224,8 @@ pub struct Commands {
     pub pipeline: Pipeline,
     /// What was published.
     pub store: Arc<Store>,
+    /// Groups of the configuration.
+    pub groups: Groups,
     /// Says whether the log can be written.
     pub recorder: Recorder,
     /// The audit log's directory.
@@ -319,6 +351,13 @@ impl Commands {
             }
         };
         let stopping = |_: Stopping| self.life.ending().finish();
+        if request
+            .reason()
+            .is_some_and(|it| it.len() > REASON_BYTES_MAX)
+        {
+            let message = format!("a reason may have {REASON_BYTES_MAX} bytes");
+            return session.finish(Finish::because(exit::USAGE, message)).await;
+        }
         let finish = match request.clone() {
             // Nothing that changes anything begins when the end has begun.
             Request::Publish { .. } | Request::ForceSync { .. } if self.stop.is_cancelled() => {
@@ -368,17 +407,7 @@ impl Commands {
                 group,
                 generation,
                 reason,
-            } => match generation
-                .map(|generation| self.good(generation))
-                .transpose()
-            {
-                Ok(Some(to)) => self.order(&session, Wanted::Pin(group, to, reason)).await,
-                Ok(None) => {
-                    let order = Wanted::Plain(RolloutOrder::Pin(group, None, reason));
-                    self.order(&session, order).await
-                }
-                Err(finish) => finish,
-            },
+            } => self.pin(&session, group, generation, reason).await,
             Request::Unpin { group, reason } => {
                 let order = Wanted::Plain(RolloutOrder::Unpin(group, reason));
                 self.order(&session, order).await
@@ -543,6 +572,36 @@ impl Commands {
         Err(Finish::because(exit::FAILED, message))
     }
 
+    /// Keeps a group at a generation, or where it is.
+    async fn pin(
+        &self,
+        session: &Session,
+        group: GroupName,
+        generation: Option<Meant>,
+        reason: Option<String>,
+    ) -> Finish {
+        let Ok(view) = self.hub.view().await else {
+            return self.life.ending().finish();
+        };
+        let has_agents = view.rows.iter().any(|row| row.groups.contains(&group));
+        if !has_agents && !self.groups.has(&group) {
+            let error = SelectError::EmptyGroup(group);
+            return Finish::because(exit::USAGE, error.to_string());
+        }
+        let pins = view.rollout.pins();
+        if pins.len() >= PINS_MAX && !pins.contains_key(&group) {
+            let message =
+                format!("{PINS_MAX} groups are pinned, more cannot be; `unpin` one first");
+            return Finish::because(exit::REFUSED, message);
+        }
+        let order = match generation.map(|generation| self.good(generation)) {
+            Some(Ok(to)) => Wanted::Pin(group, to, reason),
+            Some(Err(finish)) => return finish,
+            None => Wanted::Plain(RolloutOrder::Pin(group, None, reason)),
+        };
+        self.order(session, order).await
+    }
+
     /// The generation that an operator means, if it is still kept.
     fn kept(&self, generation: Meant) -> Result<Arc<Verified<Manifest>>, Finish> {
         let mut manifests = self.store.manifests().into_iter().rev();
@@ -611,8 +670,11 @@ impl Commands {
                     continue;
                 }
             };
-            let message = (over.is_none() && code != exit::DONE)
-                .then(|| format!("not complete in time: it is {state}"));
+            let message = (over.is_none() && code != exit::DONE).then(|| {
+                let where_it_is =
+                    report::standing(&view).unwrap_or_else(|| format!("it is {state}"));
+                format!("not complete in time: {where_it_is}")
+            });
             return Ok(Finish {
                 exit: code,
                 result: report::rollout(&view),

@@ -155,6 +155,11 @@ impl Groups {
         groups.dedup();
         groups
     }
+
+    /// Whether there is a group of this name.
+    pub fn has(&self, group: &GroupName) -> bool {
+        self.0.iter().any(|(name, _)| name == group)
+    }
 }
 
 #[derive(Deserialize)]

@@ -319,6 +319,11 @@ impl Fleet {
         self.rollout.resumed(now);
     }
 
+    /// How careful rollouts are.
+    pub fn rules(&self) -> &Rules {
+        &self.rules
+    }
+
     /// What is on its way, and what everybody is wanted at.
     pub fn rollout(&self) -> &Rollout {
         &self.rollout

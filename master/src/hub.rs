@@ -49,6 +49,18 @@ const CHECKPOINTS: Duration = Duration::from_secs(3600);
 /// Shortest time between two of them.
 const CHECKPOINTS_MIN: Duration = Duration::from_secs(60);
 
+/// Events that end a rollout: agents are told the head of the log that has them.
+const ENDS: [&str; 5] = [
+    "abort",
+    "halt",
+    "rollback",
+    "rolled-back",
+    "rollout-complete",
+];
+
+/// Events that somebody should look at.
+const ALARMING: [&str; 4] = ["abort", "halt", "rolled-back", "rollout-paused"];
+
 /// Agents hear that their generation is current this many times in the time that the word holds,
 /// so that a few lost ones do not make a host stale.
 const FRESH_PARTS: u32 = 4;
@@ -356,8 +368,6 @@ pub struct Task {
     pub revoked: Option<RevocationList>,
     /// Writes what must last.
     pub recorder: Recorder,
-    /// Silence with an offer that counts as failure.
-    pub deadline: Duration,
     /// Takes manifests of agents that are ahead of this master.
     pub ahead: mpsc::Sender<Envelope>,
     /// Vouches for what agents are wanted at.
@@ -382,6 +392,7 @@ pub fn start(mut task: Task, stop: CancellationToken) -> (Hub, tokio::task::Join
         accepted: false,
         forced: HashMap::new(),
         told: None,
+        checkpoint: None,
         vouched: HashMap::new(),
         look: Some(Instant::now()),
         looked: Instant::now(),
@@ -402,8 +413,9 @@ struct Running {
     /// Agents that an operator has forced and that have not answered yet: one that loses its
     /// connection is to look at its disk all the same when it is back.
     forced: HashMap<AgentName, Ordered>,
-    /// When agents were last told the audit log's head.
+    /// When agents were last told the audit log's head, and when they are to be.
     told: Option<Instant>,
+    checkpoint: Option<Instant>,
     /// Words that a generation is current, until they are made anew.
     vouched: HashMap<Digest, Verified<Freshness>>,
     /// The state of the rollout that is on disk or on its way there.
@@ -472,8 +484,14 @@ impl Running {
                 biased;
                 () = stop.cancelled() => break,
                 () = until(self.look) => {
-                    self.look(Timestamp::now()).await;
-                    self.tick.send_modify(|tick| *tick += 1);
+                    // Whoever waits is not woken every second for nothing.
+                    if self.look(Timestamp::now()).await {
+                        self.tick.send_modify(|tick| *tick += 1);
+                    }
+                    continue;
+                }
+                () = until(self.checkpoint) => {
+                    self.checkpoint().await;
                     continue;
                 }
                 event = inbox.recv() => event,
@@ -488,7 +506,7 @@ impl Running {
                     continue;
                 }
                 _ = checkpoints.tick() => {
-                    self.checkpoint().await;
+                    self.checkpoint_soon();
                     continue;
                 }
             };
@@ -500,8 +518,9 @@ impl Running {
     async fn handle(&mut self, event: Event, now: Timestamp) {
         match event {
             Event::Query(reply) => {
-                if self.look.is_some() {
-                    self.look(now).await; // what is told takes in what happened
+                // What is told takes in what happened.
+                if self.look.is_some() && self.look(now).await {
+                    self.tick.send_modify(|tick| *tick += 1);
                 }
                 // Nobody may be waiting any more.
                 let _ = reply.send(self.view(now));
@@ -605,10 +624,11 @@ impl Running {
         self.look.get_or_insert(self.looked + LOOKS_APART);
     }
 
-    /// Looks at the rollout, and offers what follows.
-    async fn look(&mut self, now: Timestamp) {
+    /// Looks at the rollout, and offers what follows. Returns whether anything did.
+    async fn look(&mut self, now: Timestamp) -> bool {
         self.look = None;
         let effects = self.task.fleet.step(now);
+        let mut changed = *self.task.fleet.rollout() != self.kept;
         self.carry_out(effects, None, now).await;
         let offers = self.links.iter().filter_map(|(id, link)| {
             let manifest = self.task.fleet.wanted(&link.line.name, now)?;
@@ -618,8 +638,10 @@ impl Running {
         });
         for (id, manifest) in offers.collect::<Vec<_>>() {
             self.offer(id, manifest, Manner::default(), now).await;
+            changed = true;
         }
         self.looked = Instant::now();
+        changed
     }
 
     /// Whether an agent is being driven past the waves to what is still current, or to what was
@@ -640,7 +662,7 @@ impl Running {
         now: Timestamp,
     ) {
         let actor = operator.map_or_else(|| "master".to_owned(), Operator::to_string);
-        let mut looks = false;
+        let (mut looks, mut ended) = (false, false);
         for effect in effects {
             match effect {
                 Effect::Note {
@@ -649,7 +671,12 @@ impl Running {
                     reason,
                 } => {
                     let position = target.position;
-                    tracing::info!(%position, event, "{reason}");
+                    if ALARMING.contains(&event) {
+                        tracing::warn!(%position, event, "{reason}");
+                    } else {
+                        tracing::info!(%position, event, "{reason}");
+                    }
+                    ended |= ENDS.contains(&event);
                     let mut detail = json!({ "reason": reason });
                     if let Some(operator) = operator {
                         detail["login_uid"] = json!(operator.login_uid);
@@ -690,6 +717,9 @@ impl Running {
                 ..Job::default()
             };
             self.task.recorder.write(job).await;
+        }
+        if ended {
+            self.checkpoint_soon();
         }
         if looks {
             // Full: then it looks anyway.
@@ -774,7 +804,7 @@ impl Running {
     }
 
     fn view(&self, now: Timestamp) -> View {
-        let (fleet, deadline) = (&self.task.fleet, self.task.deadline);
+        let (fleet, deadline) = (&self.task.fleet, self.task.fleet.rules().deadline);
         View {
             current: fleet.current().cloned(),
             newest: fleet.newest().map(|manifest| manifest.position()),
@@ -789,11 +819,6 @@ impl Running {
             unsettled: fleet.unsettled(now, deadline).cloned().collect(),
             rows: fleet.rows(now, deadline),
         }
-    }
-
-    fn is_settled(&self) -> bool {
-        let (now, deadline) = (Timestamp::now(), self.task.deadline);
-        self.task.fleet.unsettled(now, deadline).next().is_none()
     }
 
     async fn connected(&mut self, connected: Connected, now: Timestamp) {
@@ -901,7 +926,8 @@ impl Running {
             .is_some_and(|installed| installed.payload == manifest.envelope().payload);
         // Also a host that is there already hears of the offer when the master lacks its receipt
         // (a restored master): the answer is a receipt and costs nothing.
-        let standing = self.task.fleet.standing(name, now, self.task.deadline);
+        let deadline = self.task.fleet.rules().deadline;
+        let standing = self.task.fleet.standing(name, now, deadline);
         if has_it && standing == Standing::Conformant && manner.is_none() {
             if let Some(link) = self.links.get_mut(&id) {
                 link.offered = Some(manifest.payload_sha256());
@@ -965,17 +991,22 @@ impl Running {
         Some(offer)
     }
 
-    /// Tells every agent the head of the audit log, so that a log that is rewritten later can be
-    /// told from the one they saw.
-    async fn checkpoint(&mut self) {
+    /// Has every agent told the head of the audit log, so that a log that is rewritten later can be
+    /// told from the one they saw; later, if they were told just now.
+    fn checkpoint_soon(&mut self) {
         let now = Instant::now();
-        if self
+        let at = self
             .told
-            .is_some_and(|told| now.duration_since(told) < CHECKPOINTS_MIN)
-        {
-            return; // an agent that settles again and again must not make work for all
+            .map_or(now, |told| now.max(told + CHECKPOINTS_MIN));
+        self.checkpoint.get_or_insert(at);
+    }
+
+    async fn checkpoint(&mut self) {
+        self.checkpoint = None;
+        if self.links.is_empty() {
+            return; // nobody to be told
         }
-        self.told = Some(now);
+        self.told = Some(Instant::now());
         let job = Job {
             checkpoint_to: self.links.values().map(|link| link.line.clone()).collect(),
             ..Job::default()
@@ -1046,7 +1077,6 @@ impl Running {
             return;
         };
         let acknowledge = Command::Acknowledge(receipt.seq);
-        let under_way = !self.is_settled();
         if !self.task.fleet.receipt(receipt, now) {
             // Known is not yet on disk: the job of its first arrival may still wait before this one.
             let then = Some((line.clone(), acknowledge));
@@ -1089,11 +1119,11 @@ impl Running {
         };
         self.drift(receipt).await; // before the acknowledgement
         self.task.recorder.write(job).await;
-        if receipt.outcome == Outcome::Refused {
+        let running = self.task.fleet.rollout().running();
+        if receipt.outcome == Outcome::Refused
+            && running.is_some_and(|run| run.target.position == receipt.position())
+        {
             self.look(now).await; // before anybody else is offered it
-        }
-        if under_way && self.is_settled() {
-            self.checkpoint().await; // the end of a rollout
         }
     }
 

@@ -13,7 +13,7 @@ use clamcast_daemon::exit::{self, Exit, OrExit as _};
 use clamcast_daemon::say;
 use clamcast_daemon::service::{self, Occasion, Service};
 use clamcast_daemon::{audit, logging};
-use clamcast_master::admin::Request;
+use clamcast_master::admin::{REASON_BYTES_MAX, Request};
 use clamcast_master::config::{self, Config};
 use clamcast_master::events::{self, AgentPattern, EVENTS};
 use clamcast_master::force::{Meant, Selection};
@@ -143,7 +143,7 @@ enum Command {
         /// The generation: 1.42, or 42
         generation: Meant,
         /// Why, for the audit log
-        #[arg(long, value_name = "TEXT")]
+        #[arg(long, value_name = "TEXT", value_parser = reason)]
         reason: Option<String>,
         /// Print JSON
         #[arg(long)]
@@ -157,7 +157,7 @@ enum Command {
         /// The generation: 1.42, or 42; where the group is wanted now, unless it is said
         generation: Option<Meant>,
         /// Why, for the audit log
-        #[arg(long, value_name = "TEXT")]
+        #[arg(long, value_name = "TEXT", value_parser = reason)]
         reason: Option<String>,
         /// Print JSON
         #[arg(long)]
@@ -169,7 +169,7 @@ enum Command {
         /// The group
         group: GroupName,
         /// Why, for the audit log
-        #[arg(long, value_name = "TEXT")]
+        #[arg(long, value_name = "TEXT", value_parser = reason)]
         reason: Option<String>,
         /// Print JSON
         #[arg(long)]
@@ -241,7 +241,7 @@ enum Rollout {
 #[derive(Args)]
 struct Reason {
     /// Why, for the audit log
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", value_parser = reason)]
     reason: Option<String>,
     /// Print JSON
     #[arg(long)]
@@ -327,9 +327,13 @@ fn since(text: &str) -> Result<Timestamp, String> {
 }
 
 /// A reason that tells whoever reads the audit log something.
-fn reason(text: &str) -> Result<String, &'static str> {
+fn reason(text: &str) -> Result<String, String> {
     match text.trim() {
-        "" => Err("expected a few words for the audit log"),
+        "" => Err("expected a few words for the audit log".to_owned()),
+        text if text.len() > REASON_BYTES_MAX => Err(format!(
+            "it has {} bytes, at most {REASON_BYTES_MAX} may be",
+            text.len()
+        )),
         text => Ok(text.to_owned()),
     }
 }
@@ -688,8 +692,15 @@ mod tests {
     #[test]
     fn a_reason_says_something() {
         assert_eq!(reason(" looked at it "), Ok("looked at it".to_owned()));
-        for line in ["publish --accept", "force-sync web1 --accept"] {
-            for blank in ["", " \t"] {
+        let long = "x".repeat(REASON_BYTES_MAX + 1);
+        for line in [
+            "publish --accept",
+            "force-sync web1 --accept",
+            "rollout pause --reason",
+            "rollback 1 --reason",
+            "pin db --reason",
+        ] {
+            for blank in ["", " \t", &long] {
                 let words = ["clamcast-master"].into_iter().chain(line.split(' '));
                 assert!(Cli::try_parse_from(words.clone().chain(["looked"])).is_ok());
                 let error = Cli::try_parse_from(words.chain([blank])).err().expect(line);

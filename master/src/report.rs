@@ -1,12 +1,12 @@
 //! How far a rollout is and what holds it up, for operators and scripts.
 
-use clamcast_proto::Position;
 use clamcast_proto::manifest::Manifest;
+use clamcast_proto::{AgentName, Position};
 use serde_json::{Map, Value, json};
 
 use crate::hub::View;
 use crate::publish::Rejected;
-use crate::rollout::{Ending, Rollout, Run, Tally};
+use crate::rollout::{Ending, Rollout, Run};
 
 /// Where the rollout is, in one word.
 pub fn state(rollout: &Rollout) -> &'static str {
@@ -56,6 +56,11 @@ pub fn rollout(view: &View) -> Value {
         if let Some((all, wave)) = &view.tallies {
             set("all", json!(all));
             set("this_wave", json!(wave));
+            let blocking = all.named.iter();
+            set(
+                "blocking",
+                blocking.map(|name| row_of(view, name)).collect(),
+            );
         }
         if let Some(waiting) = rollout.waiting() {
             set("waiting", json!(waiting.position));
@@ -92,6 +97,13 @@ pub fn rollout(view: &View) -> Value {
     });
     set("pins", pins.collect());
     Value::Object(fields)
+}
+
+/// Where a host stands, and what it says.
+fn row_of(view: &View, name: &AgentName) -> Value {
+    let row = view.rows.iter().find(|row| row.name == *name);
+    let (outcome, error) = row.map(|row| (&row.outcome, &row.error)).unzip();
+    json!({ "name": name, "outcome": outcome, "error": error.and_then(Option::as_ref) })
 }
 
 /// What became of a generation.
@@ -133,7 +145,7 @@ pub fn obstacle(view: &View, position: Position) -> Option<String> {
     }
     let running = rollout.running();
     if let Some(run) = running.filter(|run| run.target.position == position) {
-        return Some(standing(run, view.tallies.as_ref().map(|(_, wave)| wave)));
+        return Some(stands(run, view));
     }
     if rollout.waiting().map(|target| target.position) == Some(position) {
         let target = running?.target.position;
@@ -153,8 +165,14 @@ pub fn obstacle(view: &View, position: Position) -> Option<String> {
     })
 }
 
-/// Where a generation stands that goes through the waves.
-fn standing(run: &Run, wave: Option<&Tally>) -> String {
+/// Where the generation stands that goes through the waves, if one does.
+pub fn standing(view: &View) -> Option<String> {
+    let run = view.rollout.running()?;
+    Some(stands(run, view))
+}
+
+fn stands(run: &Run, view: &View) -> String {
+    let wave = view.tallies.as_ref().map(|(_, wave)| wave);
     let position = run.target.position;
     if let Some(pause) = &run.paused {
         return format!("{position} is paused: {}", pause.reason);

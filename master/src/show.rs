@@ -135,14 +135,26 @@ pub(crate) fn rollout_status(result: &Value) {
         lines.field("complete", &position(complete));
     }
     rollout(&mut lines, result);
-    let named = result["all"]["named"].as_array().into_iter().flatten();
-    let named: Vec<_> = named.map(text).collect();
-    if !named.is_empty() {
-        let hosts = format!("{}; `agents` says why", named.join(", "));
-        lines.field("look at", &hosts);
-    }
+    blocking(&mut lines, &result["blocking"]);
     for line in lines.lines {
         say!("{line}");
+    }
+}
+
+/// Hosts that hold a rollout up, and what they say.
+fn blocking(lines: &mut Lines, blocking: &Value) {
+    let blocking = blocking.as_array().into_iter().flatten();
+    let mut table = Table::with_width(["HOLDS IT UP", "OUTCOME", "WHY"], lines.width);
+    let mut any = false;
+    for row in blocking {
+        any = true;
+        let [name, outcome, error] = ["name", "outcome", "error"].map(|key| text(&row[key]));
+        table.row([name, outcome, or_dash(error)]);
+    }
+    if any {
+        lines.lines.push(String::new());
+        let table = table.to_string();
+        lines.lines.extend(table.lines().map(str::to_owned));
     }
 }
 
@@ -161,11 +173,11 @@ fn rollout(lines: &mut Lines, rollout: &Value) {
                 number("all", "refused"),
                 number("all", "unwell"),
             ),
-            None => "no agent yet".to_owned(),
+            None => "no wave has begun yet".to_owned(),
         };
         lines.field(
             "rollout",
-            &format!("{}: {wave}", position(&rollout["running"])),
+            &format!("{} is on its way: {wave}", position(&rollout["running"])),
         );
     }
     for wave in rollout["skipped"].as_array().into_iter().flatten() {
@@ -605,10 +617,21 @@ mod tests {
                 "paused": { "reason": "2 of 5 hosts have trouble of their own: web1, web2" },
             }),
             &[
-                "rollout      1.7: wave 2 of 3 (10%): 3 of 5 live, 0 at it, 0 refused, 2 unwell",
+                "rollout      1.7 is on its way: wave 2 of 3 (10%): 3 of 5 live, 0 at it, 0 refused, 2 unwell",
                 "             wave group:canary has no members",
                 "             1.8 waits for it",
                 "paused: 2 of 5 hosts have trouble of their own: web1, web2",
+            ],
+        );
+        check(
+            json!({
+                "state": "running", "wave": 0, "waves": 1, "name": null,
+                "running": { "epoch": 1, "generation": 7 },
+                "waits_for_window": true, "windows": ["db: Mon-Fri 22:00-05:00 UTC"],
+            }),
+            &[
+                "rollout      1.7 is on its way: no wave has begun yet",
+                "             the next wave begins when a window of its members opens: db: Mon-Fri 22:00-05:00 UTC",
             ],
         );
         let failed = json!({
@@ -618,6 +641,30 @@ mod tests {
         check(
             json!({ "state": "halted", "failed": failed }),
             &["halted: 1.7: clamd refused it on 1 of 2 hosts: web1"],
+        );
+    }
+
+    #[test]
+    fn who_holds_a_rollout_up_is_named_with_what_it_says() {
+        let mut lines = Lines {
+            width: None,
+            lines: Vec::new(),
+        };
+        blocking(&mut lines, &json!([]));
+        assert!(lines.lines.is_empty());
+        let blocking = json!([
+            { "name": "web1", "outcome": "refused", "error": "1.7: no digits" },
+            { "name": "web2", "outcome": "fetching", "error": null },
+        ]);
+        super::blocking(&mut lines, &blocking);
+        assert_eq!(
+            lines.lines,
+            [
+                "",
+                "HOLDS IT UP  OUTCOME   WHY",
+                "web1         refused   1.7: no digits",
+                "web2         fetching  -",
+            ]
         );
     }
 

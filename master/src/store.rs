@@ -42,7 +42,7 @@ use encode::Encoder;
 pub(crate) use encode::Pair;
 
 /// Longest file of ours that is read whole: the envelope of the largest manifest, indented.
-const RECORD_BYTES_MAX: u64 = 2 << 20;
+pub(crate) const RECORD_BYTES_MAX: u64 = 2 << 20;
 
 /// How much of a file is read at a time.
 const BUFFER_BYTES: usize = 256 << 10;

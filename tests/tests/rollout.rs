@@ -172,7 +172,8 @@ fn a_restarted_master_goes_on_where_the_rollout_stood() {
     assert_eq!(status["generation"], 1, "what the fleet is at");
     assert_eq!(
         order(&master, &["rollout", "status", "--timeout", "1s"], 1),
-        "clamcast-master: not complete in time: it is running\n"
+        "clamcast-master: not complete in time: 1.2 is not through: 1 of 1 are live with it in wave 1 \
+         of 3 (group:canary)\n"
     );
     order(
         &master,
@@ -192,6 +193,11 @@ fn operators_pause_abort_roll_back_and_pin() {
     order(&master, &["rollout", "pause", "--reason", "freeze"], 0);
     assert_eq!(wait_state(&master, "paused")["paused"]["reason"], "freeze");
     order(&master, &["rollout", "status"], 0);
+    let waited = order(&master, &["rollout", "status", "--timeout", "1s"], 1);
+    assert!(
+        waited.contains("not complete in time: 1.2 is paused: freeze"),
+        "{waited}"
+    );
     order(&master, &["rollout", "resume"], 0);
     let nothing = order(&master, &["rollout", "resume"], 4);
     assert!(nothing.contains("1.2 is not paused"), "{nothing}");
@@ -212,6 +218,8 @@ fn operators_pause_abort_roll_back_and_pin() {
         assert!(refused.contains("1.2 was aborted; `publish"), "{refused}");
     }
 
+    let slip = order(&master, &["pin", "cannary"], 2);
+    assert!(slip.contains("no agent is in group `cannary`"), "{slip}");
     // A pinned group stays where it is while the others go on.
     order(&master, &["pin", "canary", "--reason", "audit"], 0);
     good(3).write(&fleet.join("mirror"));
@@ -311,7 +319,7 @@ fn a_master_that_lost_where_its_rollout_stood_offers_nothing_until_an_operator_s
     master.wait_live("web1", 3);
     order(&master, &["rollout", "promote", "--reason", "good"], 0);
     master.wait_live("db1", 3);
-    assert_eq!(offered(&master, "db1"), [json!(1), json!(3)], "never 2");
+    assert!(!offered(&master, "db1").contains(&json!(2)));
     assert!(master.json(&["status"]).unwrap()["alarm"].is_null());
 
     // Gone it is not known either; what is published goes through the waves again.
@@ -334,8 +342,11 @@ fn an_order_is_done_when_the_disk_has_it() {
     let fleet = Fleet::new();
     let (master, _agents) = standing(&fleet);
     let state = master.directory().join("state/rollout.json");
-    fs::remove_file(&state).unwrap();
-    fs::create_dir(&state).unwrap(); // as good as a disk that refuses the file
+    // As good as a disk that refuses the file; it may be written just now.
+    until(PATIENCE, "there is no file to write", || {
+        fs::remove_file(&state).ok();
+        fs::create_dir(&state).is_ok()
+    });
     let pause = ["rollout", "pause", "--reason", "freeze"];
     let unwritten = order(&master, &pause, 5);
     assert!(
@@ -406,7 +417,9 @@ fn publish_that_waits_says_so_when_the_fleet_does_not_get_it() {
         assert_eq!(output.status.code(), Some(1), "{again}: {output:?}");
         let stuck = String::from_utf8(output.stderr).unwrap();
         assert!(
-            stuck.contains("1.2 is not through: 0 of 1 are live with it in wave 1 of 3 (canary)"),
+            stuck.contains(
+                "1.2 is not through: 0 of 1 are live with it in wave 1 of 3 (group:canary)"
+            ),
             "{stuck}"
         );
     }
