@@ -124,6 +124,13 @@ impl File {
         self.error(line, problem)
     }
 
+    /// The error that a part of the value of `key` is not what it should be, which `why` says with
+    /// what stands there.
+    pub fn wrong_part(&self, key: &[&str], why: &dyn std::error::Error) -> ConfigError {
+        let (line, problem) = problem::part(&self.text, key, why.to_string());
+        self.error(line, problem)
+    }
+
     fn error(&self, line: Option<usize>, problem: Problem) -> ConfigError {
         ConfigError::Content {
             path: self.path.clone(),

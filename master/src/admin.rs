@@ -24,7 +24,7 @@ use crate::config::Groups;
 use crate::events::Filter;
 use crate::fleet::{AWAY, Row};
 use crate::force::{self, INTERRUPTED, Meant, News, SelectError, Selection, Work};
-use crate::hub::{Event, Forcing, Hub, Stopping, View, Wanted};
+use crate::hub::{Event, Forcing, Hub, Order, Stopping, View};
 use crate::pipeline::Pipeline;
 use crate::preflight::{CERTIFICATE_ENDS_SOON, Running};
 use crate::publish::{PublishError, Published, Request as PublishRequest};
@@ -381,24 +381,24 @@ impl Commands {
                     .await?
             }
             Request::RolloutPause { reason } => {
-                let order = Wanted::Plain(RolloutOrder::Pause(said(reason)));
+                let order = Order::Plain(RolloutOrder::Pause(said(reason)));
                 self.order(&session, order).await
             }
             Request::RolloutResume { reason } => {
-                let order = Wanted::Plain(RolloutOrder::Resume(reason));
+                let order = Order::Plain(RolloutOrder::Resume(reason));
                 self.order(&session, order).await
             }
             Request::RolloutAbort { reason } => {
-                let order = Wanted::Plain(RolloutOrder::Abort(said(reason)));
+                let order = Order::Plain(RolloutOrder::Abort(said(reason)));
                 self.order(&session, order).await
             }
             Request::RolloutPromote { reason } => {
-                let order = Wanted::Plain(RolloutOrder::Promote(said(reason)));
+                let order = Order::Plain(RolloutOrder::Promote(said(reason)));
                 self.order(&session, order).await
             }
             Request::Rollback { generation, reason } => match self.good(generation) {
                 Ok(to) => {
-                    let order = Wanted::RollBack(to, said(reason));
+                    let order = Order::RollBack(to, said(reason));
                     self.order(&session, order).await
                 }
                 Err(finish) => finish,
@@ -409,7 +409,7 @@ impl Commands {
                 reason,
             } => self.pin(&session, group, generation, reason).await,
             Request::Unpin { group, reason } => {
-                let order = Wanted::Plain(RolloutOrder::Unpin(group, reason));
+                let order = Order::Plain(RolloutOrder::Unpin(group, reason));
                 self.order(&session, order).await
             }
             Request::AuditShow { filter, follow } => {
@@ -449,7 +449,7 @@ impl Commands {
         let (word, reason) = match published {
             Published::New { .. } => ("new", None),
             Published::Unchanged if supersede => {
-                let order = Wanted::Plain(RolloutOrder::Supersede);
+                let order = Order::Plain(RolloutOrder::Supersede);
                 match self.order(session, order).await.exit {
                     exit::DONE => ("begun", None),
                     _ => ("unchanged", None), // nothing waits
@@ -521,7 +521,7 @@ impl Commands {
     }
 
     /// Orders something about the rollout, and answers with where it is then: when the disk has it.
-    async fn order(&self, session: &Session, order: Wanted) -> Finish {
+    async fn order(&self, session: &Session, order: Order) -> Finish {
         if self.stop.is_cancelled() {
             return self.life.ending().finish();
         }
@@ -595,9 +595,9 @@ impl Commands {
             return Finish::because(exit::REFUSED, message);
         }
         let order = match generation.map(|generation| self.good(generation)) {
-            Some(Ok(to)) => Wanted::Pin(group, to, reason),
+            Some(Ok(to)) => Order::Pin(group, to, reason),
             Some(Err(finish)) => return finish,
-            None => Wanted::Plain(RolloutOrder::Pin(group, None, reason)),
+            None => Order::Plain(RolloutOrder::Pin(group, None, reason)),
         };
         self.order(session, order).await
     }
@@ -710,7 +710,7 @@ impl Commands {
             Err(finish) => return session.finish(finish).await,
         };
         let timeout = Duration::from_secs(timeout).min(TIMEOUT_MAX);
-        let mut order = Order {
+        let mut order = ForcedOrder {
             id: hex::encode(rand::random::<[u8; 4]>()),
             commands: self.clone(),
             operator,
@@ -994,7 +994,7 @@ impl Commands {
 /// One `force-sync`. It goes on to its end whether the operator still listens or not, and its outcome
 /// stands in the audit log.
 #[derive(Debug)]
-struct Order {
+struct ForcedOrder {
     /// Ties its two records in the audit log together.
     id: String,
     commands: Commands,
@@ -1005,7 +1005,7 @@ struct Order {
     _place: Place,
 }
 
-impl Order {
+impl ForcedOrder {
     async fn carry_out(mut self, mut listener: Option<Session>) {
         if let Err(Stopping) = self.follow(&mut listener).await {
             if let Ok(view) = self.commands.hub.view().await {

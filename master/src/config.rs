@@ -13,7 +13,7 @@ use clamcast_proto::{FleetName, GroupName};
 use globset::{GlobBuilder, GlobMatcher};
 use serde::Deserialize;
 
-use crate::rollout::{Rules, Wave};
+use crate::rollout::{Rules, Wave, WaveError, WindowError};
 
 /// Where `--config` points unless told otherwise.
 pub const DEFAULT_PATH: &str = "/etc/clamcast/master.toml";
@@ -465,7 +465,7 @@ impl Config {
         let mut waves = Vec::new();
         let default = || WAVES.map(str::to_owned).to_vec();
         for wave in raw.rollout.waves.unwrap_or_else(default) {
-            let wrong = |_| file.wrong::<Raw>(&["rollout", "waves"], Some(wave.as_str()));
+            let wrong = |error: WaveError| file.wrong_part(&["rollout", "waves"], &error);
             waves.push(wave.parse().map_err(wrong)?);
         }
         // Whoever is in none of them comes last, and is watched as well.
@@ -477,7 +477,7 @@ impl Config {
         for (group, written) in raw.rollout.windows.unwrap_or_default() {
             let parse = |window: &String| {
                 let path = ["rollout", "windows", group.as_str()];
-                let wrong = |_| file.wrong::<Raw>(&path, Some(window.as_str()));
+                let wrong = |error: WindowError| file.wrong_part(&path, &error);
                 window.parse().map_err(wrong)
             };
             let parsed = written.iter().map(parse).collect::<Result<_, _>>()?;
@@ -777,6 +777,29 @@ windows = {{ db = ["Mon-Fri 22:00-05:00"] }}
             pattern.contains("`groups.canary` cannot be `\"db-[\"`; expected a list"),
             "{pattern}"
         );
+        for (key, value, why) in [
+            (
+                "waves",
+                "[\"10%\", \"five\"]",
+                "`five` is not a wave: expected \"group:NAME\"",
+            ),
+            (
+                "windows",
+                "{ db = [\"Mon 22:00-05:00 Europe/Berln\"] }",
+                "`Europe/Berln` is not a time zone that this system knows",
+            ),
+            (
+                "windows",
+                "{ db = [\"Mo 22:00-05:00\"] }",
+                "`Mo` is not a day or a range of days",
+            ),
+        ] {
+            let part = load(&with(&format!("rollout.{key}"), value)).unwrap_err();
+            assert!(
+                part.contains(&format!("`rollout.{key}")) && part.contains(why),
+                "{part}"
+            );
+        }
         let long = load(&with("listen.admin", &format!("{:?}", "x".repeat(100)))).unwrap_err();
         assert!(
             long.contains("`listen.admin` cannot be") && long.contains("107 bytes"),

@@ -32,7 +32,7 @@ use crate::fleet::{Arrival, Counts, Fleet, Link, LinkId, Row, Standing};
 use crate::pipeline::Wish;
 use crate::publish::{Publisher, Rejected};
 use crate::recorder::{Job, Recorder};
-use crate::rollout::{Effect, Ending, Order, OrderError, Rollout, Run, Tally, Target};
+use crate::rollout::{self, Effect, Ending, OrderError, Rollout, Run, Tally, Target, Window};
 use crate::store::Store;
 
 /// Messages that wait for the hub; senders wait when it is full, and with them their agents.
@@ -159,7 +159,7 @@ pub enum Event {
     /// An operator orders something about the rollout.
     Order {
         /// What.
-        order: Wanted,
+        order: Order,
         /// Who.
         operator: Operator,
         /// Gets why it cannot be carried out, or what tells when it is on disk that it is.
@@ -173,9 +173,9 @@ pub enum Event {
 
 /// An order about the rollout; generations are given by their manifests.
 #[derive(Debug)]
-pub enum Wanted {
+pub enum Order {
     /// Without a generation.
-    Plain(Order),
+    Plain(rollout::Order),
     /// Publish its databases again.
     RollBack(Arc<Verified<Manifest>>, String),
     /// Keep a group at it.
@@ -298,6 +298,8 @@ pub struct View {
     pub tallies: Option<(Tally, Tally)>,
     /// The newest generation that was not taken back: also one that waits for its turn.
     pub newest: Option<Position>,
+    /// What the next wave waits for, if it waits for a window: each group's windows.
+    pub windows: Vec<String>,
     /// Versions of clamd that no canary tries, with the number of hosts and one of them.
     pub untried: Vec<(String, usize, AgentName)>,
     /// Who stands where, in numbers.
@@ -312,8 +314,14 @@ impl View {
     /// Whether something is about to happen without anybody's help: an agent answers, a wave
     /// begins, a rollback is published.
     pub fn is_moving(&self) -> bool {
-        let settles =
-            |run: &Run| run.paused.is_none() && run.done.is_some() && !run.waits_for_window;
+        // A wave waits also for those who took it in hand and lost their connection.
+        let waits = self
+            .tallies
+            .as_ref()
+            .is_some_and(|(_, wave)| wave.unsettled > 0);
+        let settles = |run: &Run| {
+            run.paused.is_none() && !run.waits_for_window && (run.done.is_some() || waits)
+        };
         !self.unsettled.is_empty()
             || self.rollout.owed().is_some()
             || self.rollout.running().is_some_and(settles)
@@ -579,10 +587,12 @@ impl Running {
             } => {
                 let fleet = &mut self.task.fleet;
                 let order = match order {
-                    Wanted::Plain(order) => order,
-                    Wanted::RollBack(to, reason) => Order::RollBack(fleet.remember(&to), reason),
-                    Wanted::Pin(group, to, reason) => {
-                        Order::Pin(group, Some(fleet.remember(&to)), reason)
+                    Order::Plain(order) => order,
+                    Order::RollBack(to, reason) => {
+                        rollout::Order::RollBack(fleet.remember(&to), reason)
+                    }
+                    Order::Pin(group, to, reason) => {
+                        rollout::Order::Pin(group, Some(fleet.remember(&to)), reason)
                     }
                 };
                 let ordered = fleet.order(order, now);
@@ -668,8 +678,12 @@ impl Running {
                 Effect::Note {
                     event,
                     target,
-                    reason,
+                    mut reason,
                 } => {
+                    let running = self.task.fleet.rollout().running();
+                    if event == "rollout-waits" && running.is_some_and(|run| run.target == target) {
+                        reason = format!("{reason}: {}", self.windows().join("; "));
+                    }
                     let position = target.position;
                     if ALARMING.contains(&event) {
                         tracing::warn!(%position, event, "{reason}");
@@ -803,6 +817,20 @@ impl Running {
         self.vouched.entry(digest).or_insert_with(vouch).clone()
     }
 
+    /// The windows of each group, if the next wave waits for one.
+    fn windows(&self) -> Vec<String> {
+        let fleet = &self.task.fleet;
+        let running = fleet.rollout().running();
+        if !running.is_some_and(|run| run.waits_for_window) {
+            return Vec::new();
+        }
+        let text = |(group, windows): (&GroupName, &Vec<Window>)| {
+            let windows: Vec<_> = windows.iter().map(Window::to_string).collect();
+            format!("{group}: {}", windows.join(", "))
+        };
+        fleet.rules().windows.iter().map(text).collect()
+    }
+
     fn view(&self, now: Timestamp) -> View {
         let (fleet, deadline) = (&self.task.fleet, self.task.fleet.rules().deadline);
         View {
@@ -810,6 +838,7 @@ impl Running {
             newest: fleet.newest().map(|manifest| manifest.position()),
             rollout: fleet.rollout().clone(),
             tallies: fleet.tallies(now),
+            windows: self.windows(),
             untried: fleet
                 .untried_versions()
                 .into_iter()
@@ -1223,15 +1252,10 @@ pub fn needed(rollout: &Rollout, store: &Store) -> HashSet<Position> {
 }
 
 fn rejected(target: &Target, how: Ending, now: Timestamp) -> Rejected {
-    let outcome = match how {
-        Ending::Halted => "halted",
-        Ending::Aborted => "aborted",
-        Ending::RolledBack => "rolled back",
-    };
     Rejected {
         content: target.content,
         position: target.position,
-        outcome: outcome.to_owned(),
+        outcome: how.word().to_owned(),
         since: now,
     }
 }

@@ -47,6 +47,7 @@ pub fn rollout(view: &View) -> Value {
         set("running", json!(run.target.position));
         set("skipped", json!(run.skipped));
         set("waits_for_window", run.waits_for_window.into());
+        set("windows", json!(view.windows));
         let last = run.begun.last();
         set("name", json!(last.map(|begun| &begun.wave)));
         set("since", json!(last.map(|begun| begun.since)));
@@ -56,7 +57,8 @@ pub fn rollout(view: &View) -> Value {
         if let Some((all, wave)) = &view.tallies {
             set("all", json!(all));
             set("this_wave", json!(wave));
-            let blocking = all.named.iter();
+            let waited = wave.waited.iter().filter(|it| !all.named.contains(it));
+            let blocking = all.named.iter().chain(waited);
             set(
                 "blocking",
                 blocking.map(|name| row_of(view, name)).collect(),
@@ -136,11 +138,7 @@ pub fn obstacle(view: &View, position: Position) -> Option<String> {
     let rollout = &view.rollout;
     let failed = rollout.failed();
     if let Some(failed) = failed.filter(|failed| failed.target.position == position) {
-        let how = match failed.how {
-            Ending::Halted => "halted",
-            Ending::Aborted => "aborted",
-            Ending::RolledBack => "rolled back",
-        };
+        let how = failed.how.word();
         return Some(format!("{position} was {how}: {}", failed.reason));
     }
     let running = rollout.running();
@@ -179,7 +177,8 @@ fn stands(run: &Run, view: &View) -> String {
     }
     if run.waits_for_window {
         return format!(
-            "{position} waits: the next wave begins when a window of its members opens"
+            "{position} waits: the next wave begins when a window of its members opens: {}",
+            view.windows.join("; ")
         );
     }
     let (Some(begun), Some(wave)) = (run.begun.last(), wave) else {

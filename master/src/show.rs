@@ -184,9 +184,12 @@ fn rollout(lines: &mut Lines, rollout: &Value) {
         lines.field("", &format!("wave {} has no members", text(wave)));
     }
     if rollout["waits_for_window"] == true {
+        let windows = rollout["windows"].as_array().into_iter().flatten();
+        let windows: Vec<_> = windows.map(text).collect();
+        let windows = windows.join("; ");
         lines.field(
             "",
-            "the next wave begins when a window of its members opens",
+            &format!("the next wave begins when a window of its members opens: {windows}"),
         );
     }
     if let Some(waiting) = rollout.get("waiting") {

@@ -61,6 +61,14 @@ pub enum Problem {
         /// What may stand there.
         expected: &'static str,
     },
+    /// A part of a value that is not what it should be.
+    #[error("`{key}`: {why}")]
+    Part {
+        /// The key with its tables.
+        key: String,
+        /// What is wrong, with what stands there and what was expected.
+        why: String,
+    },
     /// A key or a table is there a second time.
     #[error("`{key}` stands here a second time, the first is in line {first}; keep one of them")]
     Twice {
@@ -122,6 +130,37 @@ pub(super) fn wrong<T: Settings>(
     key: &[&str],
     item: Option<&str>,
 ) -> (Option<usize>, Problem) {
+    let span = span_of(text, key);
+    let line = span.as_ref().map(|span| line_at(text, span));
+    let key: Vec<String> = key.iter().map(|name| (*name).to_owned()).collect();
+    let found = match (item, span) {
+        (Some(item), _) => shown(&format!("{item:?}")),
+        (None, Some(span)) => shown(&text[span]),
+        (None, None) => "what it is without being there".to_owned(),
+    };
+    let expected = expected::<T>(&key);
+    let problem = Problem::Value {
+        key: key.join("."),
+        found,
+        nearest: None,
+        expected,
+    };
+    (line, problem)
+}
+
+/// The problem with a part of the value of `key`, and its line.
+pub(super) fn part(text: &str, key: &[&str], why: String) -> (Option<usize>, Problem) {
+    let line = span_of(text, key).map(|span| line_at(text, &span));
+    let key = key.join(".");
+    (line, Problem::Part { key, why })
+}
+
+fn line_at(text: &str, span: &Range<usize>) -> usize {
+    line_of(&text.as_bytes()[..span.start])
+}
+
+/// Where the value of `key` stands.
+fn span_of(text: &str, key: &[&str]) -> Option<Range<usize>> {
     let (tree, _) = DeTable::parse_recoverable(text);
     let mut table = Some(tree.get_ref());
     let mut span = None;
@@ -138,23 +177,7 @@ pub(super) fn wrong<T: Settings>(
             | DeValue::Array(_) => None,
         });
     }
-    let line = span
-        .as_ref()
-        .map(|span| line_of(&text.as_bytes()[..span.start]));
-    let key: Vec<String> = key.iter().map(|name| (*name).to_owned()).collect();
-    let found = match (item, span) {
-        (Some(item), _) => shown(&format!("{item:?}")),
-        (None, Some(span)) => shown(&text[span]),
-        (None, None) => "what it is without being there".to_owned(),
-    };
-    let expected = expected::<T>(&key);
-    let problem = Problem::Value {
-        key: key.join("."),
-        found,
-        nearest: None,
-        expected,
-    };
-    (line, problem)
+    span
 }
 
 /// Where in the file an error is.
