@@ -466,13 +466,18 @@ impl Commands {
         let mut result = json!({ "outcome": word });
         let fields = result.as_object_mut().expect("made as one");
         let newest = self.store.current();
-        if let Some(manifest) = &newest {
+        if let (Some(manifest), None) = (&newest, &reason) {
             describe(fields, manifest);
         }
         if let Some(reason) = reason {
             fields.insert("reason".to_owned(), reason.clone().into());
-            let view = self.hub.view().await.ok();
-            let by_hand = view.is_some_and(|view| view.rollout.held().is_some());
+            let Ok(view) = self.hub.view().await else {
+                return Ok(self.life.ending().finish());
+            };
+            if let Some(manifest) = self.complete(&view) {
+                describe(fields, &manifest);
+            }
+            let by_hand = view.rollout.held().is_some();
             let next = match word {
                 "held" if by_hand => "`rollout resume` publishes again",
                 "held" => "look at the mirror; if it is right, `publish --accept REASON`",
@@ -570,6 +575,12 @@ impl Commands {
         };
         let message = format!("no order is taken while it cannot be written down: {alarm}");
         Err(Finish::because(exit::FAILED, message))
+    }
+
+    /// What the fleet is at.
+    fn complete(&self, view: &View) -> Option<Arc<Verified<Manifest>>> {
+        let target = view.rollout.complete()?;
+        self.store.manifest(target.position)
     }
 
     /// Keeps a group at a generation, or where it is.
@@ -826,9 +837,8 @@ impl Commands {
             "fleet": self.fleet, "generation": null, "daemon": self.daemon,
         });
         let fields = result.as_object_mut().expect("made as one");
-        // What the fleet is at; before the first one is through, what is on its way.
-        let complete = view.rollout.complete();
-        let complete = complete.and_then(|target| self.store.manifest(target.position));
+        // Before the first one is through: what is on its way.
+        let complete = self.complete(&view);
         if let Some(manifest) = complete.as_ref().or(view.current.as_ref()) {
             describe(fields, manifest);
             fields.insert("signatures".to_owned(), signatures(manifest, now));

@@ -77,8 +77,8 @@ Examples:
   clamcast-master pin db 1.41";
 
 pub(crate) const STATUS: &str = "\
-GENERATION is EPOCH.NUMBER. An agent is conformant when its clamd was seen scanning with what is \
-published last and every file has its hash; behind when it is not there yet; failed when it said that \
+GENERATION is EPOCH.NUMBER. An agent is conformant when its clamd was seen scanning with what it \
+is wanted at (`rollout status`: the others may be at the one before) and every file has its hash; behind when it is not there yet; failed when it said that \
 it cannot, or gave no sign of progress for a quarter of an hour. Up to 20 that are not conformant, or \
 away, are named; `agents` has all.
 

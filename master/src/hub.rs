@@ -405,6 +405,7 @@ pub fn start(mut task: Task, stop: CancellationToken) -> (Hub, tokio::task::Join
         look: Some(Instant::now()),
         looked: Instant::now(),
         unrejected: Vec::new(),
+        unlooked: false,
         tried: None,
         tick,
     };
@@ -433,6 +434,8 @@ struct Running {
     looked: Instant,
     /// Contents that could not be kept from being published again yet.
     unrejected: Vec<Rejected>,
+    /// The mirror is to be looked at, for which there was no room yet.
+    unlooked: bool,
     /// When that, or the rollback that is owed, was tried last.
     tried: Option<Instant>,
     tick: watch::Sender<u64>,
@@ -736,14 +739,13 @@ impl Running {
             self.checkpoint_soon();
         }
         if looks {
-            // Full: then it looks anyway.
-            let _ = self.task.wishes.try_send(Wish::Look);
+            self.unlooked = self.task.wishes.try_send(Wish::Look).is_err();
         }
         self.try_what_is_owed().await;
     }
 
     fn is_owing(&self) -> bool {
-        self.kept.owed().is_some() || !self.unrejected.is_empty()
+        self.kept.owed().is_some() || !self.unrejected.is_empty() || self.unlooked
     }
 
     /// Has the rollback published that is owed, once the disk knows that it is, and tries again to
@@ -754,6 +756,9 @@ impl Running {
             return;
         }
         self.tried = Some(Instant::now());
+        if self.unlooked {
+            self.unlooked = self.task.wishes.try_send(Wish::Look).is_err();
+        }
         for rejected in std::mem::take(&mut self.unrejected) {
             self.reject(rejected).await;
         }

@@ -48,6 +48,7 @@ pub(crate) fn published(result: &Value) {
         "new" => say!("published {position}"),
         "begun" => say!("{position} waits no longer"),
         "unchanged" => say!("unchanged: {position} is what the mirror holds"),
+        _ if result["generation"].is_null() => {}
         _ => say!("current is still {position}"),
     }
     if let Some(agents) = result.get("agents") {

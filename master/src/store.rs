@@ -8,6 +8,7 @@
 //! keys/VERSION.json           every key set that manifests were published under
 //! deltas/FROM-TO.vVERSION     how to make one object from another
 //! fulls/SHA256.zst            an object, compressed
+//! rollout.json                where the rollout stands; there is one as long as there are generations
 //! tmp/                        files in the making; emptied at start
 //! ```
 //!

@@ -341,27 +341,27 @@ fn a_master_that_lost_where_its_rollout_stood_offers_nothing_until_an_operator_s
 fn an_order_is_done_when_the_disk_has_it() {
     let fleet = Fleet::new();
     let (master, _agents) = standing(&fleet);
-    let state = master.directory().join("state/rollout.json");
-    // As good as a disk that refuses the file; it may be written just now.
-    until(PATIENCE, "there is no file to write", || {
-        fs::remove_file(&state).ok();
-        fs::create_dir(&state).is_ok()
-    });
     let pause = ["rollout", "pause", "--reason", "freeze"];
-    let unwritten = order(&master, &pause, 5);
+    order(&master, &pause, 0);
+    // As good as a disk that refuses the file. While it is paused nothing else is written there.
+    let state = master.directory().join("state/rollout.json");
+    fs::remove_file(&state).unwrap();
+    fs::create_dir(&state).unwrap();
+    let unwritten = order(&master, &["rollout", "resume"], 5);
     assert!(
-        unwritten.contains("cannot write the state of the rollout"),
+        unwritten.contains("cannot write the state of the rollout")
+            && unwritten.contains("forgotten if the daemon ends before"),
         "{unwritten}"
     );
-    let refused = order(&master, &["rollout", "resume"], 5);
+    let refused = order(&master, &pause, 5);
     assert!(refused.contains("no order is taken"), "{refused}");
     fs::remove_dir(&state).unwrap();
     until(PATIENCE, "it is written", || state.is_file());
-    assert_eq!(wait_state(&master, "paused")["paused"]["reason"], "freeze");
     until(PATIENCE, "the alarm is over", || {
         master.json(&["status"]).unwrap()["alarm"].is_null()
     });
-    order(&master, &["rollout", "resume"], 0);
+    assert_eq!(rollout(&master)["state"], "running");
+    order(&master, &pause, 0);
 }
 
 #[test]
@@ -451,4 +451,29 @@ fn publish_waits_for_no_window() {
         "{told}"
     );
     assert_eq!(offered(&master, "db1"), [] as [Value; 0]);
+}
+
+#[test]
+fn the_end_of_a_rollout_is_in_a_checkpoint_that_agents_have() {
+    let fleet = Fleet::new();
+    let mut master = master(&fleet, "");
+    let mut agents = ["web1", "db1"].map(|name| fleet.agent(name));
+    master.start();
+    for agent in &mut agents {
+        agent.start();
+    }
+    let end = master.wait_audit("rollout-complete", 1).remove(0);
+    let end = end["seq"].as_u64().unwrap();
+    for agent in &agents {
+        until(PATIENCE, "the agent has a checkpoint of it", || {
+            // C2SP tlog-checkpoint: the second line is the number of records.
+            let path = agent.directory().join("state/checkpoint");
+            let text = fs::read_to_string(path).unwrap_or_default();
+            let records = text
+                .lines()
+                .nth(1)
+                .and_then(|line| line.parse::<u64>().ok());
+            records.is_some_and(|records| records > end)
+        });
+    }
 }
