@@ -466,14 +466,14 @@ fn the_end_of_a_rollout_is_in_a_checkpoint_that_agents_have() {
     let end = end["seq"].as_u64().unwrap();
     for agent in &agents {
         until(PATIENCE, "the agent has a checkpoint of it", || {
-            // C2SP tlog-checkpoint: the second line is the number of records.
+            // C2SP tlog-checkpoint: the second line is the number of records, which begin with 1.
             let path = agent.directory().join("state/checkpoint");
             let text = fs::read_to_string(path).unwrap_or_default();
             let records = text
                 .lines()
                 .nth(1)
                 .and_then(|line| line.parse::<u64>().ok());
-            records.is_some_and(|records| records > end)
+            records.is_some_and(|records| records >= end)
         });
     }
 }
