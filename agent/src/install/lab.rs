@@ -467,6 +467,8 @@ pub(super) struct FakeClamd {
     pub(super) load_test: bool,
     /// As where there is a `clamscan` to say which file it is.
     pub(super) names_the_file: bool,
+    /// A file of others that somebody mends right after a load that failed, and what it is then.
+    pub(super) mended: Option<(&'static str, Option<&'static str>)>,
 }
 
 impl FakeClamd {
@@ -512,7 +514,16 @@ impl Prove for FakeClamd {
 
     async fn prove(&self, n: u64, (): (), _: CancellationToken) -> Verdict {
         *self.loads.lock().unwrap() += 1;
-        self.look(n)
+        let verdict = self.look(n);
+        if let (Verdict::Refused { .. }, Some((name, content))) = (&verdict, self.mended) {
+            let path = self.directory.join(name);
+            match content {
+                Some(content) => fs::write(path, content).unwrap(),
+                None if path.exists() => fs::remove_file(path).unwrap(),
+                None => {}
+            }
+        }
+        verdict
     }
 
     async fn probe(&self, n: u64) -> Verdict {
@@ -595,6 +606,7 @@ impl Host {
             loads: Arc::default(),
             load_test: false,
             names_the_file: true,
+            mended: None,
         };
         let runtime = tokio::runtime::Builder::new_current_thread()
             .build()

@@ -441,7 +441,7 @@ impl<P: Prove> Installer<P> {
         let (guard, event) = if again {
             self.prove(guard, &journal, &mut None, &stop, &|_| ()).await
         } else {
-            self.blocking(guard, move |shared| shared.judged(verdict))
+            self.blocking(guard, move |shared| shared.judged(verdict, None))
                 .await
         };
         let (guard, next) = self
@@ -712,12 +712,18 @@ impl<P: Prove> Installer<P> {
                 return (guard, event);
             }
         }
+        let (guard, before) = self
+            .blocking(guard, {
+                let journal = journal.clone();
+                move |shared| shared.swap().others(&journal).ok()
+            })
+            .await;
         progress(Phase::Reloading);
         let mark = self.shared.prover.mark();
         progress(Phase::Proving);
         let number = journal.install;
         let verdict = self.shared.prover.prove(number, mark, stop.clone()).await;
-        self.blocking(guard, move |shared| shared.judged(verdict))
+        self.blocking(guard, move |shared| shared.judged(verdict, before))
             .await
     }
 
@@ -757,7 +763,7 @@ impl<P: Prove> Installer<P> {
                 let reason = format!("clamscan: {reason}");
                 let refused = Verdict::Refused { reason, report };
                 let (guard, event) = self
-                    .blocking(guard, move |shared| shared.judged(refused))
+                    .blocking(guard, move |shared| shared.judged(refused, Some(others)))
                     .await;
                 return (guard, Some(event));
             }
@@ -873,16 +879,18 @@ impl<P: Prove> Shared<P> {
         Ok(true)
     }
 
-    /// What a verdict means for the set that is being proven.
-    fn judged(&self, verdict: Verdict) -> Event {
+    /// What a verdict means for the set that is being proven. `before`: the files of others that
+    /// clamd, or `clamscan` in its place, may have met; they may have been mended meanwhile.
+    fn judged(&self, verdict: Verdict, before: Option<Vec<Other>>) -> Event {
         let open = lock(&self.machine).journal().cloned();
         let (Some(open), false) = (open, matches!(verdict, Verdict::Live(_))) else {
             *lock(&self.hindrance) = None;
             return Event::Judged(verdict, Blame::Set);
         };
-        let verdict = self.of_the_set(verdict, &open);
         let ours = swap::names_of(&open).collect();
         let others = self.swap().others(&open);
+        let changed = matches!((&before, &others), (Some(before), Ok(now)) if before != now);
+        let verdict = self.of_the_set(verdict, &open, changed);
         let blame = match &others {
             Ok(others) => Blame::of(&verdict, &ours, others),
             Err(fault) => {
@@ -890,13 +898,14 @@ impl<P: Prove> Shared<P> {
                 Blame::Unknown
             }
         };
-        *lock(&self.hindrance) = others.ok().filter(|_| blame != Blame::Set);
+        let met = before.or(others.ok());
+        *lock(&self.hindrance) = met.filter(|_| blame != Blame::Set);
         Event::Judged(verdict, blame)
     }
 
-    /// A set is blamed only if it was there: of files that somebody changed meanwhile clamd's
-    /// refusal says nothing, and probing goes on.
-    fn of_the_set(&self, verdict: Verdict, open: &Journal) -> Verdict {
+    /// A set is blamed only if it was there, and nothing was `changed_beside` it: of files that
+    /// somebody changed meanwhile clamd's refusal says nothing, and probing goes on.
+    fn of_the_set(&self, verdict: Verdict, open: &Journal, changed_beside: bool) -> Verdict {
         let (reason, report) = match verdict {
             Verdict::Refused { reason, report } if open.way == Way::Forward => (reason, report),
             Verdict::Refused { .. }
@@ -904,6 +913,12 @@ impl<P: Prove> Shared<P> {
             | Verdict::Unproven(_)
             | Verdict::Absent(_) => return verdict,
         };
+        if changed_beside {
+            let note = format!("a database beside the set was changed by somebody: {reason}");
+            tracing::warn!(note, "clamd refuses what is not there any more");
+            let note = Some(note);
+            return Verdict::Unproven(ClamdReport { note, ..report });
+        }
         // What cannot be read for a moment is not changed.
         let mut checks = open.files.iter().map(|file| self.check(file.clone()));
         let changed = checks.find(|check| check.error.is_none() && !check.is_right());
