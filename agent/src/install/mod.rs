@@ -238,6 +238,8 @@ enum Next {
 enum Tried {
     /// It loads, beside these files of others; or nobody can tell.
     Loads(Vec<Other>),
+    /// It loads, but for what others have beside it: it may stand there, and clamd is not asked.
+    Alone,
     /// The set does not.
     Bad(String),
     /// For a fault of this host there is no telling, or no loading.
@@ -574,6 +576,7 @@ impl<P: Prove> Installer<P> {
                         tried = Some(others);
                         Event::Begin(journal)
                     }
+                    Tried::Alone => Event::Begin(journal),
                     Tried::Bad(error) => Event::Unloadable(
                         Box::new(Refusal {
                             position: set.manifest.position(),
@@ -610,34 +613,41 @@ impl<P: Prove> Installer<P> {
         guard: OwnedMutexGuard<()>,
         journal: &Journal,
     ) -> (OwnedMutexGuard<()>, Tried) {
-        let (guard, others) = self.trial_of(guard, journal, Beside::Others).await;
-        let others = match others {
-            Ok(others) => others,
-            Err(reason) => return (guard, Tried::Hindered(reason)),
-        };
+        // A host without a set, or with a damaged one, is better off with it, whatever lies beside.
+        let before = journal.before.installed.as_ref();
+        let needed = before.is_none_or(|before| before.set == journal.set);
         let directory = self.shared.tree.directory(Dir::Trial);
-        let reason = match self.shared.prover.load_test(&directory).await {
-            LoadTest::Passed => return (guard, Tried::Loads(others)),
-            LoadTest::NotRun(why) => {
-                tracing::warn!(why, "the databases were not tried before clamd gets them");
-                return (guard, Tried::Loads(others));
+        let (guard, others) = self.trial_of(guard, journal, Beside::Others).await;
+        let hindrance = match others {
+            Err(reason) => reason,
+            Ok(others) => {
+                let reason = match self.shared.prover.load_test(&directory).await {
+                    LoadTest::Passed => return (guard, Tried::Loads(others)),
+                    LoadTest::NotRun(why) => {
+                        tracing::warn!(why, "the databases were not tried before clamd gets them");
+                        return (guard, Tried::Loads(others));
+                    }
+                    LoadTest::Failed(reason) => reason,
+                };
+                let ours = swap::names_of(journal).collect();
+                match Blame::of_refusal(&reason, &ours, &others) {
+                    Blame::Set => return (guard, Tried::Bad(reason)),
+                    Blame::Others(reason) if !needed => return (guard, Tried::Hindered(reason)),
+                    Blame::Others(reason) => reason,
+                    Blame::Unknown => format!(
+                        "beside the databases that are not of this set clamscan cannot load it: \
+                         {reason}"
+                    ),
+                }
             }
-            LoadTest::Failed(reason) => reason,
         };
-        let ours = swap::names_of(journal).collect();
-        match Blame::of_refusal(&reason, &ours, &others) {
-            Blame::Set => return (guard, Tried::Bad(reason)),
-            Blame::Others(reason) => return (guard, Tried::Hindered(reason)),
-            Blame::Unknown => {}
-        }
         let (guard, alone) = self.trial_of(guard, journal, Beside::Nothing).await;
         let tried = match alone {
             Err(fault) => Tried::Hindered(fault),
             Ok(_) => match self.shared.prover.load_test(&directory).await {
                 LoadTest::Failed(reason) => Tried::Bad(reason),
-                LoadTest::Passed | LoadTest::NotRun(_) => Tried::Hindered(format!(
-                    "beside the databases that are not of this set clamscan cannot load it: {reason}"
-                )),
+                LoadTest::Passed if needed => Tried::Alone,
+                LoadTest::Passed | LoadTest::NotRun(_) => Tried::Hindered(hindrance),
             },
         };
         (guard, tried)

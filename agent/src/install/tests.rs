@@ -417,6 +417,37 @@ fn where_a_failed_load_kills_clamd_no_bad_file_of_others_gets_there() {
 }
 
 #[test]
+fn where_a_failed_load_kills_clamd_a_bad_file_of_others_keeps_no_first_set_and_no_repair_out() {
+    let mut host = Host::new();
+    host.clamd.load_test = true;
+    host.put("site.ndb=BAD");
+    let installer = host.start();
+    let (line, offer) = ("daily.cld@1=one", manifest(1, "daily.cld@1=one"));
+    let stands = |completed: Completed, loads: usize| {
+        assert_eq!(completed.outcome, Outcome::HostFault);
+        assert!(completed.error.unwrap().starts_with("site.ndb is not of"));
+        assert_eq!(fs::read(host.database().join("daily.cld")).unwrap(), b"one");
+        assert_eq!(
+            *host.clamd.loads.lock().unwrap(),
+            loads,
+            "clamd is not asked"
+        );
+    };
+    stands(host.take(&installer, &offer, line).unwrap(), 0);
+    host.put("site.ndb=good");
+    let live = host.probe_on(&installer).unwrap();
+    assert_eq!(live.outcome, Outcome::Live);
+    let loads = *host.clamd.loads.lock().unwrap();
+
+    host.put("site.ndb=BAD");
+    fs::remove_file(host.database().join("daily.cld")).unwrap();
+    stands(host.repair(&installer).unwrap().unwrap(), loads);
+    host.put("site.ndb=good");
+    let live = host.probe_on(&installer).unwrap();
+    assert_eq!(live.outcome, Outcome::Live);
+}
+
+#[test]
 fn where_a_failed_load_kills_clamd_every_reload_is_tried_first() {
     let mut host = Host::with(1, "daily.cld@1=one");
     host.clamd.load_test = true;
