@@ -917,8 +917,11 @@ impl Agent {
         let offer = self.link.as_ref().and_then(|link| link.offer.as_ref());
         let failed = self.record.failed.as_ref().map(|it| it.manifest_sha256);
         let failed = failed.is_some() && failed == wanted;
+        let declined = self.link.as_ref().and_then(|link| link.declined.as_ref());
+        let declined = declined.is_some_and(|it| Some(it.manifest_sha256) == wanted);
         // A success clears the failure before it, so one of the same that is there is the newer receipt.
         if !failed
+            && !declined
             && let Some(installed) = installed
             && Some(installed.manifest_sha256) == wanted
             && installed.live
@@ -929,8 +932,6 @@ impl Agent {
         if failed && offer.is_none() {
             return Standing::Failed;
         }
-        let declined = self.link.as_ref().and_then(|link| link.declined.as_ref());
-        let declined = declined.is_some_and(|it| Some(it.manifest_sha256) == wanted);
         match offer {
             Some(offer) if is_silent(offer, now, deadline) => Standing::Failed,
             None if declined => Standing::Failed,
@@ -1273,6 +1274,16 @@ mod tests {
             Standing::Conformant,
             "8 live: live",
         );
+    }
+
+    #[test]
+    fn whoever_declines_what_it_is_wanted_at_is_not_conformant() {
+        let mut fleet = fleet(7, &[(7, Outcome::Live)]);
+        let (name, link) = ("web1".parse().unwrap(), LinkId(1));
+        fleet.offered(&name, link, OfferId(9), &manifest(7), at(0));
+        fleet.declined(&name, link, "older than 1.8".to_owned());
+        let standing = fleet.standing(&name, at(0), DEADLINE);
+        assert_eq!(standing, Standing::Failed);
     }
 
     #[test]
