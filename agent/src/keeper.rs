@@ -940,6 +940,12 @@ impl Keeper {
                 self.probing.running = false;
                 if let Some(completed) = completed {
                     self.complete(&completed, None, false);
+                    // It went back for a fault of the disk, with nobody to try it again.
+                    let installed = self.installer.installed().map(|i| i.set.sha256());
+                    let gone = installed != Some(completed.set.sha256());
+                    if completed.outcome == Outcome::HostFault && gone {
+                        self.say(&ToMaster::Reoffer {});
+                    }
                 }
                 self.schedule_probe();
             }
