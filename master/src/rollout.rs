@@ -738,6 +738,8 @@ impl Rollout {
             }
         }
         self.take_back(of);
+        let gone = |pin: &Pin| pin.target.position == of.position;
+        effects.extend(self.unpin_all(gone, "its generation was taken back"));
         effects.dedup();
         self.waiting = None;
         self.failed = Some(Failed {
