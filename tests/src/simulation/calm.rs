@@ -1,0 +1,101 @@
+//! What must have become of everybody some time after the last fault: everybody has what it is
+//! wanted at and clamd scans with it, or clamd refused it; or the rollout waits and says for what.
+
+use clamcast_agent::install::journal::Step;
+use clamcast_master::fleet::{Fleet, Standing};
+use clamcast_master::rollout::Run;
+use clamcast_proto::receipt::Outcome;
+
+use super::host::Host;
+use super::rules::sketch;
+use super::world::World;
+
+impl World {
+    /// `Err`: what is still to come, in words.
+    pub(super) fn is_calm(&self) -> Result<(), String> {
+        let Some(running) = &self.master.running else {
+            return Err("the master is down".to_owned());
+        };
+        let fleet = &running.fleet;
+        self.witness.looks_at_all(fleet, self.clock());
+        let rollout = fleet.rollout();
+        if let Some(owed) = rollout.owed() {
+            return Err(format!("a rollback is owed: {owed:?}"));
+        }
+        if let Some(run) = rollout.running() {
+            self.waits_for_a_reason(fleet, run)?;
+        }
+        let revoked = self.master.revocations();
+        for host in &self.hosts {
+            let out =
+                revoked.is_some_and(|list| list.revoked.iter().any(|it| it.serial == host.serial));
+            if host.honest && !host.left && !out {
+                self.is_at_rest(host, fleet)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn waits_for_a_reason(&self, fleet: &Fleet, run: &Run) -> Result<(), String> {
+        let (all, _) = fleet.tallies(self.clock()).ok_or("there is no tally")?;
+        let nobody = run.begun.is_empty() && all.members == 0;
+        let pause = run.paused.as_ref().map(|pause| &pause.reason);
+        match pause.is_some_and(|reason| !reason.is_empty()) || nobody {
+            true => Ok(()),
+            false => Err(format!("it neither goes on nor says why: {all:?} {run:#?}")),
+        }
+    }
+
+    fn is_at_rest(&self, host: &Host, fleet: &Fleet) -> Result<(), String> {
+        let (name, now) = (&host.name, self.clock());
+        let disk = &host.disk;
+        if host.link().is_none() {
+            return Err(format!("{name} is not connected"));
+        }
+        if !disk.receipts.is_empty() {
+            return Err(format!("the master lacks receipts of {name}"));
+        }
+        let Some(wanted) = fleet.wanted(name, now) else {
+            return Ok(());
+        };
+        let at = wanted.position();
+        let standing = fleet.standing(name, now, self.master.rules.deadline);
+        let files = wanted.files.iter().map(|file| &file.sha256);
+        let good = self.bad.loads(host.clamd.version, files);
+        // Where only the number moved, a disk that failed may still have the old one.
+        let is_it = |content| content == wanted.content;
+        let installed = disk.installed.as_ref();
+        let installed = installed.filter(|it| is_it(it.set.manifest.content));
+        // Of a disk that failed at the very end only the record may be old, until the next install.
+        let settled = disk.journal.as_ref().is_some_and(|journal| {
+            matches!(&journal.step, Step::Settling(ending) if ending.outcome == Outcome::Live)
+        });
+        let recorded = |outcome| outcome == Outcome::Live || settled;
+        let live = installed.is_some_and(|installed| recorded(installed.outcome))
+            && host.clamd.loaded.map(|(content, _)| content) == Some(wanted.content);
+        match (standing, good) {
+            (Standing::Conformant, _) if live => Ok(()),
+            (Standing::Conformant, _) => Err(format!(
+                "{name} counts as conformant at {}, and has {:#?} with {:?}",
+                wanted.position(),
+                disk.installed,
+                host.clamd
+            )),
+            (Standing::Failed, false) => Ok(()),
+            // It was enrolled anew, and said that it took a higher one before.
+            (Standing::Failed, _) if disk.mark.as_ref().is_some_and(|it| it.position > at) => {
+                Ok(())
+            }
+            // Its clamd was away when the set came, and cannot start with it.
+            (Standing::Behind, false) if installed.is_some() => Ok(()),
+            (Standing::Failed | Standing::Behind, _) => {
+                let said = host.said();
+                let rollout = sketch(fleet.rollout());
+                Err(format!(
+                    "{name} is {standing:?} with {}: {said}; {rollout}",
+                    wanted.position()
+                ))
+            }
+        }
+    }
+}
