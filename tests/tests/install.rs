@@ -136,6 +136,12 @@ impl Host {
             }
         }
         fs::remove_dir(busy).unwrap();
+        // Also past one that this host could not take: it is all of its wave.
+        until(PATIENCE, "it is published", || {
+            let published = self.master.command(&["publish", "--supersede"]);
+            // 3: the master is still to be started.
+            matches!(published.status.code(), Some(0 | 3))
+        });
     }
 
     fn row(&self) -> Value {
