@@ -1,10 +1,9 @@
 //! What must have become of everybody some time after the last fault: everybody has what it is
 //! wanted at and clamd scans with it, or clamd refused it; or the rollout waits and says for what.
 
-use clamcast_agent::install::journal::Step;
+use clamcast_agent::install::Set;
 use clamcast_master::fleet::{Fleet, Standing};
 use clamcast_master::rollout::Run;
-use clamcast_proto::receipt::Outcome;
 
 use super::host::Host;
 use super::rules::sketch;
@@ -62,17 +61,12 @@ impl World {
         let standing = fleet.standing(name, now, self.master.rules.deadline);
         let files = wanted.files.iter().map(|file| &file.sha256);
         let good = self.bad.loads(host.clamd.version, files);
-        // Where only the number moved, a disk that failed may still have the old one.
-        let is_it = |content| content == wanted.content;
-        let installed = disk.installed.as_ref();
-        let installed = installed.filter(|it| is_it(it.set.manifest.content));
-        // Of a disk that failed at the very end only the record may be old, until the next install.
-        let settled = disk.journal.as_ref().is_some_and(|journal| {
-            matches!(&journal.step, Step::Settling(ending) if ending.outcome == Outcome::Live)
-        });
-        let recorded = |outcome| outcome == Outcome::Live || settled;
-        let live = installed.is_some_and(|installed| recorded(installed.outcome))
-            && host.clamd.loaded.map(|(content, _)| content) == Some(wanted.content);
+        // What counts is what is there: of a disk that failed at the very end a record may be old
+        // until the next install.
+        let expected = Set::from(&**wanted).files();
+        let installed = disk.holds(&expected);
+        let loaded = host.clamd.loaded.map(|(content, _)| content);
+        let live = installed && loaded == Some(wanted.content);
         match (standing, good) {
             (Standing::Conformant, _) if live => Ok(()),
             (Standing::Conformant, _) => Err(format!(
@@ -87,7 +81,7 @@ impl World {
                 Ok(())
             }
             // Its clamd was away when the set came, and cannot start with it.
-            (Standing::Behind, false) if installed.is_some() => Ok(()),
+            (Standing::Behind, false) if installed => Ok(()),
             (Standing::Failed | Standing::Behind, _) => {
                 let said = host.said();
                 let rollout = sketch(fleet.rollout());
