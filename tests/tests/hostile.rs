@@ -251,7 +251,7 @@ fn first_packets_by_the_thousand_from_anywhere_keep_nobody_out() {
         for (number, initial) in initials.iter().cycle().enumerate() {
             send_from((number % 250) as u8 + 1, initial, address);
             if struck.fetch_add(1, Ordering::Relaxed) % 16 == 0 {
-                tokio::time::sleep(Duration::from_millis(1)).await;
+                pace(Duration::from_millis(1)).await;
             }
         }
     });
@@ -279,7 +279,7 @@ fn handshakes_that_stop_halfway_by_the_thousand_keep_nobody_out() {
                 });
                 struck.fetch_add(1, Ordering::Relaxed);
             }
-            tokio::time::sleep(Duration::from_millis(20)).await;
+            pace(Duration::from_millis(20)).await;
         }
     });
     scene.unhurt(50);
@@ -305,7 +305,7 @@ fn garbage_is_thrown_away() {
             }
             send_from(random.random_range(1..250), &garbage, address);
             if struck.fetch_add(1, Ordering::Relaxed) % 16 == 0 {
-                tokio::time::sleep(Duration::from_millis(1)).await;
+                pace(Duration::from_millis(1)).await;
             }
         }
     });
@@ -392,7 +392,7 @@ fn whoever_says_no_hello_is_sent_away() {
                 if !talk.write(&[byte]).await {
                     break;
                 }
-                tokio::time::sleep(Duration::from_millis(200)).await;
+                pace(Duration::from_millis(200)).await;
             }
             assert_eq!(talk.ended().await, Some(wire::close::TIMEOUT));
         };
@@ -433,7 +433,7 @@ fn an_agent_opens_no_stream_and_sends_no_datagram() {
             biased;
             opened = connection.open_uni() => panic!("a stream: {opened:?}"),
             opened = connection.open_bi() => panic!("a stream: {opened:?}"),
-            () = tokio::time::sleep(Duration::from_millis(500)) => {}
+            () = pace(Duration::from_millis(500)) => {}
         }
         assert!(connection.send_datagram(vec![0; 100].into()).is_err());
         talk
@@ -789,7 +789,7 @@ async fn hog(rogue: Rogue, transport: TransportConfig, bite: Duration, struck: A
             while let Ok(mut stream) = connection.accept_uni().await {
                 let mut bytes = [0; 8 << 10];
                 while stream.read_exact(&mut bytes).await.is_ok() {
-                    tokio::time::sleep(bite).await;
+                    pace(bite).await;
                 }
             }
         };
@@ -832,7 +832,7 @@ fn asking_again_while_a_delta_is_made_takes_no_more_threads() {
         for _ in 0..200 {
             talk.say(&need(&offer, Have::Sha256(first))).await;
             // Long enough for each to be begun, and for all of them not as long as the delta takes.
-            tokio::time::sleep(Duration::from_millis(1)).await;
+            pace(Duration::from_millis(1)).await;
             most = most.max(threads());
         }
         let (part, _) = part(&talk.connection).await;
@@ -843,4 +843,9 @@ fn asking_again_while_a_delta_is_made_takes_no_more_threads() {
     assert!(most < before + 12, "{before} and then {most} threads");
     scene.good.start();
     scene.unhurt(50);
+}
+
+/// The pace of a peer that floods or drips: how it behaves, nothing that a test waits for.
+async fn pace(span: Duration) {
+    tokio::time::sleep_until(tokio::time::Instant::now() + span).await;
 }
