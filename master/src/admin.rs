@@ -654,19 +654,22 @@ impl Commands {
             let Ok(view) = self.hub.view().await else {
                 return Ok(self.life.ending().finish());
             };
-            let state = report::state(&view.rollout);
-            let over = match state {
+            let ended = match report::state(&view.rollout) {
                 "halted" => Some(exit::NOT_CONFORMANT),
-                "complete" if view.rollout.owed().is_none() => Some(exit::DONE),
+                "complete" => Some(exit::DONE),
                 _ => None,
             };
-            let late = deadline.map(|deadline| Instant::now() >= deadline);
-            let code = match (over, late) {
-                (Some(code), _) => code,
-                (None, None) => exit::DONE,
-                (None, Some(true)) => exit::NOT_CONFORMANT,
-                (None, Some(false)) => {
-                    session.progress(&progress(&view)).await?;
+            let awaited = report::standing(&view);
+            let code = match (ended, deadline) {
+                (ended, None) => ended.unwrap_or(exit::DONE),
+                (Some(code), Some(_)) if awaited.is_none() => code,
+                (_, Some(deadline)) if Instant::now() >= deadline => exit::NOT_CONFORMANT,
+                (_, Some(deadline)) => {
+                    let progress = json!({
+                        "agents": view.counts, "unsettled": report::waited(&view),
+                        "standing": awaited, "time": Timestamp::now(),
+                    });
+                    session.progress(&progress).await?;
                     tokio::select! {
                         biased;
                         () = self.stop.cancelled() => return Ok(self.life.ending().finish()),
@@ -675,16 +678,16 @@ impl Commands {
                             Ok(()) => sleep(CHANGES_SETTLE).await,
                             Err(Stopping) => return Ok(self.life.ending().finish()),
                         },
-                        () = sleep_until(deadline.expect("it has one")) => {}
+                        () = sleep_until(deadline) => {}
                         () = sleep(LOOK) => {}
                     }
                     continue;
                 }
             };
-            let message = (over.is_none() && code != exit::DONE).then(|| {
-                let where_it_is =
-                    report::standing(&view).unwrap_or_else(|| format!("it is {state}"));
-                format!("not complete in time: {where_it_is}")
+            let late = deadline.is_some() && (ended.is_none() || awaited.is_some());
+            let message = late.then(|| {
+                let awaited = awaited.unwrap_or_else(|| "nothing is published yet".to_owned());
+                format!("not complete in time: {awaited}")
             });
             return Ok(Finish {
                 exit: code,

@@ -19,7 +19,7 @@ use clamcast_proto::receipt::{
 };
 use clamcast_proto::revocation::RevocationList;
 use clamcast_proto::wire::{self, OfferId, Phase};
-use clamcast_proto::{AgentName, Digest, GroupName, Position};
+use clamcast_proto::{AgentName, Digest, Epoch, Generation, GroupName, Position};
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
@@ -233,6 +233,10 @@ pub struct Row {
     pub epoch: Option<u64>,
     /// Whether clamd was seen scanning with it.
     pub live: bool,
+    /// The generation that it is wanted at now; that which it has where it is to keep it.
+    pub wanted: Option<Position>,
+    /// Whether a group of it is pinned.
+    pub pinned: bool,
     /// Whether it is what the master wants, with every file intact.
     pub conformant: bool,
     /// What came of the last generation: an outcome, or what it is doing.
@@ -259,6 +263,16 @@ pub struct Row {
     /// The last offer that was answered, also on a connection which has ended.
     #[serde(skip)]
     pub answered: Option<OfferId>,
+}
+
+impl Row {
+    /// The generation in its database directory.
+    pub fn position(&self) -> Option<Position> {
+        Some(Position {
+            epoch: Epoch(self.epoch?),
+            generation: Generation::new(self.generation?)?,
+        })
+    }
 }
 
 /// How many agents stand where.
@@ -797,7 +811,8 @@ impl Fleet {
             let record = &agent.record;
             let installed = record.installed.as_ref();
             let offer = agent.link.as_ref().and_then(|link| link.offer.as_ref());
-            let standing = self.standing(name, now, deadline);
+            let wanted = self.wanted_of(agent, now);
+            let standing = agent.standing(wanted, now, deadline);
             let times = [
                 installed.map(|i| i.time),
                 record.failed.as_ref().map(|f| f.time),
@@ -809,6 +824,12 @@ impl Fleet {
                 generation: installed.map(|installed| installed.position.generation.number()),
                 epoch: installed.map(|installed| installed.position.epoch.0),
                 live: installed.is_some_and(|installed| installed.live),
+                wanted: match wanted {
+                    Wanted::Nothing => None,
+                    Wanted::Stay => installed.map(|installed| installed.position),
+                    Wanted::At(target) => Some(target.position),
+                },
+                pinned: self.rollout.pin(&record.groups).is_some(),
                 conformant: standing == Standing::Conformant && installed.is_some(),
                 outcome: agent.outcome(),
                 error: agent.error(standing, now),

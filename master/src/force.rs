@@ -483,6 +483,8 @@ mod tests {
                 generation: Some(7),
                 epoch: Some(1),
                 live: outcome == "live",
+                wanted: None,
+                pinned: false,
                 conformant: outcome == "live",
                 outcome,
                 error: None,

@@ -92,11 +92,12 @@ Examples:
   clamcast-master status --json | jq -e '.agents.failed == 0'";
 
 pub(crate) const AGENTS: &str = "\
-LIVE      yes: clamd was seen scanning with GENERATION
-OUTCOME   what the agent does (fetching, staged, swapping, reloading, proving), or what came of the last
-          generation: live, installed (clamd was not seen with it yet), refused (clamd cannot use it),
-          host_fault (disk, rights, space), declined
-SINCE     age of its last receipt, or how long ago it came or went
+GENERATION  what it has; `pinned`: a group of it is kept at one (`rollout status`)
+LIVE        yes: clamd was seen scanning with GENERATION
+OUTCOME     what the agent does (fetching, staged, swapping, reloading, proving), or what came of the
+            last generation: live, installed (clamd was not seen with it yet), refused (clamd cannot use
+            it), host_fault (disk, rights, space), declined
+SINCE       age of its last receipt, or how long ago it came or went
 
 Exit codes:
   0  it could answer

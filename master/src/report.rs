@@ -4,6 +4,7 @@ use clamcast_proto::manifest::Manifest;
 use clamcast_proto::{AgentName, Position};
 use serde_json::{Map, Value, json};
 
+use crate::fleet::Row;
 use crate::hub::View;
 use crate::publish::Rejected;
 use crate::rollout::{Ending, Rollout, Run};
@@ -24,6 +25,43 @@ pub fn state(rollout: &Rollout) -> &'static str {
 pub fn lost(rollout: &Rollout) -> Option<String> {
     let is_lost = rollout.held().is_some() && rollout.complete().is_none();
     is_lost.then(|| "nobody is offered anything until `rollout resume`".to_owned())
+}
+
+/// Hosts of one kind that `rollout status` names, at most; `agents` has them all.
+const NAMED_MAX: usize = 20;
+
+/// A rollback that is not at everybody yet.
+#[derive(Debug)]
+pub struct Back<'a> {
+    /// What it takes away.
+    from: Position,
+    /// The rollback.
+    to: Position,
+    /// Who is connected and at work on it.
+    pub on_their_way: Vec<&'a Row>,
+    /// Who still has what was taken back, and is away or could not go back.
+    left: Vec<&'a Row>,
+}
+
+/// Where a rollback is that was published: nothing where everybody is back.
+pub fn going_back(view: &View) -> Option<Back<'_>> {
+    let rollout = &view.rollout;
+    let (from, to) = (rollout.went_back_from()?, rollout.complete()?.position);
+    let has_bad = |row: &Row| {
+        let at = row.position();
+        !row.conformant && at.is_some_and(|at| rollout.is_taken_back(at))
+    };
+    let is_at_it =
+        |row: &Row| row.wanted == Some(to) && view.unsettled.binary_search(&row.name).is_ok();
+    let (on_their_way, others): (Vec<_>, Vec<_>) = view.rows.iter().partition(|row| is_at_it(row));
+    let left: Vec<_> = others.into_iter().filter(|row| has_bad(row)).collect();
+    let all_back = on_their_way.is_empty() && left.is_empty();
+    (!all_back).then_some(Back {
+        from,
+        to,
+        on_their_way,
+        left,
+    })
 }
 
 /// What `status` and `rollout status` say of it.
@@ -59,10 +97,8 @@ pub fn rollout(view: &View) -> Value {
             set("this_wave", json!(wave));
             let waited = wave.waited.iter().filter(|it| !all.named.contains(it));
             let blocking = all.named.iter().chain(waited);
-            set(
-                "blocking",
-                blocking.map(|name| row_of(view, name)).collect(),
-            );
+            let blocking = blocking.filter_map(|name| row_of(view, name));
+            set("blocking", blocking.map(said).collect());
         }
         if let Some(waiting) = rollout.waiting() {
             set("waiting", json!(waiting.position));
@@ -81,6 +117,23 @@ pub fn rollout(view: &View) -> Value {
     if let Some(owed) = rollout.owed() {
         let (to, of) = (owed.to.position, owed.of.position);
         set("owed", json!({ "to": to, "of": of }));
+    }
+    if let Some(back) = going_back(view) {
+        let said = |rows: &[&Row]| -> Value {
+            let named = rows.iter().take(NAMED_MAX);
+            named.map(|row| said(row)).collect()
+        };
+        set(
+            "going_back",
+            json!({
+                "from": back.from, "to": back.to,
+                "on_their_way": back.on_their_way.len(), "left": back.left.len(),
+                "named": said(&back.left),
+            }),
+        );
+        if run.is_none() {
+            set("blocking", said(&back.on_their_way));
+        }
     }
     if let Some(held) = rollout.held() {
         set("held", json!(held));
@@ -102,10 +155,13 @@ pub fn rollout(view: &View) -> Value {
 }
 
 /// Where a host stands, and what it says.
-fn row_of(view: &View, name: &AgentName) -> Value {
-    let row = view.rows.iter().find(|row| row.name == *name);
-    let (outcome, error) = row.map(|row| (&row.outcome, &row.error)).unzip();
-    json!({ "name": name, "outcome": outcome, "error": error.and_then(Option::as_ref) })
+fn said(row: &Row) -> Value {
+    json!({ "name": row.name, "outcome": row.outcome, "error": row.error })
+}
+
+fn row_of<'a>(view: &'a View, name: &AgentName) -> Option<&'a Row> {
+    let index = view.rows.binary_search_by(|row| row.name.cmp(name)).ok()?;
+    Some(&view.rows[index])
 }
 
 /// What became of a generation.
@@ -163,10 +219,38 @@ pub fn obstacle(view: &View, position: Position) -> Option<String> {
     })
 }
 
-/// Where the generation stands that goes through the waves, if one does.
+/// What `rollout status` waits for, if it waits for anything.
 pub fn standing(view: &View) -> Option<String> {
-    let run = view.rollout.running()?;
-    Some(stands(run, view))
+    let rollout = &view.rollout;
+    if let Some(run) = rollout.running() {
+        return Some(stands(run, view));
+    }
+    if let Some(owed) = rollout.owed() {
+        let (to, of) = (owed.to.position, owed.of.position);
+        return Some(format!(
+            "the databases of {to} are to be published again, in the place of {of}"
+        ));
+    }
+    let back = going_back(view).filter(|back| !back.on_their_way.is_empty());
+    back.map(|back| {
+        let (from, to) = (back.from, back.to);
+        let hosts = match back.on_their_way.len() {
+            1 => "1 host is".to_owned(),
+            hosts => format!("{hosts} hosts are"),
+        };
+        format!("{to} takes the place of {from}, and {hosts} on the way to it")
+    })
+    .or_else(|| lost(rollout))
+}
+
+/// Some of those that `rollout status` waits for.
+pub fn waited(view: &View) -> Vec<&AgentName> {
+    if let Some((_, wave)) = &view.tallies {
+        return wave.waited.iter().collect();
+    }
+    let back = going_back(view);
+    let rows = back.iter().flat_map(|back| &back.on_their_way);
+    rows.take(NAMED_MAX).map(|row| &row.name).collect()
 }
 
 fn stands(run: &Run, view: &View) -> String {

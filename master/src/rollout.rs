@@ -312,6 +312,11 @@ impl Rollout {
         self.complete.as_ref()
     }
 
+    /// What [`Rollout::complete`] takes away, if that is a rollback.
+    pub fn went_back_from(&self) -> Option<Position> {
+        self.urgent.filter(|_| self.complete.is_some())
+    }
+
     /// What is on its way.
     pub fn running(&self) -> Option<&Run> {
         self.running.as_ref()

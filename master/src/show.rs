@@ -136,18 +136,19 @@ pub(crate) fn rollout_status(result: &Value) {
         lines.field("complete", &position(complete));
     }
     rollout(&mut lines, result);
-    blocking(&mut lines, &result["blocking"]);
+    hosts(&mut lines, "HOLDS IT UP", &result["blocking"]);
+    let back = &result["going_back"];
+    hosts(&mut lines, "STILL HAS IT", &back["named"]);
     for line in lines.lines {
         say!("{line}");
     }
 }
 
-/// Hosts that hold a rollout up, and what they say.
-fn blocking(lines: &mut Lines, blocking: &Value) {
-    let blocking = blocking.as_array().into_iter().flatten();
-    let mut table = Table::with_width(["HOLDS IT UP", "OUTCOME", "WHY"], lines.width);
+/// Hosts that do what `title` says, and what they say.
+fn hosts(lines: &mut Lines, title: &str, hosts: &Value) {
+    let mut table = Table::with_width([title, "OUTCOME", "WHY"], lines.width);
     let mut any = false;
-    for row in blocking {
+    for row in hosts.as_array().into_iter().flatten() {
         any = true;
         let [name, outcome, error] = ["name", "outcome", "error"].map(|key| text(&row[key]));
         table.row([name, outcome, or_dash(error)]);
@@ -220,6 +221,9 @@ fn rollout(lines: &mut Lines, rollout: &Value) {
             "the databases of {to} have to be published again, in the place of {of}"
         ));
     }
+    if let Some(back) = rollout.get("going_back") {
+        lines.field("rollback", &going_back(back));
+    }
     if let Some(held) = rollout.get("held") {
         let reason = text(&held["reason"]);
         lines.alarm(&format!(
@@ -231,6 +235,16 @@ fn rollout(lines: &mut Lines, rollout: &Value) {
         let (position, how) = (position(failed), text(&failed["how"]));
         lines.alarm(&format!("{how}: {position}: {}", text(&failed["reason"])));
     }
+}
+
+/// How far a rollback is.
+fn going_back(back: &Value) -> String {
+    let [from, to] = ["from", "to"].map(|key| position(&back[key]));
+    let [on_their_way, left] = ["on_their_way", "left"].map(|key| text(&back[key]));
+    format!(
+        "{to} takes the place of {from}: {on_their_way} on the way to it, {left} away or unable \
+         that still have what was taken back"
+    )
 }
 
 /// How old the signatures are, with the auditors' limits.
@@ -414,11 +428,7 @@ pub(crate) fn agents(result: &Value) {
             text(&row["name"]),
             or_dash(groups.collect::<Vec<_>>().join(",")),
             link(row),
-            if row["generation"].is_null() {
-                "-".to_owned()
-            } else {
-                position(row)
-            },
+            generation(row),
             if row["live"] == true { "yes" } else { "no" }.to_owned(),
             text(&row["outcome"]),
             age(&row["since"], now),
@@ -429,6 +439,15 @@ pub(crate) fn agents(result: &Value) {
     say!("{table}");
     if result.as_array().is_some_and(Vec::is_empty) {
         eprintln!("no agent has connected yet; `clamcast-certs agent` makes what a host needs");
+    }
+}
+
+/// What a host has, with a mark where it is kept at it.
+fn generation(row: &Value) -> String {
+    let pinned = if row["pinned"] == true { " pinned" } else { "" };
+    match row["generation"].is_null() {
+        true => format!("-{pinned}"),
+        false => format!("{}{pinned}", position(row)),
     }
 }
 
@@ -475,8 +494,12 @@ impl Progress {
                 .flatten()
                 .map(text);
             let waiting: Vec<_> = waiting.take(5).collect();
-            let agents = counts(&progress["agents"]);
-            bar.set_message(format!("{agents}; waiting for {}", waiting.join(", ")));
+            let standing = progress["standing"].as_str().map(printable);
+            let mut message = standing.unwrap_or_else(|| counts(&progress["agents"]));
+            if !waiting.is_empty() {
+                message += &format!("; waiting for {}", waiting.join(", "));
+            }
+            bar.set_message(message);
             bar.tick();
         }
     }
@@ -638,6 +661,18 @@ mod tests {
                 "             the next wave begins when a window of its members opens: db: Mon-Fri 22:00-05:00 UTC",
             ],
         );
+        check(
+            json!({
+                "state": "complete",
+                "going_back": {
+                    "from": { "epoch": 1, "generation": 7 }, "to": { "epoch": 1, "generation": 8 },
+                    "on_their_way": 1, "left": 2,
+                },
+            }),
+            &[
+                "rollback     1.8 takes the place of 1.7: 1 on the way to it, 2 away or unable that still have what was taken back",
+            ],
+        );
         let failed = json!({
             "epoch": 1, "generation": 7, "how": "halted",
             "reason": "clamd refused it on 1 of 2 hosts: web1",
@@ -654,13 +689,13 @@ mod tests {
             width: None,
             lines: Vec::new(),
         };
-        blocking(&mut lines, &json!([]));
+        hosts(&mut lines, "HOLDS IT UP", &json!([]));
         assert!(lines.lines.is_empty());
         let blocking = json!([
             { "name": "web1", "outcome": "refused", "error": "1.7: no digits" },
             { "name": "web2", "outcome": "fetching", "error": null },
         ]);
-        super::blocking(&mut lines, &blocking);
+        hosts(&mut lines, "HOLDS IT UP", &blocking);
         assert_eq!(
             lines.lines,
             [

@@ -7,6 +7,8 @@ use clamcast_tests::lab::{
     Agent, Clamd, Container, Fleet, Master, PATIENCE, hash_signature, signatures, until,
 };
 use clamcast_tests::require;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 const SAMPLE: &[u8] = b"a sample that the good sets find";
@@ -225,7 +227,17 @@ fn operators_pause_abort_roll_back_and_pin() {
     good(3).write(&fleet.join("mirror"));
     master.wait_live("db1", 4);
     order(&master, &["rollout", "status", "--timeout", "60s"], 0);
-    assert_eq!(master.agent("web1").unwrap()["generation"], 3);
+    let row = master.agent("web1").unwrap();
+    assert_eq!(
+        (
+            &row["generation"],
+            &row["wanted"]["generation"],
+            &row["pinned"]
+        ),
+        (&json!(3), &json!(3), &json!(true))
+    );
+    let table = String::from_utf8(master.command(&["agents"]).stdout).unwrap();
+    assert!(table.contains("1.3 pinned"), "{table}");
     order(&master, &["unpin", "canary"], 0);
     master.wait_live("web1", 4);
 
@@ -249,6 +261,69 @@ fn operators_pause_abort_roll_back_and_pin() {
     order(&master, &["rollout", "resume"], 0);
     master.wait_live("web1", 6);
     assert!(order(&master, &["rollback", "77"], 2).contains("`generations`"));
+}
+
+#[test]
+fn a_rollback_is_waited_for_until_who_is_there_is_back() {
+    let fleet = Fleet::new();
+    let (master, mut agents) = standing(&fleet);
+    order(&master, &["rollout", "promote", "--reason", "good"], 0);
+    master.wait_live("db1", 2);
+    wait_state(&master, "complete");
+    let wait = |time| master.command(&["rollout", "status", "--timeout", time]);
+    let going_back = || rollout(&master)["going_back"].clone();
+
+    // One that does not get on with it is waited for.
+    kill(Pid::from_raw(agents[0].pid() as i32), Signal::SIGSTOP).unwrap();
+    order(&master, &["rollback", "1", "--reason", "a test"], 0);
+    master.wait_live("db1", 3);
+    let late = wait("1s");
+    assert_eq!(late.status.code(), Some(1), "{late:?}");
+    let said = String::from_utf8(late.stderr).unwrap();
+    let on_its_way = "1.3 takes the place of 1.2, and 1 host is on the way to it";
+    assert!(said.contains(on_its_way), "{said}");
+    let shown = String::from_utf8(late.stdout).unwrap();
+    assert!(
+        shown.contains("HOLDS IT UP") && shown.contains("web1"),
+        "{shown}"
+    );
+    let back = going_back();
+    assert_eq!(
+        (&back["from"]["generation"], &back["to"]["generation"]),
+        (&json!(2), &json!(3))
+    );
+    assert_eq!(
+        (&back["on_their_way"], &back["left"]),
+        (&json!(1), &json!(0))
+    );
+    order(&master, &["rollout", "status"], 0);
+    agents[0].resume();
+    assert_eq!(wait("60s").status.code(), Some(0));
+    master.wait_live("web1", 3);
+    assert_eq!(going_back(), json!(null));
+
+    // One that is away is not waited for, but named.
+    order(&master, &["rollout", "resume"], 0);
+    good(3).write(&fleet.join("mirror"));
+    master.wait_live("web1", 4);
+    agents[0].stop();
+    master.wait_agent("web1", "it is away", |row| row["connected"] == false);
+    order(&master, &["rollout", "abort", "--reason", "a test"], 0);
+    let halted = wait("60s");
+    assert_eq!(halted.status.code(), Some(1), "aborted: {halted:?}");
+    let shown = String::from_utf8(halted.stdout).unwrap();
+    assert!(
+        shown.contains("STILL HAS IT") && shown.contains("not connected"),
+        "{shown}"
+    );
+    let back = going_back();
+    assert_eq!(
+        (&back["on_their_way"], &back["left"]),
+        (&json!(0), &json!(1))
+    );
+    agents[0].start();
+    master.wait_live("web1", 5);
+    assert_eq!(going_back(), json!(null));
 }
 
 #[test]
