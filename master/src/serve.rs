@@ -558,7 +558,16 @@ fn load_rollout(store: &Store, now: Timestamp) -> Result<(Rollout, Option<String
             return Ok((rollout, None));
         }
         Ok(None) => format!("{} is gone", store.directory().join(ROLLOUT).display()),
-        Err(error) => crate::chain(&error),
+        Err(error) => {
+            let kept = match store.keep_damaged(ROLLOUT) {
+                Ok(kept) => format!("it is kept as {}", kept.display()),
+                Err(error) => format!(
+                    "copy it before you order anything: {}",
+                    crate::chain(&error)
+                ),
+            };
+            format!("{}; {kept}", crate::chain(&error))
+        }
     };
     let reason = format!(
         "{reason}; which generations agents are wanted at, and which groups were pinned, is not \

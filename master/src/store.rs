@@ -9,6 +9,7 @@
 //! deltas/FROM-TO.vVERSION     how to make one object from another
 //! fulls/SHA256.zst            an object, compressed
 //! rollout.json                where the rollout stands; there is one as long as there are generations
+//! rollout.json.damaged        the last one that could not be read, for people to look at
 //! tmp/                        files in the making; emptied at start
 //! ```
 //!
@@ -335,6 +336,23 @@ impl Store {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             Err(error) => Err(io_error("remove", &path)(error)),
         }
+    }
+
+    /// Gives a record of ours that cannot be read a second name, `NAME.damaged`, under which it stays
+    /// when the next one takes its place. Returns that path. Of several the last one is kept.
+    pub(crate) fn keep_damaged(&self, name: &str) -> Result<PathBuf, StoreError> {
+        let path = self.directory.join(name);
+        let kept = self.directory.join(format!("{name}.damaged"));
+        // A crash in between loses a former one at most: the next start does the same again.
+        self.forget(&format!("{name}.damaged"))?;
+        let linked = fs::hard_link(&path, &kept);
+        if let Ok(file) = File::open(&path) {
+            let _ = file.sync_all(); // what the disk has of it is all that there is to keep
+        }
+        linked
+            .and_then(|()| durable::sync_dir(&self.directory))
+            .map_err(io_error("keep a damaged file as", &kept))?;
+        Ok(kept)
     }
 
     /// Says which generations agents may be wanted at: they are kept however old they are.

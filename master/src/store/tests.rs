@@ -212,3 +212,22 @@ fn an_object_that_is_not_there_is_named() {
     let error = store.encode(&Have::Nothing, &file, false).unwrap_err();
     assert!(chain(&error).contains("is not in the store"), "{error}");
 }
+
+#[test]
+fn a_damaged_record_is_kept_once_when_another_takes_its_place() {
+    let root = tempfile::tempdir().unwrap();
+    let store = open_store(root.path());
+    let path = root.path().join("rollout.json");
+    for damaged in ["{", "[[["] {
+        fs::write(&path, damaged).unwrap();
+        for _again in 0..2 {
+            let kept = store.keep_damaged("rollout.json").unwrap();
+            assert_eq!(kept, root.path().join("rollout.json.damaged"));
+            assert_eq!(fs::read_to_string(&path).unwrap(), damaged);
+        }
+        store.save("rollout.json", &"mended").unwrap();
+        let kept = fs::read_to_string(root.path().join("rollout.json.damaged"));
+        assert_eq!(kept.unwrap(), damaged);
+    }
+    assert!(store.keep_damaged("gone.json").is_err());
+}
