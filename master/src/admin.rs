@@ -31,7 +31,7 @@ use crate::publish::{PublishError, Published, Request as PublishRequest};
 use crate::recorder::Recorder;
 use crate::rejections::Rejections;
 use crate::report;
-use crate::rollout::Order as RolloutOrder;
+use crate::rollout::{Order as RolloutOrder, OrderError};
 use crate::store::{RECORD_BYTES_MAX, Store};
 
 /// Commands served at a time. A waiting `publish` is one of them.
@@ -244,6 +244,29 @@ pub struct Commands {
     pub daemon: Running,
 }
 
+/// An order that is not carried out, or not known to be.
+enum Undone {
+    /// It cannot be.
+    Refused(OrderError),
+    /// The daemon ends, or the disk refuses it.
+    Failed(Finish),
+}
+
+impl From<Finish> for Undone {
+    fn from(finish: Finish) -> Self {
+        Self::Failed(finish)
+    }
+}
+
+impl From<Undone> for Finish {
+    fn from(undone: Undone) -> Self {
+        match undone {
+            Undone::Refused(error) => Self::because(exit::REFUSED, error),
+            Undone::Failed(finish) => finish,
+        }
+    }
+}
+
 /// The `force-sync`s under way, whether anybody waits for them or not.
 #[derive(Clone, Debug)]
 pub struct Orders {
@@ -450,9 +473,10 @@ impl Commands {
             Published::New { .. } => ("new", None),
             Published::Unchanged if supersede => {
                 let order = Order::Plain(RolloutOrder::Supersede);
-                match self.order(session, order).await.exit {
-                    exit::DONE => ("begun", None),
-                    _ => ("unchanged", None), // nothing waits
+                match self.carry_out(session, order).await {
+                    Ok(()) => ("begun", None),
+                    Err(Undone::Refused(OrderError::NothingWaits)) => ("unchanged", None),
+                    Err(undone) => return Ok(undone.into()),
                 }
             }
             Published::Unchanged => ("unchanged", None),
@@ -527,12 +551,22 @@ impl Commands {
 
     /// Orders something about the rollout, and answers with where it is then: when the disk has it.
     async fn order(&self, session: &Session, order: Order) -> Finish {
+        if let Err(undone) = self.carry_out(session, order).await {
+            return undone.into();
+        }
+        let view = self.hub.view().await;
+        view.map_or_else(
+            |Stopping| self.life.ending().finish(),
+            |view| Finish::done(report::rollout(&view)),
+        )
+    }
+
+    /// Has an order about the rollout carried out, and returns when the disk has it.
+    async fn carry_out(&self, session: &Session, order: Order) -> Result<(), Undone> {
         if self.stop.is_cancelled() {
-            return self.life.ending().finish();
+            return Err(self.life.ending().finish().into());
         }
-        if let Err(finish) = self.can_write() {
-            return finish;
-        }
+        self.can_write()?;
         let (reply, answer) = oneshot::channel();
         let event = Event::Order {
             order,
@@ -541,16 +575,13 @@ impl Commands {
         };
         let told = self.hub.tell(event).await;
         let (Ok(()), Ok(answer)) = (told, answer.await) else {
-            return self.life.ending().finish();
+            return Err(self.life.ending().finish().into());
         };
-        let mut written = match answer {
-            Ok(written) => written,
-            Err(error) => return Finish::because(exit::REFUSED, error.to_string()),
-        };
+        let mut written = answer.map_err(Undone::Refused)?;
         loop {
             match timeout(WRITING, &mut written).await {
-                Ok(Ok(())) => break,
-                Ok(Err(_)) => return self.life.ending().finish(), // the disk refused to the end
+                Ok(Ok(())) => return Ok(()),
+                Ok(Err(_)) => return Err(self.life.ending().finish().into()), // the disk refused to the end
                 Err(_) => {}
             }
             if let Some(alarm) = self.recorder.alarm() {
@@ -558,14 +589,9 @@ impl Commands {
                     "{alarm}; the order is carried out, but forgotten if the daemon ends before it \
                      is written"
                 );
-                return Finish::because(exit::FAILED, message);
+                return Err(Finish::because(exit::FAILED, message).into());
             }
         }
-        let view = self.hub.view().await;
-        view.map_or_else(
-            |Stopping| self.life.ending().finish(),
-            |view| Finish::done(report::rollout(&view)),
-        )
     }
 
     /// No order is taken that would be in nobody's log.

@@ -66,7 +66,8 @@ trouble of their own only pause it.
 
 Exit codes:
   0  done; `status`: complete, or without --timeout on its way or paused
-  1  `status`: halted or aborted, or not complete when the time was over
+  1  `status`: halted or aborted, or not complete when the time was over; with --timeout both are told
+     once who is there is back, where hosts go back
   2  there is no such generation
   4  refused: nothing is running, nothing is paused, the group is not pinned or is past the generation
 

@@ -1,6 +1,7 @@
 //! What waves are for: a bad generation reaches the canaries and nobody else.
 
 use std::fs;
+use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use clamcast_tests::lab::{
@@ -385,12 +386,16 @@ fn a_master_that_lost_where_its_rollout_stood_offers_nothing_until_an_operator_s
         master.wait_agent(name, "it is back", |row| row["connected"] == true);
     }
     check_lost(&master, "rollout.json is damaged");
+    let aside = || fs::read_to_string(state.with_extension("json.damaged")).unwrap();
+    check_lost(&master, "it is kept as");
+    assert_eq!(aside(), "{");
     good(3).write(&fleet.join("mirror"));
     order(&master, &["publish"], 4);
     let kept = master.json(&["generations"]).unwrap();
     assert_eq!(kept.as_array().unwrap().len(), 2, "nothing is removed");
 
     order(&master, &["rollout", "resume"], 0);
+    assert_eq!(aside(), "{", "the first order has written another one");
     master.wait_live("web1", 3);
     order(&master, &["rollout", "promote", "--reason", "good"], 0);
     master.wait_live("db1", 3);
@@ -418,10 +423,8 @@ fn an_order_is_done_when_the_disk_has_it() {
     let (master, _agents) = standing(&fleet);
     let pause = ["rollout", "pause", "--reason", "freeze"];
     order(&master, &pause, 0);
-    // As good as a disk that refuses the file. While it is paused nothing else is written there.
-    let state = master.directory().join("state/rollout.json");
-    fs::remove_file(&state).unwrap();
-    fs::create_dir(&state).unwrap();
+    // While it is paused nothing else is written there.
+    let state = refuse_rollout(&master);
     let unwritten = order(&master, &["rollout", "resume"], 5);
     assert!(
         unwritten.contains("cannot write the state of the rollout")
@@ -437,6 +440,39 @@ fn an_order_is_done_when_the_disk_has_it() {
     });
     assert_eq!(rollout(&master)["state"], "running");
     order(&master, &pause, 0);
+}
+
+#[test]
+fn superseding_that_the_disk_refuses_is_told_and_with_nothing_waiting_changes_nothing() {
+    let fleet = Fleet::new();
+    let (master, _agents) = standing(&fleet);
+    let supersede = |code| {
+        let output = master.command(&["publish", "--supersede"]);
+        assert_eq!(output.status.code(), Some(code), "{output:?}");
+        String::from_utf8(output.stdout).unwrap() + &String::from_utf8(output.stderr).unwrap()
+    };
+    assert!(supersede(0).contains("unchanged: 1.2"), "nothing waits");
+    good(3).write(&fleet.join("mirror"));
+    until(PATIENCE, "the third waits", || {
+        rollout(&master)["waiting"]["generation"] == 3
+    });
+    let state = refuse_rollout(&master);
+    let unwritten = supersede(5);
+    assert!(
+        unwritten.contains("cannot write the state of the rollout"),
+        "{unwritten}"
+    );
+    fs::remove_dir(&state).unwrap();
+    master.wait_live("web1", 3);
+}
+
+/// As good as a disk that refuses the state of the rollout, until the directory that it returns is
+/// removed.
+fn refuse_rollout(master: &Master) -> PathBuf {
+    let state = master.directory().join("state/rollout.json");
+    fs::remove_file(&state).unwrap();
+    fs::create_dir(&state).unwrap();
+    state
 }
 
 #[test]
