@@ -161,6 +161,8 @@ struct Job {
     manifest: Verified<Manifest>,
     rehash: bool,
     full: bool,
+    /// It was taken although it is below the mark, because it is installed.
+    mends: bool,
     since: Instant,
     /// The connection that it was made on: its number means nothing on another.
     outbox: Outbox,
@@ -569,11 +571,11 @@ impl Keeper {
         match message {
             ToAgent::Offer(offer) => self.offer(&offer),
             ToAgent::Fresh { fresh } => {
-                let Some(mark) = self.trust.trust().mark() else {
+                let trust = self.trust.trust();
+                if trust.mark().is_none() {
                     return; // nothing was accepted here that it could be about
-                };
-                let digest = mark.manifest_sha256;
-                match self.judge_fresh(&fresh, digest) {
+                }
+                match trust.judge_renewal(&fresh, self.installer.settled()) {
                     Ok(fresh) => self.keep_fresh(&fresh),
                     Err(error) => {
                         let message = chain(&error);
@@ -655,12 +657,14 @@ impl Keeper {
             });
             return;
         }
+        let mends = self.trust.trust().is_below(&manifest);
         self.accept(&manifest); // if that fails, it is tried again before anything is done
         let job = Job {
             offer: offer.offer,
             manifest,
             rehash: offer.rehash,
             full: offer.full,
+            mends,
             since: Instant::now(),
             outbox,
         };
@@ -674,8 +678,9 @@ impl Keeper {
         if let Some(keys) = &offer.keys {
             self.take_keys(keys).map_err(Refusal::Keys)?;
         }
-        let manifest = self.trust.trust().judge_manifest(&offer.manifest)?;
-        let fresh = self.judge_fresh(&offer.fresh, manifest.payload_sha256())?;
+        let trust = self.trust.trust();
+        let manifest = trust.judge_manifest(&offer.manifest, self.installer.settled())?;
+        let fresh = trust.judge_fresh(&offer.fresh, manifest.payload_sha256())?;
         let (position, now) = (manifest.position(), Timestamp::now());
         let expires = fresh.holds_until(now);
         if expires < now {
@@ -685,15 +690,6 @@ impl Keeper {
             tracing::warn!(%position, %expires, "the word that this is current has run out");
         }
         Ok((manifest, fresh))
-    }
-
-    fn judge_fresh(
-        &self,
-        fresh: &Envelope,
-        manifest: Digest,
-    ) -> Result<Verified<Freshness>, TrustError> {
-        let trust = self.trust.trust();
-        trust.judge_fresh(fresh, manifest)
     }
 
     /// Keeps the word that a generation is current, unless a longer one for it is kept already.
@@ -712,6 +708,15 @@ impl Keeper {
         }
         self.fresh = Some(kept);
         self.stale_said = false;
+    }
+
+    /// Why an offer that was taken is not to be carried out, now that its turn has come: it was good
+    /// because it was installed, and another set has taken its place meanwhile.
+    fn made_void(&self, job: &Job) -> Option<String> {
+        let settled = self.installer.settled();
+        let is_void = job.mends && settled != Some(job.manifest.payload_sha256());
+        let position = job.manifest.position();
+        is_void.then(|| format!("{position} is not installed any more, and lower than what is"))
     }
 
     /// Remembers an accepted manifest before anything is done about it.
@@ -761,6 +766,15 @@ impl Keeper {
     fn perform(&mut self, action: Action<Arc<Job>>) -> Option<SlotEvent<Arc<Job>>> {
         match action {
             Action::Plan { job, full } => {
+                if let Some(message) = self.made_void(&job) {
+                    tracing::warn!(said = message, "an offer is void");
+                    let offer = Some(job.offer);
+                    let error = ToMaster::Error { offer, message };
+                    if let Err(error) = job.outbox.send(&error) {
+                        tracing::error!(error = chain(&error), "cannot tell the master");
+                    }
+                    return Some(SlotEvent::Answered);
+                }
                 if !self.accept(&job.manifest) {
                     return Some(SlotEvent::PlanFailed);
                 }

@@ -144,16 +144,15 @@ impl TrustStore {
     }
 
     /// Remembers that `manifest`, which [`Trust::judge_manifest`] let pass, was accepted: nothing
-    /// older is from now on.
+    /// older is from now on, but for what is installed.
     pub fn accept(
         &mut self,
         manifest: &Verified<Manifest>,
         now: Timestamp,
     ) -> Result<(), StateError> {
-        let mark = Mark::of(manifest);
-        if self.trust.mark() == Some(&mark) {
+        let Some(mark) = self.trust.raised(manifest) else {
             return Ok(());
-        }
+        };
         let kept = KeptMark {
             mark,
             accepted: now,
@@ -349,9 +348,22 @@ mod tests {
         let judge = |generation| {
             store
                 .trust()
-                .judge_manifest(manifest(generation).envelope())
+                .judge_manifest(manifest(generation).envelope(), None)
         };
         assert!(judge(7).is_ok() && judge(8).is_ok());
         assert!(matches!(judge(6), Err(TrustError::Rollback { .. })));
+    }
+
+    #[test]
+    fn what_is_taken_again_below_the_mark_does_not_lower_it() {
+        let host = Host::new();
+        let mut store = host.start(&keys(1, 1)).unwrap();
+        let time = Timestamp::from_second(1000).unwrap();
+        store.accept(&manifest(7), time).unwrap();
+        store.accept(&manifest(5), Timestamp::MAX).unwrap();
+        assert_eq!(store.trust().mark(), Some(&Mark::of(&manifest(7))));
+        let store = host.start(&keys(1, 1)).unwrap();
+        assert_eq!(store.trust().mark(), Some(&Mark::of(&manifest(7))));
+        assert_eq!(store.accepted(), Some(time));
     }
 }

@@ -69,7 +69,7 @@ struct Agent {
     record: Record,
     link: Option<Link>,
     /// The last offer that was answered on a connection which has ended.
-    answered: Option<OfferId>,
+    answered: Option<Answered>,
     took: Option<Took>,
 }
 
@@ -165,10 +165,19 @@ pub struct Link {
     pub certificate_ends: Timestamp,
     /// What it was offered and how far it is.
     pub offer: Option<Offered>,
-    /// The last offer that was answered, by a receipt or by declining it.
-    pub answered: Option<OfferId>,
+    /// The last offer that was answered.
+    pub answered: Option<Answered>,
     /// The last offer, if it was declined.
     pub declined: Option<Declined>,
+}
+
+/// An offer that is over.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Answered {
+    /// Its name.
+    pub offer: OfferId,
+    /// What the receipt says that answers it; `None`: it was declined.
+    pub outcome: Option<Outcome>,
 }
 
 /// An offer that was declined.
@@ -262,7 +271,7 @@ pub struct Row {
     pub offered: Option<OfferId>,
     /// The last offer that was answered, also on a connection which has ended.
     #[serde(skip)]
-    pub answered: Option<OfferId>,
+    pub answered: Option<Answered>,
 }
 
 impl Row {
@@ -441,9 +450,12 @@ impl Fleet {
         untried
     }
 
-    /// The highest generation that an agent took: it declines what is below.
-    pub fn at(&self, name: &AgentName) -> Option<Position> {
-        self.agents.0.get(name)?.at()
+    /// The generation that an agent took and that makes it decline `manifest`, if it does: what it
+    /// has it takes at any time, so that it is mended.
+    pub fn past(&self, name: &AgentName, manifest: &Verified<Manifest>) -> Option<Position> {
+        let agent = self.agents.0.get(name)?;
+        let has_it = agent.has(&manifest.payload_sha256());
+        agent.at().filter(|at| *at > manifest.position() && !has_it)
     }
 
     /// The agents as the rollout sees them, with what each says of what is on its way.
@@ -457,9 +469,12 @@ impl Fleet {
         self.rollout.running().is_some() || !self.rules.windows.is_empty()
     }
 
-    /// The generation that an agent is to be offered.
+    /// The generation that an agent is to be offered. One that it failed with waits until what it has
+    /// is mended.
     pub fn wanted(&self, name: &AgentName, now: Timestamp) -> Option<&Arc<Verified<Manifest>>> {
-        match self.wanted_of(self.agents.0.get(name)?, now) {
+        let agent = self.agents.0.get(name)?;
+        match self.wanted_of(agent, now) {
+            Wanted::At(target) if agent.is_mending() && agent.failed_with(&target) => None,
             Wanted::At(target) => self.manifests.get(&target.manifest_sha256),
             Wanted::Nothing | Wanted::Stay => None,
         }
@@ -469,15 +484,41 @@ impl Fleet {
     /// it has and nobody holds against it.
     pub fn vouched(&self, name: &AgentName, now: Timestamp) -> Option<&Arc<Verified<Manifest>>> {
         let agent = self.agents.0.get(name)?;
-        let digest = match self.wanted_of(agent, now) {
-            Wanted::At(target) => target.manifest_sha256,
-            Wanted::Nothing => return None,
-            Wanted::Stay => agent.record.installed.as_ref()?.manifest_sha256,
-        };
-        let vouched = self.manifests.get(&digest)?;
-        let position = vouched.position();
-        // What is lower than it took before it declines, even if that is what it went back to.
-        (agent.at() <= Some(position) && !self.rollout.is_taken_back(position)).then_some(vouched)
+        match self.wanted_of(agent, now) {
+            Wanted::At(target) => self.manifests.get(&target.manifest_sha256),
+            Wanted::Nothing => None,
+            Wanted::Stay => self.installed(agent),
+        }
+    }
+
+    /// The generation that an agent is offered when it lacks files of what it has: that which it is
+    /// wanted at, since that brings it what it lacks, too; or, where it failed with that or is to
+    /// stay where it is, that which it has, if nobody holds it against it and its files are still
+    /// there (`is_kept`).
+    pub fn mending(
+        &self,
+        name: &AgentName,
+        is_kept: impl Fn(Position) -> bool,
+        now: Timestamp,
+    ) -> Option<&Arc<Verified<Manifest>>> {
+        let agent = self.agents.0.get(name)?;
+        let installed = self.installed(agent);
+        let installed = installed.filter(|manifest| is_kept(manifest.position()));
+        match self.wanted_of(agent, now) {
+            Wanted::At(target) => {
+                let installed = installed.filter(|_| agent.failed_with(&target));
+                installed.or_else(|| self.manifests.get(&target.manifest_sha256))
+            }
+            Wanted::Nothing => None,
+            Wanted::Stay => installed,
+        }
+    }
+
+    /// What an agent has, unless it was taken back.
+    fn installed(&self, agent: &Agent) -> Option<&Arc<Verified<Manifest>>> {
+        let installed = agent.record.installed.as_ref()?;
+        let manifest = self.manifests.get(&installed.manifest_sha256);
+        manifest.filter(|manifest| !self.rollout.is_taken_back(manifest.position()))
     }
 
     fn wanted_of(&self, agent: &Agent, now: Timestamp) -> Wanted {
@@ -593,7 +634,10 @@ impl Fleet {
             return;
         };
         let manifest_sha256 = manifest.payload_sha256();
-        if agent.took.map(|took| took.manifest_sha256) != Some(manifest_sha256) {
+        let took = agent.took.map(|took| took.manifest_sha256);
+        // What it has is offered to mend it, and says nothing of how far it came.
+        let mends = agent.at() > Some(manifest.position());
+        if took != Some(manifest_sha256) && !mends {
             agent.took = Some(Took {
                 position: manifest.position(),
                 manifest_sha256,
@@ -726,7 +770,10 @@ impl Fleet {
             && let Some(link) = &mut agent.link
             && let Some(offer) = link.offer.take_if(|offer| offer.position == position)
         {
-            link.answered = Some(offer.id);
+            link.answered = Some(Answered {
+                offer: offer.id,
+                outcome: Some(receipt.outcome),
+            });
         }
         true
     }
@@ -797,7 +844,10 @@ impl Fleet {
     pub fn declined(&mut self, name: &AgentName, id: LinkId, message: String) -> Option<Position> {
         let link = self.link(name, id)?;
         let offer = link.offer.take()?;
-        link.answered = Some(offer.id);
+        link.answered = Some(Answered {
+            offer: offer.id,
+            outcome: None,
+        });
         link.declined = Some(Declined {
             manifest_sha256: offer.manifest_sha256,
             message,
@@ -897,14 +947,32 @@ impl Agent {
         }
     }
 
-    /// The highest generation that it took: it declines what is below, whether it came to have that
-    /// generation or not.
+    /// The highest generation that it took, whether it came to have that generation or not: it
+    /// declines what is below, but for what it has.
     fn at(&self) -> Option<Position> {
         let record = &self.record;
         let installed = record.installed.as_ref().map(|it| it.position);
         let failed = record.failed.as_ref().map(|it| it.position);
         let took = self.took.map(|took| took.position);
         installed.max(failed).max(took)
+    }
+
+    /// Whether its last receipts say that it has this manifest.
+    fn has(&self, manifest_sha256: &Digest) -> bool {
+        let installed = self.record.installed.as_ref();
+        installed.is_some_and(|installed| installed.manifest_sha256 == *manifest_sha256)
+    }
+
+    /// Whether it has an offer of what it has.
+    fn is_mending(&self) -> bool {
+        let offer = self.link.as_ref().and_then(|link| link.offer.as_ref());
+        offer.is_some_and(|offer| self.has(&offer.manifest_sha256))
+    }
+
+    /// Whether it could not take a generation, or its clamd could not use it.
+    fn failed_with(&self, target: &Target) -> bool {
+        let failed = self.record.failed.as_ref();
+        failed.is_some_and(|failed| failed.manifest_sha256 == target.manifest_sha256)
     }
 
     fn word(&self, target: &Digest) -> Option<Word> {
@@ -1346,12 +1414,112 @@ mod tests {
         assert_eq!((row.offered, row.answered), (Some(OfferId(9)), None));
         let row = drifted(3, true, None);
         assert!(row.conformant && row.error.is_none());
-        assert_eq!(row.answered, Some(OfferId(9)));
+        assert_eq!(row.answered.map(|it| it.offer), Some(OfferId(9)));
         let row = drifted(4, false, Some("freshclam (pid 812)"));
         assert_eq!(
             row.error.unwrap(),
             "daily.cld is missing: freshclam (pid 812)"
         );
+    }
+
+    /// `web1`, complete at 7, was offered 8, and this came of it. No halt takes anybody back.
+    fn after(outcome: Outcome) -> Fleet {
+        let name = "web1".parse().unwrap();
+        let mut fleet = fleet(7, &[(7, Outcome::Live)]);
+        fleet.rules.waves = vec!["100%".parse().unwrap()];
+        fleet.rules.rollback_on_halt = false;
+        fleet.published(&manifest(8), false);
+        fleet.step(at(150));
+        fleet.offered(&name, LinkId(1), OfferId(1), &manifest(8), at(150));
+        assert!(fleet.receipt(&receipt(8, 2, outcome), at(160)));
+        fleet
+    }
+
+    fn abort(fleet: &mut Fleet) {
+        let order = Order::Abort("ticket 7".to_owned());
+        fleet.order(order, at(170)).unwrap();
+    }
+
+    /// Which generation `web1` is to be offered, is vouched for, and is offered when it lacks files.
+    #[track_caller]
+    fn check_offers(fleet: &Fleet, kept: &[u64], expected: [Option<u64>; 3]) {
+        let (name, now) = ("web1".parse().unwrap(), at(200));
+        let is_kept = |position: Position| kept.contains(&position.generation.number());
+        let found = [
+            fleet.wanted(&name, now),
+            fleet.vouched(&name, now),
+            fleet.mending(&name, is_kept, now),
+        ];
+        let found = found.map(|it| it.map(|manifest| manifest.generation.number()));
+        assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn who_lacks_files_is_offered_what_it_is_wanted_at_or_where_it_failed_with_that_what_it_has() {
+        for failed in [Outcome::Refused, Outcome::HostFault] {
+            check_offers(&after(failed), &[7, 8], [Some(8), Some(8), Some(7)]);
+            check_offers(&after(failed), &[8], [Some(8), Some(8), Some(8)]);
+            let mut halted = after(failed);
+            abort(&mut halted);
+            check_offers(&halted, &[7, 8], [None, Some(7), Some(7)]);
+            check_offers(&halted, &[8], [None, Some(7), None]);
+        }
+        check_offers(&after(Outcome::Live), &[7, 8], [Some(8), Some(8), Some(8)]);
+    }
+
+    #[test]
+    fn what_was_taken_back_is_neither_vouched_for_nor_mended() {
+        let mut fleet = after(Outcome::Live);
+        abort(&mut fleet);
+        check_offers(&fleet, &[7, 8], [None, None, None]);
+    }
+
+    #[test]
+    fn a_mended_host_says_nothing_new_of_what_it_failed_with_and_is_then_offered_that_again() {
+        for (failed, word) in [
+            (Outcome::Refused, Word::Refused),
+            (Outcome::HostFault, Word::Unwell),
+        ] {
+            for mended in [Outcome::Live, Outcome::HostFault] {
+                let name: AgentName = "web1".parse().unwrap();
+                let mut fleet = after(failed);
+                let said = |fleet: &Fleet| {
+                    let Member { at, word, .. } = fleet.members()[0];
+                    let progress = fleet.members()[0].progress;
+                    (at, word, progress)
+                };
+                let before = said(&fleet);
+                assert_eq!(before.1, Some(word));
+                fleet.offered(&name, LinkId(1), OfferId(2), &manifest(7), at(190));
+                assert_eq!(said(&fleet), before);
+                check_offers(&fleet, &[7, 8], [None, Some(8), Some(7)]);
+                fleet.progress(&name, LinkId(1), Phase::Fetching, None, at(191));
+                assert!(fleet.receipt(&receipt(7, 3, mended), at(192)));
+                assert_eq!(said(&fleet), before);
+                check_offers(&fleet, &[7, 8], [Some(8), Some(8), Some(7)]);
+            }
+        }
+    }
+
+    #[test]
+    fn what_a_host_has_is_forced_on_it_whatever_it_took_before() {
+        let name = "web1".parse().unwrap();
+        let mut fleet = after(Outcome::Refused);
+        abort(&mut fleet);
+        let eight = manifest(8).position();
+        let past = |generation| fleet.past(&name, &manifest(generation));
+        assert_eq!([6, 7, 8, 9].map(past), [Some(eight), None, None, None]);
+        // Then it is where the master wants it, and so says the answer, whatever it refused before.
+        let (link, mended) = (LinkId(1), receipt(7, 3, Outcome::Live));
+        fleet.offered(&name, link, OfferId(2), &manifest(7), at(190));
+        fleet.receipt(&mended, at(192));
+        let row = fleet.rows(at(200), DEADLINE).remove(0);
+        let answered = Answered {
+            offer: OfferId(2),
+            outcome: Some(Outcome::Live),
+        };
+        assert_eq!((row.conformant, row.answered), (true, Some(answered)));
+        assert_eq!(row.outcome, "refused");
     }
 
     #[test]

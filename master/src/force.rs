@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::str::FromStr;
 
-use clamcast_proto::receipt::{Drift, Found};
+use clamcast_proto::receipt::{Drift, Found, Outcome};
 use clamcast_proto::wire::OfferId;
 use clamcast_proto::{AgentName, Epoch, Generation, GroupName, Position};
 use globset::Glob;
@@ -275,12 +275,15 @@ impl Work {
                 continue;
             };
             let waiting = self.waiting.get_mut(&agent).expect("taken from its keys");
-            let answered = row
-                .answered
-                .is_some_and(|answered| answered >= waiting.offer);
             // Of several orders at a time the answer to the last one is the answer to all.
-            if answered && row.offered.is_none() {
-                let end = End::new(agent, &row.outcome, Some(row), row.error.clone());
+            let answered = row.answered.filter(|it| it.offer >= waiting.offer);
+            if let Some(answered) = answered.filter(|_| row.offered.is_none()) {
+                // What it refused before is shown with its row, and is no answer to this.
+                let live = Some(Outcome::Live);
+                let end = match answered.outcome == live && row.conformant {
+                    true => End::new(agent, Outcome::Live.as_str(), Some(row), None),
+                    false => End::new(agent, &row.outcome, Some(row), row.error.clone()),
+                };
                 news.push(self.end(end));
                 continue;
             }
@@ -464,6 +467,7 @@ fn listed(lines: impl Iterator<Item = String>, bytes_max: usize) -> Vec<String> 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fleet::Answered;
     use clamcast_proto::receipt::ClamdReport;
     use jiff::Timestamp;
 
@@ -495,7 +499,10 @@ mod tests {
                 address: None,
                 certificate_ends: Timestamp::UNIX_EPOCH,
                 offered: number(),
-                answered: number(),
+                answered: number().map(|offer| Answered {
+                    offer,
+                    outcome: Some(Outcome::Live),
+                }),
             }
         };
         let mut rows: Vec<_> = text.split('|').map(str::trim).map(row).collect();
@@ -569,6 +576,17 @@ mod tests {
         assert!(work.is_done());
         let conformant = work.ended().iter().filter(|end| end.conformant).count();
         assert_eq!(conformant, 1);
+    }
+
+    #[test]
+    fn a_host_that_refused_something_else_before_ends_with_its_answer() {
+        let offers = vec![("web1".parse().unwrap(), OfferId(5))];
+        let (mut work, _) = Work::new(offers, vec![], vec![]);
+        let mut rows = rows("web1 dmz refused - 5");
+        rows[0].error = Some("1.8: Malformed database".to_owned());
+        rows[0].conformant = true;
+        assert_eq!(news(&work.look(&rows)), "web1 = live");
+        assert_eq!(work.ended()[0].error, None);
     }
 
     #[test]

@@ -111,7 +111,7 @@ pub enum Event {
         /// The receipt.
         receipt: Box<Verified<Receipt>>,
     },
-    /// It lacks files of what it should run, and asks for an offer.
+    /// It lacks files of what it has, and asks for an offer.
     Reoffer {
         /// Who.
         name: AgentName,
@@ -250,7 +250,7 @@ pub struct Forced {
     pub offers: Vec<(AgentName, OfferId)>,
     /// Agents that are not connected.
     pub offline: Vec<AgentName>,
-    /// Agents that took a higher one, and which.
+    /// Agents that took a higher one and do not have it, and which they took.
     pub past: Vec<(AgentName, Position)>,
 }
 
@@ -557,7 +557,9 @@ impl Running {
                 }
             }
             Event::Reoffer { name, id } => {
-                if let Some(manifest) = self.task.fleet.vouched(&name, now).cloned() {
+                let store = self.task.publisher.store();
+                let is_kept = |position| store.keeps(position);
+                if let Some(manifest) = self.task.fleet.mending(&name, is_kept, now).cloned() {
                     tracing::info!(agent = %name, "lacks files, offered anew");
                     self.offer(id, manifest, Manner::default(), now).await;
                 }
@@ -1080,8 +1082,7 @@ impl Running {
         for name in agents {
             let pinned = self.task.fleet.pinned(&name);
             let manifest = pinned.unwrap_or(&manifest).clone();
-            let at = self.task.fleet.at(&name);
-            if let Some(at) = at.filter(|at| *at > manifest.position()) {
+            if let Some(at) = self.task.fleet.past(&name, &manifest) {
                 forced.past.push((name, at));
                 continue;
             }

@@ -206,6 +206,11 @@ impl Store {
             .collect()
     }
 
+    /// Whether a generation is still here, with its files.
+    pub fn keeps(&self, position: Position) -> bool {
+        self.read_generations().manifests.contains_key(&position)
+    }
+
     /// The highest position that was ever given away here.
     pub(crate) fn taken(&self) -> Option<Position> {
         self.read_generations().taken

@@ -1,8 +1,8 @@
 //! What an agent believes, and which offers it may take.
 //!
 //! Pure: the agent keeps [`Trust`] on disk and asks it about everything that comes over the wire.
-//! Invariants: the position never goes down, two manifests never share a position, and within an
-//! epoch everything comes from one publisher.
+//! Invariants: the mark never goes down, nothing below it is taken but what is installed already,
+//! two manifests never share a position, and within an epoch everything comes from one publisher.
 
 use serde::{Deserialize, Serialize};
 
@@ -15,7 +15,7 @@ use crate::{Digest, Epoch, FleetName, Position};
 /// The newest generation that an agent accepted, whatever came of it there.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct Mark {
-    /// Its position: nothing lower is accepted any more.
+    /// Its position: nothing lower is accepted any more, but for what is installed.
     pub position: Position,
     /// Which manifest it was.
     pub manifest_sha256: Digest,
@@ -35,6 +35,15 @@ impl Mark {
 }
 
 /// An agent's trust: its pinned root with the newest key set, and how far it has come.
+///
+/// A host may stay below its mark: it refused a generation, or could not take it, and runs the one
+/// before. What is installed it takes again also then, so that the master can mend files of it that
+/// were damaged. That is no downgrade: the host runs exactly that manifest already, so the offer
+/// gives it no other set of files than it has now, and whoever repeats an old offer gains nothing
+/// by it. Key, fleet, epoch and publisher are checked as ever, the mark stays where it is, and what
+/// is installed is what the host's own record says at the moment when the work begins, not what the
+/// master says. The same holds for the word that a generation is current: one for what is installed
+/// says of the host what is true, and runs out like any other.
 #[derive(Clone, Debug)]
 pub struct Trust {
     keys: Verified<KeySet>,
@@ -104,7 +113,9 @@ pub enum TrustError {
         offered: String,
     },
     /// Vouches for something else.
-    #[error("the freshness statement vouches for another manifest than the one it came with")]
+    #[error(
+        "the freshness statement vouches for another manifest than the one it came with, or than those that this host has or took last"
+    )]
     FreshForAnother,
 }
 
@@ -146,8 +157,12 @@ impl Trust {
     }
 
     /// Judges an offered manifest. The one that was accepted last is good again: an offer may be
-    /// repeated.
-    pub fn judge_manifest(&self, envelope: &Envelope) -> Result<Verified<Manifest>, TrustError> {
+    /// repeated. So is the one that is `installed` (its payload's digest), wherever the mark is.
+    pub fn judge_manifest(
+        &self,
+        envelope: &Envelope,
+        installed: Option<Digest>,
+    ) -> Result<Verified<Manifest>, TrustError> {
         let manifest = Manifest::verify(envelope, &self.keys.manifest)?;
         let position = manifest.position();
         self.check_fleet("manifest", &manifest.fleet)?;
@@ -160,13 +175,13 @@ impl Trust {
         let Some(mark) = &self.mark else {
             return Ok(manifest);
         };
-        if position < mark.position {
+        let offered = manifest.payload_sha256();
+        if self.is_below(&manifest) && installed != Some(offered) {
             return Err(TrustError::Rollback {
                 offered: position,
                 accepted: mark.position,
             });
         }
-        let offered = manifest.payload_sha256();
         if position == mark.position && offered != mark.manifest_sha256 {
             let accepted = mark.manifest_sha256;
             return Err(TrustError::TwoManifests {
@@ -186,21 +201,53 @@ impl Trust {
         Ok(manifest)
     }
 
-    /// Remembers an accepted manifest, once the mark is on disk.
+    /// Whether a manifest is below the mark: it may be taken for as long as it is installed.
+    pub fn is_below(&self, manifest: &Manifest) -> bool {
+        let mark = self.mark.as_ref();
+        mark.is_some_and(|mark| manifest.position() < mark.position)
+    }
+
+    /// The mark that accepting `manifest`, which [`Trust::judge_manifest`] let pass, leaves; `None` if
+    /// it stays.
+    pub fn raised(&self, manifest: &Verified<Manifest>) -> Option<Mark> {
+        let mark = self.mark.as_ref().map(|mark| mark.position);
+        (mark < Some(manifest.position())).then(|| Mark::of(manifest))
+    }
+
+    /// Uses a mark that [`Trust::raised`] returned, once it is on disk.
     pub fn adopt_mark(&mut self, mark: Mark) {
         self.mark = Some(mark);
     }
 
-    /// Judges a freshness statement that came with, or for, the manifest with this payload digest.
-    /// Whether it has already run out is for the caller to weigh ([`Freshness::holds_until`]).
+    /// Judges a freshness statement that came with the manifest with this payload digest. Whether it
+    /// has already run out is for the caller to weigh ([`Freshness::holds_until`]).
     pub fn judge_fresh(
         &self,
         envelope: &Envelope,
         manifest_sha256: Digest,
     ) -> Result<Verified<Freshness>, TrustError> {
+        self.judge_word(envelope, [Some(manifest_sha256)])
+    }
+
+    /// Judges one that came by itself: it must be about the generation that was accepted last, or
+    /// about the one that is `installed`.
+    pub fn judge_renewal(
+        &self,
+        envelope: &Envelope,
+        installed: Option<Digest>,
+    ) -> Result<Verified<Freshness>, TrustError> {
+        let accepted = self.mark.as_ref().map(|mark| mark.manifest_sha256);
+        self.judge_word(envelope, [accepted, installed])
+    }
+
+    fn judge_word<const N: usize>(
+        &self,
+        envelope: &Envelope,
+        may_be_for: [Option<Digest>; N],
+    ) -> Result<Verified<Freshness>, TrustError> {
         let fresh: Verified<Freshness> = envelope.verify(&self.keys.manifest)?;
         self.check_fleet("freshness statement", &fresh.fleet)?;
-        if fresh.manifest_sha256 != manifest_sha256 {
+        if !may_be_for.contains(&Some(fresh.manifest_sha256)) {
             return Err(TrustError::FreshForAnother);
         }
         Ok(fresh)
@@ -255,7 +302,19 @@ mod tests {
     }
 
     fn check(accepted: Option<u64>, manifest: Manifest, signer: u8) -> Result<(), String> {
-        let verdict = trust(accepted).judge_manifest(sign(manifest, &key(signer)).envelope());
+        check_installed(accepted, None, manifest, signer)
+    }
+
+    /// The same where a generation is `installed`.
+    fn check_installed(
+        accepted: Option<u64>,
+        installed: Option<Manifest>,
+        manifest: Manifest,
+        signer: u8,
+    ) -> Result<(), String> {
+        let installed = installed.map(|it| sign(it, &key(2)).payload_sha256());
+        let offered = sign(manifest, &key(signer));
+        let verdict = trust(accepted).judge_manifest(offered.envelope(), installed);
         verdict.map(|_| ()).map_err(|error| format!("{error:?}"))
     }
 
@@ -289,6 +348,40 @@ mod tests {
     }
 
     #[test]
+    fn what_is_installed_is_taken_below_the_mark_and_nothing_else_is() {
+        let check = |offered, signer| check_installed(Some(7), Some(offer(2, 5)), offered, signer);
+        assert_eq!(check(offer(2, 5), 2), Ok(()));
+        for other in [4, 6] {
+            refused(check(offer(2, other), 2), "Rollback");
+        }
+        let mut same_number = offer(2, 5);
+        same_number.created = Timestamp::MAX;
+        refused(check(same_number, 2), "Rollback");
+        refused(check(offer(2, 5), 9), "Untrusted");
+        let mut foreign = offer(2, 5);
+        foreign.publisher = Publisher("p2".into());
+        let installed = Some(foreign.clone());
+        refused(
+            check_installed(Some(7), installed, foreign, 2),
+            "TwoPublishers",
+        );
+        let old = offer(1, 5);
+        refused(check_installed(Some(7), Some(old.clone()), old, 2), "Epoch");
+    }
+
+    #[test]
+    fn the_mark_goes_up_and_never_down() {
+        let raised = |accepted, number| {
+            let mark = trust(accepted).raised(&sign(offer(2, number), &key(2)));
+            mark.map(|mark| mark.position.generation.number())
+        };
+        assert_eq!(raised(None, 5), Some(5));
+        assert_eq!(raised(Some(7), 8), Some(8));
+        assert_eq!(raised(Some(7), 7), None);
+        assert_eq!(raised(Some(7), 5), None);
+    }
+
+    #[test]
     fn another_epoch_than_the_key_sets_is_refused_in_both_directions() {
         refused(check(Some(7), offer(1, 99), 2), "Epoch");
         refused(check(Some(7), offer(3, 1), 2), "Epoch");
@@ -316,9 +409,9 @@ mod tests {
         let mut next = offer(3, 1);
         next.publisher = Publisher("p2".into());
         trust
-            .judge_manifest(sign(next.clone(), &key(4)).envelope())
+            .judge_manifest(sign(next.clone(), &key(4)).envelope(), None)
             .unwrap();
-        let stolen = trust.judge_manifest(sign(next, &key(2)).envelope());
+        let stolen = trust.judge_manifest(sign(next, &key(2)).envelope(), None);
         assert!(matches!(stolen, Err(TrustError::Manifest(_))));
     }
 
@@ -346,5 +439,25 @@ mod tests {
             Err(TrustError::FreshForAnother)
         ));
         assert!(matches!(judge(fresh(right), 9), Err(TrustError::Fresh(_))));
+    }
+
+    #[test]
+    fn a_word_by_itself_is_about_what_was_accepted_last_or_what_is_installed() {
+        let digest = |number| sign(offer(2, number), &key(2)).payload_sha256();
+        let judge = |about: u64, installed: Option<u64>| {
+            let fresh = Freshness {
+                fleet: "bank".parse().unwrap(),
+                epoch: Epoch(2),
+                generation: crate::Generation::new(about).unwrap(),
+                manifest_sha256: digest(about),
+                issued: Timestamp::UNIX_EPOCH,
+                expires: Timestamp::MAX,
+            };
+            let envelope = sign(fresh, &key(2)).envelope().clone();
+            let verdict = trust(Some(7)).judge_renewal(&envelope, installed.map(digest));
+            verdict.is_ok()
+        };
+        assert!(judge(7, None) && judge(7, Some(5)) && judge(5, Some(5)));
+        assert!(!judge(5, None) && !judge(6, Some(5)) && !judge(8, Some(5)));
     }
 }

@@ -321,6 +321,17 @@ impl<P: Prove> Installer<P> {
         lock(&self.shared.installed).clone()
     }
 
+    /// The manifest that is installed, unless another set is being put in its place, on the disk or,
+    /// where that failed, in the journal.
+    pub fn settled(&self) -> Option<Digest> {
+        let machine = lock(&self.shared.machine);
+        let installed = lock(&self.shared.installed).as_ref()?.set.sha256();
+        let journal = machine.journal().map(|journal| journal.set.sha256());
+        journal
+            .is_none_or(|set| set == installed)
+            .then_some(installed)
+    }
+
     /// What is known of clamd without asking, and which files of the installed set it passes over.
     pub fn clamd(&self) -> ClamdReport {
         let report = self.shared.prover.report();

@@ -227,7 +227,7 @@ fn an_agent_with_the_key_set_takes_what_is_published() {
     publish(&publisher);
     let trust = clamcast_proto::trust::Trust::new(lab.keys.clone(), None);
     let current = publisher.current().unwrap();
-    let manifest = trust.judge_manifest(current.envelope()).unwrap();
+    let manifest = trust.judge_manifest(current.envelope(), None).unwrap();
     let now = Timestamp::now();
     let fresh = publisher.vouch(&publisher.current().unwrap(), now);
     let digest = manifest.payload_sha256();

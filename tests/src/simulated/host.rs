@@ -13,7 +13,7 @@ use clamcast_proto::dsse::{Envelope, Verified, sign};
 use clamcast_proto::keys::KeySet;
 use clamcast_proto::manifest::{Manifest, ManifestFile};
 use clamcast_proto::receipt::{ClamdReport, ClamdState, FileState, Outcome, Receipt};
-use clamcast_proto::trust::{Mark, Trust, TrustError};
+use clamcast_proto::trust::{Trust, TrustError};
 use clamcast_proto::wire::{Have, Hello, NeedFile, Offer, OfferId, Part, ToAgent, ToMaster};
 use quinn::RecvStream;
 use tokio::sync::mpsc;
@@ -205,7 +205,9 @@ impl Host {
                 return say(&outbox, &refusal);
             }
         };
-        self.trust.adopt_mark(Mark::of(&manifest));
+        if let Some(mark) = self.trust.raised(&manifest) {
+            self.trust.adopt_mark(mark);
+        }
         let accepted = Accepted {
             offer: offer.offer,
             manifest,
@@ -220,7 +222,7 @@ impl Host {
         if let Some(keys) = &offer.keys {
             self.take_keys(keys)?;
         }
-        let manifest = self.trust.judge_manifest(&offer.manifest)?;
+        let manifest = self.trust.judge_manifest(&offer.manifest, None)?;
         self.trust
             .judge_fresh(&offer.fresh, manifest.payload_sha256())?;
         Ok(manifest)

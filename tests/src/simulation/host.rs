@@ -22,7 +22,7 @@ use clamcast_proto::identity::Serial;
 use clamcast_proto::keys::KeySet;
 use clamcast_proto::manifest::Manifest;
 use clamcast_proto::receipt::{ClamdReport, ClamdState, FileState, Outcome, Proof, Receipt};
-use clamcast_proto::trust::{Mark, Trust};
+use clamcast_proto::trust::Trust;
 use clamcast_proto::wire::{OfferId, Phase, RECEIPTS_PENDING_MAX};
 use clamcast_proto::{AgentName, DatabaseName, Digest, FleetName, GroupName, Position};
 use ed25519_dalek::SigningKey;
@@ -102,6 +102,8 @@ struct Job {
     offer: OfferId,
     manifest: Arc<Verified<Manifest>>,
     rehash: bool,
+    /// It was taken although it is below the mark, because it is installed.
+    mends: bool,
     link: LinkNumber,
 }
 
@@ -359,18 +361,32 @@ impl Host {
             return;
         }
         let trust = Trust::new(sight.keys.clone(), self.disk.mark.clone());
-        if let Err(error) = trust.judge_manifest(manifest.envelope()) {
+        if let Err(error) = trust.judge_manifest(manifest.envelope(), self.settled()) {
             let message = error.to_string();
             return self.say(Said::Declined { message }, sight);
         }
-        self.disk.mark = Some(Mark::of(&manifest));
+        if let Some(mark) = trust.raised(&manifest) {
+            self.disk.mark = Some(mark);
+        }
+        let mends = trust.is_below(&manifest);
         let job = Job {
             offer,
             manifest,
             rehash,
+            mends,
             link,
         };
         self.slotted(Slotted::Offered(job), sight);
+    }
+
+    /// What is installed, unless another set is being put in its place.
+    fn settled(&self) -> Option<Digest> {
+        let installed = self.disk.installed.as_ref()?.set.sha256();
+        let journal = self.mind.machine.journal();
+        let journal = journal.map(|journal| journal.set.sha256());
+        journal
+            .is_none_or(|set| set == installed)
+            .then_some(installed)
     }
 
     fn slotted(&mut self, event: Slotted<Job>, sight: &mut Sight<'_>) {
@@ -390,7 +406,14 @@ impl Host {
 
     fn act(&mut self, action: Action<Job>, sight: &mut Sight<'_>) -> Option<Slotted<Job>> {
         match action {
-            Action::Plan { .. } => {
+            Action::Plan { job, .. } => {
+                if job.mends && self.settled() != Some(job.manifest.payload_sha256()) {
+                    let message = "it is not installed any more".to_owned();
+                    sight
+                        .deeds
+                        .push(Deed::Say(job.link, Said::Declined { message }));
+                    return Some(Slotted::Answered);
+                }
                 let takes = self.takes(0.1, 2.0, sight);
                 sight.later(takes, HostEvent::Planned);
             }

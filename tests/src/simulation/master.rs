@@ -475,7 +475,9 @@ impl Master {
                 }
             }
             Said::Reoffer => {
-                if let Some(manifest) = self.process().fleet.vouched(&name, sight.clock).cloned() {
+                let fleet = &self.process().fleet;
+                let manifest = fleet.mending(&name, |_| true, sight.clock).cloned();
+                if let Some(manifest) = manifest {
                     self.offer(link, manifest, false, sight);
                 }
             }
@@ -612,7 +614,7 @@ impl Master {
         let Some(link) = link.map(|(link, _)| *link) else {
             return;
         };
-        if running.fleet.at(name) > Some(manifest.position()) {
+        if running.fleet.past(name, &manifest).is_some() {
             return;
         }
         if self.offer(link, manifest.clone(), true, sight) {

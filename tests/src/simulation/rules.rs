@@ -45,8 +45,18 @@ pub(super) struct Witness {
     pub(super) receipts_on_disk: HashSet<(AgentName, u64)>,
     /// The highest generation that each host took.
     marks: Vec<Option<Position>>,
+    /// What each host had, and what it is to have again if its clamd refuses what is being put in its
+    /// place.
+    had: Vec<Had>,
     /// Hosts that had something installed.
     supplied: HashSet<usize>,
+}
+
+/// What a host had.
+#[derive(Clone, Copy, Default)]
+struct Had {
+    installed: Option<(Position, Digest)>,
+    before: Option<Digest>,
 }
 
 /// A refusal as it became known: of which generation, in which wave, by how many.
@@ -75,6 +85,7 @@ impl Witness {
             pins_on_disk: HashSet::new(),
             receipts_on_disk: HashSet::new(),
             marks: Vec::new(),
+            had: Vec::new(),
             supplied: HashSet::new(),
         }
     }
@@ -186,15 +197,16 @@ impl Witness {
         forced: bool,
     ) {
         self.offers += 1;
+        let position = manifest.position();
         (name.as_str(), manifest.position()).hash(&mut self.trace);
         nothing_is_offered_after_a_halt(&self.ended, fleet, name, manifest);
-        let before = self.offered.insert(name.clone(), manifest.position());
-        let record = fleet
-            .record(name)
-            .and_then(|record| record.installed.as_ref());
-        let reported = record.map(|installed| installed.position);
+        let before = self.offered.get(name).copied();
+        self.offered.insert(
+            name.clone(),
+            before.map_or(position, |before| before.max(position)),
+        );
         if !forced {
-            no_agent_is_offered_a_lower_generation(fleet, name, before.max(reported), manifest);
+            no_agent_is_offered_a_lower_generation(fleet, name, before, manifest);
         }
     }
 
@@ -263,10 +275,20 @@ impl Witness {
     pub(super) fn looks_at(&mut self, number: usize, host: &Host) {
         if self.marks.len() <= number {
             self.marks.resize(number + 1, None);
+            self.had.resize(number + 1, Had::default());
         }
         let mark = host.disk.mark.as_ref().map(|mark| mark.position);
         no_agent_gets_a_lower_generation(host, self.marks[number], mark);
         self.marks[number] = mark;
+        let had = &mut self.had[number];
+        a_host_goes_back_only_to_what_it_had_before(host, *had);
+        let installed = host.disk.installed.as_ref();
+        let installed = installed.map(|it| (it.set.manifest.position(), it.set.sha256()));
+        had.installed = installed;
+        if let Some(journal) = &host.disk.journal {
+            let before = journal.before.installed.as_ref();
+            had.before = before.map(|before| before.set.sha256());
+        }
         if host.disk.installed.is_some() {
             self.supplied.insert(number);
         }
@@ -423,6 +445,7 @@ fn every_enrolled_agent_is_accounted_for(
     );
 }
 
+/// What it has it may be offered again at any time, to be mended.
 fn no_agent_is_offered_a_lower_generation(
     fleet: &Fleet,
     name: &AgentName,
@@ -430,15 +453,33 @@ fn no_agent_is_offered_a_lower_generation(
     manifest: &Verified<Manifest>,
 ) {
     let position = manifest.position();
+    let record = fleet.record(name);
+    let has = record.and_then(|record| record.installed.as_ref());
+    let has_it = has.is_some_and(|it| it.manifest_sha256 == manifest.payload_sha256());
+    let highest = before.max(has.map(|it| it.position));
     assert!(
-        before <= Some(position),
-        "{name} is offered {position} after {before:?}: {}",
+        has_it || highest <= Some(position),
+        "{name} is offered {position} after {highest:?}: {}",
         sketch(fleet.rollout())
     );
 }
 
 fn no_agent_gets_a_lower_generation(host: &Host, before: Option<Position>, now: Option<Position>) {
     assert!(before <= now, "{} took {now:?} after {before:?}", host.name);
+}
+
+/// Only an install that comes to nothing lowers what is installed.
+fn a_host_goes_back_only_to_what_it_had_before(host: &Host, had: Had) {
+    let Some((now, before)) = host.disk.installed.as_ref().zip(had.installed) else {
+        return;
+    };
+    let (position, digest) = (now.set.manifest.position(), now.set.sha256());
+    assert!(
+        position >= before.0 || Some(digest) == had.before,
+        "{} has {position} after {}",
+        host.name,
+        before.0
+    );
 }
 
 fn what_is_rejected_is_never_published_again(
