@@ -69,7 +69,8 @@ Exit codes:
   1  `status`: halted or aborted, or not complete when the time was over; with --timeout both are told
      once who is there is back, where hosts go back
   2  there is no such generation
-  4  refused: nothing is running, nothing is paused, the group is not pinned or is past the generation
+  4  refused: nothing is running, nothing is paused, an operator has paused it already (it says why), the
+     group is not pinned or is past the generation
 
 Examples:
   clamcast-master rollout status --timeout 10m

@@ -257,7 +257,10 @@ fn stands(run: &Run, view: &View) -> String {
     let wave = view.tallies.as_ref().map(|(_, wave)| wave);
     let position = run.target.position;
     if let Some(pause) = &run.paused {
-        return format!("{position} is paused: {}", pause.reason);
+        let before = pause.before.as_ref();
+        let before = before.map(|it| format!(", and by itself before: {}", it.reason));
+        let before = before.unwrap_or_default();
+        return format!("{position} is paused: {}{before}", pause.reason);
     }
     if run.waits_for_window {
         return format!(

@@ -256,6 +256,18 @@ pub enum OrderError {
     /// It is not paused.
     #[error("the rollout of {0} is not paused")]
     NotPaused(Position),
+    /// An operator has paused it; whose reason counts must not depend on who came last.
+    #[error(
+        "the rollout of {position} is paused since {since:.0}: {reason}; `rollout resume` first to pause it for another reason"
+    )]
+    Paused {
+        /// What is on its way.
+        position: Position,
+        /// Why it is paused.
+        reason: String,
+        /// Since when.
+        since: Timestamp,
+    },
     /// Agents never go back.
     #[error(
         "{agent} is at {at} already, and agents never go back to a lower number: `rollback` publishes the old databases under a new one"
@@ -644,9 +656,19 @@ impl Rollout {
         }
     }
 
-    /// Begins no further wave and offers nothing more, until [`Rollout::resume`].
+    /// Begins no further wave and offers nothing more, until [`Rollout::resume`]: also where what it
+    /// has paused for by itself is over before that.
     pub fn pause(&mut self, reason: String, now: Timestamp) -> Result<Vec<Effect>, OrderError> {
-        Ok(self.run()?.pause(PauseKind::Operator, reason, now))
+        let run = self.run()?;
+        let by_operator = |pause: &&Pause| pause.kind == PauseKind::Operator;
+        if let Some(pause) = run.paused.as_ref().filter(by_operator) {
+            return Err(OrderError::Paused {
+                position: run.target.position,
+                reason: pause.reason.clone(),
+                since: pause.since,
+            });
+        }
+        Ok(run.pause(PauseKind::Operator, reason, now))
     }
 
     /// Goes on, with the agents that have trouble now; and publishes again after a rollback.
@@ -673,7 +695,7 @@ impl Rollout {
         };
         run.unwell_seen = run.tally(&subject, None, rules, now).unwell;
         if let Some(begun) = run.begun.last_mut()
-            && pause.kind == PauseKind::Unproven
+            && pause.is_for(PauseKind::Unproven)
         {
             begun.since = now; // as long again
         }

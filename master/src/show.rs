@@ -199,6 +199,10 @@ fn rollout(lines: &mut Lines, rollout: &Value) {
     }
     if let Some(paused) = rollout.get("paused") {
         lines.alarm(&format!("paused: {}", text(&paused["reason"])));
+        if let Some(before) = paused.get("before") {
+            let reason = text(&before["reason"]);
+            lines.alarm(&format!("paused by itself before: {reason}"));
+        }
     }
     for pin in rollout["pins"].as_array().into_iter().flatten() {
         let (group, position) = (text(&pin["group"]), position(pin));
@@ -641,13 +645,17 @@ mod tests {
                 "waiting": { "epoch": 1, "generation": 8 },
                 "this_wave": { "live": 3, "members": 5, "unsettled": 0 },
                 "all": { "refused": 0, "unwell": 2 },
-                "paused": { "reason": "2 of 5 hosts have trouble of their own: web1, web2" },
+                "paused": {
+                    "reason": "freeze",
+                    "before": { "reason": "2 of 5 hosts have trouble of their own: web1, web2" },
+                },
             }),
             &[
                 "rollout      1.7 is on its way: wave 2 of 3 (10%): 3 of 5 live, 0 at it, 0 refused, 2 unwell",
                 "             wave group:canary has no members",
                 "             1.8 waits for it",
-                "paused: 2 of 5 hosts have trouble of their own: web1, web2",
+                "paused: freeze",
+                "paused by itself before: 2 of 5 hosts have trouble of their own: web1, web2",
             ],
         );
         check(

@@ -195,6 +195,11 @@ fn operators_pause_abort_roll_back_and_pin() {
     let (mut master, _agents) = standing(&fleet);
     order(&master, &["rollout", "pause", "--reason", "freeze"], 0);
     assert_eq!(wait_state(&master, "paused")["paused"]["reason"], "freeze");
+    let again = order(&master, &["rollout", "pause", "--reason", "lunch"], 4);
+    assert!(
+        again.contains("is paused since") && again.contains("freeze"),
+        "{again}"
+    );
     order(&master, &["rollout", "status"], 0);
     let waited = order(&master, &["rollout", "status", "--timeout", "1s"], 1);
     assert!(

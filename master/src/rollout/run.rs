@@ -64,6 +64,9 @@ pub struct Pause {
     pub reason: String,
     /// Since when.
     pub since: Timestamp,
+    /// The pause that the rollout had made by itself, if an operator's took its place.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub before: Option<Box<Pause>>,
 }
 
 /// Who or what paused a rollout.
@@ -125,6 +128,11 @@ pub(super) enum Turn {
 }
 
 impl Pause {
+    /// Whether it is of this kind, or took the place of one that was.
+    pub(super) fn is_for(&self, kind: PauseKind) -> bool {
+        self.kind == kind || self.before.as_ref().is_some_and(|it| it.is_for(kind))
+    }
+
     /// Whether agents of waves that have begun are still offered it: there is nothing against it,
     /// only too little for it.
     pub(super) fn lets_offer(&self) -> bool {
@@ -327,10 +335,12 @@ impl Run {
 
     pub(super) fn pause(&mut self, kind: PauseKind, reason: String, now: Timestamp) -> Vec<Effect> {
         let effects = vec![note("rollout-paused", self.target, reason.clone())];
+        let before = self.paused.take().map(Box::new);
         self.paused = Some(Pause {
             kind,
             reason,
             since: now,
+            before,
         });
         effects
     }

@@ -553,6 +553,51 @@ fn paused_by_an_operator_nothing_begins_and_what_was_begun_is_finished() {
 }
 
 #[test]
+fn a_second_pause_by_an_operator_is_refused_with_the_reason_of_the_first() {
+    let mut lab = Lab::usual();
+    lab.published(2);
+    lab.order(|lab, now| lab.rollout.pause("lunch".into(), now));
+    let error = lab.rollout.pause("dinner".into(), at(lab.now)).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "the rollout of 1.2 is paused since 1970-01-12T13:46:40Z: lunch; `rollout resume` first to \
+         pause it for another reason"
+    );
+    let pause = lab.rollout.running().and_then(|run| run.paused.as_ref());
+    assert_eq!(pause.unwrap().reason, "lunch");
+}
+
+#[test]
+fn a_pause_by_an_operator_keeps_why_it_had_paused_by_itself_and_outlasts_that() {
+    let mut lab = Lab::usual();
+    lab.published(2).say("h0", 2, Word::Unwell);
+    lab.is("complete 1, running 2 wave 1 of 3, paused Unwell");
+    lab.order(|lab, now| lab.rollout.pause("lunch".into(), now));
+    let pause = lab.rollout.running().and_then(|run| run.paused.clone());
+    let pause = pause.unwrap();
+    let before = pause.before.unwrap();
+    assert_eq!(
+        (pause.reason.as_str(), before.kind),
+        ("lunch", PauseKind::Unwell)
+    );
+    assert!(before.reason.contains("trouble of their own: h0"));
+    lab.say("h0", 2, Word::Live).say("h1", 2, Word::Live);
+    lab.is("complete 1, running 2 wave 1 of 3, paused Operator");
+
+    // A wave that had proven too little has as long again after either pause.
+    let mut lab = Lab::usual();
+    for name in ["h0", "h1"] {
+        lab.host(name).away = true;
+        lab.host(name).seen = lab.now;
+    }
+    lab.published(2).wait(DEADLINE);
+    lab.is("complete 1, running 2 wave 1 of 3, paused Unproven");
+    lab.order(|lab, now| lab.rollout.pause("lunch".into(), now));
+    lab.resume().unwrap();
+    lab.step().is("complete 1, running 2 wave 1 of 3");
+}
+
+#[test]
 fn aborted_is_halted_by_hand_and_promoted_is_everybody_at_once() {
     let mut lab = Lab::usual();
     lab.published(2).say("h0", 2, Word::Live);
