@@ -458,8 +458,10 @@ fn superseding_that_the_disk_refuses_is_told_and_with_nothing_waiting_changes_no
     };
     assert!(supersede(0).contains("unchanged: 1.2"), "nothing waits");
     good(3).write(&fleet.join("mirror"));
-    until(PATIENCE, "the third waits", || {
-        rollout(&master)["waiting"]["generation"] == 3
+    until(PATIENCE, "the disk has it that the third waits", || {
+        let text = fs::read(master.directory().join("state/rollout.json")).unwrap_or_default();
+        let state = serde_json::from_slice::<Value>(&text).unwrap_or_default();
+        state["waiting"]["position"]["generation"] == 3
     });
     let state = refuse_rollout(&master);
     let unwritten = supersede(5);

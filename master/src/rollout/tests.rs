@@ -709,6 +709,21 @@ fn a_rollback_that_another_order_overtook_is_not_taken_for_that() {
 }
 
 #[test]
+fn so_many_groups_are_pinned_and_no_more() {
+    let mut lab = Lab::usual();
+    let mut pin = |group: String| {
+        let fleet = Hosts(&lab.hosts, lab.now);
+        let (group, now) = (group.parse().unwrap(), at(lab.now));
+        lab.rollout.pin_group(group, target(1), None, &fleet, now)
+    };
+    for number in 0..PINS_MAX {
+        pin(format!("g{number}")).unwrap();
+    }
+    assert_eq!(pin("one-more".to_owned()), Err(OrderError::TooManyPins));
+    pin("g7".to_owned()).unwrap();
+}
+
+#[test]
 fn nobody_is_pinned_below_what_it_has() {
     let mut lab = Lab::usual();
     lab.host("h1").at = Some(7);
