@@ -69,6 +69,7 @@ Exit codes:
   1  `status`: halted or aborted, or not complete when the time was over; with --timeout both are told
      once who is there is back, where hosts go back
   2  there is no such generation
+  3  the daemon cannot be reached; `status --timeout` waits for one that has answered before
   4  refused: nothing is running, nothing is paused, an operator has paused it already (it says why), the
      group is not pinned or is past the generation
 

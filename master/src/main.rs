@@ -7,7 +7,7 @@ mod show;
 use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clamcast_daemon::admin::{self, Finish, Listener};
 use clamcast_daemon::exit::{self, Exit, OrExit as _};
@@ -171,12 +171,30 @@ fn rollout(socket: &Path, command: Rollout) -> Result<(), Exit> {
     ordered(socket, change, reason, json)
 }
 
+/// Whoever waits goes on waiting with a daemon that was restarted or has read its configuration again,
+/// for the time that is left.
 fn rollout_status(socket: &Path, timeout: Option<Duration>, json: bool) -> Result<(), Exit> {
     let progress = show::Progress::new(timeout.is_some() && !json);
-    let request = Request::RolloutStatus { timeout };
-    let finish = call(socket, &request, |value| progress.show(&value))?;
+    let begun = Instant::now();
+    let mut answered = false;
+    let ended = loop {
+        let left = timeout.map(|timeout| timeout.saturating_sub(begun.elapsed()));
+        let ended = call(socket, &Request::RolloutStatus { timeout: left }, |value| {
+            answered = true;
+            progress.show(&value);
+        });
+        let code = match &ended {
+            Ok(finish) => finish.exit,
+            Err(exit) => exit.code,
+        };
+        answered |= ended.is_ok();
+        if code != exit::UNREACHABLE || !answered || left.is_none_or(|left| left.is_zero()) {
+            break ended;
+        }
+        std::thread::sleep(WATCH.min(left.unwrap_or_default()));
+    };
     progress.clear();
-    show::end(finish, json, show::rollout::status)
+    show::end(ended?, json, show::rollout::status)
 }
 
 fn ordered(socket: &Path, change: Change, reason: Option<String>, json: bool) -> Result<(), Exit> {

@@ -2,10 +2,11 @@
 
 use std::fs;
 use std::path::PathBuf;
+use std::process::Stdio;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use clamcast_tests::lab::{
-    Agent, Clamd, Container, Fleet, Master, PATIENCE, hash_signature, signatures, until,
+    Agent, Clamd, Container, Fleet, Master, PATIENCE, hash_signature, program, signatures, until,
 };
 use clamcast_tests::require;
 use nix::sys::signal::{Signal, kill};
@@ -267,6 +268,27 @@ fn operators_pause_abort_roll_back_and_pin() {
     order(&master, &["rollout", "resume"], 0);
     master.wait_live("web1", 6);
     assert!(order(&master, &["rollback", "77"], 2).contains("`generations`"));
+}
+
+#[test]
+fn whoever_waits_for_a_rollout_goes_on_waiting_over_a_reload() {
+    let fleet = Fleet::new();
+    let (mut master, _agents) = standing(&fleet);
+    let mut waiting = program("clamcast-master");
+    waiting.arg("--socket").arg(master.socket());
+    let waiting = waiting.args(["rollout", "status", "--timeout", "60s"]);
+    let mut waiting = waiting.stdout(Stdio::null()).spawn().unwrap();
+    for reloads in 1..=2 {
+        master.reload();
+        master.wait_audit("reload", reloads);
+        master.wait_agent("db1", "it is back", |row| row["connected"] == true);
+    }
+    assert!(waiting.try_wait().unwrap().is_none());
+    master.kill();
+    master.start();
+    order(&master, &["rollout", "promote", "--reason", "good"], 0);
+    assert_eq!(waiting.wait().unwrap().code(), Some(0));
+    assert_eq!(rollout(&master)["complete"]["generation"], 2);
 }
 
 #[test]
