@@ -570,6 +570,97 @@ async fn the_newest_offer_wins_while_files_are_on_their_way() {
 }
 
 #[tokio::test]
+async fn below_what_it_took_a_host_takes_what_it_has_and_nothing_else() {
+    let lab = Lab::new();
+    let master = lab.master("bank");
+    let agent = lab.start(&master).await;
+    let files: [(&str, &[u8]); 2] = [("a.ndb", b"one"), ("b.ndb", b"two")];
+    let mut talk = master.greet().await;
+    talk.install(&lab, 1, &files).await;
+    // It takes 3 in hand, and cannot have it.
+    talk.say(&ToAgent::Offer(lab.offer(3, &[("a.ndb", b"three")])))
+        .await;
+    talk.need().await;
+    fs::write(lab.database().join("b.ndb"), b"tWo").unwrap();
+    let same_number = lab.offer(1, &[("a.ndb", b"another one")]);
+    for lower in [lab.offer(2, &files), same_number] {
+        let word = lower.fresh.clone();
+        talk.say(&ToAgent::Offer(lower)).await;
+        let why = talk.refusal().await;
+        assert!(why.contains("older than 1.3"), "{why}");
+        talk.say(&ToAgent::Fresh { fresh: word }).await;
+        let why = talk.hear().await;
+        assert!(
+            matches!(why, ToMaster::Error { offer: None, .. }),
+            "{why:?}"
+        );
+    }
+    let offer = lab.offer(1, &files);
+    let word = offer.fresh.clone();
+    talk.say(&ToAgent::Offer(offer)).await;
+    assert_eq!(names(&talk.need().await), ["b.ndb"]);
+    talk.push(1, "b.ndb", b"two").await;
+    let receipt = talk.receipt(&lab).await;
+    assert_eq!(
+        (receipt.generation, receipt.outcome),
+        (Generation::FIRST, Outcome::Live)
+    );
+    assert_eq!(fs::read(lab.database().join("b.ndb")).unwrap(), b"two");
+    talk.say(&ToAgent::Fresh { fresh: word }).await;
+    for seq in [1, receipt.seq] {
+        talk.say(&ToAgent::ReceiptAck { seq }).await;
+    }
+    lab.until("all of that is heard", |status| {
+        status.receipts_pending == 0
+    })
+    .await;
+    talk.answered().await; // nothing is said against the word
+    // The mark is where it was, also after a restart.
+    agent.stop(Occasion::Exit).await;
+    drop(talk);
+    let agent = lab.start(&master).await;
+    let mut talk = master.greet().await;
+    talk.say(&ToAgent::Offer(lab.offer(2, &files))).await;
+    let why = talk.refusal().await;
+    assert!(why.contains("older than 1.3"), "{why}");
+    agent.stop(Occasion::Exit).await;
+}
+
+#[tokio::test]
+async fn what_is_being_replaced_is_not_taken_again() {
+    let lab = Lab::new();
+    let master = lab.master("bank");
+    let clamd = lab.path("clamd.ctl");
+    lab.edit("\"none\"", &format!("{clamd:?}"));
+    let agent = lab.start(&master).await;
+    let mut talk = master.greet().await;
+    talk.install(&lab, 1, &[("a.ndb", b"first")]).await;
+    let (reloads, mut reloaded) = mpsc::unbounded_channel();
+    let clamd = UnixListener::bind(clamd).unwrap();
+    tokio::spawn(async move {
+        loop {
+            let (stream, _) = clamd.accept().await.unwrap();
+            tokio::spawn(answer(stream, reloads.clone()));
+        }
+    });
+    talk.say(&ToAgent::Offer(lab.offer(2, &[("a.ndb", b"second")])))
+        .await;
+    talk.need().await;
+    talk.push(2, "a.ndb", b"second").await;
+    let second = || fs::read(lab.database().join("a.ndb")).unwrap() == b"second";
+    while !second() {
+        timeout(PATIENCE, reloaded.recv()).await.expect("a reload");
+    }
+    // clamd has yet to be seen with it; 1 is what is recorded until then.
+    talk.say(&ToAgent::Offer(lab.offer(1, &[("a.ndb", b"first")])))
+        .await;
+    let why = talk.refusal().await;
+    assert!(why.contains("older than 1.2"), "{why}");
+    assert!(second());
+    agent.stop(Occasion::Exit).await;
+}
+
+#[tokio::test]
 async fn an_offer_does_not_wait_for_a_clamd_that_is_still_to_show_the_set_before() {
     let lab = Lab::new();
     let master = lab.master("bank");

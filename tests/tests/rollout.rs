@@ -21,6 +21,12 @@ fn good(version: u64) -> Container {
     Container::new("daily", version).member("hsb", members)
 }
 
+/// One that it does not.
+fn bad(version: u64) -> Container {
+    let nonsense = "Lab.Nonsense:0:*:these are no hexadecimal digits\n";
+    good(version).member("ndb", nonsense)
+}
+
 /// A master whose canaries are `web1` and `web2`, with `rollout` as its table of that name. Not
 /// started; set 1 is in the mirror.
 fn master(fleet: &Fleet, rollout: &str) -> Master {
@@ -88,8 +94,7 @@ fn a_generation_that_clamd_cannot_load_halts_at_the_canaries_and_is_taken_back()
     wait_state(&master, "complete");
 
     let mirror = fleet.join("mirror");
-    let nonsense = "Lab.Nonsense:0:*:these are no hexadecimal digits\n";
-    good(2).member("ndb", nonsense).write(&mirror);
+    bad(2).write(&mirror);
     let halt = master.wait_audit("halt", 1).remove(0);
     assert_eq!(halt["generation"], 2);
     let reason = halt["detail"]["reason"].as_str().unwrap();
@@ -125,6 +130,65 @@ fn a_generation_that_clamd_cannot_load_halts_at_the_canaries_and_is_taken_back()
         master.wait_live(name, 4);
     }
     wait_state(&master, "complete");
+}
+
+#[test]
+fn a_host_that_refused_a_generation_has_the_one_before_mended_by_the_master() {
+    require!(Clamd);
+    let fleet = Fleet::new();
+    let mut master = master(&fleet, "rollback_on_halt = false");
+    master.configure("[signing]", "[signing]\nfresh = \"1m\"");
+    let database = fleet.join("agents/web1/db");
+    fs::create_dir_all(&database).unwrap();
+    let mut clamd = Clamd::new(&database);
+    let mut agent = fleet.agent_with("web1", &format!("config = {:?}", clamd.config()));
+    master.start();
+    agent.start();
+    master.wait_agent("web1", "the first set is there", |row| {
+        row["generation"] == 1
+    });
+    clamd.start();
+    master.wait_live("web1", 1);
+    wait_state(&master, "complete");
+    bad(2).write(&fleet.join("mirror"));
+    master.wait_audit("halt", 1);
+    let row = master.wait_live("web1", 1);
+    assert_eq!(row["outcome"], "refused", "{row}");
+
+    // Its own copies go first, so that only the master has the file.
+    let file = database.join("daily.cud");
+    let good = fs::read(&file).unwrap();
+    for kept in ["current", "previous", "stage"] {
+        let kept = database.join(".clamcast").join(kept);
+        for entry in fs::read_dir(kept).into_iter().flatten() {
+            fs::remove_file(entry.unwrap().path()).unwrap();
+        }
+    }
+    fs::remove_file(&file).unwrap();
+    let repair = master.wait_audit("repair", 1).remove(0);
+    assert_eq!(repair["generation"], 1, "{repair}");
+    master.wait_live("web1", 1);
+    assert_eq!(fs::read(&file).unwrap(), good);
+    let found = clamd.scan(SAMPLE).unwrap();
+    assert_eq!(found, "stream: Lab.Good-1.UNOFFICIAL FOUND");
+    let offers = [json!(1), json!(2), json!(1)];
+    assert_eq!(offered(&master, "web1"), offers, "2 no second time");
+
+    let forced = master.command(&["force-sync", "web1"]);
+    assert_eq!(forced.status.code(), Some(0), "{forced:?}");
+    let table = String::from_utf8(forced.stdout).unwrap();
+    let row: Vec<_> = table.lines().last().unwrap().split_whitespace().collect();
+    assert_eq!(row, ["web1", "live", "1.1", "yes", "-", "-"], "{table}");
+
+    // It goes on being told that what it runs is current.
+    let fresh = || agent.json(&["status"]).unwrap_or_default()["fresh_until"].clone();
+    let told = fresh();
+    assert!(told.is_string());
+    until(PATIENCE, "a newer word comes", || {
+        let now = fresh();
+        (now.as_str() > told.as_str()).then_some(()).ok_or(now)
+    });
+    assert_eq!(offered(&master, "web1").len(), 4);
 }
 
 /// A fleet of `web1`, a canary, and `db1` without clamds, complete at 1; then set 2 stands at the

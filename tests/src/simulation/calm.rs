@@ -45,6 +45,17 @@ impl World {
         }
     }
 
+    /// Whether the master knows what a host has, and nobody holds that against it.
+    fn is_to_be_mended(host: &Host, fleet: &Fleet) -> bool {
+        let known = fleet.record(&host.name);
+        let known = known.and_then(|record| record.installed.as_ref());
+        let installed = host.disk.installed.as_ref();
+        known.zip(installed).is_some_and(|(known, installed)| {
+            known.manifest_sha256 == installed.set.sha256()
+                && !fleet.rollout().is_taken_back(known.position)
+        })
+    }
+
     fn is_at_rest(&self, host: &Host, fleet: &Fleet) -> Result<(), String> {
         let (name, now) = (&host.name, self.clock());
         let disk = &host.disk;
@@ -53,6 +64,9 @@ impl World {
         }
         if !disk.receipts.is_empty() {
             return Err(format!("the master lacks receipts of {name}"));
+        }
+        if host.lacking && Self::is_to_be_mended(host, fleet) {
+            return Err(format!("{name} lacks files: {}", host.said()));
         }
         let Some(wanted) = fleet.wanted(name, now) else {
             return Ok(());

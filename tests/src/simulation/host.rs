@@ -40,6 +40,9 @@ use super::contents::Bad;
 use super::disk::{Disk, Fate, Trouble};
 use super::network::{LinkNumber, Said, Told};
 
+/// Files that are missing are asked for again after this: the longest wait of the agent's guard.
+const MEND_AGAIN: Duration = Duration::from_secs(15 * 60);
+
 /// One host.
 pub(super) struct Host {
     pub(super) name: AgentName,
@@ -78,6 +81,8 @@ struct Mind {
     probe: Backoff,
     /// Whether a probe is going to be made.
     probing: bool,
+    /// Whether missing files are going to be asked for again.
+    mending: bool,
     /// What the installer is at.
     work: Option<At>,
     /// Files that arrive, and how often their arrival was cut short.
@@ -136,6 +141,8 @@ pub(super) enum HostEvent {
     Probe,
     /// A clamd that was there is looked for.
     Look,
+    /// Missing files are asked for again.
+    Mend,
 }
 
 /// What a host does to the world.
@@ -185,6 +192,7 @@ impl Mind {
             retry: RETRY,
             probe: PROBE,
             probing: false,
+            mending: false,
             work: None,
             receiving: BTreeSet::new(),
             cuts: 0,
@@ -288,6 +296,11 @@ impl Host {
             }
             HostEvent::Probe => self.probe(sight),
             HostEvent::Look => self.look(sight),
+            HostEvent::Mend => {
+                self.mind.mending = false;
+                self.mend(sight);
+                self.set_mending(sight);
+            }
         }
     }
 
@@ -401,6 +414,7 @@ impl Host {
             self.set_tick(sight);
             self.set_probe(sight);
             self.set_telling(sight);
+            self.set_mending(sight);
         }
     }
 
@@ -644,7 +658,26 @@ impl Host {
             let lost = self.disk.databases.remove(&name).expect("it is a key");
             self.disk.previous.remove(&lost.sha256);
             self.lacking = true;
+            self.mend(sight);
+            self.set_mending(sight);
+        }
+    }
+
+    /// Asks the master for the files that are missing, unless something is being done there.
+    fn mend(&mut self, sight: &mut Sight<'_>) {
+        let open = self.mind.machine.journal();
+        let calm = open.is_none_or(|open| open.step == Step::Waiting)
+            && self.mind.slot.phase() == Phase::Idle
+            && self.mind.work.is_none();
+        if self.lacking && calm {
             self.say(Said::Reoffer, sight);
+        }
+    }
+
+    fn set_mending(&mut self, sight: &mut Sight<'_>) {
+        if self.lacking && !self.mind.mending {
+            self.mind.mending = true;
+            sight.later(MEND_AGAIN, HostEvent::Mend);
         }
     }
 

@@ -327,6 +327,7 @@ impl Host {
                     }
                 }
                 self.set_probe(sight);
+                self.set_mending(sight);
             }
             None => {}
         }
