@@ -93,7 +93,8 @@ pub enum ToMaster {
         until: Option<Timestamp>,
     },
     /// Files of the installed generation are damaged, and no copy on the host is good: asks to be
-    /// offered anew what this host should run. A master that does not know it answers with `Error`.
+    /// offered anew what this host should run or, where it failed with that, what it has. A master
+    /// that does not know it answers with `Error`.
     Reoffer {},
     /// What came of a generation: a signed [`crate::receipt::Receipt`].
     Receipt {
