@@ -266,6 +266,10 @@ pub struct Row {
     pub address: Option<SocketAddr>,
     /// When the certificate that it last came with ends.
     pub certificate_ends: Timestamp,
+    /// Whether it may be about to be offered what it is wanted at: it has just connected, or the master
+    /// was started a moment ago and it was there before.
+    #[serde(skip)]
+    pub coming: bool,
     /// The offer that is under way.
     #[serde(skip)]
     pub offered: Option<OfferId>,
@@ -889,6 +893,10 @@ impl Fleet {
                 drift: record.drift.clone(),
                 address: agent.link.as_ref().map(|link| link.address),
                 certificate_ends: record.certificate_ends,
+                coming: match &agent.link {
+                    Some(link) => offer.is_none() && link.answered.is_none(),
+                    None => self.rollout.is_coming_back(record.seen, now),
+                },
                 offered: offer.map(|offer| offer.id),
                 answered: agent
                     .link

@@ -498,6 +498,7 @@ mod tests {
                 drift: vec![],
                 address: None,
                 certificate_ends: Timestamp::UNIX_EPOCH,
+                coming: false,
                 offered: number(),
                 answered: number().map(|offer| Answered {
                     offer,

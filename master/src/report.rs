@@ -37,7 +37,7 @@ pub struct Back<'a> {
     from: Position,
     /// The rollback.
     to: Position,
-    /// Who is connected and at work on it.
+    /// Who is at work on it, or about to be: connected, or waited for after a start of the master.
     pub on_their_way: Vec<&'a Row>,
     /// Who still has what was taken back, and is away or could not go back.
     left: Vec<&'a Row>,
@@ -51,8 +51,10 @@ pub fn going_back(view: &View) -> Option<Back<'_>> {
         let at = row.position();
         !row.conformant && at.is_some_and(|at| rollout.is_taken_back(at))
     };
-    let is_at_it =
-        |row: &Row| row.wanted == Some(to) && view.unsettled.binary_search(&row.name).is_ok();
+    let is_at_it = |row: &Row| {
+        let has_offer = view.unsettled.binary_search(&row.name).is_ok();
+        row.wanted == Some(to) && (has_offer || row.coming && has_bad(row))
+    };
     let (on_their_way, others): (Vec<_>, Vec<_>) = view.rows.iter().partition(|row| is_at_it(row));
     let left: Vec<_> = others.into_iter().filter(|row| has_bad(row)).collect();
     let all_back = on_their_way.is_empty() && left.is_empty();

@@ -132,6 +132,9 @@ pub struct Rollout {
     owed: Option<Owed>,
     /// Why nothing is published although the mirror changes.
     held: Option<Held>,
+    /// When the master was started.
+    #[serde(skip)]
+    resumed: Option<Timestamp>,
 }
 
 /// A generation that did not go through.
@@ -279,9 +282,16 @@ impl Rollout {
 
     /// Takes note of a start of the master: agents that were there are waited for.
     pub fn resumed(&mut self, now: Timestamp) {
+        self.resumed = Some(now);
         if let Some(run) = &mut self.running {
             run.resumed = Some(now);
         }
+    }
+
+    /// Whether an agent that is not connected may be about to be: the master was started a moment ago, and
+    /// it was `seen` not long before that, and not since.
+    pub fn is_coming_back(&self, seen: Timestamp, now: Timestamp) -> bool {
+        run::is_coming_back(self.resumed, seen, now)
     }
 
     /// Generations that somebody may be wanted at: they and their files are kept.
@@ -431,6 +441,7 @@ impl Rollout {
     /// change of the fleet, and every few seconds.
     pub fn step(&mut self, agents: &impl Agents, rules: &Rules, now: Timestamp) -> Vec<Effect> {
         let mut effects = Vec::new();
+        self.resumed = self.resumed.map(|resumed| resumed.min(now));
         if let Some(run) = &mut self.running {
             run.clock_is_at(now);
         }

@@ -358,18 +358,18 @@ fn whoever_waits_for_a_rollout_goes_on_waiting_over_a_reload() {
 #[test]
 fn a_rollback_is_waited_for_until_who_is_there_is_back() {
     let fleet = Fleet::new();
-    let (master, mut agents) = standing(&fleet);
+    let (mut master, mut agents) = standing(&fleet);
     order(&master, &["rollout", "promote", "--reason", "good"], 0);
     master.wait_live("db1", 2);
     wait_state(&master, "complete");
-    let wait = |time| master.command(&["rollout", "status", "--timeout", time]);
-    let going_back = || rollout(&master)["going_back"].clone();
+    let wait = |master: &Master, time| master.command(&["rollout", "status", "--timeout", time]);
+    let going_back = |master: &Master| rollout(master)["going_back"].clone();
 
     // One that does not get on with it is waited for.
     kill(Pid::from_raw(agents[0].pid() as i32), Signal::SIGSTOP).unwrap();
     order(&master, &["rollback", "1", "--reason", "a test"], 0);
     master.wait_live("db1", 3);
-    let late = wait("1s");
+    let late = wait(&master, "1s");
     assert_eq!(late.status.code(), Some(1), "{late:?}");
     let said = String::from_utf8(late.stderr).unwrap();
     let on_its_way = "1.3 takes the place of 1.2, and 1 host is on the way to it";
@@ -379,7 +379,7 @@ fn a_rollback_is_waited_for_until_who_is_there_is_back() {
         shown.contains("HOLDS IT UP") && shown.contains("web1"),
         "{shown}"
     );
-    let back = going_back();
+    let back = going_back(&master);
     assert_eq!(
         (&back["from"]["generation"], &back["to"]["generation"]),
         (&json!(2), &json!(3))
@@ -389,10 +389,15 @@ fn a_rollback_is_waited_for_until_who_is_there_is_back() {
         (&json!(1), &json!(0))
     );
     order(&master, &["rollout", "status"], 0);
+    // After a start it is waited for before it is connected.
+    master.kill();
+    master.start();
+    assert_eq!(wait(&master, "1s").status.code(), Some(1));
+    assert_eq!(going_back(&master)["on_their_way"], 1);
     agents[0].resume();
-    assert_eq!(wait("60s").status.code(), Some(0));
+    assert_eq!(wait(&master, "60s").status.code(), Some(0));
     master.wait_live("web1", 3);
-    assert_eq!(going_back(), json!(null));
+    assert_eq!(going_back(&master), json!(null));
 
     // One that is away is not waited for, but named.
     order(&master, &["rollout", "resume"], 0);
@@ -401,21 +406,21 @@ fn a_rollback_is_waited_for_until_who_is_there_is_back() {
     agents[0].stop();
     master.wait_agent("web1", "it is away", |row| row["connected"] == false);
     order(&master, &["rollout", "abort", "--reason", "a test"], 0);
-    let halted = wait("60s");
+    let halted = wait(&master, "60s");
     assert_eq!(halted.status.code(), Some(1), "aborted: {halted:?}");
     let shown = String::from_utf8(halted.stdout).unwrap();
     assert!(
         shown.contains("STILL HAS IT") && shown.contains("not connected"),
         "{shown}"
     );
-    let back = going_back();
+    let back = going_back(&master);
     assert_eq!(
         (&back["on_their_way"], &back["left"]),
         (&json!(0), &json!(1))
     );
     agents[0].start();
     master.wait_live("web1", 5);
-    assert_eq!(going_back(), json!(null));
+    assert_eq!(going_back(&master), json!(null));
 }
 
 #[test]

@@ -374,11 +374,8 @@ impl Run {
             };
             // Whoever has taken it in hand is waited for also where its connection is lost, or a
             // wave would be done whenever its last agents blink.
-            let seen = member.connected || now.duration_since(member.seen) < SEEN;
-            let coming = seen
-                && self
-                    .resumed
-                    .is_some_and(|start| now.duration_since(start) < RECONNECT);
+            let seen = member.connected || is_seen(member.seen, now);
+            let coming = is_coming_back(self.resumed, member.seen, now);
             let at_it = member.connected || member.progress.is_some() || coming;
             let unsettled = member.word.is_none() && at_it && !unwell;
             tally.members += 1;
@@ -437,6 +434,18 @@ impl Tally {
              last 24 hours, of {members} in the wave{look}"
         )
     }
+}
+
+/// Whether an agent that was `seen` not long before the master was started, and not since, is waited for.
+pub(super) fn is_coming_back(started: Option<Timestamp>, seen: Timestamp, now: Timestamp) -> bool {
+    started.is_some_and(|start| {
+        seen <= start && is_seen(seen, now) && now.duration_since(start) < RECONNECT
+    })
+}
+
+/// Whether an agent was there lately.
+fn is_seen(seen: Timestamp, now: Timestamp) -> bool {
+    now.duration_since(seen) < SEEN
 }
 
 /// Whether an agent has shown no progress for too long, or has made nothing of it.
