@@ -161,13 +161,17 @@ pub async fn serve(endpoint: Endpoint, shared: Arc<Shared>, stop: CancellationTo
         let Some(incoming) = incoming else { break };
         // Every unfinished handshake holds a clone.
         let unfinished = Arc::strong_count(&handshakes) - 1;
-        if connections.len() >= CONNECTIONS_MAX || unfinished >= HANDSHAKES_MAX {
-            incoming.refuse(); // the agent backs off and tries again
-            continue;
-        }
-        if unfinished >= HANDSHAKES_UNPROVEN_MAX && !incoming.remote_address_validated() {
-            let _ = incoming.retry(); // fails only for a validated address
-            continue;
+        let is_proven = incoming.remote_address_validated();
+        match Answer::to_newcomer(connections.len(), unfinished, is_proven) {
+            Answer::Accept => {}
+            Answer::Retry => {
+                let _ = incoming.retry(); // fails only for a validated address
+                continue;
+            }
+            Answer::Refuse => {
+                incoming.refuse(); // the agent backs off and tries again
+                continue;
+            }
         }
         // Here and not in the connection's task: nobody reads the socket while an Initial is worked
         // on, so that is done for one at a time, and whoever reads comes before the next.
@@ -196,6 +200,29 @@ pub async fn serve(endpoint: Endpoint, shared: Arc<Shared>, stop: CancellationTo
         && let Err(error) = crate::endpoint::free_port(&endpoint)
     {
         tracing::debug!(%error, "the port is kept until the last connection has drained");
+    }
+}
+
+/// What somebody hears who wants to connect.
+#[derive(Debug, PartialEq)]
+enum Answer {
+    Accept,
+    /// Show first that you are where you say you are.
+    Retry,
+    Refuse,
+}
+
+impl Answer {
+    /// With so many connections, so many of them in their handshake still, to somebody whose
+    /// address is proven or not.
+    fn to_newcomer(connections: usize, unfinished: usize, is_proven: bool) -> Self {
+        if connections >= CONNECTIONS_MAX || unfinished >= HANDSHAKES_MAX {
+            Self::Refuse
+        } else if unfinished >= HANDSHAKES_UNPROVEN_MAX && !is_proven {
+            Self::Retry
+        } else {
+            Self::Accept
+        }
     }
 }
 
@@ -654,4 +681,39 @@ async fn after<T>(pause: Duration, doing: impl Future<Output = T>) -> T {
         sleep(pause).await;
     }
     doing.await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What those hear whose address is proven, and those whose is not.
+    #[track_caller]
+    fn check(connections: usize, unfinished: usize, proven: Answer, unproven: Answer) {
+        let answer = |is_proven| Answer::to_newcomer(connections, unfinished, is_proven);
+        assert_eq!((answer(true), answer(false)), (proven, unproven));
+    }
+
+    #[test]
+    fn from_64_unfinished_handshakes_on_an_address_has_to_be_proven() {
+        check(0, 0, Answer::Accept, Answer::Accept);
+        check(63, 63, Answer::Accept, Answer::Accept);
+        check(64, 64, Answer::Accept, Answer::Retry);
+        check(4095, 4095, Answer::Accept, Answer::Retry);
+    }
+
+    #[test]
+    fn from_4096_unfinished_handshakes_on_nobody_is_let_in() {
+        check(4096, 4096, Answer::Refuse, Answer::Refuse);
+        check(4097, 4097, Answer::Refuse, Answer::Refuse);
+    }
+
+    #[test]
+    fn a_fleet_twice_over_is_all_that_is_let_in_however_few_are_in_their_handshake() {
+        let most = 2 * AGENTS_MAX;
+        check(most - 1, 0, Answer::Accept, Answer::Accept);
+        check(most - 1, 64, Answer::Accept, Answer::Retry);
+        check(most, 0, Answer::Refuse, Answer::Refuse);
+        check(most, 64, Answer::Refuse, Answer::Refuse);
+    }
 }
