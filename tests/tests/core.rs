@@ -23,20 +23,6 @@ fn sha256(path: impl AsRef<Path>) -> String {
     hex::encode(Sha256::digest(content))
 }
 
-/// The `[clamd]` lines of an agent for this clamd.
-fn beside(clamd: &Clamd) -> String {
-    format!("config = {:?}", clamd.config())
-}
-
-/// An agent for a clamd on its database directory; neither is started.
-fn agent_with_clamd(fleet: &Fleet, name: &str) -> (clamcast_tests::lab::Agent, Clamd) {
-    let database = fleet.join(&format!("agents/{name}/db"));
-    fs::create_dir_all(&database).unwrap();
-    let clamd = Clamd::new(&database);
-    let agent = fleet.agent_with(name, &beside(&clamd));
-    (agent, clamd)
-}
-
 /// A set of generated signatures that finds `sample` as `name`.
 fn finds(version: u64, sample: &[u8], name: &str) -> Container {
     Container::new("daily", version)
@@ -49,12 +35,9 @@ fn a_freshclam_run_ends_with_both_agents_live_by_the_proof() {
     let mirror = Mirror::new();
     mirror.freshclam_to(4);
     let fleet = Fleet::new();
-    let directories = ["web1", "web2"].map(|name| fleet.join(&format!("agents/{name}/db")));
-    for directory in &directories {
-        fs::create_dir_all(directory).unwrap();
-    }
-    let mut clamds = Clamd::pair([&directories[0], &directories[1]]);
-    let mut agents = [0, 1].map(|i| fleet.agent_with(["web1", "web2"][i], &beside(&clamds[i])));
+    let databases = ["web1", "web2"].map(|name| fleet.database(name));
+    let mut clamds = Clamd::pair([&databases[0], &databases[1]]);
+    let mut agents = [0, 1].map(|i| fleet.agent_of(["web1", "web2"][i], &clamds[i]));
     let mut master = fleet.master(&mirror.directory());
     master.start();
     for agent in &mut agents {
@@ -105,8 +88,7 @@ fn a_freshclam_run_ends_with_both_agents_live_by_the_proof() {
 #[test]
 fn a_reader_in_a_loop_never_sees_a_partial_file_under_a_database_name() {
     let fleet = Fleet::new();
-    let mirror = fleet.join("mirror");
-    fs::create_dir_all(&mirror).unwrap();
+    let mirror = fleet.mirror();
     let published = Arc::new(Mutex::new(BTreeSet::new()));
     let publish = |version: u64| {
         let members = signatures(version * 1000..version * 1000 + 5000 + version * 300);
@@ -151,14 +133,13 @@ fn a_reader_in_a_loop_never_sees_a_partial_file_under_a_database_name() {
 fn a_clean_host_without_any_database_gets_its_first_set_and_starts_its_clamd_later() {
     require!(Clamd);
     let fleet = Fleet::new();
-    let mirror = fleet.join("mirror");
-    fs::create_dir_all(&mirror).unwrap();
+    let mirror = fleet.mirror();
     finds(1, b"a sample of the first set", "Lab.First-1").write(&mirror);
-    let (mut agent, mut clamd) = agent_with_clamd(&fleet, "web1");
+    let (mut agent, mut clamd) = fleet.agent_and_clamd("web1");
     let mut master = fleet.master(&mirror);
     master.start();
     agent.start();
-    let row = master.wait_agent("web1", "installed", |row| row["outcome"] == "installed");
+    let row = master.wait_installed("web1");
     assert_eq!(
         (&row["live"], &row["generation"]),
         (&false.into(), &1.into())
@@ -174,10 +155,9 @@ fn a_clean_host_without_any_database_gets_its_first_set_and_starts_its_clamd_lat
 fn a_set_that_clamd_refuses_is_rolled_back_and_proven() {
     require!(Clamd);
     let fleet = Fleet::new();
-    let mirror = fleet.join("mirror");
-    fs::create_dir_all(&mirror).unwrap();
+    let mirror = fleet.mirror();
     finds(1, b"a sample of the good set", "Lab.Good-1").write(&mirror);
-    let (mut agent, mut clamd) = agent_with_clamd(&fleet, "web1");
+    let (mut agent, mut clamd) = fleet.agent_and_clamd("web1");
     let mut master = fleet.master(&mirror);
     // The master's own load test would keep it out, and a rollback take the place of the agent's.
     master.configure(
@@ -185,11 +165,7 @@ fn a_set_that_clamd_refuses_is_rolled_back_and_proven() {
         "require = []\nload_test = \"never\"\nshrink_max = \"100%\"\n\
          [rollout]\nrollback_on_halt = false",
     );
-    master.start();
-    agent.start();
-    master.wait_agent("web1", "installed", |row| row["outcome"] == "installed");
-    clamd.start();
-    master.wait_live("web1", 1);
+    master.start_with(&mut agent, &mut clamd);
     let good = sha256(agent.database().join("daily.cud"));
 
     Container::refused_by_clamd("daily", 2).write(&mirror);
@@ -234,16 +210,11 @@ fn a_set_that_clamd_refuses_is_rolled_back_and_proven() {
 fn a_dead_clamd_rolls_nothing_back_and_a_clamd_that_comes_back_is_live() {
     require!(Clamd);
     let fleet = Fleet::new();
-    let mirror = fleet.join("mirror");
-    fs::create_dir_all(&mirror).unwrap();
+    let mirror = fleet.mirror();
     finds(1, b"a sample of set one", "Lab.One-1").write(&mirror);
-    let (mut agent, mut clamd) = agent_with_clamd(&fleet, "web1");
+    let (mut agent, mut clamd) = fleet.agent_and_clamd("web1");
     let mut master = fleet.master(&mirror);
-    master.start();
-    agent.start();
-    master.wait_agent("web1", "installed", |row| row["outcome"] == "installed");
-    clamd.start();
-    master.wait_live("web1", 1);
+    master.start_with(&mut agent, &mut clamd);
     clamd.kill();
     let container = finds(2, b"a sample of set two", "Lab.Two-1");
     let path = container.write(&mirror);
@@ -259,16 +230,11 @@ fn a_dead_clamd_rolls_nothing_back_and_a_clamd_that_comes_back_is_live() {
 fn a_set_is_not_live_while_its_clamd_is_gone() {
     require!(Clamd);
     let fleet = Fleet::new();
-    let mirror = fleet.join("mirror");
-    fs::create_dir_all(&mirror).unwrap();
+    let mirror = fleet.mirror();
     finds(1, b"a sample", "Lab.One-1").write(&mirror);
-    let (mut agent, mut clamd) = agent_with_clamd(&fleet, "web1");
+    let (mut agent, mut clamd) = fleet.agent_and_clamd("web1");
     let mut master = fleet.master(&mirror);
-    master.start();
-    agent.start();
-    master.wait_agent("web1", "installed", |row| row["outcome"] == "installed");
-    clamd.start();
-    master.wait_live("web1", 1);
+    master.start_with(&mut agent, &mut clamd);
     let install = agent.json(&["status"]).unwrap()["install"].clone();
     // An agent that runs notices it in a minute, one that starts at once.
     agent.stop();
@@ -288,8 +254,7 @@ fn a_set_is_not_live_while_its_clamd_is_gone() {
 #[test]
 fn an_agent_that_was_away_catches_up_and_a_restarted_master_goes_on_with_the_numbering() {
     let fleet = Fleet::new();
-    let mirror = fleet.join("mirror");
-    fs::create_dir_all(&mirror).unwrap();
+    let mirror = fleet.mirror();
     finds(1, b"sample", "Lab.A-1").write(&mirror);
     let mut master = fleet.master(&mirror);
     let mut agent = fleet.agent("web1");
@@ -312,15 +277,11 @@ fn an_agent_that_was_away_catches_up_and_a_restarted_master_goes_on_with_the_num
 #[test]
 fn a_revoked_agent_is_cut_off_and_stays_out() {
     let fleet = Fleet::new();
-    let mirror = fleet.join("mirror");
-    fs::create_dir_all(&mirror).unwrap();
+    let mirror = fleet.mirror();
     finds(1, b"sample", "Lab.A-1").write(&mirror);
     let mut master = fleet.master(&mirror);
-    let mut agents = ["web1", "web2"].map(|name| fleet.agent(name));
     master.start();
-    for agent in &mut agents {
-        agent.start();
-    }
+    let _agents = fleet.start_agents(["web1", "web2"]);
     master.wait_live("web1", 1);
     master.wait_live("web2", 1);
     fleet.certs(&["revoke", "web1", "--reason", "lost"]);
@@ -344,8 +305,7 @@ fn a_revoked_agent_is_cut_off_and_stays_out() {
 #[test]
 fn an_agent_with_a_certificate_of_another_ca_is_kept_out() {
     let fleet = Fleet::new();
-    let mirror = fleet.join("mirror");
-    fs::create_dir_all(&mirror).unwrap();
+    let mirror = fleet.mirror();
     finds(1, b"sample", "Lab.A-1").write(&mirror);
     let mut master = fleet.master(&mirror);
     master.start();
@@ -382,8 +342,7 @@ fn an_agent_with_a_certificate_of_another_ca_is_kept_out() {
 #[test]
 fn files_of_the_same_content_are_one_transfer_and_stop_nobody() {
     let fleet = Fleet::new();
-    let mirror = fleet.join("mirror");
-    fs::create_dir_all(&mirror).unwrap();
+    let mirror = fleet.mirror();
     finds(1, b"sample", "Lab.A-1").write(&mirror);
     let same = "Lab.Same:0:*:6c61622073616d65\n".repeat(2000);
     for number in 0..12 {
@@ -391,11 +350,8 @@ fn files_of_the_same_content_are_one_transfer_and_stop_nobody() {
     }
     let mut master = fleet.master(&mirror);
     master.configure("require = []", "require = []\nload_test = \"never\"");
-    let mut agents = ["web1", "web2", "web3"].map(|name| fleet.agent(name));
     master.start();
-    for agent in &mut agents {
-        agent.start();
-    }
+    let agents = fleet.start_agents(["web1", "web2", "web3"]);
     for (name, agent) in ["web1", "web2", "web3"].iter().zip(&agents) {
         master.wait_live(name, 1);
         assert_eq!(agent.names().len(), 13);
@@ -405,8 +361,7 @@ fn files_of_the_same_content_are_one_transfer_and_stop_nobody() {
 #[test]
 fn a_truncated_or_foreign_file_in_the_mirror_is_refused_and_the_last_generation_stays() {
     let fleet = Fleet::new();
-    let mirror = fleet.join("mirror");
-    fs::create_dir_all(&mirror).unwrap();
+    let mirror = fleet.mirror();
     let good = finds(1, b"sample", "Lab.A-1");
     good.write(&mirror);
     let mut master = fleet.master(&mirror);
@@ -443,8 +398,7 @@ fn a_truncated_or_foreign_file_in_the_mirror_is_refused_and_the_last_generation_
 #[test]
 fn the_audit_log_verifies_and_one_changed_removed_inserted_or_cut_line_is_found() {
     let fleet = Fleet::new();
-    let mirror = fleet.join("mirror");
-    fs::create_dir_all(&mirror).unwrap();
+    let mirror = fleet.mirror();
     let mut master = fleet.master(&mirror);
     let mut agent = fleet.agent("web1");
     finds(1, b"sample", "Lab.A-1").write(&mirror);

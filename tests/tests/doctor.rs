@@ -30,28 +30,24 @@ impl Host {
     /// Everything runs, and nothing is installed yet: the mirror is empty.
     fn new() -> Self {
         let fleet = Fleet::new();
-        let mirror = fleet.join("mirror");
-        fs::create_dir(&mirror).unwrap();
+        let mirror = fleet.mirror();
         let mut master = fleet.master(&mirror);
         master.start();
 
-        let home = fleet.join("agents/web1");
-        let database = home.join("db");
-        fs::create_dir_all(&database).unwrap();
+        let database = fleet.database("web1");
         // clamd does not start without databases.
         Container::new("daily", 1)
             .member("hsb", signatures(0..10))
             .write(&database);
         let mut clamd = Clamd::new(&database).with_user(CLAMD);
-        let config = clamd.config();
-        let agent = fleet.agent_with("web1", &format!("config = \"{}\"", config.display()));
+        let agent = fleet.agent_of("web1", &clamd);
         let pki = fleet.pki();
         for directory in [pki.parent().unwrap(), &pki, &pki.join("agents")] {
             set(directory, None, 0o755);
         }
         own_all(&fleet.pki().join("agents/web1"), AGENT);
-        own_all(&home, AGENT);
-        set(config.parent().unwrap(), Some(CLAMD), 0o755);
+        own_all(agent.directory(), AGENT);
+        set(clamd.config().parent().unwrap(), Some(CLAMD), 0o755);
         clamd.start();
         clamd.wait_ready();
         Self {
@@ -422,25 +418,16 @@ fn what_another_user_sees_is_said_to_hold_for_that_user_only() {
 fn what_came_of_the_newest_generation_is_told_with_what_is_in_its_way() {
     require!(Clamd, Clamscan);
     let fleet = Fleet::new();
-    let mirror = fleet.join("mirror");
-    fs::create_dir(&mirror).unwrap();
+    let mirror = fleet.mirror();
     let publish = |version| {
         let daily = Container::new("daily", version).member("hsb", signatures(0..10 + version));
         daily.write(&mirror);
     };
     publish(1);
     let mut master = fleet.master(&mirror);
-    master.start();
-    let database = fleet.join("agents/web1/db");
-    fs::create_dir_all(&database).unwrap();
-    let mut clamd = Clamd::new(&database);
-    let mut agent = fleet.agent_with("web1", &format!("config = {:?}", clamd.config()));
-    agent.start();
-    master.wait_agent("web1", "the first set is there", |row| {
-        row["generation"] == 1
-    });
-    clamd.start();
-    master.wait_live("web1", 1);
+    let (mut agent, mut clamd) = fleet.agent_and_clamd("web1");
+    master.start_with(&mut agent, &mut clamd);
+    let database = agent.database();
     assert_eq!(said(&agent, "outcome"), "good generation 1.1 is live -> ");
 
     let foreign = database.join("x.ndb");
@@ -498,8 +485,7 @@ fn said(agent: &Agent, check: &str) -> String {
 #[test]
 fn the_way_to_the_master_is_tried_without_taking_the_agents_place() {
     let fleet = Fleet::new();
-    let mirror = fleet.join("mirror");
-    fs::create_dir(&mirror).unwrap();
+    let mirror = fleet.mirror();
     let mut master = fleet.master(&mirror);
     master.start();
     let mut agent = fleet.agent("web1");

@@ -8,8 +8,7 @@ use std::process::Command;
 use std::time::Instant;
 
 use clamcast_tests::lab::{
-    Agent, Clamd, Container, Fleet, Master, Mirror, PATIENCE, hash_signature, program, signatures,
-    until,
+    Agent, Container, Fleet, Master, Mirror, PATIENCE, hash_signature, program, signatures, until,
 };
 use clamcast_tests::require;
 use nix::sys::stat::Mode;
@@ -93,8 +92,7 @@ fn flip(file: &Path) {
 
 /// A mirror with these files, each of which finds its own name as a sample.
 fn mirror_of(fleet: &Fleet, names: &[&str]) -> Master {
-    let mirror = fleet.join("mirror");
-    fs::create_dir_all(&mirror).unwrap();
+    let mirror = fleet.mirror();
     for name in names {
         fs::write(
             mirror.join(name),
@@ -159,17 +157,9 @@ fn whatever_happens_to_a_file_it_is_seen_reported_repaired_and_proven() {
     let fleet = Fleet::new();
     let names = DAMAGES.map(|(name, ..)| name);
     let mut master = mirror_of(&fleet, &names);
-    master.start();
-    let database = fleet.join("agents/web1/db");
-    fs::create_dir_all(&database).unwrap();
-    let mut clamd = Clamd::new(&database);
-    let mut agent = fleet.agent_with("web1", &format!("config = {:?}", clamd.config()));
-    agent.start();
-    master.wait_agent("web1", "the first set is there", |row| {
-        row["generation"] == 1
-    });
-    clamd.start();
-    master.wait_live("web1", 1);
+    let (mut agent, mut clamd) = fleet.agent_and_clamd("web1");
+    master.start_with(&mut agent, &mut clamd);
+    let database = agent.database();
 
     for (name, damage, found) in DAMAGES {
         let file = database.join(name);
@@ -341,14 +331,10 @@ fn without_a_clamd_it_is_repaired_all_the_same() {
     let fleet = Fleet::new();
     let mut master = mirror_of(&fleet, &["x.hsb"]);
     master.start();
-    let database = fleet.join("agents/web1/db");
-    fs::create_dir_all(&database).unwrap();
-    let mut clamd = Clamd::new(&database);
-    let mut agent = fleet.agent_with("web1", &format!("config = {:?}", clamd.config()));
+    let (mut agent, mut clamd) = fleet.agent_and_clamd("web1");
     agent.start();
-    master.wait_agent("web1", "it waits for clamd", |row| {
-        row["outcome"] == "installed"
-    });
+    master.wait_installed("web1");
+    let database = agent.database();
     let good = fs::read(database.join("x.hsb")).unwrap();
     fs::remove_file(database.join("x.hsb")).unwrap();
     wait_told(&master, "repair", "x.hsb");
@@ -463,7 +449,7 @@ fn installs_are_not_taken_for_drift() {
     for version in 2..6 {
         Container::new("daily", version)
             .member("hsb", signatures(0..1000 + version))
-            .write(&fleet.join("mirror"));
+            .write(&fleet.mirror());
         master.wait_live("web1", version);
     }
     let hashed = || status(&agent)["drift"]["rehashed"].clone();
@@ -480,7 +466,7 @@ fn installs_are_not_taken_for_drift() {
 fn a_full_look_at_a_real_size_is_slow_on_purpose_and_gives_way_to_an_install() {
     clamcast_tests::long!();
     let (fleet, master, agent) = pair(&[], "rescan = \"1s\"");
-    let mirror = fleet.join("mirror");
+    let mirror = fleet.mirror();
     fs::write(mirror.join("large.hsb"), signatures(0..3_000_000)).unwrap();
     master.wait_live("web1", 2);
     let hashed = || status(&agent)["drift"]["rehashed"].clone();

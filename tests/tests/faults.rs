@@ -2,10 +2,10 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::Command;
+use std::time::Duration;
 
 use clamcast_tests::lab::{
-    Agent, Container, Fleet, Link, Master, PATIENCE, UdpProxy, signatures, until,
+    Agent, Container, Fleet, Link, Master, PATIENCE, SmallDisk, UdpProxy, signatures, until,
 };
 use clamcast_tests::require;
 use sha2::{Digest, Sha256};
@@ -18,10 +18,17 @@ fn large(version: u64) -> Container {
     )
 }
 
-/// A master for one large set, and an agent behind a slow link to it.
+/// A link over which a large set takes some seconds.
+const SLOW: Link = Link {
+    loss: 0.0,
+    delay: Duration::ZERO,
+    bandwidth: Some(400_000),
+    cut: false,
+};
+
+/// A master for one large set, and an agent behind a link to it.
 fn slow_fleet(fleet: &Fleet) -> (Master, Agent, UdpProxy) {
-    let mirror = fleet.join("mirror");
-    fs::create_dir_all(&mirror).unwrap();
+    let mirror = fleet.mirror();
     large(1).write(&mirror);
     let master = fleet.master(&mirror);
     master.configure("require = []", "require = []\nload_test = \"never\"");
@@ -51,17 +58,14 @@ fn assert_complete(agent: &Agent, fleet: &Fleet) {
             fs::read(directory.join("daily.cud")).unwrap(),
         ))
     };
-    assert_eq!(digest(&agent.database()), digest(&fleet.join("mirror")));
+    assert_eq!(digest(&agent.database()), digest(&fleet.mirror()));
 }
 
 #[test]
 fn an_agent_killed_six_times_in_a_transfer_leaves_no_stray_name_and_then_completes() {
     let fleet = Fleet::new();
     let (mut master, mut agent, proxy) = slow_fleet(&fleet);
-    proxy.set(Link {
-        bandwidth: Some(400_000),
-        ..Link::default()
-    });
+    proxy.set(SLOW);
     master.start();
     let mut before = 0;
     for kill in 1..=6 {
@@ -91,10 +95,7 @@ fn an_agent_killed_six_times_in_a_transfer_leaves_no_stray_name_and_then_complet
 fn a_master_killed_in_the_middle_of_a_push_goes_on_after_its_restart() {
     let fleet = Fleet::new();
     let (mut master, mut agent, proxy) = slow_fleet(&fleet);
-    proxy.set(Link {
-        bandwidth: Some(400_000),
-        ..Link::default()
-    });
+    proxy.set(SLOW);
     master.start();
     agent.start();
     until(PATIENCE, "some arrives", || received(&agent) > 100_000);
@@ -112,7 +113,7 @@ fn a_master_killed_in_the_middle_of_a_push_goes_on_after_its_restart() {
 fn a_lossy_and_slow_path_only_takes_longer() {
     let fleet = Fleet::new();
     let (mut master, mut agent, proxy) = slow_fleet(&fleet);
-    let delay = std::time::Duration::from_millis(20);
+    let delay = Duration::from_millis(20);
     proxy.set(Link {
         loss: 0.01,
         delay,
@@ -128,10 +129,7 @@ fn a_lossy_and_slow_path_only_takes_longer() {
 fn a_part_goes_on_where_it_was_when_the_master_was_killed() {
     let fleet = Fleet::new();
     let (mut master, mut agent, proxy) = slow_fleet(&fleet);
-    proxy.set(Link {
-        bandwidth: Some(400_000),
-        ..Link::default()
-    });
+    proxy.set(SLOW);
     master.start();
     agent.start();
     until(PATIENCE, "some arrives", || received(&agent) > 200_000);
@@ -177,8 +175,7 @@ fn the_database_directory_was_emptied_while_the_agent_was_down() {
 fn a_full_disk_on_the_agent_keeps_the_old_set_and_says_so() {
     require!(Root);
     let fleet = Fleet::new();
-    let mirror = fleet.join("mirror");
-    fs::create_dir_all(&mirror).unwrap();
+    let mirror = fleet.mirror();
     Container::new("daily", 1)
         .member("hsb", signatures(0..100))
         .write(&mirror);
@@ -211,26 +208,4 @@ fn a_full_disk_on_the_agent_keeps_the_old_set_and_says_so() {
     let published = master.command(&["publish", "--supersede"]);
     assert_eq!(published.status.code(), Some(0), "{published:?}");
     master.wait_live("web1", 3);
-}
-
-/// A tmpfs of 24 MiB: a small set fits, with the room that an agent leaves free, a large one does not, unmounted when dropped.
-struct SmallDisk(std::path::PathBuf);
-
-impl SmallDisk {
-    fn mount(directory: &Path) -> Self {
-        let mut mount = Command::new("mount");
-        mount
-            .args(["-t", "tmpfs", "-o", "size=24m", "tmpfs"])
-            .arg(directory);
-        let output = mount.output().expect("root can mount");
-        assert!(output.status.success(), "{output:?}");
-        Self(directory.into())
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        // Lazily: the agent may still be there.
-        let _ = Command::new("umount").arg("-l").arg(&self.0).output();
-    }
 }

@@ -48,8 +48,7 @@ impl Scene {
     /// With `tables` in the master's configuration, and sets of so many signatures.
     fn with(tables: &str, signatures: u64) -> Self {
         let fleet = Fleet::new();
-        let mirror = fleet.join("mirror");
-        fs::create_dir_all(&mirror).unwrap();
+        let mirror = fleet.mirror();
         set(1, signatures).write(&mirror);
         let mut master = fleet.master(&mirror);
         // A wave for all and a short deadline: how long an agent that is silent with its offer may
@@ -135,7 +134,7 @@ impl Scene {
     }
 
     fn mirror(&self) -> PathBuf {
-        self.fleet.join("mirror")
+        self.fleet.mirror()
     }
 
     /// The audit log's records of `event` about `subject`.

@@ -14,8 +14,7 @@ use serde_json::Value;
 /// A master with `agents`, all live at generation 1 of a small set.
 fn fleet_of(names: &[&str]) -> (Fleet, Master, Vec<Agent>) {
     let fleet = Fleet::new();
-    let mirror = fleet.join("mirror");
-    fs::create_dir_all(&mirror).unwrap();
+    let mirror = fleet.mirror();
     Container::new("daily", 1)
         .member("hsb", signatures(0..1000))
         .write(&mirror);
@@ -199,7 +198,7 @@ fn what_was_ordered_survives_the_operators_interruption() {
 #[test]
 fn a_daemon_that_is_not_there_is_exit_three_with_the_next_step() {
     let fleet = Fleet::new();
-    let master = fleet.master(&fleet.join("mirror"));
+    let master = fleet.master(&fleet.mirror());
     for command in ["status", "agents", "generations", "publish"] {
         exits(&master.command(&[command]), 3, "is it running");
     }
@@ -241,7 +240,7 @@ fn a_reload_takes_what_is_good_and_keeps_the_old_on_an_error() {
     agents[0].reload();
     Container::new("daily", 2)
         .member("hsb", signatures(0..1100))
-        .write(&fleet.join("mirror"));
+        .write(&fleet.mirror());
     master.wait_live("web1", 2);
     let certificate = |record: &Value| record["detail"]["certificate"].clone();
     let started = master.audit("started");
@@ -301,7 +300,7 @@ fn audit_show_follows_and_filters() {
     followed(1);
     Container::new("daily", 2)
         .member("hsb", signatures(0..1100))
-        .write(&fleet.join("mirror"));
+        .write(&fleet.mirror());
     followed(2);
     follow.kill().unwrap();
     follow.wait().unwrap();
@@ -417,7 +416,7 @@ fn check_config_names_line_and_nearest_key() {
         assert!(checked[list].to_string().contains(says), "{checked}");
     };
     json(true, "doubts", "mirror.path: ");
-    fs::create_dir_all(fleet.join("mirror")).unwrap();
+    fleet.mirror();
     check(0, "good");
     master.configure("quiet = \"300ms\"", "quite = \"300ms\"");
     check(2, "did you mean `quiet`?");

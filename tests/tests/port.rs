@@ -33,8 +33,7 @@ async fn first_words(credentials: &Credentials) -> Vec<u8> {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_port_is_free_at_once_although_a_connection_drains() {
     let fleet = Fleet::new();
-    let mirror = fleet.join("mirror");
-    std::fs::create_dir_all(&mirror).unwrap();
+    let mirror = fleet.mirror();
     let master = fleet.master(&mirror);
     let agent = fleet.agent("web1");
     let config = clamcast_master::config::Config::load(master.config()).unwrap();

@@ -14,8 +14,7 @@ use clamcast_tests::require;
 fn a_set_that_clamscan_cannot_load_is_refused_with_its_reason() {
     require!(Clamscan);
     let fleet = Fleet::new();
-    let mirror = fleet.join("mirror");
-    fs::create_dir_all(&mirror).unwrap();
+    let mirror = fleet.mirror();
     let good = Container::new("daily", 1).member("hsb", signatures(0..10));
     good.write(&mirror);
     let mut master = fleet.master(&mirror);
@@ -65,8 +64,7 @@ fn start_with(master: &mut Master, directory: &Path) {
 #[test]
 fn a_stop_does_not_wait_for_the_load_test_and_the_next_start_publishes() {
     let fleet = Fleet::new();
-    let mirror = fleet.join("mirror");
-    fs::create_dir_all(&mirror).unwrap();
+    let mirror = fleet.mirror();
     let good = Container::new("daily", 1).member("hsb", signatures(0..10));
     good.write(&mirror);
     let pid = fleet.join("pid");
@@ -102,8 +100,7 @@ fn a_stop_does_not_wait_for_the_load_test_and_the_next_start_publishes() {
 #[test]
 fn a_load_test_that_was_killed_is_made_again_and_refuses_nothing() {
     let fleet = Fleet::new();
-    let mirror = fleet.join("mirror");
-    fs::create_dir_all(&mirror).unwrap();
+    let mirror = fleet.mirror();
     Container::new("daily", 1)
         .member("hsb", signatures(0..10))
         .write(&mirror);

@@ -18,18 +18,14 @@ struct Restored {
 impl Restored {
     fn new() -> Self {
         let fleet = Fleet::new();
-        fs::create_dir_all(fleet.join("mirror")).unwrap();
-        let agents = ["web1", "web2"].map(|name| fleet.agent(name));
+        let mut master = fleet.master(&fleet.mirror());
+        master.start();
         let mut restored = Self {
-            master: fleet.master(&fleet.join("mirror")),
+            master,
             copy: fleet.join("copy"),
-            agents,
+            agents: fleet.start_agents(["web1", "web2"]),
             fleet,
         };
-        restored.master.start();
-        for agent in &mut restored.agents {
-            agent.start();
-        }
         for version in 1..=2 {
             restored.publish(version);
         }
@@ -48,7 +44,7 @@ impl Restored {
     fn publish(&self, version: u64) {
         let members = signatures(0..100 + version);
         let container = Container::new("daily", version).member("hsb", members);
-        container.write(&self.fleet.join("mirror"));
+        container.write(&self.fleet.mirror());
         self.wait_live(version);
     }
 

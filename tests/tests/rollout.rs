@@ -30,8 +30,7 @@ fn bad(version: u64) -> Container {
 /// A master whose canaries are `web1` and `web2`, with `rollout` as its table of that name. Not
 /// started; set 1 is in the mirror.
 fn master(fleet: &Fleet, rollout: &str) -> Master {
-    let mirror = fleet.join("mirror");
-    fs::create_dir_all(&mirror).unwrap();
+    let mirror = fleet.mirror();
     good(1).write(&mirror);
     let master = fleet.master(&mirror);
     let tables = format!(
@@ -69,15 +68,11 @@ fn a_generation_that_clamd_cannot_load_halts_at_the_canaries_and_is_taken_back()
     require!(Clamd);
     let fleet = Fleet::new();
     let mut master = master(&fleet, "");
-    let directories = ["web1", "web2"].map(|name| fleet.join(&format!("agents/{name}/db")));
-    for directory in &directories {
-        fs::create_dir_all(directory).unwrap();
-    }
-    let mut clamds = Clamd::pair([&directories[0], &directories[1]]);
-    let config = |clamd: &Clamd| format!("config = {:?}", clamd.config());
+    let databases = ["web1", "web2"].map(|name| fleet.database(name));
+    let mut clamds = Clamd::pair([&databases[0], &databases[1]]);
     let mut agents: [Agent; 3] = [
-        fleet.agent_with("web1", &config(&clamds[0])),
-        fleet.agent_with("web2", &config(&clamds[1])),
+        fleet.agent_of("web1", &clamds[0]),
+        fleet.agent_of("web2", &clamds[1]),
         fleet.agent("db1"),
     ];
     master.start();
@@ -93,7 +88,7 @@ fn a_generation_that_clamd_cannot_load_halts_at_the_canaries_and_is_taken_back()
     }
     wait_state(&master, "complete");
 
-    let mirror = fleet.join("mirror");
+    let mirror = fleet.mirror();
     bad(2).write(&mirror);
     let halt = master.wait_audit("halt", 1).remove(0);
     assert_eq!(halt["generation"], 2);
@@ -150,7 +145,7 @@ fn a_host_that_refused_a_generation_has_the_one_before_mended_by_the_master() {
     clamd.start();
     master.wait_live("web1", 1);
     wait_state(&master, "complete");
-    bad(2).write(&fleet.join("mirror"));
+    bad(2).write(&fleet.mirror());
     master.wait_audit("halt", 1);
     let row = master.wait_live("web1", 1);
     assert_eq!(row["outcome"], "refused", "{row}");
@@ -199,11 +194,8 @@ fn standing(fleet: &Fleet) -> (Master, [Agent; 2]) {
 
 fn standing_with(fleet: &Fleet, rules: &str) -> (Master, [Agent; 2]) {
     let mut master = master(fleet, &format!("settle = \"1h\"\n{rules}"));
-    let mut agents = ["web1", "db1"].map(|name| fleet.agent(name));
     master.start();
-    for agent in &mut agents {
-        agent.start();
-    }
+    let agents = fleet.start_agents(["web1", "db1"]);
     master.wait_live("web1", 1);
     // Complete already, if one of them came so late that nobody was left for the next wave.
     until(PATIENCE, "the first is complete", || {
@@ -214,7 +206,7 @@ fn standing_with(fleet: &Fleet, rules: &str) -> (Master, [Agent; 2]) {
             .ok_or(rollout)
     });
     master.wait_live("db1", 1);
-    good(2).write(&fleet.join("mirror"));
+    good(2).write(&fleet.mirror());
     master.wait_live("web1", 2);
     (master, agents)
 }
@@ -295,7 +287,7 @@ fn operators_pause_abort_roll_back_and_pin() {
     assert!(slip.contains("no agent is in group `cannary`"), "{slip}");
     // A pinned group stays where it is while the others go on.
     order(&master, &["pin", "canary", "--reason", "audit"], 0);
-    good(3).write(&fleet.join("mirror"));
+    good(3).write(&fleet.mirror());
     master.wait_live("db1", 4);
     order(&master, &["rollout", "status", "--timeout", "60s"], 0);
     let row = master.agent("web1").unwrap();
@@ -321,7 +313,7 @@ fn operators_pause_abort_roll_back_and_pin() {
     for name in ["web1", "db1"] {
         master.wait_live(name, 5);
     }
-    good(4).write(&fleet.join("mirror"));
+    good(4).write(&fleet.mirror());
     let held = order(&master, &["publish"], 4);
     assert!(
         held.contains("rolled back to the databases of 1.3"),
@@ -401,7 +393,7 @@ fn a_rollback_is_waited_for_until_who_is_there_is_back() {
 
     // One that is away is not waited for, but named.
     order(&master, &["rollout", "resume"], 0);
-    good(3).write(&fleet.join("mirror"));
+    good(3).write(&fleet.mirror());
     master.wait_live("web1", 4);
     agents[0].stop();
     master.wait_agent("web1", "it is away", |row| row["connected"] == false);
@@ -485,7 +477,7 @@ fn a_master_that_lost_where_its_rollout_stood_offers_nothing_until_an_operator_s
     let aside = || fs::read_to_string(state.with_extension("json.damaged")).unwrap();
     check_lost(&master, "it is kept as");
     assert_eq!(aside(), "{");
-    good(3).write(&fleet.join("mirror"));
+    good(3).write(&fleet.mirror());
     order(&master, &["publish"], 4);
     let kept = master.json(&["generations"]).unwrap();
     assert_eq!(kept.as_array().unwrap().len(), 2, "nothing is removed");
@@ -548,7 +540,7 @@ fn superseding_that_the_disk_refuses_is_told_and_with_nothing_waiting_changes_no
         String::from_utf8(output.stdout).unwrap() + &String::from_utf8(output.stderr).unwrap()
     };
     assert!(supersede(0).contains("unchanged: 1.2"), "nothing waits");
-    good(3).write(&fleet.join("mirror"));
+    good(3).write(&fleet.mirror());
     until(PATIENCE, "the disk has it that the third waits", || {
         let text = fs::read(master.directory().join("state/rollout.json")).unwrap_or_default();
         let state = serde_json::from_slice::<Value>(&text).unwrap_or_default();
@@ -607,20 +599,17 @@ fn a_rollback_that_cannot_be_published_is_told_and_made_later() {
 fn publish_that_waits_says_so_when_the_fleet_does_not_get_it() {
     let fleet = Fleet::new();
     let mut master = master(&fleet, "");
-    let mut agents = ["web1", "db1"].map(|name| fleet.agent(name));
     master.start();
-    for agent in &mut agents {
-        agent.start();
-    }
+    let [mut web1, _db1] = fleet.start_agents(["web1", "db1"]);
     for name in ["web1", "db1"] {
         master.wait_live(name, 1);
     }
     wait_state(&master, "complete");
-    agents[0].stop();
+    web1.stop();
     master.wait_agent("web1", "the canary is away", |row| {
         row["connected"] == false
     });
-    good(2).write(&fleet.join("mirror"));
+    good(2).write(&fleet.mirror());
     for again in ["published", "unchanged"] {
         let output = master.command(&["publish", "--wait"]);
         assert_eq!(output.status.code(), Some(1), "{again}: {output:?}");
@@ -647,11 +636,8 @@ fn publish_waits_for_no_window() {
     let window = closed_window();
     let mut master = master(&fleet, &format!("[rollout.windows]\ndb = [{window:?}]"));
     master.configure("[groups]", "[groups]\ndb = [\"db1\"]");
-    let mut agents = ["web1", "db1"].map(|name| fleet.agent(name));
     master.start();
-    for agent in &mut agents {
-        agent.start();
-    }
+    let _agents = fleet.start_agents(["web1", "db1"]);
     master.wait_live("web1", 1);
     master.wait_agent("db1", "db1 is there", |row| row["connected"] == true);
     let told = order(&master, &["publish", "--wait"], 1);
@@ -666,11 +652,8 @@ fn publish_waits_for_no_window() {
 fn the_end_of_a_rollout_is_in_a_checkpoint_that_agents_have() {
     let fleet = Fleet::new();
     let mut master = master(&fleet, "");
-    let mut agents = ["web1", "db1"].map(|name| fleet.agent(name));
     master.start();
-    for agent in &mut agents {
-        agent.start();
-    }
+    let agents = fleet.start_agents(["web1", "db1"]);
     let end = master.wait_audit("rollout-complete", 1).remove(0);
     let end = end["seq"].as_u64().unwrap();
     for agent in &agents {

@@ -11,6 +11,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 
+use super::clamd::Clamd;
 use super::needs::{search_path, target};
 use super::scratch::Scratch;
 use super::until::{PATIENCE, until};
@@ -64,6 +65,16 @@ impl Fleet {
         self.port
     }
 
+    /// A directory for the fleet's master to mirror, empty at first.
+    pub fn mirror(&self) -> PathBuf {
+        self.scratch.directory("mirror")
+    }
+
+    /// The database directory of the agent `name`, empty before that agent is made.
+    pub fn database(&self, name: &str) -> PathBuf {
+        self.scratch.directory(&format!("agents/{name}/db"))
+    }
+
     /// A master for `mirror`, which requires no database in particular. It is not started.
     pub fn master(&self, mirror: &Path) -> Master {
         let directory = self.scratch.directory("master");
@@ -106,13 +117,34 @@ keys = "{pki}/manifest.pub"
         self.agent_with(name, "config = \"\"\nsocket = \"none\"")
     }
 
+    /// Such agents, started.
+    pub fn start_agents<const COUNT: usize>(&self, names: [&str; COUNT]) -> [Agent; COUNT] {
+        names.map(|name| {
+            let mut agent = self.agent(name);
+            agent.start();
+            agent
+        })
+    }
+
+    /// An agent, and a clamd on its database directory. Neither is started, and clamd does not start
+    /// before there is a database.
+    pub fn agent_and_clamd(&self, name: &str) -> (Agent, Clamd) {
+        let clamd = Clamd::new(self.database(name));
+        (self.agent_of(name, &clamd), clamd)
+    }
+
+    /// An agent that keeps the databases of `clamd`, which is on [`Fleet::database`]. It is not
+    /// started.
+    pub fn agent_of(&self, name: &str, clamd: &Clamd) -> Agent {
+        self.agent_with(name, &format!("config = {:?}", clamd.config()))
+    }
+
     /// An agent whose `[clamd]` table has these lines. It is not started.
-    pub fn agent_with(&self, name: &str, clamd: &str) -> Agent {
+    fn agent_with(&self, name: &str, clamd: &str) -> Agent {
         self.certs(&["agent", name]);
         let bundle = self.pki().join("agents").join(name);
         let directory = self.scratch.directory(&format!("agents/{name}"));
-        let database = directory.join("db");
-        fs::create_dir_all(&database).expect("a scratch directory can be written");
+        self.database(name);
         let config = format!(
             r#"master = ["127.0.0.1:{port}"]
 state = "state"
@@ -333,6 +365,17 @@ impl Drop for Daemon {
 pub struct Master(Daemon);
 
 impl Master {
+    /// Starts it, an agent of its fleet and, as soon as that has databases for it, the agent's clamd.
+    /// Returns the agent's row once it is live at generation 1.
+    #[track_caller]
+    pub fn start_with(&mut self, agent: &mut Agent, clamd: &mut Clamd) -> Value {
+        self.start();
+        agent.start();
+        self.wait_installed(&agent.name());
+        clamd.start();
+        self.wait_live(&agent.name(), 1)
+    }
+
     /// The row of an agent in `agents --json`.
     pub fn agent(&self, name: &str) -> Option<Value> {
         let rows = self.json(&["agents"])?;
@@ -348,6 +391,14 @@ impl Master {
         until(PATIENCE, what, || {
             let row = self.agent(name).ok_or(Value::Null)?;
             if wanted(&row) { Ok(row) } else { Err(row) }
+        })
+    }
+
+    /// Waits until an agent has a set that no clamd was seen with.
+    #[track_caller]
+    pub fn wait_installed(&self, name: &str) -> Value {
+        self.wait_agent(name, &format!("{name} has the set"), |row| {
+            row["outcome"] == "installed"
         })
     }
 
@@ -402,6 +453,12 @@ impl Master {
 pub struct Agent(Daemon);
 
 impl Agent {
+    /// Its name.
+    pub fn name(&self) -> String {
+        let name = self.directory().file_name().expect("it is named after it");
+        name.to_string_lossy().into_owned()
+    }
+
     /// Its database directory.
     pub fn database(&self) -> PathBuf {
         self.directory().join("db")

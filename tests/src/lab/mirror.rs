@@ -1,4 +1,5 @@
-//! A mirror that a real freshclam updates from a server on loopback.
+//! Mirrors: one that a real freshclam updates from a server on loopback, and any that a test writes
+//! to as if it were a freshclam.
 
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -109,6 +110,43 @@ impl Mirror {
             .lock()
             .expect("no request panics")
             .clone()
+    }
+}
+
+/// Makes a mirror look as if a freshclam were at work on it, until this is dropped: what is done to
+/// it meanwhile is captured all at once or not at all.
+#[derive(Debug)]
+pub struct Update {
+    mirror: PathBuf,
+    /// What a freshclam that runs has in its mirror.
+    work: PathBuf,
+}
+
+impl Update {
+    /// Begins one of the mirror in this directory.
+    pub fn begin(mirror: impl Into<PathBuf>) -> Self {
+        let mirror = mirror.into();
+        let work = mirror.join("tmp.0123456789");
+        fs::create_dir(&work).expect("a mirror can be written, by one at a time");
+        Self { mirror, work }
+    }
+
+    /// Renames a file into place.
+    pub fn put(&self, name: &str, content: impl AsRef<[u8]>) {
+        let part = self.work.join(name);
+        let put = fs::write(&part, content).and_then(|()| fs::rename(part, self.mirror.join(name)));
+        put.expect("a mirror can be written");
+    }
+
+    /// Removes a file.
+    pub fn remove(&self, name: &str) {
+        fs::remove_file(self.mirror.join(name)).expect("it is in the mirror");
+    }
+}
+
+impl Drop for Update {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir(&self.work); // fails only for a test that failed itself
     }
 }
 
