@@ -435,24 +435,20 @@ impl<P: Prove> Installer<P> {
             return self.complete(guard, set, next, None, stop, &|_| ()).await;
         }
         let verdict = self.shared.prover.probe(journal.install).await;
-        let (guard, others) = self
-            .blocking(guard, {
-                let journal = journal.clone();
-                move |shared| shared.swap().others(&journal)
-            })
-            .await;
+        let (guard, others) = self.others(guard, &journal).await;
         let hindrance = lock(&self.shared.hindrance).clone();
         let again = match &verdict {
             Verdict::Live(_) => false,
-            _ if hindrance.is_some() && hindrance == others.as_ref().ok().cloned() => return None,
+            _ if hindrance.is_some() && hindrance.as_ref() == others.as_ref().ok() => return None,
             // What clamd's log says may be about what is gone, or names nobody.
             _ if hindrance.is_some() => true,
-            Verdict::Refused { .. } => !others.is_ok_and(|others| others.is_empty()),
+            Verdict::Refused { .. } => !others.as_ref().is_ok_and(Vec::is_empty),
             Verdict::Unproven(report) => report.state == ClamdState::Up,
             Verdict::Absent(_) => false,
         };
         let (guard, event) = if again {
-            self.prove(guard, &journal, &mut None, &stop, &|_| ()).await
+            self.prove(guard, &journal, others, &mut None, &stop, &|_| ())
+                .await
         } else {
             self.blocking(guard, move |shared| shared.judged(verdict, None))
                 .await
@@ -627,15 +623,12 @@ impl<P: Prove> Installer<P> {
         // A host without a set, or with a damaged one, is better off with it, whatever lies beside.
         let before = journal.before.installed.as_ref();
         let needed = before.is_none_or(|before| before.set == journal.set);
-        let directory = self.shared.tree.directory(Dir::Trial);
         let (guard, others) = self.trial_of(guard, journal, Beside::Others).await;
         let hindrance = match others {
             Err(reason) => reason,
             Ok(others) => {
-                let reason = match self.shared.prover.load_test(&directory).await {
-                    LoadTest::Passed => return (guard, Tried::Loads(others)),
-                    LoadTest::NotRun(why) => {
-                        tracing::warn!(why, "the databases were not tried before clamd gets them");
+                let reason = match self.load_test(Dir::Trial).await {
+                    LoadTest::Passed | LoadTest::NotRun(_) => {
                         return (guard, Tried::Loads(others));
                     }
                     LoadTest::Failed(reason) => reason,
@@ -655,13 +648,23 @@ impl<P: Prove> Installer<P> {
         let (guard, alone) = self.trial_of(guard, journal, Beside::Nothing).await;
         let tried = match alone {
             Err(fault) => Tried::Hindered(fault),
-            Ok(_) => match self.shared.prover.load_test(&directory).await {
+            Ok(_) => match self.load_test(Dir::Trial).await {
                 LoadTest::Failed(reason) => Tried::Bad(reason),
                 LoadTest::Passed if needed => Tried::Alone,
                 LoadTest::Passed | LoadTest::NotRun(_) => Tried::Hindered(hindrance),
             },
         };
         (guard, tried)
+    }
+
+    /// Loads a directory with `clamscan`.
+    async fn load_test(&self, directory: Dir) -> LoadTest {
+        let directory = self.shared.tree.directory(directory);
+        let test = self.shared.prover.load_test(&directory).await;
+        if let LoadTest::NotRun(why) = &test {
+            tracing::warn!(why, "the databases could not be tried in clamd's place");
+        }
+        test
     }
 
     /// Makes a directory for a load test; the files of others that are to be in it, or what stands
@@ -675,9 +678,13 @@ impl<P: Prove> Installer<P> {
         let journal = journal.clone();
         self.blocking(guard, move |shared| {
             let others = match beside {
-                Beside::Others => shared.others_to_try(&journal)?,
-                Beside::Nothing => Vec::new(),
+                Beside::Others => shared.swap().others(&journal),
+                Beside::Nothing => Ok(Vec::new()),
             };
+            let others = others.map_err(|fault| chain(&fault))?;
+            if let Some(obstacle) = shared.obstacle(&others) {
+                return Err(obstacle);
+            }
             let made = shared.swap().make_trial(&journal, &others);
             made.map_err(|fault| chain(&fault))?;
             Ok(others)
@@ -701,9 +708,10 @@ impl<P: Prove> Installer<P> {
                 Next::Nothing => return None,
                 Next::Finish(ending) => return Some(self.ended(guard, set, ending).await),
                 Next::Prove(journal) => {
-                    let event;
+                    let (others, event);
+                    (guard, others) = self.others(guard, &journal).await;
                     (guard, event) = self
-                        .prove(guard, &journal, &mut tried, &stop, progress)
+                        .prove(guard, &journal, others, &mut tried, &stop, progress)
                         .await;
                     if let Event::Judged(Verdict::Refused { .. }, _) = event {
                         progress(Phase::Swapping);
@@ -716,70 +724,71 @@ impl<P: Prove> Installer<P> {
         }
     }
 
-    /// Makes clamd load what is there, and says what came of it. Where a failed load would be the
-    /// end of clamd it is asked only if `clamscan` has loaded the same.
+    /// The files of others beside a journal's set, as they are now.
+    async fn others(
+        &self,
+        guard: OwnedMutexGuard<()>,
+        journal: &Journal,
+    ) -> (OwnedMutexGuard<()>, Result<Vec<Other>, HostFault>) {
+        let journal = journal.clone();
+        self.blocking(guard, move |shared| shared.swap().others(&journal))
+            .await
+    }
+
+    /// Makes clamd load what is there, beside these files of others, and says what came of it. Where
+    /// a failed load would be the end of clamd it is asked only if `clamscan` has loaded the same.
     async fn prove(
         &self,
         mut guard: OwnedMutexGuard<()>,
         journal: &Journal,
+        others: Result<Vec<Other>, HostFault>,
         tried: &mut Option<Vec<Other>>,
         stop: &CancellationToken,
         progress: &(impl Fn(Phase) + Send + Sync),
     ) -> (OwnedMutexGuard<()>, Event) {
         if self.shared.prover.wants_load_test() {
             let event;
-            (guard, event) = self.test_again(guard, journal, tried).await;
+            (guard, event) = self.test_again(guard, &others, tried).await;
             if let Some(event) = event {
                 return (guard, event);
             }
         }
-        let (guard, before) = self
-            .blocking(guard, {
-                let journal = journal.clone();
-                move |shared| shared.swap().others(&journal).ok()
-            })
-            .await;
         progress(Phase::Reloading);
         let mark = self.shared.prover.mark();
         progress(Phase::Proving);
         let number = journal.install;
         let verdict = self.shared.prover.prove(number, mark, stop.clone()).await;
-        self.blocking(guard, move |shared| shared.judged(verdict, before))
+        self.blocking(guard, move |shared| shared.judged(verdict, others.ok()))
             .await
     }
 
-    /// Loads the database directory itself with `clamscan`, unless it was `tried` as it is now. `Some`:
-    /// clamd must not get it.
+    /// Loads the database directory itself with `clamscan`, unless it was `tried` beside the same
+    /// files of others. `Some`: clamd must not get it.
     async fn test_again(
         &self,
         guard: OwnedMutexGuard<()>,
-        journal: &Journal,
+        others: &Result<Vec<Other>, HostFault>,
         tried: &mut Option<Vec<Other>>,
     ) -> (OwnedMutexGuard<()>, Option<Event>) {
-        let (guard, others) = self
-            .blocking(guard, {
-                let journal = journal.clone();
-                move |shared| shared.others_to_try(&journal)
-            })
-            .await;
         let report = self.shared.prover.report();
         let others = match others {
-            Ok(others) if tried.take().as_ref() == Some(&others) => {
-                *tried = Some(others); // for a second proof
-                return (guard, None);
-            }
-            Ok(others) => others,
+            Ok(others) => self.shared.obstacle(others).map_or(Ok(others), Err),
+            Err(fault) => Err(chain(fault)),
+        };
+        let others = match others {
+            Ok(others) => others.clone(),
             Err(reason) => {
                 let hindered = Event::Judged(Verdict::Unproven(report), Blame::Others(reason));
                 return (guard, Some(hindered));
             }
         };
-        let directory = self.shared.tree.directory(Dir::Databases);
-        match self.shared.prover.load_test(&directory).await {
+        if tried.as_ref() == Some(&others) {
+            return (guard, None);
+        }
+        *tried = None;
+        match self.load_test(Dir::Databases).await {
             LoadTest::Passed => *tried = Some(others),
-            LoadTest::NotRun(why) => {
-                tracing::warn!(why, "the databases were not tried before clamd gets them");
-            }
+            LoadTest::NotRun(_) => {}
             LoadTest::Failed(reason) => {
                 let reason = format!("clamscan: {reason}");
                 let refused = Verdict::Refused { reason, report };
@@ -934,36 +943,30 @@ impl<P: Prove> Shared<P> {
             | Verdict::Unproven(_)
             | Verdict::Absent(_) => return verdict,
         };
-        if changed_beside {
-            let note = format!("a database beside the set was changed by somebody: {reason}");
-            tracing::warn!(note, "clamd refuses what is not there any more");
-            let note = Some(note);
-            return Verdict::Unproven(ClamdReport { note, ..report });
-        }
         // What cannot be read for a moment is not changed.
+        let is_changed = |check: &FileCheck| check.error.is_none() && !check.is_right();
         let mut checks = open.files.iter().map(|file| self.check(file.clone()));
-        let changed = checks.find(|check| check.error.is_none() && !check.is_right());
+        let changed = match changed_beside {
+            true => Some("a database beside the set".to_owned()),
+            false => checks
+                .find(is_changed)
+                .map(|check| check.expected.name.to_string()),
+        };
         let Some(changed) = changed else {
             return Verdict::Refused { reason, report };
         };
-        let name = changed.expected.name;
-        let note = format!("{name} was changed by somebody: {reason}");
-        tracing::warn!(note, "clamd refuses what is not the published set");
+        let note = format!("{changed} was changed by somebody: {reason}");
+        tracing::warn!(note, "clamd refuses what is not there any more");
         let note = Some(note);
         Verdict::Unproven(ClamdReport { note, ..report })
     }
 
-    /// Files of others beside this journal's set, all of which `clamscan` can be given in clamd's
-    /// place. Else what stands in the way, which is kept until they change.
-    fn others_to_try(&self, journal: &Journal) -> Result<Vec<Other>, String> {
-        let others = self.swap().others(journal).map_err(|fault| chain(&fault))?;
-        match others.iter().find_map(Other::obstacle) {
-            None => Ok(others),
-            Some(obstacle) => {
-                *lock(&self.hindrance) = Some(others);
-                Err(obstacle)
-            }
-        }
+    /// What of these files of others `clamscan` cannot be given in clamd's place. Then they are kept
+    /// until they change.
+    fn obstacle(&self, others: &[Other]) -> Option<String> {
+        let obstacle = others.iter().find_map(Other::obstacle)?;
+        *lock(&self.hindrance) = Some(others.to_vec());
+        Some(obstacle)
     }
 
     fn resume(&self, journal: Journal) -> Result<Next, HostFault> {
