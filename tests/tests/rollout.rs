@@ -40,6 +40,16 @@ fn master(fleet: &Fleet, rollout: &str) -> Master {
     master
 }
 
+/// Starts `web1` and `db1` without clamds: first the canary, until it is live at generation 1, for a
+/// wave that nobody is in is skipped.
+fn start(fleet: &Fleet, master: &mut Master) -> [Agent; 2] {
+    master.start();
+    let [web1] = fleet.start_agents(["web1"]);
+    master.wait_live("web1", 1);
+    let [db1] = fleet.start_agents(["db1"]);
+    [web1, db1]
+}
+
 fn rollout(master: &Master) -> Value {
     master.json(&["status"]).unwrap_or_default()["rollout"].clone()
 }
@@ -194,9 +204,7 @@ fn standing(fleet: &Fleet) -> (Master, [Agent; 2]) {
 
 fn standing_with(fleet: &Fleet, rules: &str) -> (Master, [Agent; 2]) {
     let mut master = master(fleet, &format!("settle = \"1h\"\n{rules}"));
-    master.start();
-    let agents = fleet.start_agents(["web1", "db1"]);
-    master.wait_live("web1", 1);
+    let agents = start(fleet, &mut master);
     // Complete already, if one of them came so late that nobody was left for the next wave.
     until(PATIENCE, "the first is complete", || {
         master.command(&["rollout", "promote", "--reason", "the first"]);
@@ -599,11 +607,8 @@ fn a_rollback_that_cannot_be_published_is_told_and_made_later() {
 fn publish_that_waits_says_so_when_the_fleet_does_not_get_it() {
     let fleet = Fleet::new();
     let mut master = master(&fleet, "");
-    master.start();
-    let [mut web1, _db1] = fleet.start_agents(["web1", "db1"]);
-    for name in ["web1", "db1"] {
-        master.wait_live(name, 1);
-    }
+    let [mut web1, _db1] = start(&fleet, &mut master);
+    master.wait_live("db1", 1);
     wait_state(&master, "complete");
     web1.stop();
     master.wait_agent("web1", "the canary is away", |row| {
@@ -636,9 +641,7 @@ fn publish_waits_for_no_window() {
     let window = closed_window();
     let mut master = master(&fleet, &format!("[rollout.windows]\ndb = [{window:?}]"));
     master.configure("[groups]", "[groups]\ndb = [\"db1\"]");
-    master.start();
-    let _agents = fleet.start_agents(["web1", "db1"]);
-    master.wait_live("web1", 1);
+    let _agents = start(&fleet, &mut master);
     master.wait_agent("db1", "db1 is there", |row| row["connected"] == true);
     let told = order(&master, &["publish", "--wait"], 1);
     assert!(
@@ -652,8 +655,7 @@ fn publish_waits_for_no_window() {
 fn the_end_of_a_rollout_is_in_a_checkpoint_that_agents_have() {
     let fleet = Fleet::new();
     let mut master = master(&fleet, "");
-    master.start();
-    let agents = fleet.start_agents(["web1", "db1"]);
+    let agents = start(&fleet, &mut master);
     let end = master.wait_audit("rollout-complete", 1).remove(0);
     let end = end["seq"].as_u64().unwrap();
     for agent in &agents {
