@@ -13,7 +13,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::log::{Load, LoadEnd};
+use super::log::{Current, Load, LoadEnd};
 
 /// Between two looks at clamd: at first often, since small databases load in no time.
 const LOOK: Pace = Pace {
@@ -200,7 +200,7 @@ pub(super) struct Attempt {
     /// VERSION was not right at first: that it became right is news.
     version_was_wrong: bool,
     evidence: Evidence,
-    load_under_way: bool,
+    load_under_way: Option<Current>,
     load_test: Test,
     trouble: Option<String>,
     end: Option<End>,
@@ -234,7 +234,7 @@ impl Attempt {
             nobody: None,
             version_was_wrong: false,
             evidence: Evidence::default(),
-            load_under_way: false,
+            load_under_way: None,
             load_test: Test::Unneeded,
             trouble: None,
             end: None,
@@ -384,9 +384,9 @@ impl Attempt {
         }
     }
 
-    /// Takes whether the log shows that a load that began after the mark is under way.
-    pub(super) fn load_under_way(&mut self, under_way: bool) {
-        self.load_under_way = under_way;
+    /// Takes the load that is under way by the log, if one began after the mark.
+    pub(super) fn load_under_way(&mut self, load: Option<Current>) {
+        self.load_under_way = load;
     }
 
     /// Takes what the load test said.
@@ -427,7 +427,10 @@ impl Attempt {
             since,
             end: end.clone(),
         });
-        if now < since + ABSENT_MAX || self.load_under_way {
+        // Whoever was killed in a reload logs no end of it, and listens no more.
+        let was_killed = end == End::Absent && self.load_under_way == Some(Current::Reload);
+        let is_loading = self.load_under_way.is_some() && !was_killed;
+        if now < since + ABSENT_MAX || is_loading {
             return;
         }
         // It may be gone because it cannot start with these databases.
@@ -440,7 +443,7 @@ impl Attempt {
 
     /// Whether neither clamd nor its log tell anything.
     fn is_in_the_dark(&self) -> bool {
-        let told = self.evidence.loaded + self.evidence.failed > 0 || self.load_under_way;
+        let told = self.evidence.loaded + self.evidence.failed > 0 || self.load_under_way.is_some();
         self.terms.scanner && !told && self.nobody.is_none()
     }
 
@@ -502,8 +505,8 @@ mod tests {
     ///
     /// - what looks show from then on: `old`, `canary`, `right`, `wrong`, `unknown` (VERSION),
     ///   `absent`, `forbidden`, `silent`;
-    /// - what the log shows: `loading`, `loaded`, `failed`, `hindered`, `dead`, and with `early-`
-    ///   in front a load that began before the mark.
+    /// - what the log shows: `starting`, `loading`, `loaded`, `failed`, `hindered`, `dead`, and with
+    ///   `early-` in front a load that began before the mark.
     fn play(terms: &str, script: &str) -> String {
         let has = |word| terms.split(' ').any(|term| term == word);
         let start = Instant::now();
@@ -529,10 +532,11 @@ mod tests {
             while let Some((_, what)) = coming.filter(|(at, _)| *at <= now) {
                 match load(what) {
                     Some(load) => {
-                        attempt.load_under_way(false);
+                        attempt.load_under_way(None);
                         attempt.logged(&load, now);
                     }
-                    None if what == "loading" => attempt.load_under_way(true),
+                    None if what == "starting" => attempt.load_under_way(Some(Current::First)),
+                    None if what == "loading" => attempt.load_under_way(Some(Current::Reload)),
                     None => showing = what,
                 }
                 coming = events.next();
@@ -715,11 +719,31 @@ mod tests {
         check("", "0 old, 1 absent, 2 canary", "live at 2; 0.0");
         check(
             "",
-            "0 absent, 1 loading, 60 loaded, 60 canary",
+            "0 absent, 1 starting, 60 loaded, 60 canary",
             "live at 60; ",
         );
         // It had begun to load before the files were there.
         check("", "0 absent, 1 old, 2 loaded, 2 canary", "live at 2; 1.5");
+    }
+
+    #[test]
+    fn a_clamd_that_was_killed_in_a_reload_is_absent_and_one_that_is_started_then_is_waited_for() {
+        check(
+            "",
+            "0 old, 1 loading, 2 absent",
+            "absent (nobody) at 6; 0.0 1.0",
+        );
+        check(
+            "",
+            "0 old, 1 loading, 2 absent, 4 starting, 60 loaded, 60 canary",
+            "live at 60; 0.0 1.0",
+        );
+        // It is there, and only the socket is not for us.
+        check(
+            "",
+            "0 old, 1 loading, 2 forbidden, 60 loaded",
+            "unproven (not for us) at 60; 0.0 1.0",
+        );
     }
 
     #[test]

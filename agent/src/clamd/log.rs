@@ -52,10 +52,10 @@ pub(super) struct Loads {
 
 /// A load whose beginning was seen.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-enum Current {
-    /// clamd's first one, which words its end differently.
+pub(super) enum Current {
+    /// clamd's first one, which words its end differently. It makes its socket after that.
     First,
-    /// Any later one.
+    /// Any later one. It ends with its clamd, if not before.
     Reload,
 }
 
@@ -79,9 +79,10 @@ impl Loads {
         self.line.clear();
     }
 
-    /// Whether a load that began after the mark is under way, or clamd was just started.
-    pub(super) fn under_way(&self) -> bool {
-        self.starting || self.current.is_some()
+    /// The load that is under way, if one began after the mark. That of a clamd which was just
+    /// started counts before it has begun.
+    pub(super) fn under_way(&self) -> Option<Current> {
+        self.current.or(self.starting.then_some(Current::First))
     }
 
     fn line(&mut self, line: &str) -> Option<Load> {
@@ -251,7 +252,7 @@ mod tests {
             format!("{}{end}", if load.after { "" } else { "before:" })
         };
         let mut words: Vec<_> = ended.iter().map(one).collect();
-        if loads.under_way() {
+        if loads.under_way().is_some() {
             words.push("...".into());
         }
         words.join(" ")

@@ -64,6 +64,9 @@ fn a_clamd_killed_in_the_middle_of_a_load_is_live_once_it_is_back() {
     let mut there = host.there();
     there.remove("local.gdb");
     assert!(there == set(2), "the new set stays");
+    // Long before the deadline of five minutes, though the log has no end of that load.
+    let row = host.master.wait_installed("web1");
+    assert_eq!(row["generation"], 2, "{row}");
     host.clamd.start();
     host.wait_live();
     assert!(host.finds_all_of(host.version));
