@@ -20,10 +20,8 @@ fn fleet_of(names: &[&str]) -> (Fleet, Master, Vec<Agent>) {
         .write(&mirror);
     let mut master = fleet.master(&mirror);
     master.start();
-    let mut agents: Vec<_> = names.iter().map(|name| fleet.agent(name)).collect();
-    for agent in &mut agents {
-        agent.start();
-    }
+    let agents = names.iter().flat_map(|name| fleet.start_agents([name]));
+    let agents = agents.collect();
     for name in names {
         master.wait_live(name, 1);
     }

@@ -797,32 +797,32 @@ mod tests {
         );
     }
 
-    #[tokio::test]
-    async fn two_failed_loads_in_the_log_are_a_refusal() {
-        let host = Host::new();
+    /// A clamd that never finds the canary, and for each RELOAD writes these lines into its log.
+    fn logging(host: &Host, lines: &'static str) -> Fake {
         let log = host.log();
-        let fake = Fake::new(move |command| {
+        Fake::new(move |command| {
             Some(match command {
                 "PING" => b"PONG\0".to_vec(),
                 "VERSION" => VERSION.to_vec(),
                 "RELOAD" => {
-                    let mut log = File::options()
-                        .append(true)
-                        .create(true)
-                        .open(&log)
-                        .unwrap();
-                    write!(
-                        log,
-                        "Reading databases from /var/lib/clamav\n\
-                         ERROR: reload_th: Database load failed: Malformed database\n\
-                         WARNING: Database reload failed, keeping the previous instance\n"
-                    )
-                    .unwrap();
+                    let log = File::options().append(true).create(true).open(&log);
+                    log.unwrap().write_all(lines.as_bytes()).unwrap();
                     b"RELOADING\0".to_vec()
                 }
                 _ => b"stream: OK\0".to_vec(),
             })
-        });
+        })
+    }
+
+    #[tokio::test]
+    async fn two_failed_loads_in_the_log_are_a_refusal() {
+        let host = Host::new();
+        let fake = logging(
+            &host,
+            "Reading databases from /var/lib/clamav\n\
+             ERROR: reload_th: Database load failed: Malformed database\n\
+             WARNING: Database reload failed, keeping the previous instance\n",
+        );
         let verdict = host.prove(&[fake.address()], 7).await;
         assert_eq!(verdict, "refused, up none: clamd: Malformed database");
         let reloads = fake.asked().iter().filter(|c| *c == "RELOAD").count();
@@ -869,33 +869,17 @@ mod tests {
             format!("{head:512}"),
         )
         .unwrap();
-        let log = host.log();
-        let fake = Fake::new(move |command| {
-            Some(match command {
-                "PING" => b"PONG\0".to_vec(),
-                "VERSION" => VERSION.to_vec(),
-                "RELOAD" => {
-                    let mut log = File::options()
-                        .append(true)
-                        .create(true)
-                        .open(&log)
-                        .unwrap();
-                    write!(
-                        log,
-                        "Reading databases from /var/lib/clamav\n\
-                         Database correctly reloaded (2 signatures)\n\
-                         Activating the newly loaded database...\n"
-                    )
-                    .unwrap();
-                    b"RELOADING\0".to_vec()
-                }
-                other => panic!("no need for {other}"),
-            })
-        });
+        let fake = logging(
+            &host,
+            "Reading databases from /var/lib/clamav\n\
+             Database correctly reloaded (2 signatures)\n\
+             Activating the newly loaded database...\n",
+        );
         let verdict = host.prove(&[fake.address()], 7).await;
         let expected =
             "live, up version: proof = \"version\": the proof is VERSION and clamd's log";
         assert_eq!(verdict, expected);
+        assert!(!fake.asked().contains(&"INSTREAM".to_owned()));
     }
 
     #[test]

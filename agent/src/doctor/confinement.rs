@@ -200,11 +200,7 @@ mod tests {
     fn what_is_installed_but_does_not_enforce_confines_nothing() {
         let root = tempfile::tempdir().unwrap();
         let host = Host::below(root.path());
-        let write = |path: &str, text: &str| {
-            let path = host.at(path);
-            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-            std::fs::write(path, text).unwrap();
-        };
+        let write = |path: &str, text: &str| testing::write(&host, path, text);
         let look = || {
             let found = Confinement::look(&host, root.path());
             (

@@ -480,11 +480,7 @@ mod tests {
     fn the_least_of_host_and_control_groups_bounds_a_second_engine() {
         let root = tempfile::tempdir().unwrap();
         let host = Host::below(root.path());
-        let write = |path: &str, text: &str| {
-            let path = host.at(path);
-            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-            std::fs::write(path, text).unwrap();
-        };
+        let write = |path: &str, text: &str| testing::write(&host, path, text);
         write(
             "/proc/meminfo",
             "MemTotal: 9000000 kB\nMemAvailable:    4096000 kB\n",
