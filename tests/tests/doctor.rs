@@ -355,6 +355,48 @@ fn the_doctor_names_what_is_broken_and_what_to_do() {
 }
 
 #[test]
+fn a_file_of_others_that_clamds_user_may_not_read_is_named_and_once_it_may_the_set_is_live() {
+    require!(Root, Clamd);
+    let mut host = Host::new();
+    let soon = "[clamd]\ndeadline = \"5s\"";
+    host.agent.configure("[clamd]", soon);
+    host.start_agent();
+    let publish = |host: &Host, version| {
+        let daily = Container::new("daily", version).member("hsb", signatures(0..20 + version));
+        daily.write(&host.mirror);
+    };
+    publish(&host, 7);
+    host.master.wait_live("web1", 1);
+
+    let site = host.agent.database().join("site.ndb");
+    fs::write(&site, "Site.Own:0:*:6120736974652773206f776e\n").unwrap();
+    set(&site, Some(0), 0o600);
+    publish(&host, 8);
+    let row = host
+        .master
+        .wait_agent("web1", "host_fault", |row| row["outcome"] == "host_fault");
+    let said = row["error"].as_str().unwrap();
+    assert!(
+        said.contains("site.ndb beside the set is not readable for everybody")
+            && said.contains("chmod a+r"),
+        "{said}"
+    );
+    assert!(host.clamd.version().unwrap().contains("/7/"), "it scans on");
+    let (ok, findings) = host.findings();
+    let lines: Vec<_> = findings.iter().map(line).collect();
+    let named = lines.iter().any(|line| {
+        line.starts_with("bad clamd's user 54311 cannot read") && line.contains("site.ndb")
+    });
+    assert!(!ok && named, "{lines:#?}");
+
+    fs::set_permissions(&site, Permissions::from_mode(0o644)).unwrap();
+    host.master.wait_live("web1", 2);
+    assert!(host.clamd.version().unwrap().contains("/8/"));
+    let said = host.clamd.scan(b"a site's own").unwrap();
+    assert_eq!(said, "stream: Site.Own.UNOFFICIAL FOUND");
+}
+
+#[test]
 fn root_looks_as_the_agents_user_does() {
     require!(Root, Clamd);
     let mut host = Host::new();
