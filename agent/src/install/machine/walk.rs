@@ -1,0 +1,216 @@
+//! Walks every way through an install, and checks at every step what must hold.
+
+use super::tests::journal;
+use super::*;
+use crate::install::journal::Set;
+use crate::install::lab::manifest;
+
+/// So many choices follow one another: enough for an install, its way back and a restart.
+const CHOICES: usize = 6;
+
+/// One way through an install, and what has been seen on it.
+#[derive(Clone, Debug)]
+struct Path {
+    machine: Machine,
+    trace: Vec<String>,
+    /// The number that the journal on disk holds.
+    saved: u64,
+    /// How often clamd was seen with it since the last swap.
+    proofs: usize,
+    passes: usize,
+    finished: usize,
+    /// Whether the set itself may be why clamd did not load it.
+    suspected: bool,
+    /// Sets that stood in the directory.
+    swapped: BTreeSet<Digest>,
+}
+
+#[test]
+fn every_way_through_an_install_keeps_the_rules() {
+    let mut seen = 0;
+    for before in [true, false] {
+        let path = Path {
+            machine: Machine::default(),
+            trace: Vec::new(),
+            saved: 0,
+            proofs: 0,
+            passes: 0,
+            finished: 0,
+            suspected: false,
+            swapped: [Set::from(&manifest(1, "daily.cvd=one")).sha256()].into(),
+        };
+        walk(path, Event::Begin(journal(before)), CHOICES, &mut seen);
+    }
+    println!("{seen} events");
+}
+
+/// Walks every way of `choices` choices that begins with this event.
+fn walk(mut path: Path, event: Event, choices: usize, seen: &mut usize) {
+    *seen += 1;
+    path.trace
+        .push(format!("{event:?}").chars().take(60).collect());
+    if let Event::Judged(verdict, blame) = &event {
+        path.proofs += usize::from(matches!(verdict, Verdict::Live(_)));
+        let refused = matches!(verdict, Verdict::Refused { .. });
+        path.suspected |= refused && !matches!(blame, Blame::Others(_));
+    }
+    let resumed = matches!(event, Event::Resumed { .. });
+    let shown = path.saved;
+    let actions = path.machine.handle(event);
+    if resumed {
+        a_replay_has_a_number_that_clamd_was_never_shown(&path, &actions, shown);
+    }
+    let mut asked = false;
+    for (at, action) in actions.iter().enumerate() {
+        the_journal_is_saved_before_the_directory_changes(&path, &actions[..at], action);
+        a_set_is_called_live_only_after_its_proofs(&path, action);
+        nothing_is_taken_away_where_nothing_was(&path, action);
+        only_what_is_on_disk_is_recorded_as_installed(&path, action);
+        what_a_file_of_others_does_is_remembered_of_no_set(&path, action);
+        if choices > 0
+            && !matches!(
+                action,
+                Action::Prove(_) | Action::Finish(_) | Action::TrySave(_)
+            )
+        {
+            for touched in [false, true] {
+                let fault = "fault".to_owned();
+                walk(
+                    path.clone(),
+                    Event::Failed { fault, touched },
+                    choices - 1,
+                    seen,
+                );
+            }
+        }
+        match action {
+            Action::Save(journal) | Action::TrySave(journal) => {
+                numbers_only_rise(&path, journal);
+                path.saved = journal.install;
+            }
+            Action::Swap(journal) => {
+                path.proofs = 0;
+                path.passes = usize::from(journal.passes);
+                path.swapped.insert(journal.set.sha256());
+            }
+            Action::Prove(_) => asked = true,
+            Action::Finish(_) => path.finished += 1,
+            Action::Renumber(_)
+            | Action::RemoveLater(_)
+            | Action::Record(_)
+            | Action::Remember(_)
+            | Action::Forget
+            | Action::Clean => {}
+        }
+    }
+    if choices == 0 {
+        return;
+    }
+    let report = ClamdReport::default;
+    let over = matches!(actions.last(), None | Some(Action::Finish(_)));
+    if asked || path.machine.waits_for_clamd() && over {
+        for verdict in [
+            Verdict::Live(report()),
+            Verdict::Refused {
+                reason: "bad".into(),
+                report: report(),
+            },
+            Verdict::Unproven(report()),
+            Verdict::Absent(report()),
+        ] {
+            let others = || Blame::Others("theirs".into());
+            let blames = match &verdict {
+                Verdict::Refused { .. } => vec![Blame::Set, Blame::Unknown, others()],
+                Verdict::Live(_) | Verdict::Unproven(_) | Verdict::Absent(_) => {
+                    vec![Blame::Set]
+                }
+            };
+            for blame in blames {
+                let event = Event::Judged(verdict.clone(), blame);
+                walk(path.clone(), event, choices - 1, seen);
+            }
+        }
+    } else if !over {
+        walk(path.clone(), Event::Done, choices, seen);
+    }
+    if let Some(journal) = path.machine.journal().cloned() {
+        let (journal, next) = (Box::new(journal), path.saved + 1);
+        path.machine = Machine::default(); // what a crash leaves is the journal alone
+        walk(path, Event::Resumed { journal, next }, choices - 1, seen);
+    }
+}
+
+fn the_journal_is_saved_before_the_directory_changes(
+    path: &Path,
+    done: &[Action],
+    action: &Action,
+) {
+    let number = match action {
+        Action::Swap(journal) | Action::RemoveLater(journal) => journal.install,
+        Action::Renumber(install) => *install,
+        Action::Save(_)
+        | Action::TrySave(_)
+        | Action::Prove(_)
+        | Action::Record(_)
+        | Action::Remember(_)
+        | Action::Forget
+        | Action::Clean
+        | Action::Finish(_) => return,
+    };
+    let saved = done.iter().any(|action| {
+        matches!(action, Action::Save(journal) | Action::TrySave(journal) if journal.install == number)
+    });
+    assert!(saved, "{path:#?}\n{action:?}");
+}
+
+fn a_replay_has_a_number_that_clamd_was_never_shown(path: &Path, actions: &[Action], shown: u64) {
+    for action in actions {
+        if let Action::Swap(journal) = action {
+            assert!(journal.install > shown, "{path:#?}");
+        }
+    }
+}
+
+fn numbers_only_rise(path: &Path, journal: &Journal) {
+    assert!(journal.install >= path.saved, "{path:#?}");
+}
+
+fn a_set_is_called_live_only_after_its_proofs(path: &Path, action: &Action) {
+    if let Action::Finish(ending) = action
+        && ending.outcome == Outcome::Live
+    {
+        assert!(path.proofs >= path.passes && path.passes > 0, "{path:#?}");
+    }
+}
+
+/// Half a set is no set: after a fault of the disk it goes, whatever was there before. A whole
+/// one that clamd refuses stays where there is no other.
+fn nothing_is_taken_away_where_nothing_was(path: &Path, action: &Action) {
+    if let Action::Swap(journal) = action
+        && let Way::Back { cause, .. } = &journal.way
+    {
+        let faulted = matches!(cause, Cause::HostFault(_));
+        assert!(faulted || !journal.files.is_empty(), "{path:#?}");
+    }
+}
+
+fn what_a_file_of_others_does_is_remembered_of_no_set(path: &Path, action: &Action) {
+    if matches!(action, Action::Remember(_)) {
+        assert!(path.suspected, "{path:#?}");
+    }
+}
+
+fn only_what_is_on_disk_is_recorded_as_installed(path: &Path, action: &Action) {
+    if let Action::Record(Some(installed)) = action {
+        let proven = path.proofs >= path.passes && path.passes > 0;
+        let right = match installed.outcome {
+            Outcome::Live => proven,
+            Outcome::Installed | Outcome::Refused => true,
+            Outcome::HostFault => false,
+        };
+        assert!(
+            right && path.swapped.contains(&installed.set.sha256()),
+            "{path:#?}"
+        );
+    }
+}

@@ -1,0 +1,154 @@
+//! What a receipt says of an install: what came of it, and what is in the directory now.
+
+use clamcast_proto::DatabaseName;
+use clamcast_proto::manifest::Manifest;
+use clamcast_proto::receipt::{ClamdReport, FileState, Outcome};
+
+use super::disk::{At, Dir};
+use super::journal::{Ending, Refusal, Set};
+use super::{Prove, Shared, lock};
+use crate::chain;
+
+/// So many files that clamd passes over are named in a receipt: it is clipped where it is shown.
+const PASSED_OVER_MAX: usize = 8;
+
+/// How an install ended: what a receipt says.
+#[derive(Clone, Debug)]
+pub struct Completed {
+    /// The generation it is about.
+    pub set: Set,
+    /// What came of it.
+    pub outcome: Outcome,
+    /// Number of the install that the proof was about; 0 if it did not get that far.
+    pub install: u64,
+    /// What is on disk now under a name of the generation.
+    pub files: Vec<FileState>,
+    /// Databases in the directory that are not ours, bounded.
+    pub foreign: Vec<String>,
+    /// The clamd it was proven with.
+    pub clamd: ClamdReport,
+    /// Why it is not live.
+    pub error: Option<String>,
+}
+
+/// One database of the installed generation, compared with the disk.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct FileCheck {
+    /// What the manifest says.
+    pub expected: FileState,
+    /// What is there; `None` if nothing is.
+    pub found: Option<FileState>,
+    /// Why it could not be read.
+    pub error: Option<String>,
+}
+
+impl FileCheck {
+    /// Whether the file is as it should be.
+    pub fn is_right(&self) -> bool {
+        self.found.as_ref() == Some(&self.expected)
+    }
+}
+
+impl<P: Prove> Shared<P> {
+    pub(super) fn answer(&self, set: Set, refusal: Refusal) -> Completed {
+        let ending = Ending {
+            outcome: Outcome::Refused,
+            install: refusal.install,
+            clamd: self.prover.report(),
+            error: Some(format!("refused before: {}", refusal.error)),
+        };
+        self.completed(set, ending)
+    }
+
+    pub(super) fn completed(&self, set: Set, ending: Ending) -> Completed {
+        self.known.clear(); // a receipt says what is on disk now
+        let clamd = match ending.clamd == ClamdReport::default() {
+            true => self.prover.report(),
+            false => ending.clamd,
+        };
+        let files = self.swap().files_on_disk(&set, &self.baseline);
+        if matches!(ending.outcome, Outcome::Live | Outcome::Installed) && files == set.files() {
+            *lock(&self.suspect) = false;
+        }
+        Completed {
+            files,
+            foreign: self.foreign(Some(&set)),
+            clamd: self.with_passed_over(clamd, &set.manifest),
+            outcome: ending.outcome,
+            install: ending.install,
+            error: ending.error,
+            set,
+        }
+    }
+
+    /// A set is live without what clamd is configured not to load: the receipt says so.
+    pub(super) fn with_passed_over(
+        &self,
+        mut report: ClamdReport,
+        manifest: &Manifest,
+    ) -> ClamdReport {
+        let names = manifest.files.iter().map(|file| &file.name);
+        let mut passed: Vec<_> = names.filter(|name| !self.prover.loads(name)).collect();
+        let more = passed.len().saturating_sub(PASSED_OVER_MAX);
+        passed.truncate(PASSED_OVER_MAX);
+        if passed.is_empty() {
+            return report;
+        }
+        let mut names: Vec<_> = passed.iter().map(|name| name.to_string()).collect();
+        if more > 0 {
+            names.push(format!("{more} more"));
+        }
+        let said = format!(
+            "OfficialDatabaseOnly yes: clamd does not load {}",
+            names.join(", ")
+        );
+        report.note = Some(match report.note {
+            Some(note) => format!("{said}; {note}"),
+            None => said,
+        });
+        report
+    }
+
+    pub(super) fn foreign(&self, set: Option<&Set>) -> Vec<String> {
+        let mut ours: Vec<DatabaseName> = Vec::new();
+        let mut know = |files: Vec<FileState>| ours.extend(files.into_iter().map(|file| file.name));
+        if let Some(set) = set {
+            know(set.files());
+        }
+        if let Some(installed) = lock(&self.installed).as_ref() {
+            know(installed.set.files());
+        }
+        if let Some(journal) = lock(&self.machine).journal() {
+            know(journal.files.clone());
+            know(journal.before.files.clone());
+        }
+        self.swap().foreign(&ours).unwrap_or_else(|fault| {
+            tracing::warn!(error = chain(&fault), "cannot look for databases of others");
+            Vec::new()
+        })
+    }
+
+    pub(super) fn check(&self, expected: FileState) -> FileCheck {
+        let at = At(Dir::Databases, expected.name.as_str());
+        let read = self.tree.open(at).and_then(|file| {
+            let Some(mut file) = file else {
+                return Ok(None);
+            };
+            self.tree.digest(at, file.as_mut(), |_| Ok(())).map(Some)
+        });
+        let (found, error) = match read {
+            Ok(found) => (found, None),
+            Err(fault) => (None, Some(chain(&fault))),
+        };
+        let found = found.map(|(size, sha256)| FileState {
+            name: expected.name.clone(),
+            size,
+            sha256,
+        });
+        FileCheck {
+            expected,
+            found,
+            error,
+        }
+    }
+}
