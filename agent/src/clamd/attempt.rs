@@ -405,7 +405,11 @@ impl Attempt {
                 self.trouble = Some(DEAD.into());
                 self.end = Some(End::Unproven);
             }
-            LoadTest::Passed | LoadTest::NotRun(_) => {}
+            // Where clamd's log is not for us, nobody else says what is in the way.
+            LoadTest::NotRun(why) => {
+                self.trouble.get_or_insert(why);
+            }
+            LoadTest::Passed => {}
         }
     }
 
@@ -501,7 +505,7 @@ mod tests {
 
     /// Plays `script` against an attempt and returns how it ended, in which second, and when
     /// RELOADs were asked for. `terms` are any of `blocking`, `mute` (no log), `scanner`, `broken`
-    /// (the scanner fails), `unreloadable`. The script is times and what happens then:
+    /// (the scanner fails), `barred` (it may not read a file), `unreloadable`. The script is times and what happens then:
     ///
     /// - what looks show from then on: `old`, `canary`, `right`, `wrong`, `unknown` (VERSION),
     ///   `absent`, `forbidden`, `silent`;
@@ -516,7 +520,7 @@ mod tests {
             concurrent: !has("blocking"),
             reloads: !has("unreloadable"),
             logs: !has("mute"),
-            scanner: has("scanner") || has("broken"),
+            scanner: ["scanner", "broken", "barred"].iter().any(|word| has(word)),
         });
         let mut events = script.split(", ").map(|event| {
             let (time, what) = event.split_once(' ').expect("a time and a word");
@@ -554,6 +558,9 @@ mod tests {
                 }
                 Step::LoadTest if has("broken") => {
                     attempt.tested(LoadTest::Failed("bad line".into()));
+                }
+                Step::LoadTest if has("barred") => {
+                    attempt.tested(LoadTest::NotRun("may not read x.ndb".into()));
                 }
                 Step::LoadTest => attempt.tested(LoadTest::Passed),
                 Step::Wait(until) => {
@@ -702,6 +709,9 @@ mod tests {
         );
         let end = play("mute scanner", "0 silent");
         assert!(end.starts_with("unproven (no answer) at 300"), "{end}");
+        let end = play("mute barred", "0 old");
+        let said = "unproven (may not read x.ndb) at 300";
+        assert!(end.starts_with(said), "{end}");
         // Its log shows that it is still at it.
         let end = play("broken", "1 loading, 200 loaded, 200 canary");
         assert!(end.starts_with("live at 200"), "{end}");
