@@ -28,11 +28,9 @@ fn bad(version: u64) -> Container {
 }
 
 /// A master whose canaries are `web1` and `web2`, with `rollout` as its table of that name. Not
-/// started; set 1 is in the mirror.
+/// started, and its mirror is empty.
 fn master(fleet: &Fleet, rollout: &str) -> Master {
-    let mirror = fleet.mirror();
-    good(1).write(&mirror);
-    let master = fleet.master(&mirror);
+    let master = fleet.master(&fleet.mirror());
     let tables = format!(
         "load_test = \"never\"\n[groups]\ncanary = [\"web1\", \"web2\"]\n[rollout]\n{rollout}"
     );
@@ -40,14 +38,16 @@ fn master(fleet: &Fleet, rollout: &str) -> Master {
     master
 }
 
-/// Starts `web1` and `db1` without clamds: first the canary, until it is live at generation 1, for a
-/// wave that nobody is in is skipped.
+/// Starts it all, with agents `web1` and `db1` without clamds. Set 1 is published when both are there,
+/// for a wave that nobody is in is skipped.
 fn start(fleet: &Fleet, master: &mut Master) -> [Agent; 2] {
     master.start();
-    let [web1] = fleet.start_agents(["web1"]);
-    master.wait_live("web1", 1);
-    let [db1] = fleet.start_agents(["db1"]);
-    [web1, db1]
+    let agents = fleet.start_agents(["web1", "db1"]);
+    for name in ["web1", "db1"] {
+        master.wait_agent(name, "it is there", |row| row["connected"] == true);
+    }
+    good(1).write(&fleet.mirror());
+    agents
 }
 
 fn rollout(master: &Master) -> Value {
@@ -78,6 +78,7 @@ fn a_generation_that_clamd_cannot_load_halts_at_the_canaries_and_is_taken_back()
     require!(Clamd);
     let fleet = Fleet::new();
     let mut master = master(&fleet, "");
+    good(1).write(&fleet.mirror());
     let databases = ["web1", "web2"].map(|name| fleet.database(name));
     let mut clamds = Clamd::pair([&databases[0], &databases[1]]);
     let mut agents: [Agent; 3] = [
@@ -143,17 +144,10 @@ fn a_host_that_refused_a_generation_has_the_one_before_mended_by_the_master() {
     let fleet = Fleet::new();
     let mut master = master(&fleet, "rollback_on_halt = false");
     master.configure("[signing]", "[signing]\nfresh = \"1m\"");
-    let database = fleet.join("agents/web1/db");
-    fs::create_dir_all(&database).unwrap();
-    let mut clamd = Clamd::new(&database);
-    let mut agent = fleet.agent_with("web1", &format!("config = {:?}", clamd.config()));
-    master.start();
-    agent.start();
-    master.wait_agent("web1", "the first set is there", |row| {
-        row["generation"] == 1
-    });
-    clamd.start();
-    master.wait_live("web1", 1);
+    good(1).write(&fleet.mirror());
+    let (mut agent, mut clamd) = fleet.agent_and_clamd("web1");
+    let database = agent.database();
+    master.start_with(&mut agent, &mut clamd);
     wait_state(&master, "complete");
     bad(2).write(&fleet.mirror());
     master.wait_audit("halt", 1);
@@ -205,7 +199,8 @@ fn standing(fleet: &Fleet) -> (Master, [Agent; 2]) {
 fn standing_with(fleet: &Fleet, rules: &str) -> (Master, [Agent; 2]) {
     let mut master = master(fleet, &format!("settle = \"1h\"\n{rules}"));
     let agents = start(fleet, &mut master);
-    // Complete already, if one of them came so late that nobody was left for the next wave.
+    master.wait_live("web1", 1);
+    // Wave by wave.
     until(PATIENCE, "the first is complete", || {
         master.command(&["rollout", "promote", "--reason", "the first"]);
         let rollout = rollout(&master);
@@ -608,7 +603,9 @@ fn publish_that_waits_says_so_when_the_fleet_does_not_get_it() {
     let fleet = Fleet::new();
     let mut master = master(&fleet, "");
     let [mut web1, _db1] = start(&fleet, &mut master);
-    master.wait_live("db1", 1);
+    for name in ["web1", "db1"] {
+        master.wait_live(name, 1);
+    }
     wait_state(&master, "complete");
     web1.stop();
     master.wait_agent("web1", "the canary is away", |row| {
@@ -642,7 +639,7 @@ fn publish_waits_for_no_window() {
     let mut master = master(&fleet, &format!("[rollout.windows]\ndb = [{window:?}]"));
     master.configure("[groups]", "[groups]\ndb = [\"db1\"]");
     let _agents = start(&fleet, &mut master);
-    master.wait_agent("db1", "db1 is there", |row| row["connected"] == true);
+    master.wait_live("web1", 1);
     let told = order(&master, &["publish", "--wait"], 1);
     assert!(
         told.contains("when a window of its members opens"),

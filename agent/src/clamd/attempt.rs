@@ -520,7 +520,7 @@ mod tests {
             concurrent: !has("blocking"),
             reloads: !has("unreloadable"),
             logs: !has("mute"),
-            scanner: ["scanner", "broken", "barred"].iter().any(|word| has(word)),
+            scanner: ["scanner", "broken", "barred"].into_iter().any(has),
         });
         let mut events = script.split(", ").map(|event| {
             let (time, what) = event.split_once(' ').expect("a time and a word");
