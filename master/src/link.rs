@@ -38,8 +38,9 @@ const HANDSHAKE: Duration = Duration::from_secs(10);
 /// say they are (QUIC Retry): an Initial then costs a sixteenth.
 const HANDSHAKES_UNPROVEN_MAX: usize = 64;
 
-/// From this many on nobody is let in: each may hold 37 KiB for as long as [`HANDSHAKE`], and the
-/// agents back off and come again.
+/// From this many on nobody is let in: each may hold 37 KiB for as long as [`HANDSHAKE`], and some
+/// seconds more while its connection drains, which is 250 MB in a flood that goes on. The agents
+/// back off and come again.
 const HANDSHAKES_MAX: usize = 4096;
 
 /// Connections at a time: a fleet, and again as many while it reconnects.
