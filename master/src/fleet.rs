@@ -25,6 +25,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::rollout::{
     Agents, Effect, Member, Order, OrderError, Rollout, Rules, Tally, Target, Wanted, Wave, Word,
+    place,
 };
 
 /// Receipts remembered by digest, so that one that is sent again is not taken for a new one.
@@ -57,6 +58,10 @@ pub struct Fleet {
     manifests: HashMap<Digest, Arc<Verified<Manifest>>>,
     /// What the next [`Fleet::step`] says besides.
     unsaid: Vec<Effect>,
+    /// The content whose order the agents' places are of.
+    placed: Option<Digest>,
+    /// The latest time that was seen.
+    latest: Timestamp,
 }
 
 /// The agents by their names.
@@ -71,6 +76,8 @@ struct Agent {
     /// The last offer that was answered on a connection which has ended.
     answered: Option<Answered>,
     took: Option<Took>,
+    /// Its place in the order of the rollout of this content, so that it is not made at every look.
+    place: Option<(Digest, Digest)>,
 }
 
 /// The generation that an agent was offered last.
@@ -169,6 +176,34 @@ pub struct Link {
     pub answered: Option<Answered>,
     /// The last offer, if it was declined.
     pub declined: Option<Declined>,
+    /// Whether it has said Hello: before that it is offered nothing.
+    pub greeted: bool,
+    /// The manifest that it has or was offered last on this connection.
+    pub told: Option<Digest>,
+}
+
+impl Link {
+    /// A connection on which nothing was said yet.
+    pub fn new(
+        id: LinkId,
+        since: Timestamp,
+        address: SocketAddr,
+        serial: Serial,
+        certificate_ends: Timestamp,
+    ) -> Self {
+        Self {
+            id,
+            since,
+            address,
+            serial,
+            certificate_ends,
+            offer: None,
+            answered: None,
+            declined: None,
+            greeted: false,
+            told: None,
+        }
+    }
 }
 
 /// An offer that is over.
@@ -326,6 +361,7 @@ impl Fleet {
                 link,
                 answered,
                 took,
+                place: None,
             };
             (name, agent)
         };
@@ -338,6 +374,8 @@ impl Fleet {
             rules,
             manifests,
             unsaid,
+            placed: None,
+            latest: Timestamp::MAX, // what is kept may be of any time
         }
     }
 
@@ -403,15 +441,30 @@ impl Fleet {
 
     /// Goes on where the rollout may go on, or stops it.
     pub fn step(&mut self, now: Timestamp) -> Vec<Effect> {
-        self.clock_is_at(now);
+        if now < self.latest {
+            self.clock_went_back(now);
+        }
+        self.latest = now;
+        self.place_agents();
         let mut effects = std::mem::take(&mut self.unsaid);
         effects.extend(self.rollout.step(&self.agents, &self.rules, now));
+        self.place_agents(); // it may be the next one's turn
         effects
     }
 
-    /// Takes signs that are further in the future than any agent may promise for signs of now: the
-    /// clock was set back.
-    fn clock_is_at(&mut self, now: Timestamp) {
+    /// Gives every agent its place in the running generation's rollout, once.
+    fn place_agents(&mut self) {
+        let content = self.rollout.running().map(|run| run.target.content);
+        if self.placed != content {
+            self.placed = content;
+            for agent in self.agents.0.values_mut() {
+                agent.place = content.map(|content| (content, agent.place_in(&content)));
+            }
+        }
+    }
+
+    /// Takes signs that are further in the future than any agent may promise for signs of now.
+    fn clock_went_back(&mut self, now: Timestamp) {
         let latest = now.saturating_add(SILENCE_MAX).unwrap_or(Timestamp::MAX);
         for agent in self.agents.0.values_mut() {
             if let Some(took) = &mut agent.took {
@@ -426,6 +479,11 @@ impl Fleet {
     /// What became of the running generation in all waves that have begun, and in the last.
     pub fn tallies(&self, now: Timestamp) -> Option<(Tally, Tally)> {
         self.rollout.tallies(&self.agents, &self.rules, now)
+    }
+
+    /// The windows that the next wave waits for, if it does.
+    pub fn waits_for(&self, now: Timestamp) -> Vec<String> {
+        self.rollout.waits_for(&self.agents, &self.rules, now)
     }
 
     /// Versions of clamd that hosts have and no host of the first wave has, where that is a group:
@@ -476,12 +534,40 @@ impl Fleet {
     /// The generation that an agent is to be offered. One that it failed with waits until what it has
     /// is mended.
     pub fn wanted(&self, name: &AgentName, now: Timestamp) -> Option<&Arc<Verified<Manifest>>> {
-        let agent = self.agents.0.get(name)?;
+        self.due_to(self.agents.0.get(name)?, now)
+    }
+
+    fn due_to(&self, agent: &Agent, now: Timestamp) -> Option<&Arc<Verified<Manifest>>> {
         match self.wanted_of(agent, now) {
             Wanted::At(target) if agent.is_mending() && agent.failed_with(&target) => None,
             Wanted::At(target) => self.manifests.get(&target.manifest_sha256),
             Wanted::Nothing | Wanted::Stay => None,
         }
+    }
+
+    /// The connected agents that are to be offered something else than they have or were offered last,
+    /// and what.
+    pub fn due(&self, now: Timestamp) -> Vec<(AgentName, LinkId, Arc<Verified<Manifest>>)> {
+        let due = |agent: &Agent| {
+            let link = agent.link.as_ref().filter(|link| link.greeted)?;
+            let manifest = self.due_to(agent, now)?;
+            let is_news = link.told != Some(manifest.payload_sha256());
+            is_news.then(|| (agent.record.name.clone(), link.id, manifest.clone()))
+        };
+        self.agents.0.values().filter_map(due).collect()
+    }
+
+    /// The open connections of agents that have said Hello.
+    pub fn greeted(&self) -> impl Iterator<Item = (&AgentName, LinkId)> {
+        self.agents.0.iter().filter_map(|(name, agent)| {
+            let link = agent.link.as_ref()?;
+            link.greeted.then_some((name, link.id))
+        })
+    }
+
+    /// An agent's open connection.
+    pub fn link_of(&self, name: &AgentName) -> Option<LinkId> {
+        self.agents.0.get(name)?.link.as_ref().map(|link| link.id)
     }
 
     /// The generation that an agent may rely on for now: that which it is wanted at, or that which
@@ -582,7 +668,10 @@ impl Fleet {
             link: None,
             answered: None,
             took: None,
+            place: None,
         });
+        let content = self.placed;
+        agent.place = content.map(|content| (content, agent.place_in(&content)));
         let record = &mut agent.record;
         let changed = new || record.groups != groups || record.serial != link.serial;
         record.groups = groups;
@@ -610,16 +699,18 @@ impl Fleet {
         }
     }
 
-    /// Agents whose last certificate is revoked are no part of the fleet any more. Returns them.
-    pub fn revoked(&mut self, list: &RevocationList) -> Vec<AgentName> {
+    /// Agents whose last certificate is revoked are no part of the fleet any more. Returns them, with
+    /// their connections.
+    pub fn revoked(&mut self, list: &RevocationList) -> Vec<(AgentName, Option<LinkId>)> {
         let serials: HashSet<_> = list.revoked.iter().map(|revoked| &revoked.serial).collect();
         let gone = self
             .agents
             .0
             .iter()
             .filter(|(_, agent)| serials.contains(&agent.record.serial));
-        let gone: Vec<_> = gone.map(|(name, _)| name.clone()).collect();
-        for name in &gone {
+        let gone = gone.map(|(name, agent)| (name.clone(), agent.link.as_ref().map(|it| it.id)));
+        let gone: Vec<_> = gone.collect();
+        for (name, _) in &gone {
             self.agents.0.remove(name);
         }
         gone
@@ -651,6 +742,7 @@ impl Fleet {
         }
         if let Some(link) = &mut agent.link {
             link.declined = None;
+            link.told = Some(manifest_sha256);
             link.offer = Some(Offered {
                 id: offer,
                 position: manifest.position(),
@@ -686,16 +778,31 @@ impl Fleet {
         }
     }
 
-    /// What an agent's Hello says of its clamd. Returns whether it is news.
-    pub fn hello(&mut self, name: &AgentName, clamd: ClamdReport, foreign: Vec<String>) -> bool {
-        let Some(agent) = self.agents.0.get_mut(name) else {
-            return false;
-        };
+    /// What an agent's Hello says of its clamd. Returns whether it is news; nothing if this is not
+    /// its connection any more.
+    pub fn hello(
+        &mut self,
+        name: &AgentName,
+        id: LinkId,
+        clamd: ClamdReport,
+        foreign: Vec<String>,
+    ) -> Option<bool> {
+        let agent = self.linked(name, id)?;
+        if let Some(link) = &mut agent.link {
+            link.greeted = true;
+        }
         let (clamd, foreign) = (bounded(clamd), bounded_list(foreign));
         let news = agent.record.clamd != clamd || agent.record.foreign != foreign;
         agent.record.clamd = clamd;
         agent.record.foreign = foreign;
-        news
+        Some(news)
+    }
+
+    /// An agent has what it is wanted at, and needs no offer of it.
+    pub fn has_it(&mut self, name: &AgentName, id: LinkId, manifest_sha256: Digest) {
+        if let Some(link) = self.link(name, id) {
+            link.told = Some(manifest_sha256);
+        }
     }
 
     /// Takes a receipt whose signature was checked. `false`: it is known already.
@@ -939,19 +1046,27 @@ impl Agent {
     /// What it says of `target`, by its receipts.
     fn member(&self, target: Option<&Target>) -> Member<'_> {
         let record = &self.record;
-        let target = target.map(|target| target.manifest_sha256);
+        let digest = target.map(|target| target.manifest_sha256);
         let took = self
             .took
-            .filter(|took| Some(took.manifest_sha256) == target);
+            .filter(|took| Some(took.manifest_sha256) == digest);
         Member {
             name: &record.name,
             groups: &record.groups,
             connected: self.link.is_some(),
             seen: record.seen,
             at: self.at(),
-            word: target.and_then(|target| self.word(&target)),
+            word: digest.and_then(|digest| self.word(&digest)),
             progress: took.map(|took| took.progress),
             offered: took.map(|took| took.since),
+            place: target.map(|target| self.place_in(&target.content)),
+        }
+    }
+
+    fn place_in(&self, content: &Digest) -> Digest {
+        match &self.place {
+            Some((of, place)) if of == content => *place,
+            Some(_) | None => place(content, &self.record.name),
         }
     }
 
@@ -1234,16 +1349,8 @@ mod tests {
     }
 
     fn link(id: u64) -> Link {
-        Link {
-            id: LinkId(id),
-            since: at(0),
-            address: "127.0.0.1:1".parse().unwrap(),
-            serial: Serial("01".into()),
-            certificate_ends: at(1 << 30),
-            offer: None,
-            answered: None,
-            declined: None,
-        }
+        let (address, serial) = ("127.0.0.1:1".parse().unwrap(), Serial("01".into()));
+        Link::new(LinkId(id), at(0), address, serial, at(1 << 30))
     }
 
     /// One agent, `web1`, connected, with these receipts, generation `wanted` wanted.
@@ -1295,7 +1402,7 @@ mod tests {
                     version: Some((*version).to_owned()),
                     ..ClamdReport::default()
                 };
-                fleet.hello(&name, clamd, vec![]);
+                fleet.hello(&name, LinkId(id), clamd, vec![]);
             }
             let untried = fleet.untried_versions().into_iter();
             let untried: Vec<_> = untried.map(|(of, (count, _))| (of, count)).collect();

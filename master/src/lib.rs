@@ -5,6 +5,7 @@ pub mod archive;
 pub mod capture;
 pub mod check;
 pub mod config;
+pub mod dispatch;
 pub mod endpoint;
 pub mod events;
 pub mod fleet;

@@ -24,8 +24,9 @@ use tokio_util::sync::CancellationToken;
 
 use crate::archive::Archive;
 use crate::config::Groups;
+use crate::dispatch::{AGENTS_MAX, Unwanted};
 use crate::fleet::LinkId;
-use crate::hub::{AGENTS_MAX, Command, Connected, Event, Hub, Unwanted};
+use crate::hub::{Command, Connected, Event, Hub};
 use crate::meter::{Meters, Talk};
 use crate::push::Pusher;
 use crate::recorder::{Job, Recorder};

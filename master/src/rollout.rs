@@ -24,7 +24,7 @@ pub use run::{Pause, PauseKind, Run, Tally};
 pub use wave::{Begun, Wave, WaveError, place};
 pub use window::{Window, WindowError};
 
-use run::{Placed, Turn};
+use run::{Participant, Turn};
 
 /// Generations that are remembered as taken back. A host that still has an older one of them was
 /// away for so many bad updates; then it is told to go on from there like any other.
@@ -80,6 +80,8 @@ pub struct Member<'a> {
     pub progress: Option<Timestamp>,
     /// When it was first offered the running generation.
     pub offered: Option<Timestamp>,
+    /// Its [`place`] in the order of the running generation's rollout.
+    pub place: Option<Digest>,
 }
 
 /// Where members come from: the fleet.
@@ -468,7 +470,7 @@ impl Rollout {
         agents: &'a impl Agents,
         rules: &Rules,
         now: Timestamp,
-    ) -> Vec<Placed<'a>> {
+    ) -> Vec<Participant<'a>> {
         let Some(run) = &self.running else {
             return Vec::new();
         };
@@ -480,11 +482,11 @@ impl Rollout {
         };
         let members = agents.members(Some(&run.target));
         let members = members.into_iter().filter(takes_part);
-        let placed = |member: Member<'a>| {
+        let participant = |member: Member<'a>| {
             let may = member.word.is_some() || rules.is_open(member.groups, now);
-            run.placed(member, may)
+            Participant { member, may }
         };
-        members.map(placed).collect()
+        members.map(participant).collect()
     }
 
     fn completed(&mut self, rules: &Rules) -> Vec<Effect> {
@@ -564,6 +566,13 @@ impl Rollout {
         let wave = run.tally(&subject, run.begun.last(), rules, now);
         Some((all, wave))
     }
+
+    /// The windows that the next wave waits for, if it does: `GROUP: WINDOW, ...` of each group.
+    pub fn waits_for(&self, agents: &impl Agents, rules: &Rules, now: Timestamp) -> Vec<String> {
+        let subject = self.subject(agents, rules, now);
+        let run = self.running.as_ref();
+        run.map_or_else(Vec::new, |run| run.waits_for(&subject, rules))
+    }
 }
 
 impl Rules {
@@ -575,6 +584,17 @@ impl Rules {
             .flatten()
             .peekable();
         windows.peek().is_none() || windows.any(|window| window.is_open(now))
+    }
+
+    /// The windows of the groups that some agents are in: `GROUP: WINDOW, ...` of each.
+    fn windows_of(&self, members: &[&Member<'_>]) -> Vec<String> {
+        let has = |group: &GroupName| members.iter().any(|it| it.groups.contains(group));
+        let windows = self.windows.iter().filter(|(group, _)| has(group));
+        let text = |(group, windows): (&GroupName, &Vec<Window>)| {
+            let windows: Vec<_> = windows.iter().map(Window::to_string).collect();
+            format!("{group}: {}", windows.join(", "))
+        };
+        windows.map(text).collect()
     }
 }
 

@@ -331,17 +331,15 @@ impl Master {
         let hub_stop = CancellationToken::new();
         let (forget, forgotten) = mpsc::channel(FORGOTTEN_MAX);
         let (wishes, wished) = mpsc::channel(WISHES_MAX);
-        let task = hub::Task {
-            fleet,
+        let means = hub::Means {
             keys: keys.clone(),
-            revoked: None,
             recorder: recorder.clone(),
             ahead: forget,
             publisher: publisher.clone(),
             fresh: config.signing.fresh,
             wishes,
         };
-        let (hub, hub_task) = hub::start(task, hub_stop.clone());
+        let (hub, hub_task) = hub::start(fleet, means, hub_stop.clone());
         if let Some(list) = revocations.list() {
             let _ = hub.tell(Event::Revoked(list.clone())).await;
         }

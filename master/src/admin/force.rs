@@ -14,8 +14,9 @@ use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::task::TaskTracker;
 
 use super::{CHANGES_SETTLE, Commands, TIMEOUT_MAX};
+use crate::dispatch::Forcing;
 use crate::force::{self, INTERRUPTED, Meant, News, Selection, Work};
-use crate::hub::{Event, Forcing, Stopping};
+use crate::hub::{Event, Stopping};
 
 /// `force-sync`s under way at a time: each looks at the whole fleet after every change.
 pub const ORDERS_MAX: usize = 16;

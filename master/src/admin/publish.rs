@@ -10,8 +10,9 @@ use tokio::time::sleep;
 
 use super::rollout::Undone;
 use super::{CHANGES_SETTLE, Commands, LOOK, describe};
+use crate::dispatch::Order;
 use crate::fleet::Row;
-use crate::hub::{Order, Stopping, View};
+use crate::hub::{Stopping, View};
 use crate::publish::{PublishError, Published, Request};
 use crate::report;
 use crate::rollout::{Order as RolloutOrder, OrderError};

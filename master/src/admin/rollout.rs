@@ -15,8 +15,9 @@ use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::{CHANGES_SETTLE, Commands, LOOK, TIMEOUT_MAX};
+use crate::dispatch::Order;
 use crate::force::{Meant, SelectError};
-use crate::hub::{Event, Order, Stopping};
+use crate::hub::{Event, Stopping};
 use crate::report;
 use crate::rollout::{Order as RolloutOrder, OrderError};
 

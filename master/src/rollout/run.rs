@@ -3,11 +3,11 @@
 use std::time::Duration;
 
 use clamcast_daemon::config::Percent;
-use clamcast_proto::{AgentName, Digest};
+use clamcast_proto::AgentName;
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
-use super::{Begun, Effect, Member, Rules, Target, Wave, Word, note, place};
+use super::{Begun, Effect, Member, Rules, Target, Wave, Word, note};
 
 /// Members that were not seen for longer than this are not waited for.
 const SEEN: SignedDuration = SignedDuration::from_hours(24);
@@ -105,13 +105,12 @@ pub struct Tally {
     pub waited: Vec<AgentName>,
 }
 
-/// An agent with its place in the order of a rollout.
+/// An agent that takes part.
 #[derive(Clone, Debug)]
-pub(super) struct Placed<'a> {
-    member: Member<'a>,
-    place: Digest,
+pub(super) struct Participant<'a> {
+    pub(super) member: Member<'a>,
     /// Its window is open, or it has taken the generation before that closed.
-    may: bool,
+    pub(super) may: bool,
 }
 
 /// What follows for a run.
@@ -160,7 +159,7 @@ impl Run {
     /// Decides what follows, one thing at a time.
     pub(super) fn turn(
         &mut self,
-        subject: &[Placed<'_>],
+        subject: &[Participant<'_>],
         rules: &Rules,
         now: Timestamp,
         effects: &mut Vec<Effect>,
@@ -198,7 +197,7 @@ impl Run {
             let last = self.begun.len() - 1;
             if subject
                 .iter()
-                .any(|agent| self.wave_of(agent) == Some(last))
+                .any(|agent| self.wave_of(&agent.member) == Some(last))
             {
                 return Turn::Rest; // their window has closed
             }
@@ -216,7 +215,10 @@ impl Run {
                 }
                 return Turn::Rest;
             }
-            if subject.iter().all(|agent| self.wave_of(agent).is_some()) {
+            if subject
+                .iter()
+                .all(|agent| self.wave_of(&agent.member).is_some())
+            {
                 return Turn::Through; // nobody is left for the waves ahead
             }
             self.done.get_or_insert(now);
@@ -227,30 +229,26 @@ impl Run {
         {
             return Turn::Rest;
         }
-        self.next_wave(subject, now, effects)
-    }
-
-    /// An agent with its place in this rollout.
-    pub(super) fn placed<'a>(&self, member: Member<'a>, may: bool) -> Placed<'a> {
-        let place = place(&self.target.content, member.name);
-        Placed { member, place, may }
+        self.next_wave(subject, rules, now, effects)
     }
 
     /// Whether the wave of an agent has begun.
     pub fn has(&self, member: &Member<'_>) -> bool {
-        self.wave_of(&self.placed(member.clone(), true)).is_some()
+        self.wave_of(member).is_some()
     }
 
     /// The first wave that has begun and that an agent is in.
-    fn wave_of(&self, agent: &Placed<'_>) -> Option<usize> {
+    fn wave_of(&self, member: &Member<'_>) -> Option<usize> {
+        let place = member.place?;
         let mut begun = self.begun.iter();
-        begun.position(|begun| begun.has(agent.member.groups, &agent.place))
+        begun.position(|begun| begun.has(member.groups, &place))
     }
 
     /// Begins the next wave with members that no wave before it has.
     fn next_wave(
         &mut self,
-        subject: &[Placed<'_>],
+        subject: &[Participant<'_>],
+        rules: &Rules,
         now: Timestamp,
         effects: &mut Vec<Effect>,
     ) -> Turn {
@@ -260,10 +258,12 @@ impl Run {
         while !self.ahead.is_empty() {
             let wave = self.ahead.remove(0);
             let open = subject.iter().filter(|agent| agent.may);
-            let mut places: Vec<_> = open.map(|agent| agent.place).collect();
+            let mut places: Vec<_> = open.filter_map(|agent| agent.member.place).collect();
             let begun = Begun::new(wave.clone(), &mut places, now);
-            let is_new = |agent: &&Placed<'_>| {
-                begun.has(agent.member.groups, &agent.place) && self.wave_of(agent).is_none()
+            let is_new = |agent: &&Participant<'_>| {
+                let place = &agent.member.place;
+                place.is_some_and(|place| begun.has(agent.member.groups, &place))
+                    && self.wave_of(&agent.member).is_none()
             };
             let new = subject
                 .iter()
@@ -271,17 +271,17 @@ impl Run {
                 .filter(is_new)
                 .count();
             if new == 0 {
-                let would = |agent: &&Placed<'_>| match &wave {
-                    Wave::Group(group) => agent.member.groups.contains(group),
-                    Wave::Share(_) | Wave::Count(_) => true,
-                };
-                let left = subject.iter().filter(|it| self.wave_of(it).is_none());
-                let (open, closed): (Vec<_>, Vec<_>) = left.partition(|agent| agent.may);
+                let mut left = subject
+                    .iter()
+                    .filter(|it| self.wave_of(&it.member).is_none());
                 // Later ones catch up when theirs opens, as long as there are others to go on with.
-                let first = self.begun.is_empty() || open.is_empty();
-                if first && closed.iter().any(would) {
+                let first = self.begun.is_empty() || left.all(|agent| !agent.may);
+                let closed = self.closed(&wave, subject);
+                if first && !closed.is_empty() {
                     if !std::mem::replace(&mut self.waits_for_window, true) {
-                        let reason = format!("{wave}: until a window of its members opens");
+                        let windows = rules.windows_of(&closed).join("; ");
+                        let reason =
+                            format!("{wave}: until a window of its members opens: {windows}");
                         effects.push(note("rollout-waits", self.target, reason));
                     }
                     self.ahead.insert(0, wave);
@@ -304,6 +304,25 @@ impl Run {
             return Turn::Again;
         }
         Turn::Through
+    }
+
+    /// Those whom a wave that is still to come would have, if their windows were open.
+    fn closed<'a>(&self, wave: &Wave, subject: &'a [Participant<'a>]) -> Vec<&'a Member<'a>> {
+        let would = |member: &&Member<'_>| match wave {
+            Wave::Group(group) => member.groups.contains(group),
+            Wave::Share(_) | Wave::Count(_) => true,
+        };
+        let closed = subject.iter().filter(|agent| !agent.may);
+        let closed = closed.map(|agent| &agent.member).filter(would);
+        closed.filter(|it| self.wave_of(it).is_none()).collect()
+    }
+
+    /// The windows that the next wave waits for, if it does.
+    pub(super) fn waits_for(&self, subject: &[Participant<'_>], rules: &Rules) -> Vec<String> {
+        match self.ahead.first().filter(|_| self.waits_for_window) {
+            Some(wave) => rules.windows_of(&self.closed(wave, subject)),
+            None => Vec::new(),
+        }
     }
 
     fn skip(&mut self, wave: Wave, effects: &mut Vec<Effect>) {
@@ -349,7 +368,7 @@ impl Run {
     /// an operator may have forced it on a host whose wave is still to come.
     pub(super) fn tally(
         &self,
-        subject: &[Placed<'_>],
+        subject: &[Participant<'_>],
         wave: Option<&Begun>,
         rules: &Rules,
         now: Timestamp,
@@ -357,7 +376,7 @@ impl Run {
         let mut tally = Tally::default();
         let last = self.begun.len().checked_sub(1);
         for agent in subject {
-            let (of, member) = (self.wave_of(agent), &agent.member);
+            let (of, member) = (self.wave_of(&agent.member), &agent.member);
             let refused = member.word == Some(Word::Refused);
             if !agent.may {
                 continue;

@@ -256,6 +256,7 @@ impl Lab {
 
 impl Host {
     fn member<'a>(&'a self, name: &'a AgentName, of: Option<&Target>, now: i64) -> Member<'a> {
+        let place = of.map(|of| place(&of.content, name));
         let of = of.map(number);
         Member {
             name,
@@ -266,6 +267,7 @@ impl Host {
             word: of.and_then(|number| self.words.get(&number).copied()),
             progress: of.and_then(|number| self.progress.get(&number).map(|it| at(*it))),
             offered: self.offered.map(at),
+            place,
         }
     }
 }

@@ -14,7 +14,8 @@ pub(super) struct Agenda<E> {
 struct Entry<E> {
     at: Duration,
     number: u64,
-    event: E,
+    /// Apart, for an entry is moved often before it is its turn.
+    event: Box<E>,
 }
 
 impl<E> Agenda<E> {
@@ -27,13 +28,13 @@ impl<E> Agenda<E> {
 
     pub(super) fn set(&mut self, at: Duration, event: E) {
         self.set += 1;
-        let number = self.set;
+        let (number, event) = (self.set, Box::new(event));
         self.entries.push(Reverse(Entry { at, number, event }));
     }
 
     pub(super) fn next(&mut self) -> Option<(Duration, E)> {
         let Reverse(entry) = self.entries.pop()?;
-        Some((entry.at, entry.event))
+        Some((entry.at, *entry.event))
     }
 }
 

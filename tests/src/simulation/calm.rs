@@ -15,7 +15,7 @@ impl World {
         let Some(running) = &self.master.running else {
             return Err("the master is down".to_owned());
         };
-        let fleet = &running.fleet;
+        let fleet = running.dispatcher.fleet();
         self.witness.looks_at_all(fleet, self.clock());
         let rollout = fleet.rollout();
         if let Some(owed) = rollout.owed() {

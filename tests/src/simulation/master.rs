@@ -1,19 +1,22 @@
-//! The master: the real fleet with its rollout. What the hub, the recorder and the publisher do
-//! around it is done here in the same order, on a disk that is made up.
+//! The master: the real dispatcher with its fleet and rollout. What the hub, the recorder and the
+//! publisher do around it is done here in the same order, on a disk that is made up.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use clamcast_master::fleet::{Arrival, Fleet, Link, LinkId, Record, Standing};
-use clamcast_master::rollout::{Effect, Order, OrderError, Owed, Rollout, Rules, Target};
+use clamcast_daemon::admin::Operator;
+use clamcast_master::dispatch::{
+    Action, Closing, Dispatcher, Entry, Forcing, Newcomer, Now, Order, Word,
+};
+use clamcast_master::fleet::{Fleet, LinkId, Record};
+use clamcast_master::rollout::{self, OrderError, Owed, Rollout, Rules, Target};
 use clamcast_proto::dsse::{PublicKey, Verified, sign};
 use clamcast_proto::identity::Serial;
 use clamcast_proto::manifest::{Manifest, Publisher, content_digest};
 use clamcast_proto::receipt::{Outcome, Receipt};
 use clamcast_proto::revocation::RevocationList;
-use clamcast_proto::wire::OfferId;
 use clamcast_proto::{AgentName, Digest, Epoch, Generation, GroupName};
 use ed25519_dalek::SigningKey;
 use jiff::Timestamp;
@@ -25,10 +28,7 @@ use super::contents::files;
 use super::network::{LinkNumber, Said, Told};
 use super::rules::Witness;
 
-/// Time between two tries to have a rollback published.
-const TRY_AGAIN: Duration = Duration::from_secs(10);
-
-/// Jobs that are written together.
+/// Entries that are written together.
 const BATCH_MAX: usize = 256;
 
 /// The master, with its disk and without its process where that has crashed.
@@ -41,7 +41,7 @@ pub(super) struct Master {
     /// How often it was started.
     pub(super) life: u32,
     /// When the last word of the publisher reaches the hub.
-    told: Duration,
+    told: Option<Instant>,
 }
 
 /// What outlives the process.
@@ -59,37 +59,22 @@ pub(super) struct MasterDisk {
 
 /// The process.
 pub(super) struct Running {
-    pub(super) fleet: Fleet,
-    pub(super) links: BTreeMap<LinkNumber, Open>,
-    offers: u64,
-    forced: BTreeMap<AgentName, Arc<Verified<Manifest>>>,
-    kept: Rollout,
-    /// How often `kept` has changed.
-    changes: u64,
+    pub(super) dispatcher: Dispatcher,
+    /// The connections by the names that the world and the dispatcher have for them.
+    links: BTreeMap<LinkNumber, (LinkId, AgentName)>,
+    numbers: BTreeMap<LinkId, LinkNumber>,
+    /// The rollout as the witness saw it last.
+    seen: Rollout,
     queue: VecDeque<Job>,
     writing: bool,
-    look_at: Option<Duration>,
-    looked: Duration,
-    tried: Option<Duration>,
+    /// The look that is on the agenda.
+    look_at: Option<Instant>,
 }
 
-/// A connection.
-pub(super) struct Open {
-    pub(super) name: AgentName,
-    serial: Serial,
-    greeted: bool,
-    offered: Option<Digest>,
-}
-
-/// One thing to write.
-#[derive(Default)]
-struct Job {
-    receipt: Option<(AgentName, u64)>,
-    keep: Option<Record>,
-    forget: Option<AgentName>,
-    rollout: Option<Rollout>,
-    then: Option<(LinkNumber, Told)>,
-    rolls_back: Option<Owed>,
+/// What waits for the disk.
+enum Job {
+    Write(Box<Entry>),
+    RollBack(Owed),
 }
 
 /// What happens in the master by itself.
@@ -122,8 +107,7 @@ pub(super) enum MasterDeed {
 
 /// What the master sees of the world.
 pub(super) struct MasterSight<'w> {
-    pub(super) now: Duration,
-    pub(super) clock: Timestamp,
+    pub(super) now: Now,
     pub(super) random: &'w mut StdRng,
     pub(super) witness: &'w mut Witness,
     pub(super) deeds: Vec<MasterDeed>,
@@ -147,7 +131,7 @@ impl Master {
             },
             running: None,
             life: 0,
-            told: Duration::ZERO,
+            told: None,
         }
     }
 
@@ -156,27 +140,23 @@ impl Master {
         let rollout: Rollout = serde_json::from_slice(&text).expect("it is what was written");
         let records = self.disk.records.values().cloned().collect();
         let manifests = self.disk.published.clone();
-        let mut fleet = Fleet::new(records, rollout, self.rules.clone(), manifests);
-        fleet.resumed(sight.clock);
+        let fleet = Fleet::new(records, rollout, self.rules.clone(), manifests);
         sight.witness.started(&fleet);
+        let seen = fleet.rollout().clone();
         self.running = Some(Running {
-            kept: fleet.rollout().clone(),
-            fleet,
+            dispatcher: Dispatcher::new(fleet, self.looks.0, sight.now),
             links: BTreeMap::new(),
-            offers: 0,
-            forced: BTreeMap::new(),
-            changes: 0,
+            numbers: BTreeMap::new(),
+            seen,
             queue: VecDeque::new(),
             writing: false,
             look_at: None,
-            looked: sight.now,
-            tried: None,
         });
         if let Some(list) = self.disk.revoked.clone() {
             self.revoke(list, sight);
         }
         self.replay(sight);
-        self.look_soon(sight);
+        self.carry_out(sight);
         let events = [
             MasterEvent::Idle,
             MasterEvent::Publish {
@@ -195,7 +175,7 @@ impl Master {
         let Some(newest) = self.disk.published.last().cloned() else {
             return;
         };
-        let owed = self.process().fleet.rollout().owed();
+        let owed = self.process().dispatcher.fleet().rollout().owed();
         let is_owed = owed.is_some_and(|owed| {
             newest.rollback_of == Some(owed.of.position) && newest.content == owed.to.content
         });
@@ -222,8 +202,9 @@ impl Master {
             0
         };
         for (at, job) in running.queue.drain(..audited).enumerate() {
-            witness.receipts_on_disk.extend(job.receipt);
-            if let Some(record) = job.keep.filter(|_| at < kept) {
+            let Job::Write(entry) = job else { continue };
+            witness.receipts_on_disk.extend(receipt_of(&entry));
+            if let Some(record) = entry.keep.filter(|_| at < kept) {
                 self.disk.records.insert(record.name.clone(), record);
             }
         }
@@ -236,129 +217,131 @@ impl Master {
     pub(super) fn on(&mut self, event: MasterEvent, sight: &mut MasterSight<'_>) {
         match event {
             MasterEvent::Look => {
-                let due = self.process().look_at.take_if(|at| *at <= sight.now);
-                if due.is_some() {
-                    self.look(sight);
+                let running = self.process();
+                running.look_at.take_if(|at| *at <= sight.now.at);
+                let due = running.dispatcher.look_at();
+                if due.is_some_and(|at| at <= sight.now.at) {
+                    running.dispatcher.look(sight.now);
                 }
             }
             MasterEvent::Idle => {
-                if self.process().fleet.is_timed() || self.process().kept.owed().is_some() {
-                    self.look_soon(sight);
-                }
+                self.process().dispatcher.tick();
                 sight.later(self.looks.1, MasterEvent::Idle);
             }
             MasterEvent::Written => self.written(sight),
             MasterEvent::Publish { accept, supersede } => self.publish(accept, supersede, sight),
             MasterEvent::RollBack(owed) => self.roll_back(&owed, sight),
             MasterEvent::Published(manifest, supersede) => {
-                let effects = self.process().fleet.published(&manifest, supersede);
-                self.carry_out(effects, sight);
-                self.look_soon(sight);
+                let dispatcher = &mut self.process().dispatcher;
+                dispatcher.published(&manifest, supersede, sight.now);
             }
             MasterEvent::WentBack(manifest) => {
-                let effects = self.process().fleet.went_back(&manifest);
-                self.carry_out(effects, sight);
-                self.look_soon(sight);
+                self.process().dispatcher.went_back(&manifest, sight.now);
             }
         }
+        self.carry_out(sight);
     }
 
     // The hub.
 
-    fn look_soon(&mut self, sight: &mut MasterSight<'_>) {
-        let apart = self.looks.0;
-        let running = self.process();
-        if running.look_at.is_none() {
-            let at = (running.looked + apart).max(sight.now);
-            running.look_at = Some(at);
-            sight.later(at - sight.now, MasterEvent::Look);
-        }
-    }
-
-    /// Looks at the rollout, and offers what follows.
-    fn look(&mut self, sight: &mut MasterSight<'_>) {
-        self.process().look_at = None;
-        let effects = self.process().fleet.step(sight.clock);
-        self.carry_out(effects, sight);
-        let running = self.process();
-        let offers = running.links.iter().filter_map(|(link, open)| {
-            if !open.greeted {
-                return None;
-            }
-            let manifest = running.fleet.wanted(&open.name, sight.clock)?;
-            let known = open.offered == Some(manifest.payload_sha256());
-            (!known && !running.is_forced(&open.name)).then(|| (*link, manifest.clone()))
-        });
-        for (link, manifest) in offers.collect::<Vec<_>>() {
-            self.offer(link, manifest, false, sight);
-        }
-        self.process().looked = sight.now;
-    }
-
-    fn carry_out(&mut self, effects: Vec<Effect>, sight: &mut MasterSight<'_>) {
-        let mut looks = false;
-        for effect in effects {
-            sight.witness.decided(&effect);
-            match effect {
-                Effect::Note { .. } => {}
-                Effect::Reject { target, .. } => {
-                    self.disk.rejected.push(target.content);
-                    self.process().forced.clear();
+    fn carry_out(&mut self, sight: &mut MasterSight<'_>) {
+        let actions = self.process().dispatcher.actions();
+        for action in actions {
+            match action {
+                Action::Tell(id, word) => self.tell(id, word, sight),
+                Action::Write(entry) => {
+                    self.witnesses(&entry, sight);
+                    self.record(Job::Write(entry), sight);
                 }
-                Effect::Look => looks = true,
+                Action::Close(id, closing) => {
+                    let running = self.process();
+                    if let Some(link) = running.numbers.remove(&id) {
+                        running.links.remove(&link);
+                        let rejected = match closing {
+                            Closing::Replaced | Closing::Revoked => true,
+                        };
+                        sight.deeds.push(MasterDeed::Close(link, rejected));
+                    }
+                }
+                Action::Reject(rejected) => {
+                    sight.witness.rejected(&rejected.content);
+                    self.disk.rejected.push(rejected.content);
+                }
+                Action::Publish => {
+                    let event = MasterEvent::Publish {
+                        accept: false,
+                        supersede: false,
+                    };
+                    let after = Duration::from_millis(sight.random.random_range(10..5000));
+                    sight.later(after, event);
+                }
+                Action::RollBack(owed) => self.record(Job::RollBack(owed), sight),
+                // Neither audit logs nor restored masters are part of this world.
+                Action::Accepted(_) | Action::Ahead(_) | Action::Checkpoint => {}
             }
         }
-        let running = self.running.as_mut().expect("it runs");
-        let rollout = running.fleet.rollout().clone();
-        if rollout != running.kept {
-            sight
-                .witness
-                .changed(&running.kept, &running.fleet, sight.clock);
-            if rollout.owed() != running.kept.owed() {
-                running.tried = None;
-            }
-            running.kept = rollout.clone();
-            running.changes += 1;
-            let rollout = Some(rollout);
-            self.record(
-                Job {
-                    rollout,
-                    ..Job::default()
-                },
-                sight,
-            );
-        }
-        if looks {
-            self.look_at_the_mirror(sight);
-        }
-        self.try_what_is_owed(sight);
-    }
-
-    fn look_at_the_mirror(&mut self, sight: &mut MasterSight<'_>) {
-        let event = MasterEvent::Publish {
-            accept: false,
-            supersede: false,
-        };
-        let after = Duration::from_millis(sight.random.random_range(10..5000));
-        sight.later(after, event);
-    }
-
-    fn try_what_is_owed(&mut self, sight: &mut MasterSight<'_>) {
         let running = self.process();
-        let tried = running
-            .tried
-            .is_some_and(|tried| sight.now < tried + TRY_AGAIN);
-        if let Some(owed) = running.kept.owed().cloned().filter(|_| !tried) {
-            running.tried = Some(sight.now);
-            let rolls_back = Some(owed);
-            self.record(
-                Job {
-                    rolls_back,
-                    ..Job::default()
-                },
-                sight,
+        let look_at = running.dispatcher.look_at();
+        if let Some(at) = look_at.filter(|_| look_at != running.look_at) {
+            running.look_at = Some(at);
+            sight.later(
+                at.saturating_duration_since(sight.now.at),
+                MasterEvent::Look,
             );
         }
+    }
+
+    /// The witness sees what was decided.
+    fn witnesses(&mut self, entry: &Entry, sight: &mut MasterSight<'_>) {
+        let running = self.running.as_mut().expect("it runs");
+        let (fleet, witness) = (running.dispatcher.fleet(), &mut *sight.witness);
+        if let Some(draft) = &entry.draft {
+            witness.decided(draft);
+        }
+        if let Some(name) = &entry.forget {
+            witness.revoked(name);
+        }
+        if entry.rollout.is_some() && running.seen != *fleet.rollout() {
+            witness.changed(&running.seen, fleet, sight.now.clock);
+            running.seen = fleet.rollout().clone();
+        }
+        if let Some((
+            id,
+            Word::Offer {
+                manifest, manner, ..
+            },
+        )) = &entry.then
+            && let Some(number) = running.numbers.get(id)
+            && let Some((_, name)) = running.links.get(number)
+        {
+            witness.offered(fleet, name, manifest, manner.rehash);
+        }
+    }
+
+    fn tell(&mut self, id: LinkId, word: Word, sight: &mut MasterSight<'_>) {
+        let running = self.process();
+        let Some(link) = running.numbers.get(&id).copied() else {
+            return; // it has ended
+        };
+        let told = match word {
+            Word::Welcome => Told::Welcome,
+            Word::Offer {
+                offer,
+                manifest,
+                manner,
+            } => Told::Offer {
+                offer,
+                manifest,
+                rehash: manner.rehash,
+            },
+            Word::Acknowledge(seq) => Told::Acknowledge(seq),
+            Word::Fresh(_) => return, // nobody here looks how old its word is
+        };
+        if let Some((_, name)) = running.links.get(&link) {
+            let fleet = running.dispatcher.fleet();
+            sight.witness.told(fleet, name, &told);
+        }
+        sight.deeds.push(MasterDeed::Tell(link, told));
     }
 
     pub(super) fn connected(
@@ -369,56 +352,32 @@ impl Master {
         serial: &Serial,
         sight: &mut MasterSight<'_>,
     ) {
-        let revoked = self.disk.revoked.as_ref();
-        if revoked.is_some_and(|list| list.revoked.iter().any(|it| it.serial == *serial)) {
-            return sight.deeds.push(MasterDeed::Close(link, true));
-        }
-        let running = self.process();
-        let arrival = running.fleet.connected(
-            name,
-            groups.to_vec(),
-            Link {
-                id: LinkId(link),
-                since: sight.clock,
-                address: SocketAddr::from(([127, 0, 0, 1], 1)),
-                serial: serial.clone(),
-                certificate_ends: Timestamp::MAX,
-                offer: None,
-                answered: None,
-                declined: None,
-            },
-        );
-        let Arrival {
-            new: _,
-            changed,
-            replaced,
-        } = arrival;
-        if let Some(LinkId(old)) = replaced
-            && running.links.remove(&old).is_some()
-        {
-            sight.deeds.push(MasterDeed::Close(old, true));
-        }
-        let open = Open {
+        let newcomer = Newcomer {
             name: name.clone(),
+            groups: groups.to_vec(),
+            address: SocketAddr::from(([127, 0, 0, 1], 1)),
             serial: serial.clone(),
-            greeted: false,
-            offered: None,
+            certificate_ends: Timestamp::MAX,
+            fingerprint: Digest::of(serial.0.as_bytes()),
         };
-        running.links.insert(link, open);
-        sight.witness.enrolled(name);
-        sight.deeds.push(MasterDeed::Tell(link, Told::Welcome));
-        if changed {
-            self.keep(name, sight);
+        let running = self.process();
+        match running.dispatcher.connected(newcomer, sight.now) {
+            Ok(id) => {
+                running.links.insert(link, (id, name.clone()));
+                running.numbers.insert(id, link);
+                sight.witness.enrolled(name);
+                self.carry_out(sight);
+            }
+            Err(_) => sight.deeds.push(MasterDeed::Close(link, true)),
         }
-        self.look_soon(sight);
     }
 
     pub(super) fn disconnected(&mut self, link: LinkNumber, sight: &mut MasterSight<'_>) {
-        if let Some(open) = self.process().links.remove(&link) {
-            self.process()
-                .fleet
-                .disconnected(&open.name, LinkId(link), sight.clock);
-            self.look_soon(sight);
+        let running = self.process();
+        if let Some((id, name)) = running.links.remove(&link) {
+            running.numbers.remove(&id);
+            running.dispatcher.disconnected(&name, id, sight.now);
+            self.carry_out(sight);
         }
     }
 
@@ -430,21 +389,14 @@ impl Master {
         key: &PublicKey,
         sight: &mut MasterSight<'_>,
     ) {
-        let Some(name) = self
-            .process()
-            .links
-            .get(&link)
-            .map(|open| open.name.clone())
-        else {
+        let running = self.process();
+        let Some((id, name)) = running.links.get(&link).cloned() else {
             return; // replaced, or thrown out
         };
+        let (dispatcher, now) = (&mut running.dispatcher, sight.now);
         match said {
             Said::Hello { installed, clamd } => {
-                if self.process().fleet.hello(&name, clamd, Vec::new()) {
-                    self.keep(&name, sight);
-                }
-                let installed = installed.map(|installed| installed.payload);
-                self.hello(link, &name, installed.as_deref(), sight);
+                dispatcher.hello(&name, id, clamd, Vec::new(), installed.as_ref(), now);
             }
             Said::Need { offer, files } => {
                 for name in files {
@@ -453,199 +405,61 @@ impl Master {
                 }
                 return; // the pusher's matter
             }
-            Said::Progress { phase, until } => {
-                let clock = sight.clock;
-                self.process()
-                    .fleet
-                    .progress(&name, LinkId(link), phase, until, clock);
-            }
+            Said::Progress { phase, until } => dispatcher.progress(&name, id, phase, until, now),
             Said::Receipt(receipt) => {
-                let checked: Verified<Receipt> =
-                    receipt.envelope().verify([key]).expect("it is its own");
-                self.receipt(link, &checked, sight);
+                let checked = receipt.envelope().verify([key]).expect("it is its own");
+                self.receipt(id, &checked, sight);
             }
-            Said::Declined { message } => {
-                let running = self.process();
-                if running
-                    .fleet
-                    .declined(&name, LinkId(link), message)
-                    .is_some()
-                {
-                    running.forced.remove(&name);
-                }
-            }
-            Said::Reoffer => {
-                let fleet = &self.process().fleet;
-                let manifest = fleet.mending(&name, |_| true, sight.clock).cloned();
-                if let Some(manifest) = manifest {
-                    self.offer(link, manifest, false, sight);
-                }
-            }
+            Said::Declined { message } => dispatcher.declined(&name, id, message),
+            Said::Reoffer => dispatcher.reoffer(&name, id, |_| true, now), // all are kept
         }
-        self.look_soon(sight);
+        self.carry_out(sight);
     }
 
-    fn hello(
-        &mut self,
-        link: LinkNumber,
-        name: &AgentName,
-        installed: Option<&[u8]>,
-        sight: &mut MasterSight<'_>,
-    ) {
-        let deadline = self.rules.deadline;
-        let running = self.process();
-        if let Some(open) = running.links.get_mut(&link) {
-            open.greeted = true;
-        }
-        let ordered = running.forced.get(name).cloned();
-        let ordered = ordered.filter(|_| running.is_forced(name));
-        let forced = running.forced.contains_key(name);
-        let wanted = running.fleet.wanted(name, sight.clock).cloned();
-        let Some(manifest) = ordered.or(wanted) else {
-            return;
+    fn receipt(&mut self, id: LinkId, receipt: &Verified<Receipt>, sight: &mut MasterSight<'_>) {
+        let dispatcher = &mut self.process().dispatcher;
+        let refused = match receipt.outcome {
+            Outcome::Refused => sight.witness.learns_of(receipt, dispatcher.fleet()),
+            Outcome::Live | Outcome::Installed | Outcome::HostFault => None,
         };
-        let has_it = installed.is_some_and(|it| it == manifest.envelope().payload);
-        let standing = running.fleet.standing(name, sight.clock, deadline);
-        if has_it && standing == Standing::Conformant && !forced {
-            if let Some(open) = running.links.get_mut(&link) {
-                open.offered = Some(manifest.payload_sha256());
-            }
-        } else {
-            self.offer(link, manifest, forced, sight);
-        }
-    }
-
-    fn offer(
-        &mut self,
-        link: LinkNumber,
-        manifest: Arc<Verified<Manifest>>,
-        rehash: bool,
-        sight: &mut MasterSight<'_>,
-    ) -> bool {
-        let running = self.running.as_mut().expect("it runs");
-        let Some(open) = running.links.get_mut(&link) else {
-            return false;
-        };
-        running.offers += 1;
-        let offer = OfferId(running.offers);
-        open.offered = Some(manifest.payload_sha256());
-        let name = open.name.clone();
-        sight
-            .witness
-            .offered(&running.fleet, &name, &manifest, rehash);
-        running
-            .fleet
-            .offered(&name, LinkId(link), offer, &manifest, sight.clock);
-        let told = Told::Offer {
-            offer,
-            manifest,
-            rehash,
-        };
-        let then = Some((link, told));
-        self.record(
-            Job {
-                then,
-                ..Job::default()
-            },
-            sight,
-        );
-        true
-    }
-
-    fn receipt(
-        &mut self,
-        link: LinkNumber,
-        receipt: &Verified<Receipt>,
-        sight: &mut MasterSight<'_>,
-    ) {
-        let then = Some((link, Told::Acknowledge(receipt.seq)));
-        let running = self.process();
-        if !running.fleet.receipt(receipt, sight.clock) {
-            return self.record(
-                Job {
-                    then,
-                    ..Job::default()
-                },
-                sight,
-            );
-        }
-        sight.witness.receipts += 1;
-        if !running.fleet.has_offer(&receipt.agent) {
-            running.forced.remove(&receipt.agent);
-        }
-        let job = Job {
-            receipt: Some((receipt.agent.clone(), receipt.seq)),
-            keep: running.fleet.record(&receipt.agent).cloned(),
-            then,
-            ..Job::default()
-        };
-        self.record(job, sight);
-        if receipt.outcome == Outcome::Refused {
-            let fleet = &self.process().fleet;
-            let knew = sight.witness.learns_of_a_refusal(receipt, fleet);
-            self.look(sight);
-            sight
-                .witness
-                .a_refusal_was_looked_at(knew, &self.process().fleet);
-        }
+        dispatcher.receipt(id, receipt, sight.now);
+        sight.witness.was_looked_at(refused, dispatcher.fleet());
     }
 
     // What operators do.
 
     pub(super) fn order(
         &mut self,
-        order: Order,
+        order: rollout::Order,
         sight: &mut MasterSight<'_>,
     ) -> Result<(), OrderError> {
-        let effects = self.process().fleet.order(order, sight.clock)?;
-        self.carry_out(effects, sight);
-        self.look(sight);
+        let operator = Operator {
+            uid: 0,
+            name: "root".to_owned(),
+            login_uid: None,
+            may_act: true,
+        };
+        let dispatcher = &mut self.process().dispatcher;
+        dispatcher.order(Order::Plain(order), None, &operator, sight.now)?;
+        self.carry_out(sight);
         Ok(())
     }
 
     /// Drives an agent past waves, pauses and windows to the newest generation, or to its pin.
     pub(super) fn force(&mut self, name: &AgentName, sight: &mut MasterSight<'_>) {
-        let running = self.process();
-        let pinned = running.fleet.pinned(name);
-        let Some(manifest) = pinned.or_else(|| running.fleet.newest()).cloned() else {
+        let dispatcher = &mut self.process().dispatcher;
+        let Some(newest) = dispatcher.fleet().newest().map(|it| it.position()) else {
             return;
         };
-        let link = running.links.iter().find(|(_, open)| open.name == *name);
-        let Some(link) = link.map(|(link, _)| *link) else {
-            return;
-        };
-        if running.fleet.past(name, &manifest).is_some() {
-            return;
-        }
-        if self.offer(link, manifest.clone(), true, sight) {
-            self.process().forced.insert(name.clone(), manifest);
-        }
-        self.look_soon(sight);
+        let what = Forcing::Current(newest);
+        dispatcher.force(&what, vec![name.clone()], false, sight.now);
+        self.carry_out(sight);
     }
 
     pub(super) fn revoke(&mut self, list: RevocationList, sight: &mut MasterSight<'_>) {
-        let running = self.process();
-        let is_on = |open: &Open| list.revoked.iter().any(|it| it.serial == open.serial);
-        let out = running.links.iter().filter(|(_, open)| is_on(open));
-        let out: Vec<_> = out.map(|(link, _)| *link).collect();
-        for link in out {
-            running.links.remove(&link);
-            sight.deeds.push(MasterDeed::Close(link, true));
-        }
-        for name in self.process().fleet.revoked(&list) {
-            self.process().forced.remove(&name);
-            sight.witness.revoked(&name);
-            let forget = Some(name);
-            self.record(
-                Job {
-                    forget,
-                    ..Job::default()
-                },
-                sight,
-            );
-        }
+        self.process().dispatcher.revoked(list.clone());
         self.disk.revoked = Some(list);
-        self.look_soon(sight);
+        self.carry_out(sight);
     }
 
     pub(super) fn revocations(&self) -> Option<&RevocationList> {
@@ -655,7 +469,7 @@ impl Master {
     // The publisher.
 
     fn publish(&mut self, accept: bool, supersede: bool, sight: &mut MasterSight<'_>) {
-        if self.process().fleet.rollout().held().is_some() {
+        if self.process().dispatcher.fleet().rollout().held().is_some() {
             return;
         }
         let files = files(self.disk.mirror);
@@ -678,7 +492,7 @@ impl Master {
     }
 
     fn roll_back(&mut self, owed: &Owed, sight: &mut MasterSight<'_>) {
-        if self.process().fleet.rollout().owed() != Some(owed) {
+        if self.process().dispatcher.fleet().rollout().owed() != Some(owed) {
             return; // an operator ordered another one meanwhile
         }
         let (to, of) = (owed.to.position, owed.of.position);
@@ -710,7 +524,7 @@ impl Master {
             epoch: Epoch(1),
             generation: generation.expect("there are many numbers"),
             publisher: Publisher("p1".to_owned()),
-            created: sight.clock,
+            created: sight.now.clock,
             previous: newest.map(|it| it.payload_sha256()),
             rollback_of,
             content,
@@ -725,22 +539,12 @@ impl Master {
     /// The hub hears of publications in their order.
     fn announce(&mut self, event: MasterEvent, sight: &mut MasterSight<'_>) {
         let takes = Duration::from_millis(sight.random.random_range(1..2000));
-        self.told = self.told.max(sight.now + takes);
-        sight.later(self.told - sight.now, event);
+        let at = (sight.now.at + takes).max(self.told.unwrap_or(sight.now.at));
+        self.told = Some(at);
+        sight.later(at - sight.now.at, event);
     }
 
     // The recorder.
-
-    fn keep(&mut self, name: &AgentName, sight: &mut MasterSight<'_>) {
-        let keep = self.process().fleet.record(name).cloned();
-        self.record(
-            Job {
-                keep,
-                ..Job::default()
-            },
-            sight,
-        );
-    }
 
     fn record(&mut self, job: Job, sight: &mut MasterSight<'_>) {
         let running = self.process();
@@ -764,43 +568,44 @@ impl Master {
         running.writing = false;
         let mut said = Vec::new();
         for job in batch {
-            sight.witness.receipts_on_disk.extend(job.receipt);
-            if let Some(record) = job.keep {
+            let entry = match job {
+                Job::Write(entry) => *entry,
+                Job::RollBack(owed) => {
+                    let takes = Duration::from_millis(sight.random.random_range(1..3000));
+                    sight.later(takes, MasterEvent::RollBack(owed));
+                    continue;
+                }
+            };
+            sight.witness.receipts_on_disk.extend(receipt_of(&entry));
+            if let Some(record) = entry.keep {
                 self.disk.records.insert(record.name.clone(), record);
             }
-            if let Some(name) = job.forget {
+            if let Some(name) = entry.forget {
                 self.disk.records.remove(&name);
             }
-            if let Some(rollout) = job.rollout {
+            if let Some(rollout) = entry.rollout {
                 sight.witness.kept(&rollout);
                 self.disk.rollout = rollout;
             }
-            said.push((job.then, job.rolls_back));
+            said.extend(entry.then);
         }
-        for (then, rolls_back) in said {
-            if let Some(owed) = rolls_back {
-                let takes = Duration::from_millis(sight.random.random_range(1..3000));
-                sight.later(takes, MasterEvent::RollBack(owed));
-            }
-            if let Some((link, told)) = then {
-                let running = self.running.as_ref().expect("it runs");
-                if let Some(open) = running.links.get(&link) {
-                    sight.witness.told(&running.fleet, &open.name, &told);
-                }
-                sight.deeds.push(MasterDeed::Tell(link, told));
-            }
+        for (id, word) in said {
+            self.tell(id, word, sight);
         }
-        if !self.process().queue.is_empty() {
-            self.process().writing = true;
+        let running = self.process();
+        if !running.queue.is_empty() && !running.writing {
+            running.writing = true;
             sight.later(Duration::from_millis(5), MasterEvent::Written);
         }
     }
 }
 
-impl Running {
-    fn is_forced(&self, name: &AgentName) -> bool {
-        let forced = self.forced.get(name);
-        forced.is_some_and(|manifest| self.fleet.is_open(&manifest.payload_sha256()))
+/// The receipt that is in the audit log once this is written.
+fn receipt_of(entry: &Entry) -> Option<(AgentName, u64)> {
+    let draft = entry.draft.as_ref().filter(|it| it.event == "receipt")?;
+    match entry.then {
+        Some((_, Word::Acknowledge(seq))) => Some((draft.subject.parse().ok()?, seq)),
+        Some(_) | None => None,
     }
 }
 

@@ -3,10 +3,10 @@
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 
+use clamcast_daemon::audit::Draft;
+use clamcast_master::events::EVENTS;
 use clamcast_master::fleet::Fleet;
-use clamcast_master::rollout::{
-    Begun, Effect, Member, Rollout, Rules, Run, Target, Wave, Word, place,
-};
+use clamcast_master::rollout::{Begun, Member, Rollout, Rules, Run, Target, Wave, Word, place};
 use clamcast_proto::dsse::Verified;
 use clamcast_proto::manifest::Manifest;
 use clamcast_proto::receipt::Receipt;
@@ -22,12 +22,14 @@ const SEEN: SignedDuration = SignedDuration::from_hours(24);
 /// Somebody who sees everything and forgets nothing.
 pub(super) struct Witness {
     rules: Rules,
+    /// Those that the master took.
     pub(super) receipts: u64,
     pub(super) offers: u64,
     pub(super) completed: u64,
     pub(super) halted: u64,
     trace: DefaultHasher,
     contents: HashSet<Digest>,
+    manifests: HashMap<Position, Digest>,
     /// Contents that must not be published again.
     rejected: HashSet<Digest>,
     /// Manifests that ended badly, as this process of the master knows.
@@ -75,6 +77,7 @@ impl Witness {
             halted: 0,
             trace: DefaultHasher::new(),
             contents: HashSet::new(),
+            manifests: HashMap::new(),
             rejected: HashSet::new(),
             ended: BTreeSet::new(),
             ended_on_disk: BTreeSet::new(),
@@ -112,28 +115,28 @@ impl Witness {
         self.offered.remove(name);
     }
 
-    pub(super) fn decided(&mut self, effect: &Effect) {
-        match effect {
-            Effect::Note {
-                event,
-                target,
-                reason,
-            } => {
-                (event, target.position, reason).hash(&mut self.trace);
-                match *event {
-                    "halt" | "abort" | "rolled-back" => {
-                        self.halted += u64::from(*event == "halt");
-                        self.ended.insert(target.manifest_sha256);
-                    }
-                    "rollout-complete" => self.completed += 1,
-                    _ => {}
-                }
+    /// Something is about to be written into the audit log.
+    pub(super) fn decided(&mut self, draft: &Draft) {
+        let Draft { event, detail, .. } = draft;
+        assert!(EVENTS.contains(&event.as_str()), "{event} is no event");
+        self.receipts += u64::from(event == "receipt");
+        let Some(position) = draft.position.filter(|_| draft.subject == "fleet") else {
+            return;
+        };
+        (event, position, detail.to_string()).hash(&mut self.trace);
+        match event.as_str() {
+            "halt" | "abort" | "rolled-back" => {
+                self.halted += u64::from(event == "halt");
+                self.ended.extend(self.manifests.get(&position));
             }
-            Effect::Reject { target, .. } => {
-                self.rejected.insert(target.content);
-            }
-            Effect::Look => {}
+            "rollout-complete" => self.completed += 1,
+            _ => {}
         }
+    }
+
+    /// This content is not to be published again.
+    pub(super) fn rejected(&mut self, content: &Digest) {
+        self.rejected.insert(*content);
     }
 
     /// An operator wants this content in spite of everything.
@@ -182,6 +185,8 @@ impl Witness {
     pub(super) fn published(&mut self, manifest: &Verified<Manifest>) {
         what_is_rejected_is_never_published_again(&self.rejected, manifest);
         self.contents.insert(manifest.content);
+        let digest = manifest.payload_sha256();
+        self.manifests.insert(manifest.position(), digest);
     }
 
     pub(super) fn publications(&self) -> usize {
@@ -252,11 +257,7 @@ impl Witness {
     }
 
     /// A refusal is known, and the rollout was not looked at yet.
-    pub(super) fn learns_of_a_refusal(
-        &self,
-        receipt: &Verified<Receipt>,
-        fleet: &Fleet,
-    ) -> Option<Refused> {
+    pub(super) fn learns_of(&self, receipt: &Verified<Receipt>, fleet: &Fleet) -> Option<Refused> {
         let manifest = receipt.manifest_sha256;
         let run = fleet.rollout().running();
         let run = run.filter(|run| run.target.manifest_sha256 == manifest)?;
@@ -265,7 +266,7 @@ impl Witness {
     }
 
     /// And now it was.
-    pub(super) fn a_refusal_was_looked_at(&self, refused: Option<Refused>, fleet: &Fleet) {
+    pub(super) fn was_looked_at(&self, refused: Option<Refused>, fleet: &Fleet) {
         if let Some(refused) = refused {
             a_bad_generation_reaches_at_most_the_wave_that_is_running(&refused, fleet, &self.rules);
         }

@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
+use clamcast_master::dispatch::Now;
 use clamcast_proto::Epoch;
 use clamcast_proto::dsse::{PublicKey, Verified, sign};
 use clamcast_proto::keys::KeySet;
@@ -282,8 +283,10 @@ impl World {
         act: impl FnOnce(&mut Master, &mut MasterSight<'_>) -> T,
     ) -> T {
         let mut sight = MasterSight {
-            now: self.now,
-            clock: self.clock(),
+            now: Now {
+                clock: self.clock(),
+                at: self.start + self.now,
+            },
             random: &mut self.random,
             witness: &mut self.witness,
             deeds: Vec::new(),
