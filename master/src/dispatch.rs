@@ -26,10 +26,6 @@ use crate::fleet::{Arrival, Fleet, Link, LinkId, Record, Standing};
 use crate::publish::Rejected;
 use crate::rollout::{self, Effect, Ending, OrderError, Owed, Rollout, Target};
 
-/// Agents that the master knows, at most: each is a file and a row. A fleet of this size needs a
-/// second master.
-pub const AGENTS_MAX: usize = 20_000;
-
 /// Events that end a rollout: agents are told the head of the log that has them.
 const ENDS: [&str; 5] = [
     "abort",
@@ -50,8 +46,7 @@ pub const TRY_AGAIN: Duration = Duration::from_secs(10);
 pub struct Dispatcher {
     fleet: Fleet,
     revoked: Option<RevocationList>,
-    /// Shortest time between two looks at the rollout.
-    looks_apart: Duration,
+    bounds: Bounds,
     links_made: u64,
     offers_made: u64,
     /// Whether some agent has taken a generation since the start.
@@ -67,6 +62,15 @@ pub struct Dispatcher {
     /// When the rollback that is owed was tried last.
     tried: Option<Instant>,
     actions: Vec<Action>,
+}
+
+/// What one master does at most.
+#[derive(Clone, Copy, Debug)]
+pub struct Bounds {
+    /// Agents that it knows.
+    pub agents: usize,
+    /// Shortest time between two looks at the rollout.
+    pub looks_apart: Duration,
 }
 
 /// What an operator has forced on an agent.
@@ -191,9 +195,9 @@ pub enum Unwanted {
         /// Its serial number.
         serial: Serial,
     },
-    /// There are too many.
-    #[error("the fleet is full: {AGENTS_MAX} agents")]
-    Full,
+    /// There are so many already.
+    #[error("the fleet is full: {0} agents")]
+    Full(usize),
 }
 
 /// What is forced.
@@ -239,13 +243,13 @@ pub enum Order {
 
 impl Dispatcher {
     /// The fleet as it was kept, at the start of the master: nobody is connected yet.
-    pub fn new(mut fleet: Fleet, looks_apart: Duration, now: Now) -> Self {
+    pub fn new(mut fleet: Fleet, bounds: Bounds, now: Now) -> Self {
         fleet.resumed(now.clock);
         Self {
             kept: fleet.rollout().clone(),
             fleet,
             revoked: None,
-            looks_apart,
+            bounds,
             links_made: 0,
             offers_made: 0,
             accepted: false,
@@ -282,7 +286,8 @@ impl Dispatcher {
     /// Has the rollout looked at as soon as what waits with this was heard: each look goes through
     /// the whole fleet.
     fn look_soon(&mut self) {
-        self.look_at.get_or_insert(self.looked + self.looks_apart);
+        self.look_at
+            .get_or_insert(self.looked + self.bounds.looks_apart);
     }
 
     /// Looks at the rollout, and offers what follows. Returns whether anything did.
@@ -512,8 +517,8 @@ impl Dispatcher {
             return Err(Unwanted::Revoked { name, serial });
         }
         let known = self.fleet.record(&name).is_some();
-        if !known && self.fleet.names().count() >= AGENTS_MAX {
-            return Err(Unwanted::Full);
+        if !known && self.fleet.names().len() >= self.bounds.agents {
+            return Err(Unwanted::Full(self.bounds.agents));
         }
         self.links_made += 1;
         let id = LinkId(self.links_made);

@@ -905,7 +905,7 @@ impl Fleet {
     }
 
     /// Every agent's name.
-    pub fn names(&self) -> impl Iterator<Item = &AgentName> {
+    pub fn names(&self) -> impl ExactSizeIterator<Item = &AgentName> {
         self.agents.0.keys()
     }
 

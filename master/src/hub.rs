@@ -27,7 +27,8 @@ use tokio::time::{MissedTickBehavior, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use crate::dispatch::{
-    Action, Dispatcher, Entry, Forced, Forcing, Manner, Newcomer, Now, Order, Unwanted, Word,
+    Action, Bounds, Dispatcher, Entry, Forced, Forcing, Manner, Newcomer, Now, Order, Unwanted,
+    Word,
 };
 use crate::fleet::{Counts, Fleet, LinkId, Row};
 use crate::pipeline::Wish;
@@ -57,9 +58,15 @@ const FRESH_PARTS: u32 = 4;
 /// Time between looks at a rollout when nothing happens, for silence is no event.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// Shortest time between two looks at it: each goes through the whole fleet, and what happens in
-/// between is looked at together.
-const LOOKS_APART: Duration = Duration::from_millis(50);
+/// Agents that the master knows, at most: each is a file and a row. A fleet of this size needs a
+/// second master.
+pub const AGENTS_MAX: usize = 20_000;
+
+/// A look goes through the whole fleet: what happens within a moment is looked at together.
+const BOUNDS: Bounds = Bounds {
+    agents: AGENTS_MAX,
+    looks_apart: Duration::from_millis(50),
+};
 
 /// Time between two tries to remember what the disk refused, or to have the mirror looked at.
 const TRY_AGAIN: Duration = Duration::from_secs(10);
@@ -310,7 +317,7 @@ pub fn start(
     let (events, inbox) = mpsc::channel(EVENTS_MAX);
     let (tick, changed) = watch::channel(0);
     let running = Running {
-        dispatcher: Dispatcher::new(fleet, LOOKS_APART, Now::get()),
+        dispatcher: Dispatcher::new(fleet, BOUNDS, Now::get()),
         means,
         lines: HashMap::new(),
         told: None,

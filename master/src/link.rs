@@ -24,9 +24,9 @@ use tokio_util::sync::CancellationToken;
 
 use crate::archive::Archive;
 use crate::config::Groups;
-use crate::dispatch::{AGENTS_MAX, Unwanted};
+use crate::dispatch::Unwanted;
 use crate::fleet::LinkId;
-use crate::hub::{Command, Connected, Event, Hub};
+use crate::hub::{AGENTS_MAX, Command, Connected, Event, Hub};
 use crate::meter::{Meters, Talk};
 use crate::push::Pusher;
 use crate::recorder::{Job, Recorder};
@@ -117,7 +117,7 @@ impl LinkError {
         match self {
             Self::Certificate(_) | Self::NotAnAgent(_) => wire::close::NOT_AN_AGENT,
             Self::Unwanted(Unwanted::Revoked { .. }) => wire::close::REVOKED,
-            Self::Unwanted(Unwanted::Full) | Self::TooMuch(_) => wire::close::BUSY,
+            Self::Unwanted(Unwanted::Full(_)) | Self::TooMuch(_) => wire::close::BUSY,
             Self::HandshakeTimeout | Self::Stalled | Self::NoHello => wire::close::TIMEOUT,
             Self::Frame(_) | Self::Order(_) => wire::close::PROTOCOL,
             Self::Stopping

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use clamcast_proto::{AgentName, wire};
 
-use crate::dispatch::AGENTS_MAX;
+use crate::hub::AGENTS_MAX;
 
 /// What an agent makes the master write down or work out, over all its connections.
 ///

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use clamcast_daemon::admin::Operator;
 use clamcast_master::dispatch::{
-    Action, Closing, Dispatcher, Entry, Forcing, Newcomer, Now, Order, Word,
+    Action, Bounds, Closing, Dispatcher, Entry, Forcing, Newcomer, Now, Order, Word,
 };
 use clamcast_master::fleet::{Fleet, LinkId, Record};
 use clamcast_master::rollout::{self, OrderError, Owed, Rollout, Rules, Target};
@@ -143,8 +143,12 @@ impl Master {
         let fleet = Fleet::new(records, rollout, self.rules.clone(), manifests);
         sight.witness.started(&fleet);
         let seen = fleet.rollout().clone();
+        let bounds = Bounds {
+            agents: usize::MAX,
+            looks_apart: self.looks.0,
+        };
         self.running = Some(Running {
-            dispatcher: Dispatcher::new(fleet, self.looks.0, sight.now),
+            dispatcher: Dispatcher::new(fleet, bounds, sight.now),
             links: BTreeMap::new(),
             numbers: BTreeMap::new(),
             seen,
