@@ -5,6 +5,9 @@
 //! the [`Entry`] that writes the change down; nothing that is the answer to a receipt is said before
 //! the receipt is on disk.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::Arc;

@@ -1,0 +1,427 @@
+//! What the master knows of its agents, told in receipts.
+
+use super::*;
+use crate::rollout::Word;
+use clamcast_proto::dsse::sign;
+use clamcast_proto::identity::Serial;
+use clamcast_proto::manifest::{ManifestFile, Publisher, content_digest};
+use clamcast_proto::receipt::{Drift, FileState, Found, Outcome, Proof};
+use clamcast_proto::wire::Phase;
+use clamcast_proto::{Epoch, Generation};
+use ed25519_dalek::SigningKey;
+
+const DEADLINE: Duration = Duration::from_secs(900);
+
+fn at(second: i64) -> Timestamp {
+    Timestamp::from_second(second).unwrap()
+}
+
+pub(crate) fn manifest(generation: u64) -> Arc<Verified<Manifest>> {
+    let name = "daily.cld".parse().unwrap();
+    let sha256 = Digest::of(&generation.to_be_bytes());
+    let manifest = Manifest {
+        fleet: "bank".parse().unwrap(),
+        epoch: Epoch(1),
+        generation: Generation::new(generation).unwrap(),
+        publisher: Publisher("p".into()),
+        created: at(0),
+        previous: None,
+        rollback_of: None,
+        content: content_digest([(&name, 1, &sha256)]),
+        files: vec![ManifestFile {
+            name,
+            size: 1,
+            sha256,
+            container: None,
+        }],
+    };
+    Arc::new(sign(manifest, &SigningKey::from_bytes(&[1; 32])))
+}
+
+pub(crate) fn receipt(generation: u64, seq: u64, outcome: Outcome) -> Verified<Receipt> {
+    let manifest = manifest(generation);
+    let files = manifest.files.iter().map(|file| FileState {
+        name: file.name.clone(),
+        size: file.size,
+        sha256: file.sha256,
+    });
+    let receipt = Receipt {
+        fleet: manifest.fleet.clone(),
+        agent: "web1".parse().unwrap(),
+        seq,
+        epoch: manifest.epoch,
+        generation: manifest.generation,
+        manifest_sha256: manifest.payload_sha256(),
+        install: seq,
+        outcome,
+        files: files.collect(),
+        foreign: vec![],
+        drift: vec![],
+        clamd: ClamdReport {
+            proof: Proof::Canary,
+            ..ClamdReport::default()
+        },
+        error: (outcome == Outcome::Refused).then(|| "Malformed database".to_owned()),
+        took: 1.0,
+        time: at(100 + i64::try_from(seq).unwrap()),
+    };
+    sign(receipt, &SigningKey::from_bytes(&[2; 32]))
+}
+
+fn link(id: u64) -> Link {
+    let (address, serial) = ("127.0.0.1:1".parse().unwrap(), Serial("01".into()));
+    Link::new(LinkId(id), at(0), address, serial, at(1 << 30))
+}
+
+/// Nobody, with these waves.
+pub(crate) fn fleet_of(waves: &[&str]) -> Fleet {
+    let rules = Rules {
+        waves: waves.iter().map(|wave| wave.parse().unwrap()).collect(),
+        settle: Duration::ZERO,
+        refused_max: "2%".parse().unwrap(),
+        unwell_max: "20%".parse().unwrap(),
+        rollback_on_halt: true,
+        deadline: DEADLINE,
+        windows: BTreeMap::new(),
+    };
+    Fleet::new(vec![], Rollout::default(), rules, vec![])
+}
+
+/// One agent, `web1`, connected, with these receipts, generation `wanted` wanted.
+fn fleet(wanted: u64, receipts: &[(u64, Outcome)]) -> Fleet {
+    let mut fleet = fleet_of(&[]);
+    fleet.connected(&"web1".parse().unwrap(), vec![], link(1));
+    fleet.published(&manifest(wanted), false);
+    fleet.step(at(0)); // without waves everybody is wanted at it
+    for (seq, (generation, outcome)) in (1..).zip(receipts) {
+        assert!(fleet.receipt(&receipt(*generation, seq, *outcome), at(0)));
+    }
+    fleet
+}
+
+fn check(wanted: u64, receipts: &[(u64, Outcome)], standing: Standing, row: &str) {
+    let fleet = fleet(wanted, receipts);
+    assert_eq!(
+        fleet.standing(&"web1".parse().unwrap(), at(200), DEADLINE),
+        standing
+    );
+    let found = &fleet.rows(at(200), DEADLINE)[0];
+    let live = if found.live { "live" } else { "not live" };
+    let text = format!(
+        "{:?} {live}: {}",
+        found.generation.unwrap_or(0),
+        found.outcome
+    );
+    assert_eq!(text, row);
+}
+
+#[test]
+fn a_version_of_clamd_that_no_canary_has_is_told() {
+    let mut fleet = fleet(1, &[]);
+    fleet.rules.waves = vec!["group:canary".parse().unwrap()];
+    let mut check = |hosts: &[(&str, &str, &str)], expected: &[(&str, usize)]| {
+        for (id, (name, group, version)) in (2..).zip(hosts) {
+            let name = name.parse().unwrap();
+            fleet.connected(&name, vec![group.parse().unwrap()], link(id));
+            let clamd = ClamdReport {
+                version: Some((*version).to_owned()),
+                ..ClamdReport::default()
+            };
+            fleet.hello(&name, LinkId(id), clamd, vec![]);
+        }
+        let untried = fleet.untried_versions().into_iter();
+        let untried: Vec<_> = untried.map(|(of, (count, _))| (of, count)).collect();
+        assert_eq!(untried, expected);
+    };
+    check(&[("db1", "db", "ClamAV 1.0.7/1/Sat")], &[]); // without canaries, which is told elsewhere
+    check(
+        &[("web2", "canary", "ClamAV 1.4.3/2/Sun")],
+        &[("ClamAV 1.0.7", 1)],
+    );
+    check(
+        &[
+            ("db2", "db", "ClamAV 1.0.7"),
+            ("db3", "db", "ClamAV 1.4.3/1"),
+        ],
+        &[("ClamAV 1.0.7", 2)],
+    );
+    check(&[("web3", "canary", "ClamAV 1.0.7/1/Sat")], &[]);
+}
+
+#[test]
+fn a_host_stands_where_its_receipts_say() {
+    use Outcome::{HostFault, Installed, Live, Refused};
+    check(7, &[], Standing::Behind, "0 not live: none");
+    check(7, &[(7, Live)], Standing::Conformant, "7 live: live");
+    check(8, &[(7, Live)], Standing::Behind, "7 live: live");
+    check(
+        7,
+        &[(7, Installed)],
+        Standing::Behind,
+        "7 not live: installed",
+    );
+    check(
+        8,
+        &[(7, Live), (8, Refused)],
+        Standing::Failed,
+        "7 live: refused",
+    );
+    check(
+        8,
+        &[(7, Live), (8, HostFault)],
+        Standing::Failed,
+        "7 live: host_fault",
+    );
+    check(
+        9,
+        &[(7, Live), (8, Refused)],
+        Standing::Behind,
+        "7 live: refused",
+    );
+    // What it went back to is seen in clamd once more.
+    check(
+        8,
+        &[(7, Live), (8, Refused), (7, Live)],
+        Standing::Failed,
+        "7 live: refused",
+    );
+    check(
+        8,
+        &[(7, Live), (8, Refused), (7, HostFault)],
+        Standing::Failed,
+        "7 live: refused",
+    );
+    check(
+        7,
+        &[(7, Live), (7, HostFault)],
+        Standing::Failed,
+        "7 live: host_fault",
+    );
+    check(
+        8,
+        &[(7, Live), (8, HostFault), (8, Live)],
+        Standing::Conformant,
+        "8 live: live",
+    );
+}
+
+#[test]
+fn whoever_declines_what_it_is_wanted_at_is_not_conformant() {
+    let mut fleet = fleet(7, &[(7, Outcome::Live)]);
+    let (name, link) = ("web1".parse().unwrap(), LinkId(1));
+    fleet.offered(&name, link, OfferId(9), &manifest(7), at(0));
+    fleet.declined(&name, link, "older than 1.8".to_owned());
+    let standing = fleet.standing(&name, at(0), DEADLINE);
+    assert_eq!(standing, Standing::Failed);
+}
+
+#[test]
+fn a_receipt_that_is_sent_again_is_known() {
+    let mut fleet = fleet(7, &[(7, Outcome::Live)]);
+    assert!(!fleet.receipt(&receipt(7, 1, Outcome::Live), at(0)));
+}
+
+#[test]
+fn a_changed_file_is_not_conformant() {
+    let mut fleet = fleet(7, &[]);
+    let mut changed = (*receipt(7, 1, Outcome::Live)).clone();
+    changed.files[0].sha256 = Digest::of(b"drift");
+    fleet.receipt(&sign(changed, &SigningKey::from_bytes(&[2; 32])), at(0));
+    assert_eq!(
+        fleet.standing(&"web1".parse().unwrap(), at(200), DEADLINE),
+        Standing::Behind
+    );
+}
+
+#[test]
+fn a_drifted_file_is_named_and_its_news_answer_no_offer() {
+    let name: AgentName = "web1".parse().unwrap();
+    let mut fleet = fleet(7, &[(7, Outcome::Live)]);
+    fleet.offered(&name, LinkId(1), OfferId(9), &manifest(7), at(150));
+    let mut drifted = |seq, mended, error: Option<&str>| {
+        let mut receipt = (*receipt(7, seq, Outcome::Live)).clone();
+        receipt.drift = vec![Drift {
+            name: "daily.cld".parse().unwrap(),
+            found: Found::Missing,
+            mended,
+        }];
+        receipt.error = error.map(str::to_owned);
+        fleet.receipt(&sign(receipt, &SigningKey::from_bytes(&[2; 32])), at(150));
+        fleet.rows(at(200), DEADLINE).remove(0)
+    };
+    let row = drifted(2, false, Some("freshclam (pid 812)"));
+    assert!(row.live && !row.conformant);
+    assert_eq!((row.offered, row.answered), (Some(OfferId(9)), None));
+    let row = drifted(3, true, None);
+    assert!(row.conformant && row.error.is_none());
+    assert_eq!(row.answered.map(|it| it.offer), Some(OfferId(9)));
+    let row = drifted(4, false, Some("freshclam (pid 812)"));
+    assert_eq!(
+        row.error.unwrap(),
+        "daily.cld is missing: freshclam (pid 812)"
+    );
+}
+
+/// `web1`, complete at 7, was offered 8, and this came of it. No halt takes anybody back.
+fn after(outcome: Outcome) -> Fleet {
+    let name = "web1".parse().unwrap();
+    let mut fleet = fleet(7, &[(7, Outcome::Live)]);
+    fleet.rules.waves = vec!["100%".parse().unwrap()];
+    fleet.rules.rollback_on_halt = false;
+    fleet.published(&manifest(8), false);
+    fleet.step(at(150));
+    fleet.offered(&name, LinkId(1), OfferId(1), &manifest(8), at(150));
+    assert!(fleet.receipt(&receipt(8, 2, outcome), at(160)));
+    fleet
+}
+
+fn abort(fleet: &mut Fleet) {
+    let order = Order::Abort("ticket 7".to_owned());
+    fleet.order(order, at(170)).unwrap();
+}
+
+/// Which generation `web1` is to be offered, is vouched for, and is offered when it lacks files.
+#[track_caller]
+fn check_offers(fleet: &Fleet, kept: &[u64], expected: [Option<u64>; 3]) {
+    let (name, now) = ("web1".parse().unwrap(), at(200));
+    let is_kept = |position: Position| kept.contains(&position.generation.number());
+    let found = [
+        fleet.wanted(&name, now),
+        fleet.vouched(&name, now),
+        fleet.mending(&name, is_kept, now),
+    ];
+    let found = found.map(|it| it.map(|manifest| manifest.generation.number()));
+    assert_eq!(found, expected);
+}
+
+#[test]
+fn who_lacks_files_is_offered_what_it_is_wanted_at_or_where_it_failed_with_that_what_it_has() {
+    for failed in [Outcome::Refused, Outcome::HostFault] {
+        check_offers(&after(failed), &[7, 8], [Some(8), Some(8), Some(7)]);
+        check_offers(&after(failed), &[8], [Some(8), Some(8), Some(8)]);
+        let mut halted = after(failed);
+        abort(&mut halted);
+        check_offers(&halted, &[7, 8], [None, Some(7), Some(7)]);
+        check_offers(&halted, &[8], [None, Some(7), None]);
+    }
+    check_offers(&after(Outcome::Live), &[7, 8], [Some(8), Some(8), Some(8)]);
+}
+
+#[test]
+fn what_was_taken_back_is_neither_vouched_for_nor_mended() {
+    let mut fleet = after(Outcome::Live);
+    abort(&mut fleet);
+    check_offers(&fleet, &[7, 8], [None, None, None]);
+}
+
+#[test]
+fn a_mended_host_says_nothing_new_of_what_it_failed_with_and_is_then_offered_that_again() {
+    for (failed, word) in [
+        (Outcome::Refused, Word::Refused),
+        (Outcome::HostFault, Word::Unwell),
+    ] {
+        for mended in [Outcome::Live, Outcome::HostFault] {
+            let name: AgentName = "web1".parse().unwrap();
+            let mut fleet = after(failed);
+            let said = |fleet: &Fleet| {
+                let Member { at, word, .. } = fleet.members()[0];
+                let progress = fleet.members()[0].progress;
+                (at, word, progress)
+            };
+            let before = said(&fleet);
+            assert_eq!(before.1, Some(word));
+            fleet.offered(&name, LinkId(1), OfferId(2), &manifest(7), at(190));
+            assert_eq!(said(&fleet), before);
+            check_offers(&fleet, &[7, 8], [None, Some(8), Some(7)]);
+            fleet.progress(&name, LinkId(1), Phase::Fetching, None, at(191));
+            assert!(fleet.receipt(&receipt(7, 3, mended), at(192)));
+            assert_eq!(said(&fleet), before);
+            check_offers(&fleet, &[7, 8], [Some(8), Some(8), Some(7)]);
+        }
+    }
+}
+
+#[test]
+fn what_a_host_has_is_forced_on_it_whatever_it_took_before() {
+    let name = "web1".parse().unwrap();
+    let mut fleet = after(Outcome::Refused);
+    abort(&mut fleet);
+    let eight = manifest(8).position();
+    let past = |generation| fleet.past(&name, &manifest(generation));
+    assert_eq!([6, 7, 8, 9].map(past), [Some(eight), None, None, None]);
+    // Then it is where the master wants it, and so says the answer, whatever it refused before.
+    let (link, mended) = (LinkId(1), receipt(7, 3, Outcome::Live));
+    fleet.offered(&name, link, OfferId(2), &manifest(7), at(190));
+    fleet.receipt(&mended, at(192));
+    let row = fleet.rows(at(200), DEADLINE).remove(0);
+    let answered = Answered {
+        offer: OfferId(2),
+        outcome: Some(Outcome::Live),
+    };
+    assert_eq!((row.conformant, row.answered), (true, Some(answered)));
+    assert_eq!(row.outcome, "refused");
+}
+
+#[test]
+fn silence_past_the_deadline_counts_as_failure() {
+    let name = "web1".parse().unwrap();
+    let mut fleet = fleet(8, &[(7, Outcome::Live)]);
+    fleet.offered(&name, LinkId(1), OfferId(1), &manifest(8), at(1000));
+    assert_eq!(fleet.standing(&name, at(1900), DEADLINE), Standing::Behind);
+    assert_eq!(fleet.standing(&name, at(1901), DEADLINE), Standing::Failed);
+    fleet.progress(&name, LinkId(1), Phase::Fetching, None, at(1901));
+    assert_eq!(fleet.standing(&name, at(1902), DEADLINE), Standing::Behind);
+    let error = |fleet: &Fleet, now| fleet.rows(at(now), DEADLINE).remove(0).error;
+    assert_eq!(error(&fleet, 1930), None);
+    assert!(error(&fleet, 1931).unwrap().ends_with("for 30s"));
+    assert_eq!(
+        error(&fleet, 1901 + 4 * 60).unwrap(),
+        "no sign of progress with 1.8 for 4m"
+    );
+    fleet.progress(&name, LinkId(1), Phase::Staged, Some(at(9000)), at(1902));
+    assert_eq!(error(&fleet, 8000), None);
+    let announced = fleet.standing(&name, at(9000), DEADLINE);
+    assert_eq!(
+        announced,
+        Standing::Behind,
+        "it said that it would be silent"
+    );
+    // Of a silence without end half a day is believed, and none that lies in the past.
+    fleet.progress(
+        &name,
+        LinkId(1),
+        Phase::Staged,
+        Some(Timestamp::MAX),
+        at(2000),
+    );
+    let end = 2000 + SILENCE_MAX.as_secs() + 900;
+    assert_eq!(fleet.standing(&name, at(end), DEADLINE), Standing::Behind);
+    assert_eq!(
+        fleet.standing(&name, at(end + 1), DEADLINE),
+        Standing::Failed
+    );
+    fleet.progress(
+        &name,
+        LinkId(1),
+        Phase::Staged,
+        Some(Timestamp::MIN),
+        at(end),
+    );
+    assert_eq!(fleet.standing(&name, at(end), DEADLINE), Standing::Behind);
+}
+
+#[test]
+fn a_new_connection_replaces_the_old_one_whose_end_then_means_nothing() {
+    let name = "web1".parse().unwrap();
+    let mut fleet = fleet(7, &[]);
+    let arrival = Arrival {
+        new: false,
+        changed: false,
+        replaced: Some(LinkId(1)),
+    };
+    assert_eq!(fleet.connected(&name, vec![], link(2)), arrival);
+    fleet.disconnected(&name, LinkId(1), at(5));
+    assert_eq!(fleet.counts(at(5), DEADLINE).connected, 1);
+    fleet.disconnected(&name, LinkId(2), at(6));
+    assert_eq!(fleet.counts(at(6), DEADLINE).connected, 0);
+}
