@@ -1,8 +1,8 @@
 //! A whole fleet in one thread: the real cores of master and agent over a network, disks, clocks and
 //! clamds that are made up.
 //!
-//! Everything that happens follows from one seed. The master is the real `Fleet` with its
-//! `Rollout`; a host is the real `Slot`, install `Machine`, `Trust` and `Backoff`; manifests and
+//! Everything that happens follows from one seed. The master is the real `Dispatcher`
+//! with its `Fleet` and `Rollout`; a host is the real `Slot`, install `Machine`, `Trust` and `Backoff`; manifests and
 //! receipts are signed and checked. What is made up is the thin code around them, which does here
 //! what the hub, the recorder, the publisher, the keeper and the installer do on real sockets and
 //! disks, and everything that goes wrong: see `faults.rs`. The rules that must hold are functions
