@@ -137,7 +137,12 @@ impl Work {
                 let live = Some(Outcome::Live);
                 let end = match answered.outcome == live && row.conformant {
                     true => End::new(agent, Outcome::Live.as_str(), Some(row), None),
-                    false => End::new(agent, &row.outcome, Some(row), row.error.clone()),
+                    // Where it is wanted it may be all the same: at the one before, whose wave has
+                    // not begun. That is not what was ordered.
+                    false => End {
+                        conformant: false,
+                        ..End::new(agent, &row.outcome, Some(row), row.error.clone())
+                    },
                 };
                 news.push(self.end(end));
                 continue;
@@ -407,6 +412,20 @@ mod tests {
         rows[0].conformant = true;
         assert_eq!(news(&work.look(&rows)), "web1 = live");
         assert_eq!(work.ended()[0].error, None);
+    }
+
+    #[test]
+    fn a_host_that_refused_what_was_forced_has_failed_though_it_is_where_it_is_wanted() {
+        let offers = vec![("web1".parse().unwrap(), OfferId(5))];
+        let (mut work, _) = Work::new(offers, vec![], vec![]);
+        let mut rows = rows("web1 dmz refused - 5");
+        rows[0].answered = rows[0].answered.map(|it| Answered {
+            outcome: Some(Outcome::Refused),
+            ..it
+        });
+        rows[0].conformant = true; // at the one before, for its wave has not begun
+        assert_eq!(news(&work.look(&rows)), "web1 = refused");
+        assert!(!work.ended()[0].conformant);
     }
 
     #[test]
