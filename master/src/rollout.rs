@@ -356,13 +356,10 @@ impl Rollout {
         rules: &Rules,
         now: Timestamp,
     ) -> bool {
-        if self.urgent.is_some()
-            && self.complete.as_ref() == Some(wanted)
-            && member.at >= self.urgent
-        {
-            return false;
-        }
-        !rules.is_open(member.groups, now)
+        // A rollback takes away what is complete as well as what is on its way.
+        let has_bad = member.at.is_some_and(|at| self.is_taken_back(at));
+        let goes_back = self.urgent.is_some() && self.complete.as_ref() == Some(wanted);
+        !(goes_back && has_bad) && !rules.is_open(member.groups, now)
     }
 
     /// A generation was published. It goes through the waves, at once or after the running one.

@@ -53,8 +53,8 @@ impl Size {
     /// As many agents as five masters may have.
     pub const LARGE: Self = Self {
         hosts: 100_000,
-        faults: Duration::from_secs(1200),
-        between_faults: Duration::from_secs(60),
+        faults: Duration::from_secs(300),
+        between_faults: Duration::from_secs(15),
         look: Duration::from_secs(900),
         looks_apart: Duration::from_secs(180),
     };

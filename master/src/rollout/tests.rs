@@ -764,6 +764,23 @@ fn outside_its_window_a_host_keeps_what_it_has_and_a_rollback_does_not_wait() {
 }
 
 #[test]
+fn a_rollback_past_what_is_complete_waits_for_no_window_either() {
+    let mut lab = Lab::usual();
+    lab.published(2).everybody(2, Word::Live).is("complete 2");
+    lab.now = at_utc("2026-11-20T12:00:00Z");
+    let db: GroupName = "db".parse().unwrap();
+    let night = "Mon-Sun 22:00-05:00 UTC".parse().unwrap();
+    lab.rules.windows.insert(db.clone(), vec![night]);
+    lab.host("h7").groups.push(db);
+    lab.published(3).is("complete 2, running 3 wave 1 of 3");
+    lab.roll_back(target(1), "bad").unwrap();
+    let effects = lab.rollout.went_back(again(4, 1));
+    lab.take(effects);
+    lab.step();
+    assert_eq!(lab.offered(4), 100);
+}
+
+#[test]
 fn after_a_restart_it_goes_on_where_it_was() {
     let mut lab = Lab::usual();
     lab.published(2)
