@@ -237,6 +237,14 @@ impl Rollout {
         }
     }
 
+    /// Where it stood is not known, but these must not be published again: whoever has one of them
+    /// is not told that it is current, and nobody is pinned to it.
+    pub fn are_taken_back(&mut self, positions: impl IntoIterator<Item = Position>) {
+        for position in positions {
+            self.take_back(position);
+        }
+    }
+
     /// What everybody is wanted at who is in no wave that has begun.
     pub fn complete(&self) -> Option<&Target> {
         self.complete.as_ref()
@@ -359,7 +367,8 @@ impl Rollout {
         // A rollback takes away what is complete as well as what is on its way.
         let has_bad = member.at.is_some_and(|at| self.is_taken_back(at));
         let goes_back = self.urgent.is_some() && self.complete.as_ref() == Some(wanted);
-        !(goes_back && has_bad) && !rules.is_open(member.groups, now)
+        let may = rules.is_open(member.groups, now) || (goes_back && has_bad);
+        !may
     }
 
     /// A generation was published. It goes through the waves, at once or after the running one.
@@ -510,7 +519,7 @@ impl Rollout {
             return Vec::new();
         };
         let target = run.target;
-        self.take_back(target);
+        self.take_back(target.position);
         self.failed = Some(Failed {
             target,
             how,
@@ -543,8 +552,8 @@ impl Rollout {
         effects
     }
 
-    fn take_back(&mut self, target: Target) {
-        self.taken_back.insert(target.position);
+    fn take_back(&mut self, position: Position) {
+        self.taken_back.insert(position);
         if self.taken_back.len() > TAKEN_BACK_MAX {
             self.taken_back.pop_first();
         }

@@ -278,7 +278,7 @@ impl Master {
         let store = Arc::new(Store::open(&config.state, &keys)?);
         let log = audit::Log::open(&audit_dir, audit_key, audit_origin(&config.fleet))?;
         let path = config.state.join(ROLLOUT);
-        let (rollout, lost) = load_rollout(&store, Timestamp::now())?;
+        let (mut rollout, lost) = load_rollout(&store, Timestamp::now())?;
         store.need(hub::needed(&rollout, &store));
         let publisher = Arc::new(Publisher::new(
             &config,
@@ -286,6 +286,9 @@ impl Master {
             manifest_key,
             keys.clone(),
         )?);
+        if lost.is_some() {
+            rollout.are_taken_back(publisher.rejected().iter().map(|it| it.position));
+        }
         // A copy of the key set for `audit verify` on a disk that was taken out.
         let envelope = serde_json::to_vec(keys.envelope()).expect("an envelope serialises");
         let copy = config.state.join("keys.json");

@@ -315,6 +315,15 @@ fn what_was_taken_back_is_neither_vouched_for_nor_mended() {
 }
 
 #[test]
+fn what_must_not_be_published_again_is_not_vouched_for_though_the_rollout_was_lost() {
+    let mut fleet = fleet(7, &[(7, Outcome::Live)]);
+    fleet.rollout = Rollout::lost("gone".to_owned(), at(100));
+    check_offers(&fleet, &[7], [None, Some(7), Some(7)]);
+    fleet.rollout.are_taken_back([manifest(7).position()]);
+    check_offers(&fleet, &[7], [None, None, None]);
+}
+
+#[test]
 fn a_mended_host_says_nothing_new_of_what_it_failed_with_and_is_then_offered_that_again() {
     for (failed, word) in [
         (Outcome::Refused, Word::Refused),

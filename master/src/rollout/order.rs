@@ -235,13 +235,13 @@ impl Rollout {
         let how = Ending::RolledBack;
         for target in [of, complete] {
             if target.content != to.content {
-                self.take_back(target);
+                self.take_back(target.position);
                 effects.push(Effect::Reject { target, how });
                 let same = |pin: &Pin| pin.target.content == target.content;
                 effects.extend(self.unpin_all(same, "its generation was taken back"));
             }
         }
-        self.take_back(of);
+        self.take_back(of.position);
         let gone = |pin: &Pin| pin.target.position == of.position;
         effects.extend(self.unpin_all(gone, "its generation was taken back"));
         effects.dedup();
