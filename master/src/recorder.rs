@@ -5,7 +5,7 @@
 //! written together, so that a whole fleet's receipts cost a few fsyncs and not thousands. What a
 //! job wants said to an agent is said after it is on disk.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use clamcast_daemon::audit::{self, Draft};
 use clamcast_daemon::durable;
-use clamcast_proto::{AgentName, Digest};
+use clamcast_proto::{AgentName, Digest, Position};
 use jiff::Timestamp;
 use serde_json::json;
 use tokio::sync::{mpsc, oneshot};
@@ -78,6 +78,7 @@ pub struct Recorder {
     jobs: mpsc::Sender<Job>,
     alarm: Arc<Mutex<Option<String>>>,
     give_up: Arc<AtomicBool>,
+    taken_back: Arc<Mutex<BTreeSet<Position>>>,
 }
 
 impl Recorder {
@@ -86,11 +87,13 @@ impl Recorder {
         let (jobs, inbox) = mpsc::channel(JOBS_MAX);
         let alarm = Arc::new(Mutex::new(None));
         let give_up = Arc::new(AtomicBool::new(false));
+        let taken_back = Arc::new(Mutex::new(BTreeSet::new()));
         let writer = Writer {
             log,
             places,
             alarm: alarm.clone(),
             give_up: give_up.clone(),
+            taken_back: taken_back.clone(),
         };
         let thread = thread::Builder::new()
             .name("recorder".to_owned())
@@ -100,6 +103,7 @@ impl Recorder {
             jobs,
             alarm,
             give_up,
+            taken_back,
         };
         (recorder, thread)
     }
@@ -137,6 +141,13 @@ impl Recorder {
         self.give_up.clone()
     }
 
+    /// From now on nobody is offered this generation but by force: also not by an offer that still
+    /// waits for the disk.
+    pub fn take_back(&self, position: Position) {
+        let mut taken_back = self.taken_back.lock().expect("nothing panics with it");
+        taken_back.insert(position);
+    }
+
     /// Why nothing can be written at the moment.
     pub fn alarm(&self) -> Option<String> {
         self.alarm.lock().expect("nothing panics with it").clone()
@@ -167,6 +178,7 @@ struct Writer {
     places: Places,
     alarm: Arc<Mutex<Option<String>>>,
     give_up: Arc<AtomicBool>,
+    taken_back: Arc<Mutex<BTreeSet<Position>>>,
 }
 
 impl Writer {
@@ -182,7 +194,9 @@ impl Writer {
                 batch.clear(); // not on disk, and so nobody is told
             }
             for job in batch.drain(..) {
-                if let Some((line, command)) = job.then {
+                if let Some((line, command)) = job.then
+                    && !self.is_taken_back(&command)
+                {
                     line.send(command);
                 }
                 for line in job.checkpoint_to {
@@ -193,6 +207,17 @@ impl Writer {
                 }
             }
         }
+    }
+
+    fn is_taken_back(&self, command: &Command) -> bool {
+        let Command::Offer {
+            current, manner, ..
+        } = command
+        else {
+            return false;
+        };
+        let taken_back = self.taken_back.lock().expect("nothing panics with it");
+        !manner.rehash && taken_back.contains(&current.manifest.position())
     }
 
     /// Tries until the disk takes it: nothing is said that is not in the log. Returns whether it did.

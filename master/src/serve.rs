@@ -34,12 +34,12 @@ use crate::link::{self, Shared};
 use crate::meter::Meters;
 use crate::mirror;
 use crate::pipeline::{self, Pipeline};
-use crate::publish::{self, Publisher};
+use crate::publish::{self, Publisher, Rejected};
 use crate::push::Pusher;
 use crate::recorder::{self, Job, Places, Recorder};
 use crate::rejections::Rejections;
 use crate::revoked::{Look, Revocations};
-use crate::rollout::Rollout;
+use crate::rollout::{Failed, Rollout};
 use crate::store::{Store, StoreError};
 
 /// Time between looks at the revocation list; a revoked agent is cut off within 5 s.
@@ -288,6 +288,9 @@ impl Master {
         )?);
         if lost.is_some() {
             rollout.are_taken_back(publisher.rejected().iter().map(|it| it.position));
+        }
+        if let Some(rejected) = unremembered(&rollout, &publisher) {
+            publisher.reject(rejected)?;
         }
         // A copy of the key set for `audit verify` on a disk that was taken out.
         let envelope = serde_json::to_vec(keys.envelope()).expect("an envelope serialises");
@@ -576,6 +579,26 @@ fn load_rollout(store: &Store, now: Timestamp) -> Result<(Rollout, Option<String
     );
     tracing::error!("{reason}, and then `rollout resume`");
     Ok((Rollout::lost(reason.clone(), now), Some(reason)))
+}
+
+/// What ended badly and was not remembered before the last end: the disk may have refused it.
+fn unremembered(rollout: &Rollout, publisher: &Publisher) -> Option<Rejected> {
+    let Failed {
+        target, how, since, ..
+    } = rollout.failed()?;
+    let manifests = publisher.store().manifests();
+    let again = manifests
+        .iter()
+        .any(|it| it.content == target.content && it.position() > target.position);
+    let known = publisher.rejected();
+    let known = known.iter().any(|it| it.content == target.content);
+    // Published again it was on the word of an operator.
+    (!known && !again).then(|| Rejected {
+        content: target.content,
+        position: target.position,
+        outcome: how.word().to_owned(),
+        since: *since,
+    })
 }
 
 /// What the rollout may not have heard before the last end: the generation published last.

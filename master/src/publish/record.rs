@@ -247,9 +247,9 @@ impl Records {
         rejected.push(new);
         let surplus = rejected.len().saturating_sub(REJECTED_MAX);
         rejected.drain(..surplus);
-        store.save(REJECTED, &rejected)?;
-        self.rejected = rejected;
-        Ok(())
+        // Also where the disk refuses: for as long as this process lives it is not published.
+        self.rejected.clone_from(&rejected);
+        store.save(REJECTED, &rejected)
     }
 
     /// Forgets that a content was rejected, once an operator had it published again.
