@@ -15,6 +15,7 @@ use tokio_util::task::TaskTracker;
 
 use super::{CHANGES_SETTLE, Commands, TIMEOUT_MAX};
 use crate::dispatch::Forcing;
+use crate::fleet::Row;
 use crate::force::{self, INTERRUPTED, Meant, News, Selection, Work};
 use crate::hub::{Event, Stopping};
 
@@ -159,7 +160,7 @@ impl Commands {
             (None, Some(current)) => Forcing::Current(current),
             (Some(meant), _) => {
                 let manifest = self.kept(meant)?;
-                self.may_be_forced(&manifest, selection, accept)?;
+                self.may_be_forced(&manifest, selection, &view.rows, accept)?;
                 Forcing::TakenBack(manifest)
             }
             (None, None) => {
@@ -176,6 +177,7 @@ impl Commands {
         &self,
         manifest: &Manifest,
         selection: &Selection,
+        rows: &[Row],
         accept: Option<&str>,
     ) -> Result<(), Finish> {
         let position = manifest.position();
@@ -187,12 +189,17 @@ impl Commands {
             );
             return Err(Finish::because(exit::REFUSED, message));
         };
-        if selection.all || accept.is_none() {
+        let Some(rows) = selection.by_name(rows).filter(|_| accept.is_some()) else {
             let message = format!(
-                "{position} was {}; hosts get it all the same by name, with --accept REASON, and \
-                 never with --all",
+                "{position} was {}; hosts get it all the same by their whole names, with --accept \
+                 REASON, and never with a pattern, --group or --all",
                 rejected.outcome
             );
+            return Err(Finish::because(exit::REFUSED, message));
+        };
+        if let Some(pinned) = rows.iter().find(|row| row.pinned) {
+            let name = &pinned.name;
+            let message = format!("a group of `{name}` is pinned; `unpin` it first");
             return Err(Finish::because(exit::REFUSED, message));
         }
         Ok(())

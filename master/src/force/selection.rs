@@ -63,6 +63,18 @@ const NAMES_MAX: usize = 500;
 const SLIP: f64 = 0.9;
 
 impl Selection {
+    /// The rows of the agents that are meant, if each is meant by its whole name.
+    pub fn by_name<'a>(&self, rows: &'a [Row]) -> Option<Vec<&'a Row>> {
+        if self.all || !self.groups.is_empty() {
+            return None;
+        }
+        let row = |name: &String| {
+            let row = rows.binary_search_by(|row| row.name.as_str().cmp(name));
+            row.ok().map(|at| &rows[at])
+        };
+        self.names.iter().map(row).collect()
+    }
+
     /// The agents that are meant. Every part of the selection must mean somebody: a slip must not
     /// pass as success.
     pub fn resolve(&self, rows: &[Row]) -> Result<BTreeSet<AgentName>, SelectError> {
@@ -175,6 +187,24 @@ mod tests {
                 .join(" "),
             Err(error) => error.to_string(),
         }
+    }
+
+    #[test]
+    fn by_name_is_by_whole_names_alone() {
+        let rows = rows("web1 dmz | web2 dmz | db1 lan");
+        let check = |names: &[&str], groups: &[&str], all, expected: Option<usize>| {
+            let selection = Selection {
+                names: names.iter().map(|name| (*name).to_owned()).collect(),
+                groups: groups.iter().map(|group| group.parse().unwrap()).collect(),
+                all,
+            };
+            let found = selection.by_name(&rows).map(|rows| rows.len());
+            assert_eq!(found, expected, "{names:?} {groups:?}");
+        };
+        check(&["web1", "db1"], &[], false, Some(2));
+        check(&["web1", "*"], &[], false, None);
+        check(&["web1"], &["lan"], false, None);
+        check(&["web1"], &[], true, None);
     }
 
     #[test]
