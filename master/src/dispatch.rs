@@ -300,7 +300,8 @@ impl Dispatcher {
         let mut changed = *self.fleet.rollout() != self.kept;
         self.carry_out(effects, None, now);
         for (name, id, manifest) in self.fleet.due(now.clock) {
-            if !self.is_forced(&name) {
+            if !self.is_forced(&name, &manifest) {
+                self.forced.remove(&name);
                 self.offer(&name, id, manifest, Manner::default(), now);
                 changed = true;
             }
@@ -309,11 +310,17 @@ impl Dispatcher {
         changed
     }
 
+    /// What came of a look is carried out: the time to the next one begins.
+    pub fn has_looked(&mut self, at: Instant) {
+        self.looked = at;
+    }
+
     /// Whether an agent is being driven past the waves to what is still current, or to what was
-    /// taken back.
-    fn is_forced(&self, name: &AgentName) -> bool {
+    /// taken back, and so is not offered this, which is not newer.
+    fn is_forced(&self, name: &AgentName, instead_of: &Manifest) -> bool {
         self.forced.get(name).is_some_and(|order| {
-            order.taken_back || self.fleet.is_open(&order.manifest.payload_sha256())
+            let open = order.taken_back || self.fleet.is_open(&order.manifest.payload_sha256());
+            open && order.manifest.position() >= instead_of.position()
         })
     }
 
@@ -410,8 +417,8 @@ impl Dispatcher {
     // What operators order.
 
     /// Carries out an order about the rollout. `newest`: the newest generation that was published,
-    /// where nothing newer is about to be; it goes through the fleet again, if it is not known how
-    /// far it came.
+    /// where nothing newer is about to be; it goes through the fleet, if it is not known how far it
+    /// came.
     pub fn order(
         &mut self,
         order: Order,
@@ -429,9 +436,7 @@ impl Dispatcher {
             }
         };
         let mut effects = self.fleet.order(order, now.clock)?;
-        let rollout = self.fleet.rollout();
-        let is_known = rollout.complete().is_some() || rollout.running().is_some();
-        if let Some(newest) = newest.filter(|_| !is_known && effects.contains(&Effect::Look)) {
+        if let Some(newest) = newest.filter(|_| effects.contains(&Effect::Look)) {
             effects.extend(self.fleet.published(newest, false));
         }
         self.carry_out(effects, Some(operator), now);
@@ -484,10 +489,12 @@ impl Dispatcher {
 
     /// A newer revocation list is in force.
     pub fn revoked(&mut self, list: RevocationList) {
-        for (name, link) in self.fleet.revoked(&list) {
-            if let Some(id) = link {
-                self.actions.push(Action::Close(id, Closing::Revoked));
-            }
+        let revoked = self.fleet.revoked(&list);
+        // First of all: what is written may have to wait for the disk.
+        for id in revoked.iter().filter_map(|(_, link)| *link) {
+            self.actions.push(Action::Close(id, Closing::Revoked));
+        }
+        for (name, _) in revoked {
             self.forced.remove(&name);
             let detail = json!({ "list": list.version });
             let draft = draft("revoked", "master", &name, None, None, detail);
@@ -576,8 +583,11 @@ impl Dispatcher {
         }
         let forced = self.forced.get(name).cloned();
         let manner = forced.as_ref().map(|order| order.manner);
-        let ordered = forced.and_then(|order| self.is_forced(name).then_some(order.manifest));
         let wanted = self.fleet.wanted(name, now.clock).cloned();
+        let ordered = forced.map(|order| order.manifest).filter(|ordered| {
+            let instead_of = wanted.as_ref().unwrap_or(ordered);
+            self.is_forced(name, instead_of)
+        });
         let Some(manifest) = ordered.or(wanted) else {
             return self.vouch_to(name, id, now);
         };
@@ -594,17 +604,21 @@ impl Dispatcher {
         }
     }
 
-    /// An agent gave a sign of progress, and may have said until when it will be silent.
+    /// An agent gave a sign of progress with an offer, and may have said until when it will be
+    /// silent.
     pub fn progress(
         &mut self,
         name: &AgentName,
         id: LinkId,
+        offer: OfferId,
         phase: Phase,
         until: Option<Timestamp>,
         now: Now,
     ) {
-        self.fleet.progress(name, id, phase, until, now.clock);
-        self.look_soon();
+        if self.fleet.offer(name) == Some(offer) {
+            self.fleet.progress(name, id, phase, until, now.clock);
+            self.look_soon();
+        }
     }
 
     /// An agent lacks files of what it has. `is_kept`: whether the files of a generation are still
@@ -625,8 +639,12 @@ impl Dispatcher {
         self.look_soon();
     }
 
-    /// An agent does not take its offer. Said twice of one it is nothing new.
-    pub fn declined(&mut self, name: &AgentName, id: LinkId, message: String) {
+    /// An agent does not take an offer. Said twice of one it is nothing new, and of one that another
+    /// has taken the place of it is no answer.
+    pub fn declined(&mut self, name: &AgentName, id: LinkId, offer: OfferId, message: String) {
+        if self.fleet.offer(name) != Some(offer) {
+            return;
+        }
         if let Some(position) = self.fleet.declined(name, id, message.clone()) {
             self.forced.remove(name);
             tracing::warn!(agent = %name, said = message, "an agent does not take its offer");
@@ -651,10 +669,11 @@ impl Dispatcher {
                 ..Entry::default()
             });
         }
-        if !self.fleet.has_offer(name) {
+        if self.fleet.offer(name).is_none() {
             self.forced.remove(name);
         }
-        if !self.accepted && matches!(receipt.outcome, Outcome::Live | Outcome::Installed) {
+        let ours = self.fleet.is_open(&receipt.manifest_sha256);
+        if !self.accepted && ours && matches!(receipt.outcome, Outcome::Live | Outcome::Installed) {
             self.accepted = true;
             let accepted = Action::Accepted(receipt.manifest_sha256);
             self.actions.push(accepted);
@@ -728,6 +747,7 @@ impl Dispatcher {
         self.offers_made += 1;
         let (offer, position) = (OfferId(self.offers_made), manifest.position());
         self.fleet.offered(name, id, offer, &manifest, now.clock);
+        let keep = self.fleet.record(name).cloned(); // a start finds who was there
         let detail = json!({ "forced": manner.rehash });
         let draft = draft("offer", "master", name, Some(position), None, detail);
         let word = Word::Offer {
@@ -737,6 +757,7 @@ impl Dispatcher {
         };
         self.write(Entry {
             draft: Some(draft),
+            keep,
             then: Some((id, word)),
             ..Entry::default()
         });

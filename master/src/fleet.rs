@@ -1,6 +1,6 @@
 //! The agents that the master knows, and what it knows of each.
 //!
-//! Pure: no sockets, no disk, no clock. `hub.rs` feeds events in and keeps what [`Fleet::record`]
+//! Pure: no sockets, no disk, no clock. `dispatch.rs` feeds events in and keeps what [`Fleet::record`]
 //! returns on disk. Invariant: what is said of a host comes from its signed receipts, never from
 //! what the master sent.
 
@@ -23,7 +23,7 @@ use jiff::{SignedDuration, Timestamp};
 use serde::Serialize;
 
 use crate::rollout::{
-    Agents, Effect, Member, Order, OrderError, Rollout, Rules, Tally, Target, Wanted, Wave,
+    Agents, Effect, Ending, Member, Order, OrderError, Rollout, Rules, Tally, Target, Wanted, Wave,
 };
 
 pub use agent::{Answered, Declined, Failed, Installed, Link, LinkId, Offered, Record, Standing};
@@ -171,7 +171,22 @@ impl Fleet {
 
     /// Carries out what an operator orders.
     pub fn order(&mut self, order: Order, now: Timestamp) -> Result<Vec<Effect>, OrderError> {
-        self.rollout.order(order, &self.agents, &self.rules, now)
+        let rules = &self.rules;
+        let effects = self.rollout.order(order, &self.agents, rules, now)?;
+        for effect in &effects {
+            if let Effect::Reject {
+                target,
+                how: Ending::RolledBack,
+            } = effect
+            {
+                // The same databases under an older number are no better.
+                let known = self.manifests.values();
+                let same = known.filter(|manifest| manifest.content == target.content);
+                self.rollout
+                    .are_taken_back(same.map(|manifest| manifest.position()));
+            }
+        }
+        Ok(effects)
     }
 
     /// Takes note of a manifest that somebody is to be wanted at.
@@ -210,11 +225,19 @@ impl Fleet {
     fn clock_went_back(&mut self, now: Timestamp) {
         let latest = now.saturating_add(SILENCE_MAX).unwrap_or(Timestamp::MAX);
         for agent in self.agents.0.values_mut() {
+            agent.record.seen = agent.record.seen.min(now);
+            let offer = agent.link.as_mut().and_then(|link| link.offer.as_mut());
+            let signs = [
+                agent.took.as_mut().map(|took| &mut took.progress),
+                offer.map(|offer| &mut offer.progress),
+            ];
+            for progress in signs.into_iter().flatten() {
+                if *progress > latest {
+                    *progress = now;
+                }
+            }
             if let Some(took) = &mut agent.took {
                 took.since = took.since.min(now);
-                if took.progress > latest {
-                    took.progress = now;
-                }
             }
         }
     }
@@ -471,6 +494,7 @@ impl Fleet {
         let Some(agent) = self.linked(name, id) else {
             return;
         };
+        agent.record.seen = now;
         let manifest_sha256 = manifest.payload_sha256();
         let took = agent.took.map(|took| took.manifest_sha256);
         // What it has is offered to mend it, and says nothing of how far it came.
@@ -556,14 +580,10 @@ impl Fleet {
         agent.is_some_and(|agent| agent.receipt(receipt, manifest, now))
     }
 
-    /// Whether an agent has an offer that it has not answered.
-    pub fn has_offer(&self, name: &AgentName) -> bool {
-        let link = self
-            .agents
-            .0
-            .get(name)
-            .and_then(|agent| agent.link.as_ref());
-        link.is_some_and(|link| link.offer.is_some())
+    /// The offer that an agent has not answered.
+    pub fn offer(&self, name: &AgentName) -> Option<OfferId> {
+        let link = self.agents.0.get(name)?.link.as_ref()?;
+        link.offer.as_ref().map(|offer| offer.id)
     }
 
     /// What is to be kept of an agent.
@@ -581,7 +601,21 @@ impl Fleet {
         let Some(agent) = self.agents.0.get(name) else {
             return Standing::Behind;
         };
-        agent.standing(self.wanted_of(agent, now), now, deadline)
+        self.standing_of(agent, self.wanted_of(agent, now), now, deadline)
+    }
+
+    fn standing_of(
+        &self,
+        agent: &Agent,
+        wanted: Wanted,
+        now: Timestamp,
+        deadline: Duration,
+    ) -> Standing {
+        match agent.standing(wanted, now, deadline) {
+            // It stays there only until something newer comes.
+            Standing::Conformant if agent.has_taken_back(&self.rollout) => Standing::Behind,
+            standing @ (Standing::Conformant | Standing::Behind | Standing::Failed) => standing,
+        }
     }
 
     /// How many stand where.
@@ -637,7 +671,7 @@ impl Fleet {
     pub fn rows(&self, now: Timestamp, deadline: Duration) -> Vec<Row> {
         let row = |agent: &Agent| {
             let wanted = self.wanted_of(agent, now);
-            let standing = agent.standing(wanted, now, deadline);
+            let standing = self.standing_of(agent, wanted, now, deadline);
             agent.row(&self.rollout, wanted, standing, now)
         };
         self.agents.0.values().map(row).collect()

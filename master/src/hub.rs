@@ -91,6 +91,8 @@ pub enum Event {
         name: AgentName,
         /// On which connection.
         id: LinkId,
+        /// With which offer.
+        offer: OfferId,
         /// What it is doing.
         phase: Phase,
         /// Until when it means to be silent.
@@ -116,6 +118,8 @@ pub enum Event {
         name: AgentName,
         /// On which connection.
         id: LinkId,
+        /// Which one.
+        offer: OfferId,
         /// Why, in its words.
         message: String,
     },
@@ -393,7 +397,6 @@ impl Running {
                     self.checkpoint().await;
                     continue;
                 }
-                event = inbox.recv() => event,
                 _ = looks.tick() => {
                     self.dispatcher.tick();
                     self.try_again().await;
@@ -409,6 +412,7 @@ impl Running {
                     self.checkpoint_soon();
                     continue;
                 }
+                event = inbox.recv() => event,
             };
             match event {
                 None => break,
@@ -433,6 +437,7 @@ impl Running {
     async fn look(&mut self) {
         let changed = self.dispatcher.look(Now::get());
         self.carry_out().await;
+        self.dispatcher.has_looked(Instant::now());
         if changed {
             self.tick.send_modify(|tick| *tick += 1);
         }
@@ -455,11 +460,17 @@ impl Running {
             Event::Progress {
                 name,
                 id,
+                offer,
                 phase,
                 until,
-            } => dispatcher.progress(&name, id, phase, until, now),
+            } => dispatcher.progress(&name, id, offer, phase, until, now),
             Event::Receipt { id, receipt } => dispatcher.receipt(id, &receipt, now),
-            Event::Declined { name, id, message } => dispatcher.declined(&name, id, message),
+            Event::Declined {
+                name,
+                id,
+                offer,
+                message,
+            } => dispatcher.declined(&name, id, offer, message),
             Event::Reoffer { name, id } => {
                 let store = self.means.publisher.store();
                 dispatcher.reoffer(&name, id, |position| store.keeps(position), now);
@@ -558,7 +569,10 @@ impl Running {
                         line.close(code, reason);
                     }
                 }
-                Action::Reject(rejected) => self.reject(rejected).await,
+                Action::Reject(rejected) => {
+                    self.means.recorder.take_back(rejected.position);
+                    self.reject(rejected).await;
+                }
                 Action::Publish => {
                     self.unlooked = self.means.wishes.try_send(Wish::Look).is_err();
                 }

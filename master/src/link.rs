@@ -527,9 +527,14 @@ impl Link<'_> {
         let name = self.name.clone();
         let event = match message {
             ToMaster::Hello(_) => return Err(LinkError::Order("a second Hello")),
-            ToMaster::Progress { phase, until, .. } => Event::Progress {
+            ToMaster::Progress {
+                offer,
+                phase,
+                until,
+            } => Event::Progress {
                 name,
                 id: self.id,
+                offer,
                 phase,
                 until,
             },
@@ -583,6 +588,7 @@ impl Link<'_> {
                 Event::Declined {
                     name,
                     id: self.id,
+                    offer,
                     message,
                 }
             }
@@ -650,6 +656,7 @@ impl Link<'_> {
                         let event = Event::Progress {
                             name: name.clone(),
                             id,
+                            offer,
                             phase,
                             until: None,
                         };

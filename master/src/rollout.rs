@@ -1,7 +1,7 @@
 //! A generation's way through the fleet: which one each agent is wanted at, and when it is the next
 //! one's turn.
 //!
-//! Pure: no sockets, no disk, no clock. `hub.rs` feeds in what happened, keeps the state on disk
+//! Pure: no sockets, no disk, no clock. `dispatch.rs` feeds in what happened, keeps the state on disk
 //! before any agent hears of it, and carries out the [`Effect`]s.
 
 mod order;
@@ -119,7 +119,7 @@ pub enum Wanted {
 pub struct Rollout {
     /// The last one that went through, or went back.
     complete: Option<Target>,
-    /// What that one takes away: who has had it waits for no window.
+    /// What that one takes away, if it was a rollback.
     urgent: Option<Position>,
     running: Option<Run>,
     /// The newest one that waits for the running one to end.
@@ -322,9 +322,7 @@ impl Rollout {
         };
         match member.at {
             Some(at) if at > wanted.position => Wanted::Stay,
-            Some(at)
-                if at < wanted.position && self.waits_for_window(member, wanted, rules, now) =>
-            {
+            Some(at) if at < wanted.position && self.waits_for_window(member, rules, now) => {
                 Wanted::Stay
             }
             Some(_) | None => Wanted::At(*wanted),
@@ -357,18 +355,10 @@ impl Rollout {
             .min_by_key(|target| target.position)
     }
 
-    fn waits_for_window(
-        &self,
-        member: &Member<'_>,
-        wanted: &Target,
-        rules: &Rules,
-        now: Timestamp,
-    ) -> bool {
-        // A rollback takes away what is complete as well as what is on its way.
+    fn waits_for_window(&self, member: &Member<'_>, rules: &Rules, now: Timestamp) -> bool {
+        // Whoever has what was taken back is to lose it soon, whatever takes its place.
         let has_bad = member.at.is_some_and(|at| self.is_taken_back(at));
-        let goes_back = self.urgent.is_some() && self.complete.as_ref() == Some(wanted);
-        let may = rules.is_open(member.groups, now) || (goes_back && has_bad);
-        !may
+        !has_bad && !rules.is_open(member.groups, now)
     }
 
     /// A generation was published. It goes through the waves, at once or after the running one.
@@ -463,7 +453,7 @@ impl Rollout {
                 Turn::Again => {} // a wave has begun, or is over
                 Turn::Through => effects.extend(self.completed(rules)),
                 Turn::Halt(reason) => {
-                    effects.extend(self.end(Ending::Halted, reason, rules, now));
+                    effects.extend(self.end(Ending::Halted, reason, agents, rules, now));
                 }
             }
         }
@@ -489,7 +479,8 @@ impl Rollout {
         let members = agents.members(Some(&run.target));
         let members = members.into_iter().filter(takes_part);
         let participant = |member: Member<'a>| {
-            let may = member.word.is_some() || rules.is_open(member.groups, now);
+            let has_it = member.word.is_some() || member.progress.is_some();
+            let may = has_it || rules.is_open(member.groups, now);
             Participant { member, may }
         };
         members.map(participant).collect()
@@ -514,11 +505,21 @@ impl Rollout {
     }
 
     /// Ends the running generation: nothing more is offered of it.
-    fn end(&mut self, how: Ending, reason: String, rules: &Rules, now: Timestamp) -> Vec<Effect> {
+    fn end(
+        &mut self,
+        how: Ending,
+        reason: String,
+        agents: &impl Agents,
+        rules: &Rules,
+        now: Timestamp,
+    ) -> Vec<Effect> {
         let Some(run) = self.running.take() else {
             return Vec::new();
         };
         let target = run.target;
+        // An operator may have brought it to hosts before their wave.
+        let members = agents.members(Some(&target));
+        let forced = members.iter().any(|it| it.at >= Some(target.position));
         self.take_back(target.position);
         self.failed = Some(Failed {
             target,
@@ -539,7 +540,7 @@ impl Rollout {
         }
         match self.complete {
             // What waits has a lower number than the rollback will have: it is captured anew.
-            Some(to) if rules.rollback_on_halt && !run.begun.is_empty() => {
+            Some(to) if rules.rollback_on_halt && (!run.begun.is_empty() || forced) => {
                 self.owed = Some(Owed { to, of: target });
                 self.waiting = None;
             }

@@ -105,7 +105,7 @@ fn word(action: &Action) -> String {
                 event,
                 entry.keep.as_ref().map(|it| format!("keep {}", it.name)),
                 entry.forget.as_ref().map(|name| format!("forget {name}")),
-                entry.rollout.as_ref().map(|_| "rollout".to_owned()),
+                entry.rollout.as_ref().map(|_| "state".to_owned()),
                 entry.then.as_ref().map(said),
             ];
             let parts: Vec<_> = parts.into_iter().flatten().collect();
@@ -129,10 +129,10 @@ fn what_the_disk_does_not_know_is_behind_what_is_written_of_it() {
     desk.publish(7);
     desk.check(&[
         "write rollout",
-        "write rollout",
+        "write state",
         "write wave",
-        "write rollout",
-        "write offer, 1: offered 7",
+        "write state",
+        "write offer, keep web1, 1: offered 7",
     ]);
 }
 
@@ -163,11 +163,11 @@ fn a_refusal_ends_it_before_anybody_else_hears_of_it() {
         "write receipt, keep web1, 1: acknowledged 2",
         "write halt",
         "reject 8",
-        "write rollout",
+        "write state",
         "checkpoint",
         "roll back to 7",
     ]);
-    desk.greeted("db1", "db");
+    desk.greeted("web2", "canary");
     assert!(!desk.done().iter().any(|it| it.contains("offered 8")));
 }
 
@@ -210,12 +210,12 @@ fn who_is_forced_and_comes_again_is_still_to_look_at_its_disk() {
         .force(&what, vec![name], false, now)
         .unwrap();
     assert_eq!(forced.offers.len(), 1);
-    desk.check(&["write offer, 1: forced 7"]);
+    desk.check(&["write offer, keep web1, 1: forced 7"]);
     desk.greeted("web1", "canary");
     let done = desk.done();
     assert_eq!(done[0], "1: Replaced");
     assert!(
-        done.contains(&"write offer, 2: forced 7".to_owned()),
+        done.contains(&"write offer, keep web1, 2: forced 7".to_owned()),
         "{done:?}"
     );
     desk.receipt(LinkId(1), 7, 2, Outcome::Live); // of the connection that was replaced
@@ -225,6 +225,49 @@ fn who_is_forced_and_comes_again_is_still_to_look_at_its_disk() {
     desk.greeted("web1", "canary");
     let done = desk.done();
     assert!(!done.iter().any(|it| it.contains("forced")), "{done:?}");
+}
+
+#[test]
+fn who_does_not_answer_an_order_is_offered_what_is_newer() {
+    let mut desk = Desk::new(&["100%"]);
+    let id = desk.greeted("web1", "canary");
+    desk.publish(7);
+    desk.receipt(id, 7, 1, Outcome::Live);
+    let (what, name) = (
+        Forcing::Current(manifest(7).position()),
+        "web1".parse().unwrap(),
+    );
+    let now = desk.now();
+    desk.dispatcher
+        .force(&what, vec![name], false, now)
+        .unwrap();
+    desk.dispatcher.look(now);
+    desk.done();
+    desk.publish(8);
+    let done = desk.done();
+    assert!(
+        done.contains(&"write offer, keep web1, 1: offered 8".to_owned()),
+        "{done:?}"
+    );
+}
+
+#[test]
+fn a_word_about_an_offer_that_another_took_the_place_of_is_none() {
+    let mut desk = Desk::new(&["100%"]);
+    let id = desk.greeted("web1", "canary");
+    desk.publish(7);
+    let name = "web1".parse().unwrap();
+    let old = desk.dispatcher.fleet().offer(&name).unwrap();
+    desk.receipt(id, 7, 1, Outcome::Live);
+    desk.publish(8);
+    desk.done();
+    desk.dispatcher
+        .declined(&name, id, old, "too late".to_owned());
+    desk.check(&[]);
+    let new = desk.dispatcher.fleet().offer(&name).unwrap();
+    desk.dispatcher
+        .declined(&name, id, new, "no room".to_owned());
+    desk.check(&["write declined"]);
 }
 
 #[test]

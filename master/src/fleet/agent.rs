@@ -17,7 +17,7 @@ use clamcast_proto::{AgentName, Digest, GroupName, Position};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::rollout::{Member, Target, Wanted, Word, place};
+use crate::rollout::{Member, Rollout, Target, Wanted, Word, place};
 
 /// Receipts remembered by digest, so that one that is sent again is not taken for a new one.
 const RECEIPTS_REMEMBERED: usize = wire::RECEIPTS_PENDING_MAX;
@@ -258,6 +258,12 @@ impl Agent {
         offer.is_some_and(|offer| self.has(&offer.manifest_sha256))
     }
 
+    /// Whether it has what was taken back.
+    pub(super) fn has_taken_back(&self, rollout: &Rollout) -> bool {
+        let installed = self.record.installed.as_ref();
+        installed.is_some_and(|installed| rollout.is_taken_back(installed.position))
+    }
+
     /// Whether it could not take a generation, or its clamd could not use it.
     pub(super) fn failed_with(&self, target: &Target) -> bool {
         let failed = self.record.failed.as_ref();
@@ -393,7 +399,9 @@ impl Agent {
         let is_answer = !drifted || !matches!(receipt.outcome, Outcome::Live | Outcome::Installed);
         if is_answer
             && let Some(link) = &mut self.link
-            && let Some(offer) = link.offer.take_if(|offer| offer.position == position)
+            && let Some(offer) = link
+                .offer
+                .take_if(|offer| offer.manifest_sha256 == manifest_sha256)
         {
             link.answered = Some(Answered {
                 offer: offer.id,

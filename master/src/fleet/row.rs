@@ -116,7 +116,10 @@ impl Agent {
             pinned: rollout.pin(&record.groups).is_some(),
             conformant: standing == Standing::Conformant && installed.is_some(),
             outcome: self.outcome(),
-            error: self.error(standing, now),
+            error: self.error(standing, now).or_else(|| {
+                let installed = installed.filter(|_| self.has_taken_back(rollout))?;
+                Some(format!("{} was taken back", installed.position))
+            }),
             since: times.into_iter().flatten().max().unwrap_or(record.seen),
             clamd: record.clamd.clone(),
             foreign: record.foreign.clone(),

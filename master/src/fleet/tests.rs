@@ -324,6 +324,33 @@ fn what_must_not_be_published_again_is_not_vouched_for_though_the_rollout_was_lo
 }
 
 #[test]
+fn who_has_what_was_taken_back_is_not_where_it_should_be() {
+    let mut fleet = fleet(7, &[(7, Outcome::Live)]);
+    assert!(fleet.rows(at(200), DEADLINE)[0].conformant);
+    fleet.rollout.are_taken_back([manifest(7).position()]);
+    let row = fleet.rows(at(200), DEADLINE).remove(0);
+    assert_eq!(
+        (row.conformant, row.error.as_deref()),
+        (false, Some("1.7 was taken back"))
+    );
+    assert_eq!(fleet.counts(at(200), DEADLINE).behind, 1);
+}
+
+#[test]
+fn an_offer_keeps_that_its_host_is_there_over_a_restart() {
+    let mut fleet = fleet(7, &[]);
+    fleet.offered(
+        &"web1".parse().unwrap(),
+        LinkId(1),
+        OfferId(9),
+        &manifest(7),
+        at(90_000),
+    );
+    let record = fleet.record(&"web1".parse().unwrap()).unwrap();
+    assert_eq!(record.seen, at(90_000));
+}
+
+#[test]
 fn a_mended_host_says_nothing_new_of_what_it_failed_with_and_is_then_offered_that_again() {
     for (failed, word) in [
         (Outcome::Refused, Word::Refused),

@@ -115,7 +115,7 @@ impl Rollout {
         match order {
             Order::Pause(reason) => self.pause(reason, now),
             Order::Resume(reason) => self.resume(reason, agents, rules, now),
-            Order::Abort(reason) => self.abort(reason, rules, now),
+            Order::Abort(reason) => self.abort(reason, agents, rules, now),
             Order::Promote(reason) => self.promote(reason, now),
             Order::Supersede => {
                 let waiting = self.waiting.ok_or(OrderError::NothingWaits)?;
@@ -183,11 +183,12 @@ impl Rollout {
     pub fn abort(
         &mut self,
         reason: String,
+        agents: &impl Agents,
         rules: &Rules,
         now: Timestamp,
     ) -> Result<Vec<Effect>, OrderError> {
         self.run()?;
-        Ok(self.end(Ending::Aborted, reason, rules, now))
+        Ok(self.end(Ending::Aborted, reason, agents, rules, now))
     }
 
     /// Makes one wave of everybody, in the place of those that have begun and are still to come.
@@ -227,7 +228,12 @@ impl Rollout {
                     return Err(OrderError::Current(complete.position));
                 }
                 match self.failed.as_ref().map(|failed| failed.target) {
-                    Some(failed) if ahead >= Some(failed.position) => failed,
+                    Some(failed)
+                        if failed.position > complete.position
+                            && ahead >= Some(failed.position) =>
+                    {
+                        failed
+                    }
                     Some(_) | None => complete,
                 }
             }

@@ -603,7 +603,11 @@ fn a_pause_by_an_operator_keeps_why_it_had_paused_by_itself_and_outlasts_that() 
 fn aborted_is_halted_by_hand_and_promoted_is_everybody_at_once() {
     let mut lab = Lab::usual();
     lab.published(2).say("h0", 2, Word::Live);
-    lab.order(|lab, now| lab.rollout.abort("looks odd".into(), &lab.rules, now));
+    lab.order(|lab, now| {
+        let hosts = Hosts(&lab.hosts, lab.now);
+        lab.rollout
+            .abort("looks odd".into(), &hosts, &lab.rules, now)
+    });
     lab.is("complete 1, owes 1 for 2");
 
     let mut lab = Lab::usual();
@@ -778,6 +782,68 @@ fn a_rollback_past_what_is_complete_waits_for_no_window_either() {
     lab.take(effects);
     lab.step();
     assert_eq!(lab.offered(4), 100);
+}
+
+#[test]
+fn who_comes_with_what_was_taken_back_waits_for_no_window_though_a_newer_one_is_on_its_way() {
+    let mut lab = Lab::usual();
+    lab.published(2).everybody(2, Word::Live);
+    lab.roll_back(target(1), "bad").unwrap();
+    lab.host("h7").away = true;
+    let effects = lab.rollout.went_back(again(3, 1));
+    lab.take(effects);
+    lab.step().everybody(3, Word::Live);
+    lab.resume().unwrap();
+    lab.published(4).everybody(4, Word::Live).is("complete 4");
+    lab.now = at_utc("2026-11-20T12:00:00Z");
+    let db: GroupName = "db".parse().unwrap();
+    let night = "Mon-Sun 22:00-05:00 UTC".parse().unwrap();
+    lab.rules.windows.insert(db.clone(), vec![night]);
+    lab.host("h7").groups.push(db);
+    lab.host("h7").away = false;
+    assert_eq!(lab.wanted(&"h7".parse().unwrap()), Some(4));
+}
+
+#[test]
+fn whoever_is_at_it_when_its_window_closes_is_still_waited_for() {
+    let mut lab = Lab::usual();
+    let canary: GroupName = "canary".parse().unwrap();
+    let night = "Mon-Sun 22:00-05:00 UTC".parse().unwrap();
+    lab.rules.windows.insert(canary, vec![night]);
+    lab.now = at_utc("2026-11-21T04:59:00Z");
+    lab.published(2);
+    lab.say("h0", 2, Word::Live);
+    lab.wait(120).is("complete 1, running 2 wave 1 of 3");
+    lab.say("h1", 2, Word::Live);
+    lab.is("complete 1, running 2 wave 2 of 3");
+}
+
+#[test]
+fn what_was_forced_on_hosts_before_their_wave_is_taken_back_with_a_halt() {
+    let mut lab = Lab::usual();
+    let canary: GroupName = "canary".parse().unwrap();
+    let night = "Mon-Sun 22:00-05:00 UTC".parse().unwrap();
+    lab.rules.windows.insert(canary, vec![night]);
+    lab.now = at_utc("2026-11-21T12:00:00Z");
+    lab.published(2).is("complete 1, running 2 wave 0 of 3");
+    for (name, word) in [("h7", Word::Live), ("h8", Word::Refused)] {
+        let now = lab.now;
+        lab.host(name).progress.insert(2, now);
+        lab.say(name, 2, word);
+    }
+    lab.is("complete 1, owes 1 for 2");
+}
+
+#[test]
+fn a_second_rollback_takes_back_what_the_first_one_brought() {
+    let mut lab = Lab::usual();
+    lab.published(2).everybody(2, Word::Live);
+    lab.published(3).say("h0", 3, Word::Refused);
+    let effects = lab.rollout.went_back(again(4, 2));
+    lab.take(effects);
+    lab.step().everybody(4, Word::Live);
+    lab.roll_back(target(1), "bad, too").unwrap();
+    lab.is("complete 4, owes 1 for 4");
 }
 
 #[test]

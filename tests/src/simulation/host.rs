@@ -376,7 +376,7 @@ impl Host {
         let trust = Trust::new(sight.keys.clone(), self.disk.mark.clone());
         if let Err(error) = trust.judge_manifest(manifest.envelope(), self.settled()) {
             let message = error.to_string();
-            return self.say(Said::Declined { message }, sight);
+            return self.say(Said::Declined { offer, message }, sight);
         }
         if let Some(mark) = trust.raised(&manifest) {
             self.disk.mark = Some(mark);
@@ -423,9 +423,13 @@ impl Host {
             Action::Plan { job, .. } => {
                 if job.mends && self.settled() != Some(job.manifest.payload_sha256()) {
                     let message = "it is not installed any more".to_owned();
-                    sight
-                        .deeds
-                        .push(Deed::Say(job.link, Said::Declined { message }));
+                    sight.deeds.push(Deed::Say(
+                        job.link,
+                        Said::Declined {
+                            offer: job.offer,
+                            message,
+                        },
+                    ));
                     return Some(Slotted::Answered);
                 }
                 let takes = self.takes(0.1, 2.0, sight);
@@ -583,7 +587,12 @@ impl Host {
         until: Option<Timestamp>,
         sight: &mut Sight<'_>,
     ) {
-        let said = Said::Progress { phase, until };
+        let offer = job.offer;
+        let said = Said::Progress {
+            offer,
+            phase,
+            until,
+        };
         sight.deeds.push(Deed::Say(job.link, said));
     }
 

@@ -409,12 +409,16 @@ impl Master {
                 }
                 return; // the pusher's matter
             }
-            Said::Progress { phase, until } => dispatcher.progress(&name, id, phase, until, now),
+            Said::Progress {
+                offer,
+                phase,
+                until,
+            } => dispatcher.progress(&name, id, offer, phase, until, now),
             Said::Receipt(receipt) => {
                 let checked = receipt.envelope().verify([key]).expect("it is its own");
                 self.receipt(id, &checked, sight);
             }
-            Said::Declined { message } => dispatcher.declined(&name, id, message),
+            Said::Declined { offer, message } => dispatcher.declined(&name, id, offer, message),
             Said::Reoffer => dispatcher.reoffer(&name, id, |_| true, now), // all are kept
         }
         self.carry_out(sight);

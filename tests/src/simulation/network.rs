@@ -28,11 +28,13 @@ pub(super) enum Said {
         files: Vec<DatabaseName>,
     },
     Progress {
+        offer: OfferId,
         phase: Phase,
         until: Option<Timestamp>,
     },
     Receipt(Box<Verified<Receipt>>),
     Declined {
+        offer: OfferId,
         message: String,
     },
     Reoffer,

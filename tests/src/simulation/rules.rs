@@ -155,7 +155,9 @@ impl Witness {
             };
             let new: Vec<_> = (0..run.begun.len()).filter(is_new).collect();
             if !new.is_empty() && !run.promoted {
-                let crowd = Crowd::new(fleet, run, &self.rules, now);
+                // As it was when that was decided: nobody was offered anything of it yet.
+                let before = |at: Timestamp| at < now;
+                let crowd = Crowd::new(fleet, run, &self.rules, before, now);
                 for wave in &new {
                     a_wave_starts_only_when_the_one_before_is_done(&crowd, run, *wave);
                 }
@@ -311,7 +313,14 @@ struct Crowd<'f> {
 }
 
 impl<'f> Crowd<'f> {
-    fn new(fleet: &'f Fleet, run: &Run, rules: &Rules, now: Timestamp) -> Self {
+    /// `counts`: whether progress of that time makes one take part whose window is closed.
+    fn new(
+        fleet: &'f Fleet,
+        run: &Run,
+        rules: &Rules,
+        counts: impl Fn(Timestamp) -> bool,
+        now: Timestamp,
+    ) -> Self {
         let takes_part = |member: &Member<'_>| {
             let pin = fleet.rollout().pin(member.groups);
             let pinned = pin.is_some_and(|pin| pin.position != run.target.position);
@@ -319,7 +328,9 @@ impl<'f> Crowd<'f> {
             let refused = member.word == Some(Word::Refused);
             (!pinned || refused)
                 && !past
-                && (member.word.is_some() || is_open(rules, member.groups, now))
+                && (member.word.is_some()
+                    || member.progress.is_some_and(&counts)
+                    || is_open(rules, member.groups, now))
         };
         let members = fleet.members().into_iter().filter(takes_part);
         let placed = |member: Member<'f>| {
@@ -430,7 +441,7 @@ fn every_enrolled_agent_is_accounted_for(
     let Some((run, (all, wave))) = fleet.rollout().running().zip(fleet.tallies(now)) else {
         return;
     };
-    let crowd = Crowd::new(fleet, run, rules, now);
+    let crowd = Crowd::new(fleet, run, rules, |_| true, now);
     let forced = |member: &Member<'_>| member.word == Some(Word::Refused);
     let in_waves = (0..run.begun.len()).map(|wave| crowd.wave(run, wave).count());
     let in_waves: Vec<_> = in_waves.collect();

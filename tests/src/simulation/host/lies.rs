@@ -61,7 +61,8 @@ impl Host {
             5 => claim(position, sha256, Outcome::Refused),
             6 => {
                 let message = "no".to_owned();
-                return self.say(Said::Declined { message }, sight);
+                let offer = OfferId(u64::MAX);
+                return self.say(Said::Declined { offer, message }, sight);
             }
             _ => {
                 // What it said before, once more; or nothing.
