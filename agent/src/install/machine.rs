@@ -162,10 +162,18 @@ impl Machine {
                 self.arrived(digest);
                 Vec::new()
             }
-            Event::Begin(journal) => {
+            Event::Begin(mut journal) => {
                 self.slot = Slot::Idle;
                 self.failures = 0;
                 self.waiting = self.journal.take().filter(|old| old.step == Step::Waiting);
+                if let Some(old) = &self.waiting {
+                    // It is what was there, also where the record of it did not get to disk.
+                    journal.before.installed.get_or_insert_with(|| Installed {
+                        set: old.set.clone(),
+                        install: old.install,
+                        outcome: Outcome::Installed,
+                    });
+                }
                 self.save_and_swap(journal)
             }
             Event::Moved(installed, clamd) => {
@@ -768,6 +776,23 @@ mod tests {
             vec![begin(true), judged(refused), judged(Verdict::Absent)],
             "refused 2",
         );
+    }
+
+    #[test]
+    fn what_waits_is_gone_back_to_also_where_its_record_did_not_get_to_disk() {
+        let mut machine = Machine::default();
+        machine.handle(begin(false));
+        machine.handle(Event::Done);
+        let first = machine.journal().unwrap().set.clone();
+        let saved = machine.handle(judged(Verdict::Absent));
+        assert!(matches!(saved[..], [Action::Save(_), Action::Record(_)]));
+        machine.handle(Event::Failed {
+            fault: "no space".into(),
+            touched: false,
+        });
+        machine.handle(begin(false)); // the look found no record
+        let before = machine.journal().unwrap().before.installed.clone();
+        assert_eq!(before.map(|installed| installed.set), Some(first));
     }
 
     #[test]
