@@ -307,7 +307,7 @@ impl Fleet {
         match self.wanted_of(agent, now) {
             Wanted::At(target) if agent.is_mending() && agent.failed_with(&target) => None,
             Wanted::At(target) => self.manifests.get(&target.manifest_sha256),
-            Wanted::Nothing | Wanted::Stay => None,
+            Wanted::Nothing | Wanted::Stay | Wanted::Later(_) => None,
         }
     }
 
@@ -343,7 +343,7 @@ impl Fleet {
         match self.wanted_of(agent, now) {
             Wanted::At(target) => self.manifests.get(&target.manifest_sha256),
             Wanted::Nothing => None,
-            Wanted::Stay => self.installed(agent),
+            Wanted::Stay | Wanted::Later(_) => self.installed(agent),
         }
     }
 
@@ -366,7 +366,7 @@ impl Fleet {
                 installed.or_else(|| self.manifests.get(&target.manifest_sha256))
             }
             Wanted::Nothing => None,
-            Wanted::Stay => installed,
+            Wanted::Stay | Wanted::Later(_) => installed,
         }
     }
 

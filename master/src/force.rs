@@ -135,8 +135,12 @@ impl Work {
             if let Some(answered) = answered.filter(|_| row.offered.is_none()) {
                 // What it refused before is shown with its row, and is no answer to this.
                 let live = Some(Outcome::Live);
-                let end = match answered.outcome == live && row.conformant {
-                    true => End::new(agent, Outcome::Live.as_str(), Some(row), None),
+                let there = row.conformant || (row.taken_back && row.live);
+                let end = match answered.outcome == live && there {
+                    true => End {
+                        conformant: true,
+                        ..End::new(agent, Outcome::Live.as_str(), Some(row), None)
+                    },
                     // Where it is wanted it may be all the same: at the one before, whose wave has
                     // not begun. That is not what was ordered.
                     false => End {
@@ -349,6 +353,7 @@ mod tests {
                 live: outcome == "live",
                 wanted: None,
                 pinned: false,
+                taken_back: false,
                 conformant: outcome == "live",
                 outcome,
                 error: None,

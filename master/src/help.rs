@@ -125,7 +125,7 @@ Exit codes:
   0  every agent is live with the current generation
   1  one is not; the table says which and why
   2  no such agent or group
-  4  the generation is not current and was not taken back, or hosts are past it
+  4  the generation is not current and was not taken back
 
 Examples:
   clamcast-master force-sync web1 'db-*'

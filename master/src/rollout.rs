@@ -30,6 +30,9 @@ use run::{Participant, Turn};
 /// away for so many bad updates; then it is told to go on from there like any other.
 const TAKEN_BACK_MAX: usize = 256;
 
+/// Generations that are remembered as passed over: more than any store keeps.
+const PASSED_OVER_MAX: usize = 256;
+
 /// How careful rollouts are: `[rollout]` of the configuration.
 #[derive(Clone, Debug)]
 pub struct Rules {
@@ -110,6 +113,8 @@ pub enum Wanted {
     Nothing,
     /// What it has, whichever that is.
     Stay,
+    /// What it has, until a window of it opens; then this generation.
+    Later(Target),
     /// This generation.
     At(Target),
 }
@@ -130,6 +135,10 @@ pub struct Rollout {
     /// All that were halted, aborted or rolled back: nobody is offered them any more.
     #[serde(default)]
     taken_back: BTreeSet<Position>,
+    /// Those that something newer took the place of before they went through: nobody is rolled back
+    /// to what no wave has proven.
+    #[serde(default)]
+    passed_over: BTreeSet<Position>,
     /// A rollback that has to be published.
     owed: Option<Owed>,
     /// Why nothing is published although the mirror changes.
@@ -323,7 +332,7 @@ impl Rollout {
         match member.at {
             Some(at) if at > wanted.position => Wanted::Stay,
             Some(at) if at < wanted.position && self.waits_for_window(member, rules, now) => {
-                Wanted::Stay
+                Wanted::Later(*wanted)
             }
             Some(_) | None => Wanted::At(*wanted),
         }
@@ -375,11 +384,18 @@ impl Rollout {
         let makes_way =
             |run: &Run| run.paused.is_none() && (run.begun.is_empty() || run.waits_for_window);
         let running = self.running.as_ref();
-        let Some(run) = running.filter(|run| !supersede && !makes_way(run)) else {
+        let frozen = |run: &Run| {
+            run.paused
+                .as_ref()
+                .is_some_and(|it| it.kind == PauseKind::Operator)
+        };
+        let goes_first = |run: &Run| makes_way(run) || (supersede && !frozen(run));
+        let Some(run) = running.filter(|run| !goes_first(run)) else {
             return self.begin(target, rules);
         };
         let reason = format!("waits for {}", run.target.position);
-        self.waiting = Some(target);
+        let before = self.waiting.replace(target);
+        self.pass_over(before);
         vec![note("rollout-waits", target, reason)]
     }
 
@@ -426,8 +442,10 @@ impl Rollout {
 
     fn begin(&mut self, target: Target, rules: &Rules) -> Vec<Effect> {
         let waves: Vec<_> = rules.waves.iter().map(Wave::to_string).collect();
-        self.waiting = None;
-        self.running = Some(Run::new(target, rules.waves.clone()));
+        let waited = self.waiting.take().filter(|waited| *waited != target);
+        self.pass_over(waited);
+        let before = self.running.replace(Run::new(target, rules.waves.clone()));
+        self.pass_over(before.map(|run| run.target));
         vec![note(
             "rollout",
             target,
@@ -542,7 +560,8 @@ impl Rollout {
             // What waits has a lower number than the rollback will have: it is captured anew.
             Some(to) if rules.rollback_on_halt && (!run.begun.is_empty() || forced) => {
                 self.owed = Some(Owed { to, of: target });
-                self.waiting = None;
+                let waited = self.waiting.take();
+                self.pass_over(waited);
             }
             Some(_) | None => {
                 if let Some(next) = self.waiting.take() {
@@ -551,6 +570,14 @@ impl Rollout {
             }
         }
         effects
+    }
+
+    fn pass_over(&mut self, target: Option<Target>) {
+        self.passed_over
+            .extend(target.map(|target| target.position));
+        if self.passed_over.len() > PASSED_OVER_MAX {
+            self.passed_over.pop_first();
+        }
     }
 
     fn take_back(&mut self, position: Position) {

@@ -430,8 +430,16 @@ fn what_was_taken_back_is_forced_by_name_and_with_a_reason_only() {
     force(&["--all", "--generation", "2", "--accept", "a test"], 2);
     force(&["db1", "--generation", "2"], 2);
     force(&["db1", "--generation", "2", "--accept", "a test"], 0);
-    let row = master.wait_live("db1", 2);
-    assert_eq!(row["conformant"], true, "it is where an operator put it");
+    master.wait_agent(
+        "db1",
+        "db1 has what was taken back, and that is told",
+        |row| {
+            row["generation"] == 2
+                && row["live"] == true
+                && row["conformant"] == false
+                && row["error"] == "1.2 was taken back"
+        },
+    );
     let end = master.wait_audit("force-sync", 1).remove(0);
     assert_eq!(end["generation"], 2);
     assert_eq!(end["detail"]["reason"], "a test");

@@ -199,19 +199,25 @@ impl Commands {
     ) -> Result<Finish, AdminError> {
         let deadline = timeout.map(|timeout| Instant::now() + timeout.min(TIMEOUT_MAX));
         let mut hub = self.hub.clone();
+        let mut watched = None;
         loop {
             let Ok(view) = self.hub.view().await else {
                 return Ok(self.life.ending().finish());
             };
+            // What took its place is not what was waited for.
+            let running = view.rollout.running().map(|run| run.target.position);
+            let watched = *watched.get_or_insert(running);
+            let gone = watched.filter(|it| view.rollout.is_taken_back(*it));
             let ended = match report::state(&view.rollout) {
                 "halted" => Some(exit::NOT_CONFORMANT),
+                _ if gone.is_some() => Some(exit::NOT_CONFORMANT),
                 "complete" => Some(exit::DONE),
                 _ => None,
             };
             let awaited = report::standing(&view);
             let code = match (ended, deadline) {
                 (ended, None) => ended.unwrap_or(exit::DONE),
-                (Some(code), Some(_)) if awaited.is_none() => code,
+                (Some(code), Some(_)) if awaited.is_none() || gone.is_some() => code,
                 (_, Some(deadline)) if Instant::now() >= deadline => exit::NOT_CONFORMANT,
                 (_, Some(deadline)) => {
                     let progress = json!({
@@ -234,9 +240,13 @@ impl Commands {
                 }
             };
             let late = deadline.is_some() && (ended.is_none() || awaited.is_some());
-            let message = late.then(|| {
-                let awaited = awaited.unwrap_or_else(|| "nothing is published yet".to_owned());
-                format!("not complete in time: {awaited}")
+            let gone = gone.filter(|_| running.is_some());
+            let gone = gone.map(|gone| format!("{gone} was halted, aborted or rolled back"));
+            let message = gone.or_else(|| {
+                late.then(|| {
+                    let awaited = awaited.unwrap_or_else(|| "nothing is published yet".to_owned());
+                    format!("not complete in time: {awaited}")
+                })
             });
             return Ok(Finish {
                 exit: code,

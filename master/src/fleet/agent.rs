@@ -294,7 +294,8 @@ impl Agent {
     pub(super) fn standing(&self, wanted: Wanted, now: Timestamp, deadline: Duration) -> Standing {
         let installed = self.record.installed.as_ref();
         let wanted = match wanted {
-            Wanted::Nothing => return Standing::Behind, // of what is published next
+            // Of what is published next, or of what is for it when its window opens.
+            Wanted::Nothing | Wanted::Later(_) => return Standing::Behind,
             Wanted::Stay => installed.map(|installed| installed.manifest_sha256),
             Wanted::At(target) => Some(target.manifest_sha256),
         };

@@ -45,6 +45,8 @@ pub struct Row {
     pub pinned: bool,
     /// Whether it is what the master wants, with every file intact.
     pub conformant: bool,
+    /// Whether that was halted, aborted or rolled back.
+    pub taken_back: bool,
     /// What came of the last generation: an outcome, or what it is doing.
     pub outcome: String,
     /// Why it is not what is wanted, or what it refused before that was taken back.
@@ -110,16 +112,23 @@ impl Agent {
             live: installed.is_some_and(|installed| installed.live),
             wanted: match wanted {
                 Wanted::Nothing => None,
-                Wanted::Stay => installed.map(|installed| installed.position),
+                Wanted::Stay | Wanted::Later(_) => installed.map(|installed| installed.position),
                 Wanted::At(target) => Some(target.position),
             },
             pinned: rollout.pin(&record.groups).is_some(),
             conformant: standing == Standing::Conformant && installed.is_some(),
             outcome: self.outcome(),
             error: self.error(standing, now).or_else(|| {
+                if let Wanted::Later(target) = wanted {
+                    return Some(format!(
+                        "gets {} when a window of it opens",
+                        target.position
+                    ));
+                }
                 let installed = installed.filter(|_| self.has_taken_back(rollout))?;
                 Some(format!("{} was taken back", installed.position))
             }),
+            taken_back: self.has_taken_back(rollout),
             since: times.into_iter().flatten().max().unwrap_or(record.seen),
             clamd: record.clamd.clone(),
             foreign: record.foreign.clone(),

@@ -49,7 +49,7 @@ pub enum OrderError {
     NotPaused(Position),
     /// An operator has paused it; whose reason counts must not depend on who came last.
     #[error(
-        "the rollout of {position} is paused since {since:.0}: {reason}; `rollout resume` first to pause it for another reason"
+        "the rollout of {position} is paused since {since:.0}: {reason}; `rollout resume` first"
     )]
     Paused {
         /// What is on its way.
@@ -83,6 +83,11 @@ pub enum OrderError {
         "{0} has not gone through the fleet yet: wait until it has (`rollout status`), or pin one that everybody has"
     )]
     NotThrough(Position),
+    /// Something newer took its place.
+    #[error(
+        "{0} never went through the fleet, and a rollback goes to everybody at once: choose one that did (`generations`), or let the mirror bring its databases again"
+    )]
+    Unproven(Position),
     /// Some of the group have what is on its way, and some have not.
     #[error(
         "{agent} and others of group `{group}` are at {at}, which is on its way, and the others are not: wait until it has gone through, or `rollout abort`"
@@ -119,6 +124,7 @@ impl Rollout {
             Order::Promote(reason) => self.promote(reason, now),
             Order::Supersede => {
                 let waiting = self.waiting.ok_or(OrderError::NothingWaits)?;
+                self.is_not_frozen()?;
                 Ok(self.begin(waiting, rules))
             }
             Order::RollBack(to, reason) => self.roll_back(to, reason, agents, now),
@@ -136,15 +142,8 @@ impl Rollout {
     /// Begins no further wave and offers nothing more, until [`Rollout::resume`]: also where what it
     /// has paused for by itself is over before that.
     pub fn pause(&mut self, reason: String, now: Timestamp) -> Result<Vec<Effect>, OrderError> {
+        self.is_not_frozen()?;
         let run = self.run()?;
-        let by_operator = |pause: &&Pause| pause.kind == PauseKind::Operator;
-        if let Some(pause) = run.paused.as_ref().filter(by_operator) {
-            return Err(OrderError::Paused {
-                position: run.target.position,
-                reason: pause.reason.clone(),
-                since: pause.since,
-            });
-        }
         Ok(run.pause(PauseKind::Operator, reason, now))
     }
 
@@ -191,8 +190,25 @@ impl Rollout {
         Ok(self.end(Ending::Aborted, reason, agents, rules, now))
     }
 
+    /// An operator's pause ends with [`Rollout::resume`] only.
+    fn is_not_frozen(&self) -> Result<(), OrderError> {
+        let Some(run) = &self.running else {
+            return Ok(());
+        };
+        let by_operator = |pause: &&Pause| pause.kind == PauseKind::Operator;
+        match run.paused.as_ref().filter(by_operator) {
+            Some(pause) => Err(OrderError::Paused {
+                position: run.target.position,
+                reason: pause.reason.clone(),
+                since: pause.since,
+            }),
+            None => Ok(()),
+        }
+    }
+
     /// Makes one wave of everybody, in the place of those that have begun and are still to come.
     pub fn promote(&mut self, reason: String, now: Timestamp) -> Result<Vec<Effect>, OrderError> {
+        self.is_not_frozen()?;
         let run = self.run()?;
         run.promote(now);
         Ok(vec![note("promoted", run.target, reason)])
@@ -212,6 +228,9 @@ impl Rollout {
         };
         if self.is_taken_back(to.position) {
             return Err(OrderError::TakenBack(to.position));
+        }
+        if self.passed_over.contains(&to.position) || self.waiting == Some(to) {
+            return Err(OrderError::Unproven(to.position));
         }
         let running = self.running.as_ref().map(|run| run.target);
         if running.is_some_and(|running| running.content == to.content) {
@@ -251,7 +270,8 @@ impl Rollout {
         let gone = |pin: &Pin| pin.target.position == of.position;
         effects.extend(self.unpin_all(gone, "its generation was taken back"));
         effects.dedup();
-        self.waiting = None;
+        let waited = self.waiting.take();
+        self.pass_over(waited);
         self.failed = Some(Failed {
             target: of,
             how,

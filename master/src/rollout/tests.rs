@@ -150,7 +150,7 @@ impl Lab {
         let member = self.hosts[name].member(name, running.as_ref(), self.now);
         match self.rollout.wanted(&member, &self.rules, at(self.now)) {
             Wanted::Nothing => None,
-            Wanted::Stay => self.hosts[name].at,
+            Wanted::Stay | Wanted::Later(_) => self.hosts[name].at,
             Wanted::At(target) => Some(number(&target)),
         }
     }
@@ -755,6 +755,10 @@ fn outside_its_window_a_host_keeps_what_it_has_and_a_rollback_does_not_wait() {
         (lab.offered(2), lab.wanted(&"h7".parse().unwrap())),
         (99, Some(1))
     );
+    let name = "h7".parse().unwrap();
+    let member = lab.hosts[&name].member(&name, None, lab.now);
+    let wanted = lab.rollout.wanted(&member, &lab.rules, at(lab.now));
+    assert_eq!(wanted, Wanted::Later(target(2)), "and that is told");
     lab.now = at_utc("2026-11-20T22:00:00Z");
     lab.step();
     assert_eq!(lab.offered(2), 100);
@@ -832,6 +836,40 @@ fn what_was_forced_on_hosts_before_their_wave_is_taken_back_with_a_halt() {
         lab.say(name, 2, word);
     }
     lab.is("complete 1, owes 1 for 2");
+}
+
+#[test]
+fn nobody_is_rolled_back_to_what_something_newer_took_the_place_of() {
+    let mut lab = Lab::usual();
+    lab.published(2).everybody(2, Word::Live).published(3);
+    lab.published(4).published(5); // 4 waited, and was never offered
+    let refused = |lab: &mut Lab, to| lab.roll_back(target(to), "oh").unwrap_err();
+    for to in [4, 5] {
+        assert_eq!(refused(&mut lab, to), OrderError::Unproven(position(to)));
+    }
+    let effects = lab.rollout.published(target(6), true, &lab.rules);
+    lab.take(effects);
+    lab.step().is("complete 2, running 6 wave 1 of 3");
+    for to in [3, 5] {
+        assert_eq!(refused(&mut lab, to), OrderError::Unproven(position(to)));
+    }
+    lab.roll_back(target(1), "oh").unwrap();
+}
+
+#[test]
+fn what_an_operator_paused_neither_promote_nor_supersede_sets_going() {
+    let mut lab = Lab::usual();
+    lab.published(2);
+    lab.order(|lab, now| lab.rollout.pause("freeze".into(), now));
+    let now = at(lab.now);
+    let promoted = lab.rollout.promote("hurry".into(), now);
+    assert!(matches!(promoted, Err(OrderError::Paused { .. })));
+    let effects = lab.rollout.published(target(3), true, &lab.rules);
+    lab.take(effects);
+    let hosts = Hosts(&lab.hosts, lab.now);
+    let superseded = lab.rollout.order(Order::Supersede, &hosts, &lab.rules, now);
+    assert!(matches!(superseded, Err(OrderError::Paused { .. })));
+    lab.is("complete 1, running 2 wave 1 of 3, paused Operator, waiting 3");
 }
 
 #[test]
