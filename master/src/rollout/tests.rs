@@ -562,8 +562,7 @@ fn a_second_pause_by_an_operator_is_refused_with_the_reason_of_the_first() {
     let error = lab.rollout.pause("dinner".into(), at(lab.now)).unwrap_err();
     assert_eq!(
         error.to_string(),
-        "the rollout of 1.2 is paused since 1970-01-12T13:46:40Z: lunch; `rollout resume` first to \
-         pause it for another reason"
+        "the rollout of 1.2 is paused since 1970-01-12T13:46:40Z: lunch; `rollout resume` first"
     );
     let pause = lab.rollout.running().and_then(|run| run.paused.as_ref());
     assert_eq!(pause.unwrap().reason, "lunch");
