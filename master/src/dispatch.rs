@@ -621,15 +621,19 @@ impl Dispatcher {
         }
     }
 
-    /// An agent lacks files of what it has. `is_kept`: whether the files of a generation are still
-    /// there.
+    /// An agent lacks files of what it has. `kept`: a generation whose files are still there.
     pub fn reoffer(
         &mut self,
         name: &AgentName,
         id: LinkId,
-        is_kept: impl Fn(Position) -> bool,
+        kept: impl Fn(Position) -> Option<Arc<Verified<Manifest>>>,
         now: Now,
     ) {
+        let installed = self.fleet.record(name).and_then(|it| it.installed.as_ref());
+        if let Some(manifest) = installed.and_then(|installed| kept(installed.position)) {
+            self.fleet.remember(&manifest); // its receipt may have come after that was forgotten
+        }
+        let is_kept = |position| kept(position).is_some();
         if let Some(manifest) = self.fleet.mending(name, is_kept, now.clock).cloned()
             && self.fleet.link_of(name) == Some(id)
         {

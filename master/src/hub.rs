@@ -473,7 +473,8 @@ impl Running {
             } => dispatcher.declined(&name, id, offer, message),
             Event::Reoffer { name, id } => {
                 let store = self.means.publisher.store();
-                dispatcher.reoffer(&name, id, |position| store.keeps(position), now);
+                let kept = |at| store.manifest(at).filter(|_| store.keeps(at));
+                dispatcher.reoffer(&name, id, kept, now);
             }
             Event::Disconnected { name, id } => {
                 self.lines.remove(&id);

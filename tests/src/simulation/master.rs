@@ -393,7 +393,7 @@ impl Master {
         key: &PublicKey,
         sight: &mut MasterSight<'_>,
     ) {
-        let running = self.process();
+        let running = self.running.as_mut().expect("asked only while it runs");
         let Some((id, name)) = running.links.get(&link).cloned() else {
             return; // replaced, or thrown out
         };
@@ -419,7 +419,11 @@ impl Master {
                 self.receipt(id, &checked, sight);
             }
             Said::Declined { offer, message } => dispatcher.declined(&name, id, offer, message),
-            Said::Reoffer => dispatcher.reoffer(&name, id, |_| true, now), // all are kept
+            Said::Reoffer => {
+                let published = &self.disk.published;
+                let kept = |at| published.iter().find(|it| it.position() == at).cloned();
+                dispatcher.reoffer(&name, id, kept, now);
+            }
         }
         self.carry_out(sight);
     }
@@ -447,8 +451,26 @@ impl Master {
             login_uid: None,
             may_act: true,
         };
+        let published = |of: Target| {
+            let mut published = self.disk.published.iter();
+            let found = published.find(|it| it.payload_sha256() == of.manifest_sha256);
+            found.expect("all are kept").clone()
+        };
+        let order = match order {
+            rollout::Order::RollBack(to, reason) => Order::RollBack(published(to), reason),
+            rollout::Order::Pin(group, Some(to), reason) => {
+                Order::Pin(group, published(to), reason)
+            }
+            order @ (rollout::Order::Pause(_)
+            | rollout::Order::Resume(_)
+            | rollout::Order::Abort(_)
+            | rollout::Order::Promote(_)
+            | rollout::Order::Supersede
+            | rollout::Order::Pin(_, None, _)
+            | rollout::Order::Unpin(..)) => Order::Plain(order),
+        };
         let dispatcher = &mut self.process().dispatcher;
-        dispatcher.order(Order::Plain(order), None, &operator, sight.now)?;
+        dispatcher.order(order, None, &operator, sight.now)?;
         self.carry_out(sight);
         Ok(())
     }
