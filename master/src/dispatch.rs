@@ -41,7 +41,8 @@ const ENDS: [&str; 5] = [
 /// Events that somebody should look at.
 const ALARMING: [&str; 4] = ["abort", "halt", "rolled-back", "rollout-paused"];
 
-/// Time between two tries to have a rollback published.
+/// Time between two tries of what did not go at first: to have a rollback published or the mirror
+/// looked at, or to remember what the disk refused.
 pub const TRY_AGAIN: Duration = Duration::from_secs(10);
 
 /// Decides for the whole fleet.

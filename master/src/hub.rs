@@ -27,8 +27,8 @@ use tokio::time::{MissedTickBehavior, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use crate::dispatch::{
-    Action, Bounds, Dispatcher, Entry, Forced, Forcing, Manner, Newcomer, Now, Order, Unwanted,
-    Word,
+    Action, Bounds, Dispatcher, Entry, Forced, Forcing, Manner, Newcomer, Now, Order, TRY_AGAIN,
+    Unwanted, Word,
 };
 use crate::fleet::{Counts, Fleet, LinkId, Row};
 use crate::pipeline::Wish;
@@ -67,9 +67,6 @@ const BOUNDS: Bounds = Bounds {
     agents: AGENTS_MAX,
     looks_apart: Duration::from_millis(50),
 };
-
-/// Time between two tries to remember what the disk refused, or to have the mirror looked at.
-const TRY_AGAIN: Duration = Duration::from_secs(10);
 
 /// What happens to the fleet.
 #[derive(Debug)]

@@ -384,12 +384,7 @@ impl Rollout {
         let makes_way =
             |run: &Run| run.paused.is_none() && (run.begun.is_empty() || run.waits_for_window);
         let running = self.running.as_ref();
-        let frozen = |run: &Run| {
-            run.paused
-                .as_ref()
-                .is_some_and(|it| it.kind == PauseKind::Operator)
-        };
-        let goes_first = |run: &Run| makes_way(run) || (supersede && !frozen(run));
+        let goes_first = |run: &Run| makes_way(run) || (supersede && run.frozen().is_none());
         let Some(run) = running.filter(|run| !goes_first(run)) else {
             return self.begin(target, rules);
         };

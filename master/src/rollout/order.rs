@@ -4,7 +4,7 @@ use clamcast_proto::{AgentName, GroupName, Position};
 use jiff::Timestamp;
 
 use super::{
-    Agents, Effect, Ending, Failed, Held, Member, Owed, Pause, PauseKind, Pin, Rollout, Rules, Run,
+    Agents, Effect, Ending, Failed, Held, Member, Owed, PauseKind, Pin, Rollout, Rules, Run,
     Target, note,
 };
 
@@ -195,8 +195,7 @@ impl Rollout {
         let Some(run) = &self.running else {
             return Ok(());
         };
-        let by_operator = |pause: &&Pause| pause.kind == PauseKind::Operator;
-        match run.paused.as_ref().filter(by_operator) {
+        match run.frozen() {
             Some(pause) => Err(OrderError::Paused {
                 position: run.target.position,
                 reason: pause.reason.clone(),

@@ -232,6 +232,12 @@ impl Run {
         self.next_wave(subject, rules, now, effects)
     }
 
+    /// An operator's pause, which nothing but `rollout resume` ends.
+    pub(super) fn frozen(&self) -> Option<&Pause> {
+        let pause = self.paused.as_ref();
+        pause.filter(|pause| pause.kind == PauseKind::Operator)
+    }
+
     /// Whether the wave of an agent has begun.
     pub fn has(&self, member: &Member<'_>) -> bool {
         self.wave_of(member).is_some()
