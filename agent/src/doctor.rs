@@ -31,6 +31,7 @@ use crate::clamd::{Address, Settings, running_pid};
 use crate::config::{Config, DEFAULT_PATH};
 use crate::drift;
 use crate::host::{Host, Node, Process, User};
+use crate::memory;
 use crate::state::StateError;
 use crate::trust;
 
@@ -416,10 +417,10 @@ pub async fn examine(
             Err(error) => vec![unread("databases", &error)],
         });
     }
-    let databases = space::databases(database);
+    let databases = memory::databases(database);
     match space::disk(host, database) {
         Ok(disk) => {
-            let kept = space::databases(&database.join(crate::install::HIDDEN).join("previous"));
+            let kept = memory::databases(&database.join(crate::install::HIDDEN).join("previous"));
             findings.extend(space::judge_disk(&disk, databases, kept.bytes));
         }
         Err(why) => findings.push(Finding::unknown("disk-space", why, None)),
@@ -428,7 +429,7 @@ pub async fn examine(
         findings.extend(space::judge_state(&disk));
     }
     if has_clamd && (settings.concurrent_reload || settings.scanner.is_some()) {
-        let memory = space::memory(host, clamd);
+        let memory = memory::memory(host, clamd);
         findings.push(space::judge_memory(memory.as_ref(), databases));
     }
 
@@ -620,12 +621,12 @@ fn wrapped(text: &str, room: Option<usize>) -> Vec<String> {
 }
 
 #[cfg(test)]
-mod testing {
+pub(crate) mod testing {
     use super::Finding;
     use crate::host::Host;
 
     /// Puts a file on a host.
-    pub(super) fn write(host: &Host, path: &str, text: &str) {
+    pub(crate) fn write(host: &Host, path: &str, text: &str) {
         let path = host.at(path);
         std::fs::create_dir_all(path.parent().expect("it is below the root")).expect("a directory");
         std::fs::write(path, text).expect("a file");

@@ -550,7 +550,15 @@ impl Keeper {
         let lacking = self.is_lacking();
         let installed = self.installer.installed().filter(|_| !lacking);
         let last = self.receipts.last();
-        let outcome = last.map(|last| last.outcome);
+        // A crash may have cost it the receipt of the record on disk.
+        let is_live = installed.as_ref().is_some_and(|installed| {
+            installed.outcome == Outcome::Live
+                && last.is_some_and(|last| last.manifest_sha256 == installed.set.sha256())
+        });
+        let outcome = match is_live {
+            true => Some(Outcome::Live),
+            false => last.map(|last| last.outcome),
+        };
         let hostname = nix::unistd::gethostname().ok();
         let hostname = hostname.map(|name| name.to_string_lossy().into_owned());
         Hello {
@@ -668,6 +676,10 @@ impl Keeper {
             since: Instant::now(),
             outbox,
         };
+        if offer.rehash {
+            // An operator waits: receipts that the master gets before this answer an earlier offer.
+            say_progress(&job, Phase::Fetching, None);
+        }
         self.slot_event(SlotEvent::Offered(Arc::new(job)));
     }
 

@@ -12,6 +12,7 @@ pub mod host;
 pub mod install;
 pub mod keeper;
 pub mod link;
+mod memory;
 pub mod part;
 pub mod receipts;
 pub mod run;

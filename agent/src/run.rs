@@ -240,7 +240,7 @@ fn open(config: Config) -> Result<Opened, StartError> {
         tracing::warn!("{note}");
     }
     let nonce = install::nonce(state.path(), rand::random())?;
-    let prover = Prover::new(settings, nonce);
+    let prover = Prover::with_state(settings, nonce, state.path());
     let watch = Watch::new(&database);
     let settings = install::Settings {
         database,

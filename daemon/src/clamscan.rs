@@ -23,20 +23,42 @@ const ERRORS_MAX: usize = 3;
 /// How long a reason is at most, in characters. It goes into audit lines and receipts.
 const REASON_CHARS_MAX: usize = 400;
 
-/// Reasons of libclamav (`cl_strerror` in libclamav/others.c) that are the host's trouble and say
-/// nothing about the databases: rights, space, memory.
-const HOSTS_TROUBLE: [&str; 11] = [
-    "Can't open file or directory",
-    "Can't create new file",
-    "Can't unlink file",
-    "Can't get file status",
-    "Can't read file",
-    "Can't write to file",
-    "Can't access file",
-    "Can't create temporary",
-    "Can't map file into memory",
-    "Can't allocate memory",
-    "Mutex lock failed",
+/// Longest line of stderr that is examined, in bytes. The lines that matter are far shorter.
+const LINE_BYTES_MAX: usize = 8 << 10;
+
+/// How clamscan ends when it cannot load its databases.
+const EXIT_ERROR: i32 = 2;
+
+/// Phrases, in lower case, that report trouble of the host: rights, space, memory, limits. The first
+/// ones are libclamav's own (`cl_strerror` in libclamav/others.c). Measured with clamscan 1.4.6 under
+/// 190 memory limits: the last line often says `Malformed database`, and a line before it always has
+/// one of the phrases on memory. The others are strerror(3)'s. A phrase has a blank, so that no file
+/// name matches.
+const HOSTS_TROUBLE: [&str; 24] = [
+    "can't open file or directory",
+    "can't create new file",
+    "can't unlink file",
+    "can't get file status",
+    "can't read file",
+    "can't write to file",
+    "can't access file",
+    "can't create temporary",
+    "can't map file into memory",
+    "mutex lock failed",
+    "can't allocate",
+    "cannot allocate",
+    "failed to allocate",
+    "can't realloc",
+    "failed to grow",
+    "out of memory",
+    "no space left on device",
+    "disk quota exceeded",
+    "permission denied",
+    "operation not permitted",
+    "too many open files",
+    "read-only file system",
+    "input/output error",
+    "resource temporarily unavailable",
 ];
 
 /// Why databases were not loaded. Only [`LoadError::Refused`] says anything about them.
@@ -113,7 +135,7 @@ pub async fn load(
     let ended = timeout(limit, async {
         let mut clamscan = Group::spawn(command)?;
         let stderr = clamscan.0.stderr.take().expect("it was asked for");
-        let said = last_of(stderr).await?;
+        let said = Said::read(stderr).await?;
         io::Result::Ok((clamscan.0.wait().await?, said))
     });
     let (status, said) = ended
@@ -126,18 +148,27 @@ pub async fn load(
     if status.success() {
         return Ok(());
     }
+    // Whatever it said before a signal ended it says nothing about the databases.
+    if status.code() != Some(EXIT_ERROR) {
+        return Err(LoadError::NoReason { status });
+    }
     // Where they stand is not what is wrong with them, and one reason stays one reason.
-    let said = said.replace(&format!("{}/", databases.display()), "");
-    Err(match reason(&said) {
-        Some(reason) if is_hosts_trouble(&reason) => LoadError::Hindered { reason },
-        Some(reason) => LoadError::Refused { reason },
-        None => LoadError::NoReason { status },
-    })
+    let place = format!("{}/", databases.display());
+    Err(
+        match (said.trouble, reason(&said.end.replace(&place, ""))) {
+            (Some(trouble), _) => LoadError::Hindered {
+                reason: printable(&trouble.replace(&place, "")),
+            },
+            (None, Some(reason)) => LoadError::Refused { reason },
+            (None, None) => LoadError::NoReason { status },
+        },
+    )
 }
 
-/// Whether `reason` of libclamav is the host's trouble, not the databases'.
-pub fn is_hosts_trouble(reason: &str) -> bool {
-    HOSTS_TROUBLE.iter().any(|known| reason.contains(known))
+/// Whether a line of libclamav reports trouble of the host and nothing about the databases.
+pub fn is_hosts_trouble(line: &str) -> bool {
+    let line = line.to_lowercase();
+    HOSTS_TROUBLE.iter().any(|known| line.contains(known))
 }
 
 /// A process in a group of its own, so that a wrapper's own children end with it.
@@ -164,15 +195,51 @@ impl Drop for Group {
     }
 }
 
-/// The end of what is written, however much it is.
-async fn last_of(mut stream: impl AsyncRead + Unpin) -> io::Result<String> {
-    let mut kept = Vec::new();
-    while stream.read_buf(&mut kept).await? > 0 {
-        if kept.len() > 2 * SAID_BYTES_MAX {
-            kept.drain(..kept.len() - SAID_BYTES_MAX);
+/// What clamscan wrote to stderr. One that lacks memory can write gigabytes.
+#[derive(Default)]
+struct Said {
+    /// The end of it.
+    end: String,
+    /// The first line, wherever it stands, that reports trouble of the host.
+    trouble: Option<String>,
+}
+
+impl Said {
+    async fn read(mut stream: impl AsyncRead + Unpin) -> io::Result<Self> {
+        let (mut kept, mut line, mut trouble) = (Vec::new(), Vec::new(), None);
+        loop {
+            let from = kept.len();
+            if stream.read_buf(&mut kept).await? == 0 {
+                break;
+            }
+            for piece in kept[from..].split_inclusive(|&byte| byte == b'\n') {
+                if trouble.is_some() {
+                    break;
+                }
+                let room = LINE_BYTES_MAX - line.len();
+                line.extend(&piece[..piece.len().min(room)]);
+                if piece.ends_with(b"\n") {
+                    trouble = trouble_in(&line);
+                    line.clear();
+                }
+            }
+            if kept.len() > 2 * SAID_BYTES_MAX {
+                kept.drain(..kept.len() - SAID_BYTES_MAX);
+            }
         }
+        Ok(Self {
+            end: String::from_utf8_lossy(&kept).into_owned(),
+            trouble: trouble.or_else(|| trouble_in(&line)),
+        })
     }
-    Ok(String::from_utf8_lossy(&kept).into_owned())
+}
+
+fn trouble_in(line: &[u8]) -> Option<String> {
+    let line = String::from_utf8_lossy(line);
+    let line = line.trim();
+    let said = line.strip_prefix("LibClamAV Error: ");
+    let said = said.or(line.strip_prefix("ERROR: ")).unwrap_or(line);
+    is_hosts_trouble(said).then(|| said.to_owned())
 }
 
 /// What libclamav gave as the reason of a failed load, which ends with a line `ERROR: ...`.
@@ -188,9 +255,12 @@ fn reason(said: &str) -> Option<String> {
     if !errors.iter().any(|error| error.contains(last)) {
         errors.push(last);
     }
-    let text = errors.join("; ");
+    Some(printable(&errors.join("; ")))
+}
+
+fn printable(text: &str) -> String {
     let printable = text.chars().map(|c| if c.is_control() { '?' } else { c });
-    Some(printable.take(REASON_CHARS_MAX).collect())
+    printable.take(REASON_CHARS_MAX).collect()
 }
 
 #[cfg(test)]
@@ -245,6 +315,36 @@ mod tests {
                 "{ended:?}"
             );
         }
+    }
+
+    #[tokio::test]
+    async fn a_line_about_memory_anywhere_in_stderr_is_the_hosts_trouble() {
+        // The lines of clamscan 1.4.6 under `ulimit -v 200000`, and more output than is kept.
+        let early = "echo \"LibClamAV Error: cli_ac_addpatt: Can't allocate memory for new->trans\" >&2; \
+                     yes 'LibClamAV Warning: odd' | head -c 100000 >&2; \
+                     echo \"LibClamAV Error: Can't load $3/x.ndb: Malformed database\" >&2; \
+                     echo 'ERROR: Malformed database' >&2; exit 2";
+        for line in [
+            "mpool_malloc(): Can't allocate memory (262144 bytes).",
+            "cli_ac_addpatt: Can't realloc ac_listtable",
+            "hm_addhash_bin: failed to grow hash array to 1 entries",
+            "malloc_problem: Cannot allocate memory",
+        ] {
+            assert!(is_hosts_trouble(line), "{line}");
+        }
+        let hindered = load_with(early, PATIENCE).await;
+        assert!(
+            matches!(&hindered, Err(LoadError::Hindered { reason }) if reason.contains("new->trans")),
+            "{hindered:?}"
+        );
+        // It frees what it never had, and dies of it, after it has named a file.
+        let killed = "echo \"LibClamAV Error: Can't load $3/x.ldb: Malformed database\" >&2; \
+                      echo 'ERROR: Malformed database' >&2; kill -SEGV $$";
+        let ended = load_with(killed, PATIENCE).await;
+        assert!(
+            matches!(ended, Err(LoadError::NoReason { .. })),
+            "{ended:?}"
+        );
     }
 
     #[tokio::test]

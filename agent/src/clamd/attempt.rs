@@ -47,6 +47,17 @@ const CONFIRM_AFTER: Duration = Duration::from_secs(2);
 /// After a load that began too early: clamd takes the next RELOAD a moment after it logged its end.
 const AGAIN_AFTER: Duration = Duration::from_millis(100);
 
+/// A clamd whose log the agent cannot read is given this long before `clamscan` decides, where no
+/// load of it was measured yet.
+const DARK_UNMEASURED: Duration = Duration::from_secs(60);
+
+/// The same at least, however quickly it loaded last: a busy host may take so long once, and
+/// `clamscan` costs as much memory as clamd.
+const DARK_MIN: Duration = Duration::from_secs(5);
+
+/// So many times the duration of the last load is waited for this one.
+const DARK_LOADS: u32 = 2;
+
 /// So many loads in a row must fail before the databases are blamed.
 const FAILED_LOADS: u32 = 2;
 
@@ -68,6 +79,8 @@ pub(super) struct Terms {
     pub(super) logs: bool,
     /// Whether there is a scanner for a load test.
     pub(super) scanner: bool,
+    /// How long clamd's last load took, if it was measured.
+    pub(super) last_load: Option<Duration>,
 }
 
 /// What a look at clamd showed.
@@ -109,10 +122,12 @@ pub(super) enum Asked {
 pub enum LoadTest {
     /// It can be loaded.
     Passed,
-    /// It cannot; the scanner's reason.
+    /// A content error; the scanner's reason.
     Failed(String),
-    /// Nobody knows; why.
-    NotRun(String),
+    /// `clamscan` ran and met memory, limits, rights, time or a signal of the host.
+    Hindered(String),
+    /// This host has no `clamscan` that can be executed.
+    Missing(String),
 }
 
 /// What to do next.
@@ -135,8 +150,11 @@ pub(super) enum Step {
 pub(super) enum End {
     /// clamd scans with the install.
     Live,
-    /// clamd cannot use the databases; why. `tested` if that is the scanner's word already.
-    Refused { reason: String, tested: bool },
+    /// clamd reported a content error, in these words, or the scanner did, or both.
+    Refused {
+        clamd: Option<String>,
+        scan: Option<LoadTest>,
+    },
     /// It is not known.
     Unproven,
     /// There is no clamd.
@@ -202,6 +220,10 @@ pub(super) struct Attempt {
     evidence: Evidence,
     load_under_way: Option<Current>,
     load_test: Test,
+    /// When clamd took the first RELOAD.
+    asked_at: Option<Instant>,
+    /// From then until the install was seen.
+    load_took: Option<Duration>,
     trouble: Option<String>,
     end: Option<End>,
 }
@@ -236,6 +258,8 @@ impl Attempt {
             evidence: Evidence::default(),
             load_under_way: None,
             load_test: Test::Unneeded,
+            asked_at: None,
+            load_took: None,
             trouble: None,
             end: None,
         }
@@ -254,7 +278,10 @@ impl Attempt {
             self.end = Some(end.clone());
             return Step::Done(end);
         }
-        if self.load_test == Test::Unneeded && self.terms.half() <= now && self.is_in_the_dark() {
+        if self.load_test == Test::Unneeded
+            && self.terms.dark_until() <= now
+            && self.is_in_the_dark()
+        {
             self.load_test = Test::Wanted;
         }
         if self.load_test == Test::Wanted {
@@ -294,10 +321,10 @@ impl Attempt {
             | Sight::Silent(_) => self.nobody = None,
         }
         match sight {
-            Sight::Canary => self.live(),
-            Sight::VersionRight if self.evidence.loaded() => self.live(),
-            Sight::VersionRight if !self.terms.logs && self.version_was_wrong => self.live(),
-            Sight::VersionUnknown if self.evidence.loaded() => self.live(),
+            Sight::Canary => self.live(now),
+            Sight::VersionRight if self.evidence.loaded() => self.live(now),
+            Sight::VersionRight if !self.terms.logs && self.version_was_wrong => self.live(now),
+            Sight::VersionUnknown if self.evidence.loaded() => self.live(now),
             Sight::NoCanary(None) if self.evidence.loaded >= FUTILE_LOADS => self.futile(),
             Sight::NoCanary(said) => {
                 if let Some(said) = said {
@@ -337,6 +364,7 @@ impl Attempt {
         self.reload_after = self.terms.reload_pace().after(self.reload_after);
         match asked {
             Asked::Taken => {
+                self.asked_at.get_or_insert(now);
                 self.look_after = LOOK.first;
                 self.look_at = now + self.look_after;
             }
@@ -360,15 +388,15 @@ impl Attempt {
             LoadEnd::Loaded if load.after => self.look_at = self.look_at.min(now),
             LoadEnd::Failed(reason) if load.after => {
                 self.trouble = Some(format!("it could not load: {reason}"));
-                if let Some(reason) = self.evidence.refusal() {
-                    self.refused(reason, false);
+                if self.evidence.refusal().is_some() {
+                    self.refused(None);
                 } else if self.terms.concurrent {
                     self.reload_at = now + CONFIRM_AFTER;
                 } else if self.terms.scanner {
                     // It cannot be asked to try again.
                     self.load_test = Test::Wanted;
                 } else {
-                    self.refused(self.evidence.words(), false);
+                    self.refused(None);
                 }
             }
             // Whatever was asked while that load ran was dropped.
@@ -394,23 +422,30 @@ impl Attempt {
         self.load_test = Test::Done;
         let failed_load = self.evidence.failed > 0;
         match test {
-            LoadTest::Failed(reason) => self.refused(reason, true),
-            LoadTest::NotRun(_) if failed_load && !self.terms.concurrent => {
-                self.refused(self.evidence.words(), false);
+            LoadTest::Failed(_) => self.refused(Some(test)),
+            LoadTest::Passed | LoadTest::Hindered(_) | LoadTest::Missing(_)
+                if failed_load && !self.terms.concurrent =>
+            {
+                self.refused(Some(test));
             }
-            LoadTest::Passed | LoadTest::NotRun(_) if self.nobody.is_some() => {
+            LoadTest::Passed | LoadTest::Hindered(_) | LoadTest::Missing(_)
+                if self.nobody.is_some() =>
+            {
                 self.end = Some(End::Absent);
             }
-            LoadTest::Passed if failed_load && !self.terms.concurrent => {
-                self.trouble = Some(DEAD.into());
-                self.end = Some(End::Unproven);
-            }
             // Where clamd's log is not for us, nobody else says what is in the way.
-            LoadTest::NotRun(why) => {
+            LoadTest::Hindered(why) | LoadTest::Missing(why) => {
                 self.trouble.get_or_insert(why);
             }
             LoadTest::Passed => {}
         }
+    }
+
+    /// From the first RELOAD that clamd took until the install was seen. Another reload that was
+    /// under way counts with it; half the deadline bounds it.
+    pub(super) fn load_took(&self) -> Option<Duration> {
+        let half = self.terms.half().duration_since(self.terms.start);
+        self.load_took.map(|took| took.min(half))
     }
 
     /// What stood in the way last.
@@ -451,7 +486,8 @@ impl Attempt {
         self.terms.scanner && !told && self.nobody.is_none()
     }
 
-    fn live(&mut self) {
+    fn live(&mut self, now: Instant) {
+        self.load_took = self.asked_at.map(|asked| now.duration_since(asked));
         self.trouble = None;
         self.end = Some(End::Live);
     }
@@ -465,12 +501,15 @@ impl Attempt {
         self.end = Some(End::Unproven);
     }
 
-    fn refused(&mut self, reason: String, tested: bool) {
-        self.end = Some(End::Refused { reason, tested });
+    fn refused(&mut self, scan: Option<LoadTest>) {
+        let clamd = (self.evidence.failed > 0).then(|| self.evidence.words());
+        self.end = Some(End::Refused { clamd, scan });
     }
 }
 
-const DEAD: &str = "it has no engine since a load failed (ConcurrentDatabaseReload no): restart it";
+/// What is the matter with a clamd whose blocking reload failed.
+pub(super) const DEAD: &str =
+    "it has no engine since a load failed (ConcurrentDatabaseReload no): restart it";
 
 impl Terms {
     fn reload_pace(&self) -> Pace {
@@ -479,6 +518,18 @@ impl Terms {
         } else {
             RELOAD_BLOCKING
         }
+    }
+
+    /// When `clamscan` decides, if neither clamd nor its log has shown anything.
+    fn dark_until(&self) -> Instant {
+        let half = self.half();
+        if self.logs {
+            return half;
+        }
+        let patience = self.last_load.map_or(DARK_UNMEASURED, |load| {
+            load.saturating_mul(DARK_LOADS).max(DARK_MIN)
+        });
+        half.min(self.start + patience)
     }
 
     fn half(&self) -> Instant {
@@ -505,7 +556,8 @@ mod tests {
 
     /// Plays `script` against an attempt and returns how it ended, in which second, and when
     /// RELOADs were asked for. `terms` are any of `blocking`, `mute` (no log), `scanner`, `broken`
-    /// (the scanner fails), `barred` (it may not read a file), `unreloadable`. The script is times and what happens then:
+    /// (the scanner fails), `barred` (it may not read a file), `unreloadable`, `took-N` (the last load
+    /// took N seconds). The script is times and what happens then:
     ///
     /// - what looks show from then on: `old`, `canary`, `right`, `wrong`, `unknown` (VERSION),
     ///   `absent`, `forbidden`, `silent`;
@@ -521,6 +573,10 @@ mod tests {
             reloads: !has("unreloadable"),
             logs: !has("mute"),
             scanner: ["scanner", "broken", "barred"].into_iter().any(has),
+            last_load: terms.split(' ').find_map(|term| {
+                let seconds = term.strip_prefix("took-")?.parse().ok()?;
+                Some(Duration::from_secs(seconds))
+            }),
         });
         let mut events = script.split(", ").map(|event| {
             let (time, what) = event.split_once(' ').expect("a time and a word");
@@ -560,7 +616,7 @@ mod tests {
                     attempt.tested(LoadTest::Failed("bad line".into()));
                 }
                 Step::LoadTest if has("barred") => {
-                    attempt.tested(LoadTest::NotRun("may not read x.ndb".into()));
+                    attempt.tested(LoadTest::Hindered("may not read x.ndb".into()));
                 }
                 Step::LoadTest => attempt.tested(LoadTest::Passed),
                 Step::Wait(until) => {
@@ -571,7 +627,10 @@ mod tests {
                     let trouble = attempt.trouble().unwrap_or("-");
                     let end = match end {
                         End::Live => "live".to_owned(),
-                        End::Refused { reason, tested } => format!("refused ({reason}; {tested})"),
+                        End::Refused { clamd, scan } => {
+                            let scan = scan.map_or("-".to_owned(), |scan| format!("{scan:?}"));
+                            format!("refused ({}; {scan})", clamd.as_deref().unwrap_or("-"))
+                        }
                         End::Unproven => format!("unproven ({trouble})"),
                         End::Absent => format!("absent ({trouble})"),
                     };
@@ -667,7 +726,7 @@ mod tests {
 
     #[test]
     fn two_failed_loads_in_a_row_are_a_refusal() {
-        let refused = "refused (clamd: Malformed database; false)";
+        let refused = "refused (clamd: Malformed database; -)";
         check(
             "",
             "0.5 failed, 2.6 failed",
@@ -701,12 +760,18 @@ mod tests {
     }
 
     #[test]
-    fn without_a_word_from_clamd_the_scanner_decides_at_half_time() {
-        check(
-            "mute broken",
-            "0 silent",
-            "refused (bad line; true) at 150; 0.0 1.0 3.0 7.0 15.0 30.0 45.0 60.0 75.0 90.0 105.0 120.0 135.0",
-        );
+    fn without_a_word_from_clamd_the_scanner_decides_after_twice_its_last_load() {
+        let refused = "refused (-; Failed(\"bad line\"))";
+        let check = |terms: &str, at: u64| {
+            let end = play(terms, "0 silent");
+            let expected = format!("{refused} at {at};");
+            assert!(end.starts_with(&expected), "{terms}: {end}");
+        };
+        check("mute broken took-20", 40);
+        check("mute broken", 60); // never measured
+        check("mute broken took-0", 5);
+        check("mute broken took-290", 150); // no later than half the deadline
+        check("broken took-20", 150); // its log would show a load
         let end = play("mute scanner", "0 silent");
         assert!(end.starts_with("unproven (no answer) at 300"), "{end}");
         let end = play("mute barred", "0 old");
@@ -758,7 +823,7 @@ mod tests {
 
     #[test]
     fn a_clamd_that_cannot_start_with_the_databases_is_a_refusal() {
-        let refused = "refused (clamd: Malformed database; false)";
+        let refused = "refused (clamd: Malformed database; -)";
         check(
             "",
             "0 absent, 1 failed, 2 failed",
@@ -769,7 +834,7 @@ mod tests {
         check(
             "broken",
             "0 absent, 1 failed",
-            "refused (bad line; true) at 3; ",
+            "refused (clamd: Malformed database; Failed(\"bad line\")) at 3; ",
         );
     }
 
@@ -781,15 +846,18 @@ mod tests {
 
     #[test]
     fn where_reloads_block_one_failure_is_all_that_will_be_seen() {
-        let refused = "refused (clamd: Malformed database; false) at 5; 0.0";
+        let refused = "refused (clamd: Malformed database; -) at 5; 0.0";
         check("blocking", "0 silent, 5 failed", refused);
         check(
             "blocking broken",
             "0 silent, 5 failed",
-            "refused (bad line; true) at 5; 0.0",
+            "refused (clamd: Malformed database; Failed(\"bad line\")) at 5; 0.0",
         );
-        let dead = format!("unproven ({DEAD}) at 5; 0.0");
-        check("blocking scanner", "0 silent, 5 failed", &dead);
+        check(
+            "blocking scanner",
+            "0 silent, 5 failed",
+            "refused (clamd: Malformed database; Passed) at 5; 0.0",
+        );
         // It was dead before we came, and is restarted.
         check("blocking", "0 silent, 1 dead, 30 canary", "live at 30; 0.0");
     }

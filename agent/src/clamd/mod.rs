@@ -6,6 +6,7 @@ mod client;
 mod conf;
 #[cfg(test)]
 mod fake;
+mod last_load;
 mod log;
 pub mod proof;
 mod prover;

@@ -16,28 +16,33 @@ use tokio::task::{JoinSet, spawn_blocking};
 use tokio::time::sleep_until;
 use tokio_util::sync::CancellationToken;
 
-use super::attempt::{Asked, Attempt, End, Evidence, LoadTest, Sight, Step, Terms};
+use super::attempt::{Asked, Attempt, DEAD, End, Evidence, LoadTest, Sight, Step, Terms};
 use super::client::{Clamd, ClamdError, Scan};
+use super::last_load::LastLoad;
 use super::log::{Loads, Tail};
 use super::proof::{Nonce, found_number, sample};
-use super::scanner::{self, LOAD_TEST_TIMEOUT};
+use super::scanner::{self, Fingerprint};
 use super::settings::{Instance, ProofBy, Reload, Settings};
 use super::signal;
 use crate::chain;
 
-/// So long `clamscan` may take to say why, when it is certain already that clamd refuses: meanwhile
-/// the host keeps a set that clamd could not start with.
-const REASON_TIMEOUT: Duration = Duration::from_secs(60);
+/// Load tests that are kept: of a set alone and beside the files of others, and of the set before.
+const SCANS_MAX: usize = 4;
 
 /// What came of an install, as far as clamd is concerned.
 #[derive(Clone, Debug)]
 pub enum Verdict {
     /// Every clamd was seen scanning with it, or the host has none.
     Live(ClamdReport),
-    /// There is evidence that clamd cannot use the databases.
+    /// clamd reported that it cannot use the databases, or `clamscan` did in its place. Whether the
+    /// set is at fault is not decided yet: `install` does that.
     Refused {
         /// In the words of clamd, and of `clamscan` where it is there.
         reason: String,
+        /// What `clamscan` made of the same files.
+        scan: LoadTest,
+        /// Whether clamd itself reported it and can load another set as a control.
+        control: bool,
         /// What is known of clamd.
         report: ClamdReport,
     },
@@ -76,6 +81,9 @@ struct Shared {
     settings: Settings,
     nonce: Nonce,
     report: Mutex<ClamdReport>,
+    last_load: LastLoad,
+    /// Load tests of this install, the newest last.
+    scans: Mutex<Vec<Scanned>>,
     watch: tokio::sync::Mutex<Option<Watch>>,
 }
 
@@ -85,6 +93,13 @@ struct Watch {
     install: u64,
     log: Log,
     evidence: Evidence,
+}
+
+/// A load test that is made once, whoever asks.
+#[derive(Debug)]
+struct Scanned {
+    files: Fingerprint,
+    test: Arc<OnceCell<LoadTest>>,
 }
 
 /// The log of one attempt.
@@ -97,6 +112,15 @@ struct Log {
 impl Prover {
     /// A prover for the clamds of this host.
     pub fn new(settings: Settings, nonce: Nonce) -> Self {
+        Self::with_last_load(settings, nonce, LastLoad::default())
+    }
+
+    /// The same, which keeps the duration of clamd's last load in the directory `state`. Blocking.
+    pub fn with_state(settings: Settings, nonce: Nonce, state: &Path) -> Self {
+        Self::with_last_load(settings, nonce, LastLoad::open(state))
+    }
+
+    fn with_last_load(settings: Settings, nonce: Nonce, last_load: LastLoad) -> Self {
         let state = if settings.instances.is_empty() {
             ClamdState::None
         } else {
@@ -111,6 +135,8 @@ impl Prover {
                 settings,
                 nonce,
                 report: Mutex::new(report),
+                last_load,
+                scans: Mutex::default(),
                 watch: tokio::sync::Mutex::default(),
             }),
         }
@@ -152,8 +178,7 @@ impl Prover {
             return Verdict::Live(self.report());
         }
         *self.shared.watch.lock().await = None;
-        let scan = Arc::new(OnceCell::new());
-        let stop = stop.child_token();
+        let enough = stop.child_token();
         let mut tail = mark.tail;
         let mut attempts = JoinSet::new();
         for (index, instance) in settings.instances.iter().enumerate() {
@@ -165,26 +190,32 @@ impl Prover {
                     tail: tail.take_if(|_| instance.logs),
                     loads: Loads::default(),
                 },
-                scan: scan.clone(),
             };
-            let stop = stop.clone();
-            attempts.spawn(async move { (index, courier.bring(n, stop).await) });
+            let (stop, enough) = (stop.clone(), enough.clone());
+            attempts.spawn(async move { (index, courier.bring(n, stop, enough).await) });
         }
         let mut findings = BTreeMap::new();
+        let mut load_took = None;
         while let Some(ended) = attempts.join_next().await {
-            let (index, (finding, watch)) = match ended {
+            let (index, brought) = match ended {
                 Ok(ended) => ended,
                 Err(error) => std::panic::resume_unwind(error.into_panic()),
             };
-            if matches!(finding.end, End::Refused { .. }) {
-                stop.cancel(); // The others would wait for what is taken back.
+            if matches!(brought.finding.end, End::Refused { .. }) {
+                enough.cancel(); // The others would wait for what is perhaps taken back.
             }
-            if let Some(watch) = watch {
+            if let Some(watch) = brought.watch {
                 *self.shared.watch.lock().await = Some(watch);
             }
-            findings.insert(index, finding);
+            load_took = load_took.max(brought.load_took);
+            findings.insert(index, brought.finding);
         }
-        self.conclude(findings.into_values().collect())
+        if let Some(took) = load_took {
+            let shared = self.shared.clone();
+            let kept = spawn_blocking(move || shared.last_load.keep(took)).await;
+            kept.expect("writing a record does not panic");
+        }
+        self.conclude(findings.into_values().collect(), &stop).await
     }
 
     /// One look at every clamd, without a reload: for what was not proven in time, and at start. A
@@ -210,7 +241,8 @@ impl Prover {
             let evidence = watch.as_ref().filter(|_| instance.logs);
             findings.push(self.shared.glance(clamd, sight, evidence).await);
         }
-        self.conclude(findings)
+        drop(watch);
+        self.conclude(findings, &CancellationToken::new()).await
     }
 
     /// What is known of clamd without asking.
@@ -234,36 +266,70 @@ impl Prover {
                     .await,
             );
         }
-        let proof = self.report().proof;
-        let mut report = self.conclude(findings).report().clone();
-        report.proof = proof;
+        let mut report = report_of(&findings);
+        report.proof = self.report().proof;
         self.remember(&report);
         report
     }
 
-    /// Loads `directory` with `clamscan`, for where a failed load would cost clamd its engine. It
-    /// takes as much memory as clamd.
-    pub async fn load_test(&self, directory: &Path) -> LoadTest {
-        scanner::load(&self.shared.settings, directory, LOAD_TEST_TIMEOUT).await
+    /// A new install begins: `clamscan` may judge anew what it has judged before.
+    pub fn begin_install(&self) {
+        let scans = self.shared.scans.lock();
+        scans.unwrap_or_else(PoisonError::into_inner).clear();
     }
 
-    /// Every clamd must have it; one that refuses is enough to refuse.
-    fn conclude(&self, findings: Vec<Finding>) -> Verdict {
+    /// Loads `directory` with `clamscan`, once for each set of files in an install. It takes as much
+    /// memory as clamd.
+    pub async fn load_test(&self, directory: &Path) -> LoadTest {
+        self.shared.load_test(directory.to_owned()).await
+    }
+
+    /// Every clamd must have it; one that reports a content error is enough to look for its cause.
+    async fn conclude(&self, findings: Vec<Finding>, stop: &CancellationToken) -> Verdict {
         let report = report_of(&findings);
         self.remember(&report);
         let refusal = findings.iter().find_map(|finding| match &finding.end {
-            End::Refused { reason, .. } => Some(reason.clone()),
+            End::Refused { clamd, scan } => Some((clamd.clone(), scan.clone())),
             End::Live | End::Unproven | End::Absent => None,
         });
         let any = |end| findings.iter().any(|finding| finding.end == end);
-        if let Some(reason) = refusal {
-            Verdict::Refused { reason, report }
+        if let Some((clamd, scan)) = refusal {
+            let scanning = async {
+                match scan {
+                    Some(scan) => scan,
+                    None => self.shared.load_test_of_databases().await,
+                }
+            };
+            match stop.run_until_cancelled(scanning).await {
+                Some(scan) => self.refused(clamd, scan, report),
+                None => Verdict::Unproven(report),
+            }
         } else if any(End::Unproven) {
             Verdict::Unproven(report)
         } else if any(End::Absent) {
             Verdict::Absent(report)
         } else {
             Verdict::Live(report)
+        }
+    }
+
+    /// clamd's log says only what kind of error it is; the scanner names the file.
+    fn refused(&self, clamd: Option<String>, scan: LoadTest, report: ClamdReport) -> Verdict {
+        let concurrent = self.shared.settings.concurrent_reload;
+        let control = clamd.is_some() && concurrent;
+        let dead = (clamd.is_some() && !concurrent).then(|| DEAD.to_owned());
+        let scanned = match &scan {
+            LoadTest::Passed => Some("clamscan can load it".to_owned()),
+            LoadTest::Failed(why) => Some(format!("clamscan: {why}")),
+            LoadTest::Hindered(why) => Some(format!("clamscan could not tell: {why}")),
+            LoadTest::Missing(_) => None,
+        };
+        let said: Vec<_> = [clamd, scanned, dead].into_iter().flatten().collect();
+        Verdict::Refused {
+            reason: said.join("; "),
+            scan,
+            control,
+            report,
         }
     }
 
@@ -317,12 +383,24 @@ struct Courier {
     clamd: Clamd,
     instance: Instance,
     log: Log,
-    /// All attempts for one install share one load test.
-    scan: Arc<OnceCell<LoadTest>>,
+}
+
+/// What a courier comes back with.
+struct Brought {
+    finding: Finding,
+    watch: Option<Watch>,
+    /// How long the load took that ended in a proof.
+    load_took: Option<Duration>,
 }
 
 impl Courier {
-    async fn bring(mut self, n: u64, stop: CancellationToken) -> (Finding, Option<Watch>) {
+    /// `stop` ends the waiting for all clamds, `enough` that for this one.
+    async fn bring(
+        mut self,
+        n: u64,
+        stop: CancellationToken,
+        enough: CancellationToken,
+    ) -> Brought {
         let settings = &self.shared.settings;
         let start = Instant::now();
         let logs = self.log.tail.is_some();
@@ -333,25 +411,33 @@ impl Courier {
             reloads: self.instance.reload != Reload::Never,
             logs,
             scanner: settings.scanner.is_some(),
+            last_load: self.shared.last_load.get(),
         });
         let mut state = ClamdState::Silent;
-        let carried = stop.run_until_cancelled(self.carry_out(n, &mut attempt, &mut state));
+        let carried = enough.run_until_cancelled(self.carry_out(n, &mut attempt, &mut state));
         let end = carried.await.unwrap_or(End::Unproven);
         let mut trouble = attempt.trouble().map(str::to_owned);
-        if stop.is_cancelled() && end == End::Unproven {
-            trouble = Some("stopped before it was proven".into());
+        if enough.is_cancelled() && end == End::Unproven {
+            trouble = Some(match stop.is_cancelled() {
+                true => "stopped before it was proven".into(),
+                false => "not proven when another clamd rejected the databases".into(),
+            });
         }
-        let end = self.explained(end).await;
         let finding = self
             .shared
             .finding(&self.clamd, end, state, trouble, logs)
             .await;
+        let load_took = attempt.load_took();
         let watch = logs.then(|| Watch {
             install: n,
             log: self.log,
             evidence: attempt.into_evidence(),
         });
-        (finding, watch)
+        Brought {
+            finding,
+            watch,
+            load_took,
+        }
     }
 
     async fn carry_out(&mut self, n: u64, attempt: &mut Attempt, state: &mut ClamdState) -> End {
@@ -373,7 +459,7 @@ impl Courier {
                     attempt.asked(asked, Instant::now());
                 }
                 Step::LoadTest => {
-                    let test = self.load_test(LOAD_TEST_TIMEOUT).await;
+                    let test = self.shared.load_test_of_databases().await;
                     attempt.tested(test);
                 }
                 Step::Wait(until) => sleep_until(until.into()).await,
@@ -399,43 +485,44 @@ impl Courier {
             Err(error) => Asked::Failed(chain(&error)),
         }
     }
-
-    async fn load_test(&self, limit: Duration) -> LoadTest {
-        let settings = &self.shared.settings;
-        let load = || scanner::load(settings, &settings.database_directory, limit);
-        self.scan.get_or_init(load).await.clone()
-    }
-
-    /// clamd's log says only what kind of fault it is; the scanner names the file.
-    async fn explained(&self, end: End) -> End {
-        match end {
-            End::Refused {
-                reason,
-                tested: false,
-            } => {
-                let reason = match self.load_test(REASON_TIMEOUT).await {
-                    LoadTest::Failed(why) => format!("{reason}; clamscan: {why}"),
-                    LoadTest::Passed => format!("{reason}; clamscan can load it"),
-                    LoadTest::NotRun(_) => reason,
-                };
-                End::Refused {
-                    reason,
-                    tested: true,
-                }
-            }
-            End::Refused {
-                reason,
-                tested: true,
-            } => End::Refused {
-                reason: format!("clamscan: {reason}"),
-                tested: true,
-            },
-            End::Live | End::Unproven | End::Absent => end,
-        }
-    }
 }
 
 impl Shared {
+    async fn load_test_of_databases(&self) -> LoadTest {
+        self.load_test(self.settings.database_directory.clone())
+            .await
+    }
+
+    /// Runs `clamscan`, or returns what it said of the same files before.
+    async fn load_test(&self, directory: PathBuf) -> LoadTest {
+        let place = directory.clone();
+        let files = match spawn_blocking(move || Fingerprint::of(&place)).await {
+            Ok(files) => files,
+            Err(error) => std::panic::resume_unwind(error.into_panic()),
+        };
+        let Some(files) = files else {
+            return LoadTest::Hindered("the directory cannot be read".into());
+        };
+        let test = self.scanned(files);
+        let load = || scanner::load(&self.settings, &directory);
+        test.get_or_init(load).await.clone()
+    }
+
+    fn scanned(&self, files: Fingerprint) -> Arc<OnceCell<LoadTest>> {
+        let mut scans = self.scans.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = scans.iter().find(|known| known.files == files) {
+            return known.test.clone();
+        }
+        let test = Arc::<OnceCell<LoadTest>>::default();
+        scans.push(Scanned {
+            files,
+            test: test.clone(),
+        });
+        let surplus = scans.len().saturating_sub(SCANS_MAX);
+        scans.drain(..surplus);
+        test
+    }
+
     /// One look. PING goes first: a clamd that is busy with a blocking load would scan an
     /// abandoned sample later, and log a hit that nobody waits for.
     async fn look(&self, clamd: &Clamd, n: u64) -> Sight {
@@ -481,8 +568,8 @@ impl Shared {
         let refusal = watch.and_then(|watch| watch.evidence.refusal());
         let end = match refusal {
             Some(reason) if end != End::Live => End::Refused {
-                reason,
-                tested: false,
+                clamd: Some(reason),
+                scan: None,
             },
             Some(_) | None => end,
         };
@@ -633,6 +720,7 @@ fn sight_state(sight: &Sight) -> ClamdState {
 mod tests {
     use std::fs;
     use std::io::Write;
+    use std::os::unix::fs::PermissionsExt as _;
     use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 
     use super::super::client::Address;
@@ -647,6 +735,7 @@ mod tests {
         directory: tempfile::TempDir,
         proof: ProofBy,
         deadline: Duration,
+        scanner: Option<PathBuf>,
     }
 
     impl Host {
@@ -655,7 +744,25 @@ mod tests {
                 directory: tempfile::tempdir().unwrap(),
                 proof: ProofBy::Canary,
                 deadline: Duration::from_secs(60),
+                scanner: None,
             }
+        }
+
+        /// Puts a shell script in the place of clamscan: a mock, which counts its runs in `runs` and
+        /// says what the real one says only under conditions that a test cannot make.
+        fn with_scanner(mut self, script: &str) -> Self {
+            let path = self.directory.path().join("clamscan");
+            let runs = self.directory.path().join("runs");
+            let text = format!("#!/bin/sh\necho run >> {}\n{script}\n", runs.display());
+            fs::write(&path, text).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+            self.scanner = Some(path);
+            self
+        }
+
+        fn scanner_runs(&self) -> usize {
+            let runs = fs::read_to_string(self.directory.path().join("runs"));
+            runs.unwrap_or_default().lines().count()
         }
 
         fn log(&self) -> PathBuf {
@@ -676,7 +783,7 @@ mod tests {
                 proof: self.proof,
                 official_only: false,
                 database_directory: self.directory.path().to_owned(),
-                scanner: None,
+                scanner: self.scanner.clone(),
                 deadline: self.deadline,
                 splay: Duration::ZERO,
                 user: None,
@@ -817,16 +924,76 @@ mod tests {
     #[tokio::test]
     async fn two_failed_loads_in_the_log_are_a_refusal() {
         let host = Host::new();
-        let fake = logging(
-            &host,
-            "Reading databases from /var/lib/clamav\n\
-             ERROR: reload_th: Database load failed: Malformed database\n\
-             WARNING: Database reload failed, keeping the previous instance\n",
-        );
+        let fake = logging(&host, FAILED_LOAD);
         let verdict = host.prove(&[fake.address()], 7).await;
         assert_eq!(verdict, "refused, up none: clamd: Malformed database");
         let reloads = fake.asked().iter().filter(|c| *c == "RELOAD").count();
         assert_eq!(reloads, 2);
+    }
+
+    const FAILED_LOAD: &str = "Reading databases from /var/lib/clamav\n\
+         ERROR: reload_th: Database load failed: Malformed database\n\
+         WARNING: Database reload failed, keeping the previous instance\n";
+
+    #[tokio::test]
+    async fn clamscan_runs_once_for_one_set_of_files_in_an_install() {
+        let host = Host::new().with_scanner("exit 0");
+        let fake = logging(&host, FAILED_LOAD);
+        let prover = host.prover(&[fake.address()]);
+        let said = "refused, up none: clamd: Malformed database; clamscan can load it";
+        for _ in 0..2 {
+            let stop = CancellationToken::new();
+            let verdict = prover.prove(7, prover.mark(), stop).await;
+            assert_eq!(words_of(&verdict), said);
+            assert_eq!(words_of(&prover.probe(7).await), said);
+            assert_eq!(host.scanner_runs(), 1);
+        }
+        fs::write(host.directory.path().join("new.ndb"), "").unwrap();
+        assert_eq!(words_of(&prover.probe(7).await), said);
+        assert_eq!(host.scanner_runs(), 2, "other files");
+        prover.begin_install();
+        prover.probe(7).await;
+        assert_eq!(host.scanner_runs(), 3, "another install");
+    }
+
+    #[tokio::test]
+    async fn a_clamscan_that_cannot_be_executed_is_missing_and_one_that_was_killed_was_hindered() {
+        let scan = async |host: Host| host.prover(&[]).load_test(host.directory.path()).await;
+        let missing = scan(Host::new()).await;
+        assert!(matches!(missing, LoadTest::Missing(_)), "{missing:?}");
+        let mut host = Host::new();
+        host.scanner = Some(host.directory.path().join("nowhere"));
+        let missing = scan(host).await;
+        assert!(matches!(missing, LoadTest::Missing(_)), "{missing:?}");
+        let killed = scan(Host::new().with_scanner("kill -KILL $$")).await;
+        assert!(matches!(killed, LoadTest::Hindered(_)), "{killed:?}");
+    }
+
+    #[tokio::test]
+    async fn the_duration_of_a_load_is_measured_at_its_proof() {
+        let fake = clamd(7, 1);
+        let host = Host::new();
+        let state = tempfile::tempdir().unwrap();
+        let settings = host.prover(&[fake.address()]).settings().clone();
+        let prover = Prover::with_state(settings, NONCE, state.path());
+        let stop = CancellationToken::new();
+        let verdict = prover.prove(7, prover.mark(), stop).await;
+        assert_eq!(words_of(&verdict), "live, up canary: -");
+        assert!(prover.shared.last_load.get().is_some());
+        assert!(LastLoad::open(state.path()).get().is_some());
+    }
+
+    #[tokio::test]
+    async fn a_clamd_that_waits_while_another_rejects_is_not_reported_as_stopped() {
+        let mut host = Host::new();
+        host.deadline = Duration::from_secs(300);
+        let (rejects, waits) = (logging(&host, FAILED_LOAD), clamd(7, u64::MAX));
+        let prover = host.prover(&[rejects.address(), waits.address()]);
+        let stop = CancellationToken::new();
+        let verdict = prover.prove(7, prover.mark(), stop).await;
+        let note = verdict.report().note.clone().unwrap_or_default();
+        assert!(note.contains("another clamd rejected"), "{note}");
+        assert!(!note.contains("stopped"), "{note}");
     }
 
     #[tokio::test]

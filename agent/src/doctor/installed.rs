@@ -68,7 +68,7 @@ impl Facts {
             names,
             ..Self::default()
         };
-        for name in super::space::names(database) {
+        for name in crate::memory::names(database) {
             // A link that leads nowhere is passed over by clamd, too.
             let Ok(at) = fs::metadata(database.join(&name)) else {
                 continue;

@@ -34,7 +34,7 @@ impl Paths {
         agent: &User,
     ) -> Self {
         use nix::unistd::{AccessFlags, eaccess};
-        let files = super::space::names(database);
+        let files = crate::memory::names(database);
         let files = files
             .iter()
             .filter_map(|name| Node::at(&database.join(name)).ok());

@@ -2,27 +2,16 @@
 
 use std::path::{Path, PathBuf};
 
-use clamcast_proto::names::looks_like_a_database;
 use nix::sys::statvfs::statvfs;
 
 use super::Finding;
-use crate::host::{Host, Process};
+use crate::host::Host;
 use crate::install::SPACE_RESERVE_BYTES;
-
-/// A full set of ClamAV's own databases, in bytes, where none is there yet to be measured.
-const FULL_SET_BYTES: u64 = 300 << 20;
+use crate::memory::{Databases, FULL_SET_BYTES, Memory};
 
 /// Names that an install makes at most: a staged, a current and a previous one for every database,
 /// and some for the rest.
 const INODES_NEEDED: u64 = 1000;
-
-/// Bytes of an engine for each byte of its databases: the lightest signatures, and the mix that
-/// was measured with clamd 1.4.
-const ENGINE_FACTOR_LEAST: u64 = 3;
-const ENGINE_FACTOR: u64 = 7;
-
-/// What a compressed database inflates to, about.
-const INFLATED_FACTOR: u64 = 3;
 
 /// A file system, as seen from a directory on it.
 #[derive(Clone, Debug)]
@@ -89,38 +78,6 @@ fn unescaped(path: &str) -> String {
     path.replace("\\040", " ")
         .replace("\\011", "\t")
         .replace("\\134", "\\")
-}
-
-/// Bytes of the databases in a directory: as they are, and inflated.
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub(super) struct Databases {
-    /// On disk.
-    pub(super) bytes: u64,
-    /// About what clamd reads.
-    pub(super) inflated_bytes: u64,
-}
-
-/// Adds up what is in `directory`.
-pub(super) fn databases(directory: &Path) -> Databases {
-    let mut sum = Databases::default();
-    for name in names(directory) {
-        let size = std::fs::metadata(directory.join(&name)).map_or(0, |facts| facts.len());
-        sum.bytes += size;
-        let factor = if name.ends_with(".cvd") {
-            INFLATED_FACTOR
-        } else {
-            1
-        };
-        sum.inflated_bytes += size * factor;
-    }
-    sum
-}
-
-/// The names of the databases in `directory`.
-pub(super) fn names(directory: &Path) -> Vec<String> {
-    let mut names = Host::here().names(directory);
-    names.retain(|name| looks_like_a_database(name));
-    names
 }
 
 /// Judges the disk of the database directory. `kept` are the bytes that `previous/` holds already,
@@ -243,78 +200,6 @@ pub(super) fn judge_state(disk: &Disk) -> Option<Finding> {
     })
 }
 
-/// How much memory a second engine may take.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub(super) struct Memory {
-    /// Bytes.
-    pub(super) available_bytes: u64,
-    /// What bounds it, for people.
-    pub(super) bound: String,
-}
-
-/// The least of what the host has and what clamd's control groups leave it. `None` if the kernel
-/// does not say.
-pub(super) fn memory(host: &Host, clamd: Option<&Process>) -> Option<Memory> {
-    let meminfo = host.text("/proc/meminfo").ok()?;
-    let mut least = Memory {
-        available_bytes: kib_field(&meminfo, "MemAvailable:")?,
-        bound: "this host".into(),
-    };
-    let Some(process) = clamd else {
-        return Some(least);
-    };
-    let pid = process.pid;
-    let status = host.text(format!("/proc/{pid}/status")).unwrap_or_default();
-    let resident = kib_field(&status, "VmRSS:").unwrap_or(0);
-    let groups = host.text(format!("/proc/{pid}/cgroup")).unwrap_or_default();
-    for (file, group) in groups.lines().flat_map(limit_files) {
-        let limit = host
-            .text(&file)
-            .ok()
-            .and_then(|text| text.trim().parse::<u64>().ok());
-        // What is not a number is `max`.
-        let left = limit.map(|limit| limit.saturating_sub(resident));
-        if let Some(left) = left.filter(|left| *left < least.available_bytes) {
-            least = Memory {
-                available_bytes: left,
-                bound: format!("clamd's control group {group}"),
-            };
-        }
-    }
-    Some(least)
-}
-
-/// The files that bound a group and each of those around it, of cgroups version 2 (`0::PATH`) and
-/// version 1 (`N:memory:PATH`).
-fn limit_files(line: &str) -> Vec<(PathBuf, String)> {
-    let mut fields = line.splitn(3, ':').skip(1);
-    let (Some(controllers), Some(group)) = (fields.next(), fields.next()) else {
-        return Vec::new();
-    };
-    let (base, file) = if controllers.is_empty() {
-        ("/sys/fs/cgroup", "memory.max")
-    } else if controllers.split(',').any(|name| name == "memory") {
-        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes")
-    } else {
-        return Vec::new();
-    };
-    let around = Path::new(group).ancestors();
-    let files = around.map(|group| {
-        let relative = group.strip_prefix("/").unwrap_or(group);
-        (
-            Path::new(base).join(relative).join(file),
-            group.display().to_string(),
-        )
-    });
-    files.collect()
-}
-
-fn kib_field(text: &str, name: &str) -> Option<u64> {
-    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
-    let number: u64 = line.trim().strip_suffix(" kB")?.trim().parse().ok()?;
-    Some(number.saturating_mul(1024))
-}
-
 /// Judges the memory for a second copy of the signatures, which a concurrent reload and clamscan
 /// alike load beside the first.
 pub(super) fn judge_memory(memory: Option<&Memory>, databases: Databases) -> Finding {
@@ -329,11 +214,7 @@ pub(super) fn judge_memory(memory: Option<&Memory>, databases: Databases) -> Fin
             None,
         );
     };
-    let bytes = match databases.inflated_bytes {
-        0 => FULL_SET_BYTES,
-        bytes => bytes,
-    };
-    let (least, usual) = (bytes * ENGINE_FACTOR_LEAST, bytes * ENGINE_FACTOR);
+    let (least, usual) = (databases.engine_bytes_least(), databases.engine_bytes());
     let found = format!(
         "{bound} has {} for the second engine that is loaded beside the first at every reload; it \
          takes {} to {}",
@@ -474,46 +355,6 @@ mod tests {
             let lines = testing::lines(&judge_disk(&disk, Databases::default(), 0));
             assert!(lines.contains(expected), "{lines}");
         }
-    }
-
-    #[test]
-    fn the_least_of_host_and_control_groups_bounds_a_second_engine() {
-        let root = tempfile::tempdir().unwrap();
-        let host = Host::below(root.path());
-        let write = |path: &str, text: &str| testing::write(&host, path, text);
-        write(
-            "/proc/meminfo",
-            "MemTotal: 9000000 kB\nMemAvailable:    4096000 kB\n",
-        );
-        write("/proc/7/status", "Name:\tclamd\nVmRSS:\t 1024000 kB\n");
-        write("/proc/7/cgroup", "0::/system.slice/clamav-daemon.service\n");
-        let clamd = Process {
-            pid: 7,
-            name: "clamd".into(),
-            uid: 0,
-            arguments: vec![],
-        };
-        let available = || {
-            let memory = memory(&host, Some(&clamd)).unwrap();
-            (memory.available_bytes / MIB, memory.bound)
-        };
-        assert_eq!(available(), (4000, "this host".into()));
-        write(
-            "/sys/fs/cgroup/system.slice/clamav-daemon.service/memory.max",
-            "max\n",
-        );
-        write("/sys/fs/cgroup/system.slice/memory.max", "1572864000\n");
-        assert_eq!(
-            available(),
-            (500, "clamd's control group /system.slice".into())
-        );
-        std::fs::remove_file(host.at("/sys/fs/cgroup/system.slice/memory.max")).unwrap();
-        write("/proc/7/cgroup", "5:cpu,memory:/clamd\n0::/\n");
-        write(
-            "/sys/fs/cgroup/memory/clamd/memory.limit_in_bytes",
-            "1048576000\n",
-        );
-        assert_eq!(available(), (0, "clamd's control group /clamd".into()));
     }
 
     #[test]

@@ -120,6 +120,10 @@ pub struct Journal {
     /// to take it away where there is no other.
     #[serde(default)]
     pub whole: bool,
+    /// Whether clamd has accepted the previous set since it rejected this one: if clamd rejects this
+    /// one again, that is evidence against it.
+    #[serde(default)]
+    pub control: bool,
     /// What shall stand in the directory.
     pub files: Vec<FileState>,
     /// What stood there before.
@@ -151,11 +155,12 @@ pub enum Way {
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Cause {
-    /// Evidence that clamd cannot use the set: its own words.
+    /// Evidence against the set: the words of clamd or `clamscan`.
     Refused(String),
-    /// The same, where a file of others may be at fault: the old set will tell.
+    /// Only clamd has rejected the set, once: the previous set is the control.
     Doubted(String),
-    /// The host's disk failed in the middle.
+    /// The host's fault: its disk failed in the middle, or nothing can tell why clamd rejects the
+    /// set.
     HostFault(String),
 }
 
@@ -224,7 +229,7 @@ pub struct Moved {
     pub kept: String,
 }
 
-/// A generation that clamd refused, or `clamscan` in its place.
+/// A generation with evidence against it, found by `clamscan` or by clamd.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 pub struct Refusal {
     /// Its position.

@@ -451,8 +451,27 @@ impl Disk for Shim {
 pub(super) enum Mood {
     /// Loads the directory; refuses a file that contains `BAD`.
     Up,
+    /// Answers, and loads no set at all: for want of memory, or because it only claims to.
+    Rejecting,
     /// Nobody at the socket.
     Away,
+}
+
+/// What the fake `clamscan` says of files that the fake clamd rejects.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum FakeScan {
+    /// A content error that names the first file with `BAD`; it loads everything else.
+    Names,
+    /// The same without a name.
+    NamesNothing,
+    /// A content error that names this file, whatever is in it.
+    Claims(&'static str),
+    /// It loads them.
+    Loads,
+    /// It lacks memory.
+    Hindered,
+    /// It is not on this host.
+    Missing,
 }
 
 /// A clamd that is none: it looks at the directory, as a reload would, and remembers every number
@@ -465,8 +484,14 @@ pub(super) struct FakeClamd {
     /// How often it was made to load what is there.
     pub(super) loads: Arc<Mutex<usize>>,
     pub(super) load_test: bool,
-    /// As where there is a `clamscan` to say which file it is.
-    pub(super) names_the_file: bool,
+    pub(super) scan: FakeScan,
+    /// Directories that were loaded with the fake `clamscan`, by name.
+    pub(super) scans: Arc<Mutex<Vec<String>>>,
+    /// Whether memory permits a control.
+    pub(super) memory: bool,
+    /// Whether the fake clamd goes back to loading good sets after this many rejections.
+    pub(super) recovers_after: Option<usize>,
+    pub(super) rejections: Arc<Mutex<usize>>,
     /// A file of others that somebody mends right after a load that failed, and what it is then.
     pub(super) mended: Option<(&'static str, Option<&'static str>)>,
 }
@@ -482,13 +507,17 @@ impl FakeClamd {
             return Verdict::Absent(report(ClamdState::Down, Proof::None));
         }
         let there = loaded(&self.directory);
-        if let Some((name, _)) = there.iter().find(|(_, content)| content.contains("BAD")) {
-            let reason = match self.names_the_file {
-                true => format!("Can't load {name}: Malformed database"),
-                false => "Malformed database".to_owned(),
+        let bad = there.values().any(|content| content.contains("BAD"));
+        if bad || *self.mood.lock().unwrap() == Mood::Rejecting {
+            let scan = self.scan(&self.directory);
+            let said = match &scan {
+                LoadTest::Failed(said) => format!("; clamscan: {said}"),
+                LoadTest::Passed | LoadTest::Hindered(_) | LoadTest::Missing(_) => String::new(),
             };
             return Verdict::Refused {
-                reason,
+                reason: format!("clamd: Malformed database{said}"),
+                scan,
+                control: !self.load_test,
                 report: report(ClamdState::Up, Proof::None),
             };
         }
@@ -507,6 +536,25 @@ impl FakeClamd {
     }
 }
 
+impl FakeClamd {
+    fn scan(&self, directory: &Path) -> LoadTest {
+        let there = loaded(directory);
+        let bad = there.iter().find(|(_, content)| content.contains("BAD"));
+        match (self.scan, bad) {
+            (FakeScan::Hindered, _) => LoadTest::Hindered("Can't allocate memory".into()),
+            (FakeScan::Missing, _) => LoadTest::Missing("no clamscan on this host".into()),
+            (FakeScan::Claims(name), _) => {
+                LoadTest::Failed(format!("Can't load {name}: Malformed database"))
+            }
+            (FakeScan::Loads, _) | (_, None) => LoadTest::Passed,
+            (FakeScan::NamesNothing, Some(_)) => LoadTest::Failed("Malformed database".into()),
+            (FakeScan::Names, Some((name, _))) => {
+                LoadTest::Failed(format!("Can't load {name}: Malformed database"))
+            }
+        }
+    }
+}
+
 impl Prove for FakeClamd {
     type Mark = ();
 
@@ -515,6 +563,13 @@ impl Prove for FakeClamd {
     async fn prove(&self, n: u64, (): (), _: CancellationToken) -> Verdict {
         *self.loads.lock().unwrap() += 1;
         let verdict = self.look(n);
+        if let Verdict::Refused { .. } = &verdict {
+            let mut rejections = self.rejections.lock().unwrap();
+            *rejections += 1;
+            if self.recovers_after == Some(*rejections) {
+                *self.mood.lock().unwrap() = Mood::Up;
+            }
+        }
         if let (Verdict::Refused { .. }, Some((name, content))) = (&verdict, self.mended) {
             let path = self.directory.join(name);
             match content {
@@ -532,7 +587,7 @@ impl Prove for FakeClamd {
 
     async fn ping(&self) -> ClamdReport {
         let state = match *self.mood.lock().unwrap() {
-            Mood::Up => ClamdState::Up,
+            Mood::Up | Mood::Rejecting => ClamdState::Up,
             Mood::Away => ClamdState::Down,
         };
         ClamdReport {
@@ -545,11 +600,16 @@ impl Prove for FakeClamd {
         self.load_test
     }
 
+    fn begin_install(&self) {}
+
     async fn load_test(&self, directory: &Path) -> LoadTest {
-        match loaded(directory).iter().find(|(_, c)| c.contains("BAD")) {
-            Some((name, _)) => LoadTest::Failed(format!("Can't load {name}: Malformed database")),
-            None => LoadTest::Passed,
-        }
+        let name = directory.file_name().unwrap().to_string_lossy();
+        self.scans.lock().unwrap().push(name.into_owned());
+        self.scan(directory)
+    }
+
+    fn memory_shortage(&self, _: &Path) -> Option<String> {
+        (!self.memory).then(|| "this host has no 700 MiB left".to_owned())
     }
 
     fn loads(&self, name: &DatabaseName) -> bool {
@@ -605,7 +665,11 @@ impl Host {
             proven: Arc::default(),
             loads: Arc::default(),
             load_test: false,
-            names_the_file: true,
+            scan: FakeScan::Names,
+            scans: Arc::default(),
+            memory: true,
+            recovers_after: None,
+            rejections: Arc::default(),
             mended: None,
         };
         let runtime = tokio::runtime::Builder::new_current_thread()

@@ -13,7 +13,7 @@ use clamcast_proto::Digest;
 use clamcast_proto::receipt::{ClamdReport, Outcome};
 use clamcast_proto::wire::Phase;
 
-use super::journal::{Before, Cause, Ending, Installed, Journal, Refusal, Step, Way};
+use super::journal::{Before, Cause, Ending, Installed, Journal, Refusal, Set, Step, Way};
 use super::others::Blame;
 use crate::clamd::Verdict;
 
@@ -81,6 +81,9 @@ pub enum Action {
     Forget,
     /// Empty the stage.
     Clean,
+    /// Survey the directory and begin the same set once more: clamd has accepted the previous set as
+    /// a control. If this fails, the previous set stays.
+    Again(Box<Set>),
     /// This is what came of it.
     Finish(Ending),
 }
@@ -94,6 +97,9 @@ pub struct Machine {
     waiting: Option<Box<Journal>>,
     /// What to say when the actions at hand are done and no journal holds it.
     ending: Option<Ending>,
+    /// The host's fault that was reported of a set that waits for clamd, so that probes which find
+    /// the same fault report nothing.
+    reported: Option<String>,
     /// How often in a row the way back, or tidying up, has failed.
     failures: u8,
 }
@@ -148,6 +154,12 @@ impl Machine {
         matches!(self.journal(), Some(journal) if journal.step == Step::Waiting)
     }
 
+    /// Whether the set waits because of a fault of this host, which only another load can show to be
+    /// gone.
+    pub fn waits_for_the_host(&self) -> bool {
+        self.waits_for_clamd() && self.reported.is_some()
+    }
+
     /// Takes one event and returns what to do about it, in order.
     pub fn handle(&mut self, event: Event) -> Vec<Action> {
         match event {
@@ -165,6 +177,7 @@ impl Machine {
             Event::Begin(mut journal) => {
                 self.slot = Slot::Idle;
                 self.failures = 0;
+                self.reported = None;
                 self.waiting = self.journal.take().filter(|old| old.step == Step::Waiting);
                 if let Some(old) = &self.waiting {
                     // It is what was there, also where the record of it did not get to disk.
@@ -207,6 +220,7 @@ impl Machine {
                     step: Step::Waiting,
                     touched: true,
                     whole: true,
+                    control: false,
                     // It is what there is to go back to.
                     before: Before::default(),
                     adopt: Vec::new(),
@@ -283,6 +297,16 @@ impl Machine {
             (_, Step::Settling(ending)) => {
                 let mut ending = ending.clone();
                 if self.may_try_again() {
+                    if matches!(
+                        &journal.way,
+                        Way::Back {
+                            cause: Cause::Doubted(_),
+                            ..
+                        }
+                    ) {
+                        // It is why the set is not tried again.
+                        ending.error = Some(joined(ending.error.take(), &fault));
+                    }
                     return self.settle(journal, ending);
                 }
                 ending.error = Some(joined(ending.error.take(), &fault));
@@ -362,13 +386,37 @@ impl Machine {
                 Verdict::Refused { report: clamd, .. }
                 | Verdict::Unproven(clamd)
                 | Verdict::Absent(clamd),
+                Blame::Host(reason),
+            ) => self.hindered_by_the_host(journal, reason.clone(), reason, clamd),
+            (
+                Verdict::Refused { report: clamd, .. }
+                | Verdict::Unproven(clamd)
+                | Verdict::Absent(clamd),
                 Blame::Others(reason),
             ) => self.hindered(journal, reason, clamd),
-            (Verdict::Refused { reason, report }, Blame::Set) => {
+            (Verdict::Refused { reason, report, .. }, Blame::Set) => {
                 self.refused(journal, Cause::Refused(reason), report)
             }
-            (Verdict::Refused { reason, report }, Blame::Unknown) => {
-                self.refused(journal, Cause::Doubted(reason), report)
+            (
+                Verdict::Refused {
+                    reason,
+                    control,
+                    report,
+                    ..
+                },
+                Blame::Unknown,
+            ) => {
+                let cause = match (control, journal.control) {
+                    (true, true) => Cause::Refused(format!(
+                        "{reason}, twice; clamd accepted the previous set in between"
+                    )),
+                    (true, false) => Cause::Doubted(reason),
+                    (false, _) => Cause::HostFault(format!(
+                        "{reason}; nothing on this host can tell whether the set is at fault: \
+                         install clamscan, or look at clamd's memory and limits"
+                    )),
+                };
+                self.refused(journal, cause, report)
             }
             (Verdict::Unproven(_) | Verdict::Absent(_), _) if waiting => {
                 self.journal = Some(journal);
@@ -379,6 +427,7 @@ impl Machine {
     }
 
     fn live(&mut self, journal: Box<Journal>, clamd: ClamdReport) -> Vec<Action> {
+        self.reported = None;
         let install = journal.install;
         let ending = match &journal.way {
             Way::Forward => Ending {
@@ -397,7 +446,27 @@ impl Machine {
                 )),
             },
         };
-        self.settle(journal, ending)
+        match &journal.way {
+            // A newer offer that is staged is tried instead.
+            Way::Back {
+                cause: Cause::Doubted(_),
+                ..
+            } if !journal.control && matches!(self.slot, Slot::Idle) => {
+                self.settle_and_begin_again(journal, ending)
+            }
+            Way::Forward | Way::Back { .. } => self.settle(journal, ending),
+        }
+    }
+
+    /// The control has succeeded: the previous set is installed and live, and nothing is remembered
+    /// against the new one, which is still staged. A crash from here on leaves just that, and the
+    /// master offers the new set again.
+    fn settle_and_begin_again(&mut self, journal: Box<Journal>, ending: Ending) -> Vec<Action> {
+        let set = Box::new(journal.set.clone());
+        let mut actions = self.settle(journal, ending);
+        actions.retain(|action| *action != Action::Clean);
+        actions.push(Action::Again(set));
+        actions
     }
 
     fn refused(&mut self, journal: Box<Journal>, cause: Cause, clamd: ClamdReport) -> Vec<Action> {
@@ -414,12 +483,30 @@ impl Machine {
                 self.settle(journal, ending)
             }
             (Way::Forward, _) if journal.before.is_empty() => {
-                let reason = format!("{reason}; perhaps for a database that is not of this set");
-                self.hindered(journal, reason, clamd)
+                let said = format!("{reason}; there is no previous set to tell why");
+                self.hindered_by_the_host(journal, reason, said, clamd)
             }
             (Way::Forward, _) => self.turn_back(journal, cause),
-            (Way::Back { .. }, _) => self.hindered(journal, reason, clamd),
+            (Way::Back { .. }, _) => {
+                self.hindered_by_the_host(journal, reason.clone(), reason, clamd)
+            }
         }
+    }
+
+    /// A fault of this host: the set stays, and a probe that finds the same `fault` reports nothing.
+    fn hindered_by_the_host(
+        &mut self,
+        journal: Box<Journal>,
+        fault: String,
+        said: String,
+        clamd: ClamdReport,
+    ) -> Vec<Action> {
+        if journal.step == Step::Waiting && self.reported.as_ref() == Some(&fault) {
+            self.journal = Some(journal);
+            return Vec::new();
+        }
+        self.reported = Some(fault);
+        self.hindered(journal, said, clamd)
     }
 
     /// clamd would load no other set either: this one stays, and probing goes on with it.
@@ -439,11 +526,7 @@ impl Machine {
             return self.wait(journal, ending);
         };
         let ending = Ending {
-            outcome: match cause {
-                Cause::Refused(_) => Outcome::Refused,
-                // It is no worse than the one before it.
-                Cause::Doubted(_) | Cause::HostFault(_) => Outcome::HostFault,
-            },
+            outcome: outcome_of(cause),
             install: *tried,
             clamd,
             error: Some(format!(
@@ -604,6 +687,7 @@ impl Machine {
             way: Way::Forward,
             step: Step::Waiting,
             whole: true,
+            control: false,
             // If clamd refuses this one too, there is nothing further back.
             before: Before::default(),
             withdraw: Vec::new(),
@@ -636,8 +720,9 @@ fn host_fault(install: u64, fault: &str) -> Ending {
 
 fn outcome_of(cause: &Cause) -> Outcome {
     match cause {
-        Cause::Refused(_) | Cause::Doubted(_) => Outcome::Refused,
-        Cause::HostFault(_) => Outcome::HostFault,
+        Cause::Refused(_) => Outcome::Refused,
+        // The set is no worse than the one before it, or nobody knows.
+        Cause::Doubted(_) | Cause::HostFault(_) => Outcome::HostFault,
     }
 }
 
@@ -671,6 +756,7 @@ mod walk;
 mod tests {
     use super::super::lab::manifest;
     use super::*;
+    use crate::clamd::LoadTest;
     use crate::install::journal::Set;
     use clamcast_proto::receipt::FileState;
 
@@ -702,6 +788,7 @@ mod tests {
             step: Step::Swapping,
             touched: false,
             whole: false,
+            control: false,
             files,
             before,
             adopt: Vec::new(),
@@ -720,6 +807,7 @@ mod tests {
                     event = Some(Event::Done);
                     match action {
                         Action::Prove(_) => event = None,
+                        Action::Again(_) => event = Some(begin_again(&machine)),
                         Action::Finish(ending) => {
                             event = None;
                             said = format!("{} {}", ending.outcome, ending.install);
@@ -744,6 +832,16 @@ mod tests {
         Event::Begin(journal(before))
     }
 
+    /// The same set once more, above every number so far.
+    pub(super) fn begin_again(machine: &Machine) -> Event {
+        let install = machine.journal().map_or(0, |journal| journal.install) + 1;
+        Event::Begin(Box::new(Journal {
+            install,
+            control: true,
+            ..*journal(true)
+        }))
+    }
+
     fn judged(verdict: fn(ClamdReport) -> Verdict) -> Event {
         Event::Judged(verdict(ClamdReport::default()), Blame::Set)
     }
@@ -753,8 +851,22 @@ mod tests {
     }
 
     fn refused(report: ClamdReport) -> Verdict {
-        let reason = "bad".into();
-        Verdict::Refused { reason, report }
+        Verdict::Refused {
+            reason: "bad".into(),
+            scan: LoadTest::Missing("none".into()),
+            control: true,
+            report,
+        }
+    }
+
+    /// As a clamd that is dead after a failed load.
+    fn refused_for_good(report: ClamdReport) -> Verdict {
+        Verdict::Refused {
+            reason: "bad".into(),
+            scan: LoadTest::Missing("none".into()),
+            control: false,
+            report,
+        }
     }
 
     #[test]
@@ -815,24 +927,87 @@ mod tests {
         check(vec![begin(true), judged(refused), others()], "refused 2");
     }
 
+    fn unknown() -> Event {
+        blamed(Blame::Unknown)
+    }
+
     #[test]
-    fn where_it_is_not_known_whose_fault_it_is_the_set_before_tells() {
-        let unknown = || blamed(Blame::Unknown);
+    fn without_clamscan_a_set_is_refused_if_clamd_rejects_it_before_and_after_a_control() {
+        let (back, live) = (|| judged(Verdict::Live), || judged(Verdict::Live));
         check(
             vec![
                 begin(true),
                 unknown(),
-                judged(Verdict::Live),
-                judged(Verdict::Live),
+                back(),
+                live(),
+                unknown(),
+                back(),
+                live(),
             ],
-            "refused 2",
+            "refused 5",
         );
-        check(vec![begin(true), unknown(), unknown()], "host_fault 2");
+        // It is the second try that counts.
         check(
-            vec![begin(true), unknown(), unknown(), unknown()],
-            "host_fault 3",
+            vec![begin(true), unknown(), back(), live(), live()],
+            "live 5",
         );
+        let silent = || judged(Verdict::Unproven);
+        check(
+            vec![begin(true), unknown(), back(), live(), silent()],
+            "installed 5",
+        );
+    }
+
+    #[test]
+    fn without_an_accepted_control_a_set_that_clamd_rejects_is_the_hosts_fault() {
+        let (silent, absent) = (|| judged(Verdict::Unproven), || judged(Verdict::Absent));
+        check(vec![begin(true), unknown(), unknown()], "host_fault 2");
+        check(vec![begin(true), unknown(), silent()], "host_fault 2");
+        check(vec![begin(true), unknown(), absent()], "host_fault 2");
         check(vec![begin(false), unknown()], "host_fault 2");
+        // clamd is dead: there is no control.
+        let dead = || Event::Judged(refused_for_good(ClamdReport::default()), Blame::Unknown);
+        let live = || judged(Verdict::Live);
+        check(vec![begin(true), dead(), live(), live()], "host_fault 2");
+    }
+
+    #[test]
+    fn a_control_ends_without_a_second_try_where_a_newer_offer_is_staged() {
+        let mut machine = Machine::default();
+        machine.handle(begin(true));
+        machine.handle(Event::Done);
+        machine.handle(Event::Planned {
+            manifest: Digest::of(b"newer"),
+            missing: BTreeSet::new(),
+        });
+        machine.handle(unknown());
+        machine.handle(Event::Done);
+        let actions = [machine.handle(judged(Verdict::Live)), {
+            machine.handle(Event::Done);
+            machine.handle(Event::Done);
+            machine.handle(judged(Verdict::Live))
+        }]
+        .concat();
+        let again = |action: &Action| matches!(action, Action::Again(_) | Action::Clean);
+        assert!(!actions.iter().any(again), "{actions:#?}");
+    }
+
+    #[test]
+    fn a_fault_of_the_host_keeps_the_set_and_is_reported_once() {
+        let host = |why: &str| blamed(Blame::Host(why.into()));
+        check(vec![begin(true), host("memory")], "host_fault 2");
+        check(
+            vec![begin(true), host("memory"), judged(Verdict::Live)],
+            "live 2",
+        );
+        let mut machine = Machine::default();
+        machine.handle(begin(true));
+        machine.handle(Event::Done);
+        machine.handle(host("memory"));
+        machine.handle(Event::Done);
+        assert!(machine.waits_for_the_host());
+        assert_eq!(machine.handle(host("memory")), []);
+        assert_ne!(machine.handle(host("rights")), []);
     }
 
     #[test]

@@ -55,7 +55,7 @@ pub use others::Blame;
 use others::Other;
 use proving::Tried;
 use stage::{Known, Receiving, Stage};
-use swap::{Numbers, Swap, SwapFault};
+use swap::{Numbers, Survey, Swap, SwapFault};
 
 /// File in the state directory with the host's nonce, in hexadecimal digits.
 const NONCE: &str = "nonce";
@@ -359,6 +359,7 @@ impl<P: Prove> Installer<P> {
         stop: CancellationToken,
         progress: &(impl Fn(Phase) + Send + Sync),
     ) -> Completed {
+        self.shared.prover.begin_install();
         let (about, prepared) = (set.clone(), set.clone());
         let (mut guard, prepared) = self
             .blocking(guard, move |shared| shared.prepare(&prepared))
@@ -526,6 +527,7 @@ impl<P: Prove> Shared<P> {
         self.tree.check_in_place()?;
         self.recover()?;
         self.known.clear();
+        self.swap().clean_trial()?;
         let installed = lock(&self.installed).clone();
         let installed = installed.as_ref().map(|installed| &installed.set.manifest);
         let needs = self.stage().plan(manifest, installed, full)?;
@@ -588,17 +590,9 @@ impl<P: Prove> Shared<P> {
         }
         self.tree.check_in_place()?;
         self.recover()?;
-        for file in set.files() {
-            if !self.stage().ensure(&file)? {
-                return Err(HostFault::Unstaged {
-                    path: self.tree.path(At(Dir::Databases, file.name.as_str())),
-                    digest: file.sha256,
-                });
-            }
-        }
+        let survey = self.survey(set)?;
         let installed = lock(&self.installed).clone();
         let open = lock(&self.machine).journal().cloned();
-        let survey = self.swap().survey(set, installed.as_ref(), open.as_ref())?;
         let journal = Box::new(survey.journal);
         Ok(match installed {
             Some(installed)
@@ -614,6 +608,31 @@ impl<P: Prove> Shared<P> {
         })
     }
 
+    /// Compares the directory with a set that must be staged.
+    fn survey(&self, set: &Set) -> Result<Survey, HostFault> {
+        for file in set.files() {
+            if !self.stage().ensure(&file)? {
+                return Err(HostFault::Unstaged {
+                    path: self.tree.path(At(Dir::Databases, file.name.as_str())),
+                    digest: file.sha256,
+                });
+            }
+        }
+        let installed = lock(&self.installed).clone();
+        let open = lock(&self.machine).journal().cloned();
+        self.swap().survey(set, installed.as_ref(), open.as_ref())
+    }
+
+    /// The journal of a set that is installed once more, after clamd has accepted the previous one.
+    fn survey_again(&self, set: &Set) -> Result<Journal, HostFault> {
+        self.tree.check_in_place()?;
+        let survey = self.survey(set)?;
+        Ok(Journal {
+            control: true,
+            ..survey.journal
+        })
+    }
+
     /// Feeds the machine and carries out what it says, up to where clamd has to be asked.
     fn drive(&self, mut event: Event) -> Next {
         loop {
@@ -623,6 +642,16 @@ impl<P: Prove> Shared<P> {
             }
             event = Event::Done;
             for action in actions {
+                if let Action::Again(set) = action {
+                    event = match self.survey_again(&set) {
+                        Ok(journal) => Event::Begin(Box::new(journal)),
+                        Err(fault) => Event::Failed {
+                            fault: chain(&fault),
+                            touched: false,
+                        },
+                    };
+                    break;
+                }
                 match self.perform(action) {
                     Ok(None) => {}
                     Ok(Some(next)) => return next,
@@ -660,6 +689,7 @@ impl<P: Prove> Shared<P> {
             Action::Remember(refusal) => records.remember(&refusal)?,
             Action::Forget => records.forget()?,
             Action::Clean => self.swap().clean()?,
+            Action::Again(_) => unreachable!("`drive` begins again by itself"),
         }
         Ok(None)
     }

@@ -8,16 +8,19 @@ use std::collections::BTreeSet;
 use clamcast_daemon::clamscan::is_hosts_trouble;
 
 use super::disk::Behind;
-use crate::clamd::Verdict;
+use crate::clamd::{LoadTest, Verdict};
 
 /// Whose fault it is that clamd does not have a set.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum Blame {
-    /// The set's, or nobody's.
+    /// Nobody's; or the set's, because `clamscan` names one of its files.
     Set,
     /// A file's that others have put beside it: which one, and what to do about it.
     Others(String),
-    /// It may be such a file's. Whether clamd loads the set before beside it will tell.
+    /// This host's: its memory, limits or rights. Why, and what to do about it.
+    Host(String),
+    /// Only clamd has reported an error, or nobody names a file. Whether clamd loads the previous
+    /// set, beside the same files of others, will tell.
     Unknown,
 }
 
@@ -28,7 +31,18 @@ impl Blame {
         let spins = others.iter().find(|other| !other.is_file());
         match verdict {
             Verdict::Live(_) => Self::Set,
-            Verdict::Refused { reason, .. } => Self::of_refusal(reason, ours, others),
+            Verdict::Refused { reason, scan, .. } => match (scan, spins) {
+                (LoadTest::Failed(said), _) => Self::of_failure(said, ours, others),
+                (_, Some(other)) => Self::Others(other.spins()),
+                (LoadTest::Passed, None) => Self::Host(format!(
+                    "{reason}, so the set is not at fault; look at clamd's memory and limits, then \
+                     restart it"
+                )),
+                (LoadTest::Hindered(_), None) => Self::Host(format!(
+                    "{reason}; look at this host's memory, limits and rights"
+                )),
+                (LoadTest::Missing(_), None) => Self::Unknown,
+            },
             Verdict::Unproven(_) | Verdict::Absent(_) if let Some(other) = spins => {
                 Self::Others(other.spins())
             }
@@ -47,15 +61,14 @@ impl Blame {
         }
     }
 
-    /// The same from the reason that clamd or `clamscan` gave.
-    pub(super) fn of_refusal(reason: &str, ours: &BTreeSet<&str>, others: &[Other]) -> Self {
-        let culprit = culprit(reason);
+    /// The same from a content error of `clamscan`.
+    pub(super) fn of_failure(said: &str, ours: &BTreeSet<&str>, others: &[Other]) -> Self {
+        let culprit = culprit(said);
         let theirs = |name: &&str| others.iter().any(|other| other.name == *name);
         match culprit {
-            _ if others.is_empty() => Self::Set,
             Some(name) if ours.contains(name) => Self::Set,
             Some(name) if theirs(&name) => Self::Others(format!(
-                "{name} is not of this set, and clamd loads no set beside it: {reason}; mend or \
+                "{name} is not of this set, and clamd loads no set beside it: {said}; mend or \
                  remove it"
             )),
             Some(_) | None => match others.iter().find(|other| !other.is_file()) {
@@ -68,7 +81,7 @@ impl Blame {
 
 /// The file in the directory that libclamav names in the reason of a failed load. It names a member
 /// of a container first, then the container.
-fn culprit(reason: &str) -> Option<&str> {
+pub(super) fn culprit(reason: &str) -> Option<&str> {
     let (_, after) = reason.rsplit_once("Can't load ")?;
     // A kind follows: `site.ndb: Malformed database`.
     let end = after.find(": ").unwrap_or(after.len());
@@ -161,11 +174,17 @@ mod tests {
         }
     }
 
-    fn refused(reason: &str) -> Verdict {
+    fn rejected(scan: LoadTest) -> Verdict {
         Verdict::Refused {
-            reason: reason.to_owned(),
+            reason: "clamd: Malformed database".to_owned(),
+            scan,
+            control: true,
             report: report(""),
         }
+    }
+
+    fn refused(said: &str) -> Verdict {
+        rejected(LoadTest::Failed(said.to_owned()))
     }
 
     /// `set`, `unknown`, or the first word of what is said of others: a name.
@@ -176,20 +195,31 @@ mod tests {
         let said = match &blame {
             Blame::Set => "set",
             Blame::Others(said) => said.split(' ').next().unwrap(),
+            Blame::Host(_) => "host",
             Blame::Unknown => "unknown",
         };
         assert_eq!(said, expected, "{verdict:?} {blame:?}");
     }
 
     #[test]
-    fn who_is_named_is_to_blame() {
+    fn the_owner_of_the_named_file_is_to_blame() {
         let ours = "clamd: Malformed database; clamscan: Can't load x.ndb: Malformed database";
         let theirs = "clamscan: Problem parsing database at line 1; \
                       Can't load site.ndb: Malformed database";
         check(&refused(ours), "site.ndb", "set");
         check(&refused(theirs), "site.ndb", "site.ndb");
-        check(&refused(theirs), "", "set");
-        check(&refused("clamd: Malformed database"), "", "set");
+        check(&refused(theirs), "", "unknown");
+        check(&refused("Malformed database"), "", "unknown");
+    }
+
+    #[test]
+    fn what_clamscan_loads_or_is_hindered_at_is_the_hosts_fault_whatever_clamd_says() {
+        check(&rejected(LoadTest::Passed), "site.ndb", "host");
+        let hindered = || LoadTest::Hindered("Can't allocate memory".to_owned());
+        check(&rejected(hindered()), "", "host");
+        check(&rejected(hindered()), "dir.ndb/", "dir.ndb");
+        let missing = LoadTest::Missing("no clamscan on this host".to_owned());
+        check(&rejected(missing), "", "unknown");
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use clamcast_proto::DatabaseName;
-use clamcast_proto::receipt::{ClamdReport, ClamdState, Outcome};
+use clamcast_proto::receipt::{ClamdReport, ClamdState, FileState, Outcome};
 use clamcast_proto::wire::Phase;
 use tokio::sync::OwnedMutexGuard;
 use tokio_util::sync::CancellationToken;
@@ -13,10 +13,10 @@ use tokio_util::sync::CancellationToken;
 use super::disk::{Dir, HostFault};
 use super::journal::{Installed, Journal, Step, Way};
 use super::machine::Event;
-use super::others::{Blame, Other};
-use super::{Completed, FileCheck, Installer, Shared, lock, swap};
-use crate::chain;
+use super::others::{self, Blame, Other};
+use super::{Completed, Installer, Shared, lock, swap};
 use crate::clamd::{LoadTest, LogMark, Prover, Verdict};
+use crate::{chain, memory};
 
 /// Where verdicts come from: the host's clamds, or a fake in tests.
 pub trait Prove: Send + Sync + 'static {
@@ -39,8 +39,12 @@ pub trait Prove: Send + Sync + 'static {
     /// Whether a set is to be loaded with `clamscan` before clamd gets to see it: where clamd stops
     /// scanning to reload, a failed load leaves it dead until it is restarted.
     fn wants_load_test(&self) -> bool;
-    /// Loads a directory with `clamscan`.
+    /// A new install begins: what `clamscan` said before counts no more.
+    fn begin_install(&self);
+    /// Loads a directory with `clamscan`, once for each set of files in an install.
     fn load_test(&self, directory: &Path) -> impl Future<Output = LoadTest> + Send;
+    /// Why there is too little memory to load this directory once more. Blocking.
+    fn memory_shortage(&self, directory: &Path) -> Option<String>;
     /// Whether clamd loads a file of this name.
     fn loads(&self, name: &DatabaseName) -> bool;
     /// What is known of clamd without asking.
@@ -71,8 +75,16 @@ impl Prove for Prover {
         !settings.concurrent_reload && !settings.instances.is_empty()
     }
 
+    fn begin_install(&self) {
+        self.begin_install();
+    }
+
     async fn load_test(&self, directory: &Path) -> LoadTest {
         self.load_test(directory).await
+    }
+
+    fn memory_shortage(&self, directory: &Path) -> Option<String> {
+        memory::shortage(directory)
     }
 
     fn loads(&self, name: &DatabaseName) -> bool {
@@ -90,10 +102,20 @@ pub(super) enum Tried {
     Loads(Vec<Other>),
     /// It loads, but for what others have beside it: it may stand there, and clamd is not asked.
     Alone,
-    /// The set does not.
+    /// The set does not: there is evidence against it.
     Bad(String),
     /// For a fault of this host there is no telling, or no loading.
     Hindered(String),
+}
+
+/// What loading the previous set with `clamscan` shows about its verdict on the new one.
+enum Control {
+    /// `clamscan` loads the previous set, or there is none: its verdict stands.
+    Stands,
+    /// `clamscan` loads neither: this host is at fault.
+    Fails(String),
+    /// It could not be tried.
+    Impossible(String),
 }
 
 /// What lies beside a set in a load test.
@@ -119,15 +141,20 @@ impl<P: Prove> Installer<P> {
             let (guard, next) = (resumed.0, resumed.1.ok()?);
             return self.complete(guard, set, next, None, stop, &|_| ()).await;
         }
-        let verdict = self.shared.prover.probe(journal.install).await;
+        // It may run clamscan, which takes as long as a load.
+        let probing = self.shared.prover.probe(journal.install);
+        let verdict = stop.run_until_cancelled(probing).await?;
         let (guard, others) = self.others(guard, &journal).await;
         let hindrance = lock(&self.shared.hindrance).clone();
+        let waits_for_the_host = lock(&self.shared.machine).waits_for_the_host();
         let again = match &verdict {
             Verdict::Live(_) => false,
             _ if hindrance.is_some() && hindrance.as_ref() == others.as_ref().ok() => return None,
             // What clamd's log says may be about what is gone, or names nobody.
             _ if hindrance.is_some() => true,
-            Verdict::Refused { .. } => !others.as_ref().is_ok_and(Vec::is_empty),
+            Verdict::Refused { .. } => {
+                waits_for_the_host || !others.as_ref().is_ok_and(Vec::is_empty)
+            }
             Verdict::Unproven(report) => report.state == ClamdState::Up,
             Verdict::Absent(_) => false,
         };
@@ -135,8 +162,7 @@ impl<P: Prove> Installer<P> {
             self.prove(guard, &journal, others, &mut None, &stop, &|_| ())
                 .await
         } else {
-            self.blocking(guard, move |shared| shared.judged(verdict, None))
-                .await
+            self.judged(guard, verdict, None).await
         };
         let (guard, next) = self
             .blocking(guard, move |shared| shared.drive(event))
@@ -180,42 +206,118 @@ impl<P: Prove> Installer<P> {
         let hindrance = match others {
             Err(reason) => reason,
             Ok(others) => {
-                let reason = match self.load_test(Dir::Trial).await {
-                    LoadTest::Passed | LoadTest::NotRun(_) => {
+                let said = match self.load_test(Dir::Trial).await {
+                    LoadTest::Passed | LoadTest::Hindered(_) | LoadTest::Missing(_) => {
                         return (guard, Tried::Loads(others));
                     }
-                    LoadTest::Failed(reason) => reason,
+                    LoadTest::Failed(said) => said,
                 };
                 let ours = swap::names_of(journal).collect();
-                match Blame::of_refusal(&reason, &ours, &others) {
-                    Blame::Set => return (guard, Tried::Bad(reason)),
+                match Blame::of_failure(&said, &ours, &others) {
+                    Blame::Set => return self.weighed(guard, journal, said).await,
                     Blame::Others(reason) if !needed => return (guard, Tried::Hindered(reason)),
                     Blame::Others(reason) => reason,
-                    Blame::Unknown => format!(
-                        "beside the databases that are not of this set clamscan cannot load it: \
-                         {reason}"
-                    ),
+                    Blame::Host(_) | Blame::Unknown => {
+                        format!("clamscan cannot load the set, and names no file of it: {said}")
+                    }
                 }
             }
         };
         let (guard, alone) = self.trial_of(guard, journal, Beside::Nothing).await;
-        let tried = match alone {
-            Err(fault) => Tried::Hindered(fault),
-            Ok(_) => match self.load_test(Dir::Trial).await {
-                LoadTest::Failed(reason) => Tried::Bad(reason),
-                LoadTest::Passed if needed => Tried::Alone,
-                LoadTest::Passed | LoadTest::NotRun(_) => Tried::Hindered(hindrance),
-            },
+        if let Err(fault) = alone {
+            return (guard, Tried::Hindered(fault));
+        }
+        let tried = match self.load_test(Dir::Trial).await {
+            LoadTest::Failed(said) => {
+                let ours = swap::names_of(journal).collect();
+                if Blame::of_failure(&said, &ours, &[]) == Blame::Set {
+                    return self.weighed(guard, journal, said).await;
+                }
+                Tried::Hindered(hindrance)
+            }
+            LoadTest::Passed if needed => Tried::Alone,
+            LoadTest::Passed | LoadTest::Hindered(_) | LoadTest::Missing(_) => {
+                Tried::Hindered(hindrance)
+            }
         };
         (guard, tried)
+    }
+
+    /// Whether the verdict of `clamscan`, which names a file of the set, is evidence against the
+    /// set. The files are still in the trial directory.
+    async fn weighed(
+        &self,
+        guard: OwnedMutexGuard<()>,
+        journal: &Journal,
+        said: String,
+    ) -> (OwnedMutexGuard<()>, Tried) {
+        let (files, reason) = (journal.files.clone(), said.clone());
+        let (guard, doubt) = self
+            .blocking(guard, move |shared| {
+                shared.doubt_about(&reason, &files, Dir::Trial)
+            })
+            .await;
+        if let Some(doubt) = doubt {
+            return (guard, Tried::Hindered(format!("{doubt}: {said}")));
+        }
+        let (guard, control) = self.control(guard, journal).await;
+        let tried = match control {
+            Control::Stands => Tried::Bad(said),
+            Control::Fails(why) | Control::Impossible(why) => {
+                Tried::Hindered(format!("clamscan: {said}; {why}"))
+            }
+        };
+        (guard, tried)
+    }
+
+    /// Loads the previous set with `clamscan`, if there is one that the agent can read and memory
+    /// permits.
+    async fn control(
+        &self,
+        guard: OwnedMutexGuard<()>,
+        journal: &Journal,
+    ) -> (OwnedMutexGuard<()>, Control) {
+        let before = &journal.before;
+        if before.files.is_empty() && !before.others {
+            return (guard, Control::Stands);
+        }
+        let journal = journal.clone();
+        let (guard, made) = self
+            .blocking(guard, move |shared| {
+                let others = shared.swap().others(&journal);
+                let others = others.map_err(|fault| chain(&fault))?;
+                let made = shared.swap().make_control(&journal.before, &others);
+                made.map_err(|fault| chain(&fault))?;
+                let directory = shared.tree.directory(Dir::Trial);
+                shared
+                    .prover
+                    .memory_shortage(&directory)
+                    .map_or(Ok(()), Err)
+            })
+            .await;
+        let control = match made {
+            Err(why) => Control::Impossible(format!(
+                "the previous set could not be tried with clamscan as a control: {why}"
+            )),
+            Ok(()) => match self.load_test(Dir::Trial).await {
+                LoadTest::Passed => Control::Stands,
+                LoadTest::Failed(why) | LoadTest::Hindered(why) | LoadTest::Missing(why) => {
+                    Control::Fails(format!(
+                        "clamscan does not load the previous set either ({why}): look at this \
+                         host's memory and limits"
+                    ))
+                }
+            },
+        };
+        (guard, control)
     }
 
     /// Loads a directory with `clamscan`.
     async fn load_test(&self, directory: Dir) -> LoadTest {
         let directory = self.shared.tree.directory(directory);
         let test = self.shared.prover.load_test(&directory).await;
-        if let LoadTest::NotRun(why) = &test {
-            tracing::warn!(why, "the databases could not be tried in clamd's place");
+        if let LoadTest::Hindered(why) | LoadTest::Missing(why) = &test {
+            tracing::warn!(why, "clamscan could not try the databases");
         }
         test
     }
@@ -279,8 +381,59 @@ impl<P: Prove> Installer<P> {
         progress(Phase::Proving);
         let number = journal.install;
         let verdict = self.shared.prover.prove(number, mark, stop.clone()).await;
-        self.blocking(guard, move |shared| shared.judged(verdict, others.ok()))
-            .await
+        self.judged(guard, verdict, others.ok()).await
+    }
+
+    /// What a verdict means for the set that is being proven: see [`Shared::judged`]. Where
+    /// `clamscan` is the evidence, the previous set is the control.
+    async fn judged(
+        &self,
+        guard: OwnedMutexGuard<()>,
+        verdict: Verdict,
+        before: Option<Vec<Other>>,
+    ) -> (OwnedMutexGuard<()>, Event) {
+        let (guard, event) = self
+            .blocking(guard, move |shared| shared.judged(verdict, before))
+            .await;
+        let open = lock(&self.shared.machine).journal().cloned();
+        let (
+            Some(open),
+            Event::Judged(
+                Verdict::Refused {
+                    reason,
+                    scan,
+                    report,
+                    ..
+                },
+                Blame::Set,
+            ),
+        ) = (open, &event)
+        else {
+            return (guard, event);
+        };
+        if open.way != Way::Forward {
+            return (guard, event);
+        }
+        let (guard, control) = self.control(guard, &open).await;
+        let event = match control {
+            Control::Stands => event,
+            Control::Fails(why) => Event::Judged(
+                Verdict::Unproven(report.clone()),
+                Blame::Host(format!("{reason}; {why}")),
+            ),
+            // Not evidence enough, and clamd could not start with the set: the previous one comes
+            // back, which no other fault of the host asks for.
+            Control::Impossible(why) => Event::Judged(
+                Verdict::Refused {
+                    reason: format!("{reason}; {why}"),
+                    scan: scan.clone(),
+                    control: false,
+                    report: report.clone(),
+                },
+                Blame::Unknown,
+            ),
+        };
+        (guard, event)
     }
 
     /// Loads the database directory itself with `clamscan`, unless it was `tried` beside the same
@@ -309,13 +462,15 @@ impl<P: Prove> Installer<P> {
         *tried = None;
         match self.load_test(Dir::Databases).await {
             LoadTest::Passed => *tried = Some(others),
-            LoadTest::NotRun(_) => {}
-            LoadTest::Failed(reason) => {
-                let reason = format!("clamscan: {reason}");
-                let refused = Verdict::Refused { reason, report };
-                let (guard, event) = self
-                    .blocking(guard, move |shared| shared.judged(refused, Some(others)))
-                    .await;
+            LoadTest::Hindered(_) | LoadTest::Missing(_) => {}
+            LoadTest::Failed(said) => {
+                let refused = Verdict::Refused {
+                    reason: format!("clamscan: {said}"),
+                    scan: LoadTest::Failed(said),
+                    control: false,
+                    report,
+                };
+                let (guard, event) = self.judged(guard, refused, Some(others)).await;
                 return (guard, Some(event));
             }
         }
@@ -335,7 +490,7 @@ impl<P: Prove> Shared<P> {
         let ours = swap::names_of(&open).collect();
         let others = self.swap().others(&open);
         let changed = matches!((&before, &others), (Some(before), Ok(now)) if before != now);
-        let verdict = self.of_the_set(verdict, &open, changed);
+        let verdict = unless_changed_beside(verdict, &open, changed);
         let blame = match &others {
             Ok(others) => Blame::of(&verdict, &ours, others),
             Err(fault) => {
@@ -343,37 +498,57 @@ impl<P: Prove> Shared<P> {
                 Blame::Unknown
             }
         };
-        let met = before.or(others.ok());
-        *lock(&self.hindrance) = met.filter(|_| blame != Blame::Set);
-        Event::Judged(verdict, blame)
-    }
-
-    /// A set is blamed only if it was there, and nothing was `changed_beside` it: of files that
-    /// somebody changed meanwhile clamd's refusal says nothing, and probing goes on.
-    fn of_the_set(&self, verdict: Verdict, open: &Journal, changed_beside: bool) -> Verdict {
-        let (reason, report) = match verdict {
-            Verdict::Refused { reason, report } if open.way == Way::Forward => (reason, report),
+        let blame = match &verdict {
+            Verdict::Refused { reason, scan, .. } if open.way == Way::Forward => {
+                self.unless_doubtful(blame, reason, scan, &open)
+            }
             Verdict::Refused { .. }
             | Verdict::Live(_)
             | Verdict::Unproven(_)
-            | Verdict::Absent(_) => return verdict,
+            | Verdict::Absent(_) => blame,
         };
-        // What cannot be read for a moment is not changed.
-        let is_changed = |check: &FileCheck| check.error.is_none() && !check.is_right();
-        let mut checks = open.files.iter().map(|file| self.check(file.clone()));
-        let changed = match changed_beside {
-            true => Some("a database beside the set".to_owned()),
-            false => checks
-                .find(is_changed)
-                .map(|check| check.expected.name.to_string()),
+        let met = before.or(others.ok());
+        *lock(&self.hindrance) = met.filter(|_| matches!(blame, Blame::Others(_)));
+        Event::Judged(verdict, blame)
+    }
+
+    /// Nobody blames a set whose files are not what was published: then this host is at fault.
+    fn unless_doubtful(
+        &self,
+        blame: Blame,
+        reason: &str,
+        scan: &LoadTest,
+        open: &Journal,
+    ) -> Blame {
+        let said = match (&blame, scan) {
+            (Blame::Others(_) | Blame::Host(_), _) => return blame,
+            (Blame::Set, LoadTest::Failed(said)) => said,
+            (Blame::Set | Blame::Unknown, _) => "",
         };
-        let Some(changed) = changed else {
-            return Verdict::Refused { reason, report };
-        };
-        let note = format!("{changed} was changed by somebody: {reason}");
-        tracing::warn!(note, "clamd refuses what is not there any more");
-        let note = Some(note);
-        Verdict::Unproven(ClamdReport { note, ..report })
+        match self.doubt_about(said, &open.files, Dir::Databases) {
+            None => blame,
+            Some(doubt) => {
+                tracing::warn!(doubt, reason, "clamd rejects what was not published");
+                Blame::Host(format!("{doubt}: {reason}"))
+            }
+        }
+    }
+
+    /// Reads every byte of these files in `dir`: why they are no evidence against the set. Of a file
+    /// that `said` does not name a failed read says nothing.
+    fn doubt_about(&self, said: &str, files: &[FileState], dir: Dir) -> Option<String> {
+        let named = others::culprit(said);
+        files.iter().find_map(|file| {
+            let check = self.check_in(dir, file.clone());
+            let name = &file.name;
+            match check.error {
+                Some(error) if named == Some(name.as_str()) => {
+                    Some(format!("{name} cannot be read again ({error})"))
+                }
+                None if !check.is_right() => Some(format!("{name} was changed by somebody")),
+                Some(_) | None => None,
+            }
+        })
     }
 
     /// What of these files of others `clamscan` cannot be given in clamd's place. Then they are kept
@@ -382,5 +557,21 @@ impl<P: Prove> Shared<P> {
         let obstacle = others.iter().find_map(Other::obstacle)?;
         *lock(&self.hindrance) = Some(others.to_vec());
         Some(obstacle)
+    }
+}
+
+/// Where databases beside the set were changed meanwhile, clamd's error says nothing about those
+/// that are there now: probing goes on.
+fn unless_changed_beside(verdict: Verdict, open: &Journal, changed: bool) -> Verdict {
+    match verdict {
+        Verdict::Refused { reason, report, .. } if changed && open.way == Way::Forward => {
+            let note = format!("a database beside the set was changed by somebody: {reason}");
+            tracing::warn!(note, "clamd rejects what is not there any more");
+            let note = Some(note);
+            Verdict::Unproven(ClamdReport { note, ..report })
+        }
+        Verdict::Refused { .. } | Verdict::Live(_) | Verdict::Unproven(_) | Verdict::Absent(_) => {
+            verdict
+        }
     }
 }

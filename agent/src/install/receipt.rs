@@ -129,7 +129,12 @@ impl<P: Prove> Shared<P> {
     }
 
     pub(super) fn check(&self, expected: FileState) -> FileCheck {
-        let at = At(Dir::Databases, expected.name.as_str());
+        self.check_in(Dir::Databases, expected)
+    }
+
+    /// Reads every byte of a file that should stand in `dir`.
+    pub(super) fn check_in(&self, dir: Dir, expected: FileState) -> FileCheck {
+        let at = At(dir, expected.name.as_str());
         let read = self.tree.open(at).and_then(|file| {
             let Some(mut file) = file else {
                 return Ok(None);

@@ -186,6 +186,7 @@ impl Swap<'_> {
                 step: Step::Swapping,
                 touched: false,
                 whole: false,
+                control: false,
                 files,
                 before,
                 adopt,
@@ -609,20 +610,39 @@ impl Swap<'_> {
         let later = journal.later.iter().map(DatabaseName::as_str);
         let beside = later.chain(others.iter().map(|other| other.name.as_str()));
         let beside: Vec<_> = beside.collect();
-        for name in &beside {
+        self.link_beside(&beside)?;
+        let files = journal.files.iter().map(|file| file.name.as_str());
+        self.keep_only(Dir::Trial, files.chain(beside))
+    }
+
+    /// The directory as clamd would see it with what stood there before, for a load test of the
+    /// previous set. What could not be read is missing in it.
+    pub(super) fn make_control(&self, before: &Before, others: &[Other]) -> Result<(), HostFault> {
+        for file in &before.files {
+            self.must_be_staged(file)?;
+            self.link_over(file, At(Dir::Trial, file.name.as_str()))?;
+        }
+        let files = before.files.iter().map(|file| file.name.as_str());
+        let others: Vec<_> = others.iter().map(|other| other.name.as_str()).collect();
+        self.link_beside(&others)?;
+        self.keep_only(Dir::Trial, files.chain(others))
+    }
+
+    /// Symbolic links to these names in the database directory.
+    fn link_beside(&self, names: &[&str]) -> Result<(), HostFault> {
+        for name in names {
             let link = At(Dir::Trial, name);
             self.tree.remove(link)?;
             // From `.clamcast/trial`.
             self.tree.symlink(&format!("../../{name}"), link)?;
         }
-        let files = journal.files.iter().map(|file| file.name.as_str());
-        self.keep_only(Dir::Trial, files.chain(beside))
+        Ok(())
     }
 
     /// Removes what an ended install leaves behind.
     pub(super) fn clean(&self) -> Result<(), HostFault> {
         self.tree.remove(PLACE)?;
-        self.keep_only(Dir::Trial, [].into_iter())?;
+        self.clean_trial()?;
         for name in self.tree.list(Dir::Stage)? {
             let name = name.to_string_lossy();
             // Spools of a newer offer go by their own plan.
@@ -631,6 +651,11 @@ impl Swap<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Removes what a load test left behind.
+    pub(super) fn clean_trial(&self) -> Result<(), HostFault> {
+        self.keep_only(Dir::Trial, [].into_iter())
     }
 
     /// What is on disk under the names of a set, by reading it.

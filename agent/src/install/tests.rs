@@ -9,12 +9,13 @@ use clamcast_proto::receipt::{FOREIGN_MAX, Outcome};
 use clamcast_proto::wire::{Have, PartEncoding, PartKind};
 use nix::errno::Errno;
 
-use super::lab::{Fault, Files, Host, Mood, full, loaded, manifest, set};
+use super::lab::{FakeInstaller, FakeScan, Fault, Files, Host, Mood, full, loaded, manifest, set};
 use super::*;
 use crate::clamd::proof::{CANARY, GATE, gate_number};
 
 mod directory;
 mod drift;
+mod evidence;
 mod others;
 mod outcomes;
 mod receiving;

@@ -75,7 +75,7 @@ fn a_clamd_killed_in_the_middle_of_a_load_is_live_once_it_is_back() {
 
 #[test]
 fn a_refused_first_set_stays_and_its_receipt_says_why() {
-    require!(Clamd);
+    require!(Clamd, Clamscan);
     let mut host = Host::bare(Fleet::new());
     let good = Container::new("daily", 1).member("hsb", hash_signature(ALWAYS, "Lab.Always"));
     let good = good.bytes();

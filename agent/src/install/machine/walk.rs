@@ -1,7 +1,8 @@
 //! Walks every way through an install, and checks at every step what must hold.
 
-use super::tests::journal;
+use super::tests::{begin_again, journal};
 use super::*;
+use crate::clamd::LoadTest;
 use crate::install::journal::Set;
 use crate::install::lab::manifest;
 
@@ -19,8 +20,8 @@ struct Path {
     proofs: usize,
     passes: usize,
     finished: usize,
-    /// Whether the set itself may be why clamd did not load it.
-    suspected: bool,
+    /// Whether there is evidence against the set.
+    evidence: bool,
     /// Sets that stood in the directory.
     swapped: BTreeSet<Digest>,
 }
@@ -36,7 +37,7 @@ fn every_way_through_an_install_keeps_the_rules() {
             proofs: 0,
             passes: 0,
             finished: 0,
-            suspected: false,
+            evidence: false,
             swapped: [Set::from(&manifest(1, "daily.cvd=one")).sha256()].into(),
         };
         walk(path, Event::Begin(journal(before)), CHOICES, &mut seen);
@@ -51,8 +52,12 @@ fn walk(mut path: Path, event: Event, choices: usize, seen: &mut usize) {
         .push(format!("{event:?}").chars().take(60).collect());
     if let Event::Judged(verdict, blame) = &event {
         path.proofs += usize::from(matches!(verdict, Verdict::Live(_)));
-        let refused = matches!(verdict, Verdict::Refused { .. });
-        path.suspected |= refused && !matches!(blame, Blame::Others(_));
+        let control = path.machine.journal().is_some_and(|open| open.control);
+        path.evidence |= match (verdict, blame) {
+            (Verdict::Refused { .. }, Blame::Set) => true,
+            (Verdict::Refused { control: able, .. }, Blame::Unknown) => control && *able,
+            (_, _) => false,
+        };
     }
     let resumed = matches!(event, Event::Resumed { .. });
     let shown = path.saved;
@@ -66,7 +71,7 @@ fn walk(mut path: Path, event: Event, choices: usize, seen: &mut usize) {
         a_set_is_called_live_only_after_its_proofs(&path, action);
         nothing_is_taken_away_where_nothing_was(&path, action);
         only_what_is_on_disk_is_recorded_as_installed(&path, action);
-        what_a_file_of_others_does_is_remembered_of_no_set(&path, action);
+        nothing_is_refused_without_evidence(&path, action);
         if choices > 0
             && !matches!(
                 action,
@@ -100,7 +105,8 @@ fn walk(mut path: Path, event: Event, choices: usize, seen: &mut usize) {
             | Action::Record(_)
             | Action::Remember(_)
             | Action::Forget
-            | Action::Clean => {}
+            | Action::Clean
+            | Action::Again(_) => {}
         }
     }
     if choices == 0 {
@@ -113,6 +119,8 @@ fn walk(mut path: Path, event: Event, choices: usize, seen: &mut usize) {
             Verdict::Live(report()),
             Verdict::Refused {
                 reason: "bad".into(),
+                scan: LoadTest::Missing("none".into()),
+                control: true,
                 report: report(),
             },
             Verdict::Unproven(report()),
@@ -120,7 +128,12 @@ fn walk(mut path: Path, event: Event, choices: usize, seen: &mut usize) {
         ] {
             let others = || Blame::Others("theirs".into());
             let blames = match &verdict {
-                Verdict::Refused { .. } => vec![Blame::Set, Blame::Unknown, others()],
+                Verdict::Refused { .. } => vec![
+                    Blame::Set,
+                    Blame::Unknown,
+                    Blame::Host("memory".into()),
+                    others(),
+                ],
                 Verdict::Live(_) | Verdict::Unproven(_) | Verdict::Absent(_) => {
                     vec![Blame::Set]
                 }
@@ -130,6 +143,9 @@ fn walk(mut path: Path, event: Event, choices: usize, seen: &mut usize) {
                 walk(path.clone(), event, choices - 1, seen);
             }
         }
+    } else if let Some(Action::Again(_)) = actions.last() {
+        let again = begin_again(&path.machine);
+        walk(path.clone(), again, choices, seen);
     } else if !over {
         walk(path.clone(), Event::Done, choices, seen);
     }
@@ -155,6 +171,7 @@ fn the_journal_is_saved_before_the_directory_changes(
         | Action::Remember(_)
         | Action::Forget
         | Action::Clean
+        | Action::Again(_)
         | Action::Finish(_) => return,
     };
     let saved = done.iter().any(|action| {
@@ -194,10 +211,22 @@ fn nothing_is_taken_away_where_nothing_was(path: &Path, action: &Action) {
     }
 }
 
-fn what_a_file_of_others_does_is_remembered_of_no_set(path: &Path, action: &Action) {
-    if matches!(action, Action::Remember(_)) {
-        assert!(path.suspected, "{path:#?}");
-    }
+fn nothing_is_refused_without_evidence(path: &Path, action: &Action) {
+    let refused = match action {
+        Action::Remember(_) => true,
+        Action::Finish(ending) => ending.outcome == Outcome::Refused,
+        Action::Save(_)
+        | Action::TrySave(_)
+        | Action::Swap(_)
+        | Action::Renumber(_)
+        | Action::Prove(_)
+        | Action::RemoveLater(_)
+        | Action::Record(_)
+        | Action::Forget
+        | Action::Clean
+        | Action::Again(_) => false,
+    };
+    assert!(!refused || path.evidence, "{path:#?}");
 }
 
 fn only_what_is_on_disk_is_recorded_as_installed(path: &Path, action: &Action) {

@@ -32,16 +32,16 @@ fn a_bad_file_of_others_is_no_refusal_and_without_it_the_set_is_live() {
 
 #[test]
 fn a_file_of_others_that_is_mended_while_the_refusal_is_looked_at_makes_no_refusal() {
-    for names_the_file in [true, false] {
+    for scan in [FakeScan::Names, FakeScan::Missing] {
         for mended in [None, Some("good signatures")] {
             let mut host = Host::with(1, "daily.cld@1=one");
-            host.clamd.names_the_file = names_the_file;
+            host.clamd.scan = scan;
             host.clamd.mended = Some(("site.ndb", mended));
             host.put("site.ndb=BAD");
             let installer = host.start();
             let (line, offer) = ("daily.cld@2=two", manifest(2, "daily.cld@2=two"));
             let completed = host.take(&installer, &offer, line).unwrap();
-            let context = format!("{mended:?}, named: {names_the_file}: {:?}", completed.error);
+            let context = format!("{mended:?}, {scan:?}: {:?}", completed.error);
             assert_eq!(completed.outcome, Outcome::Installed, "{context}");
             assert!(installer.refused_before(&offer).is_none(), "{context}");
             let probed = host.probe_on(&installer).map(|completed| completed.outcome);
@@ -54,7 +54,7 @@ fn a_file_of_others_that_is_mended_while_the_refusal_is_looked_at_makes_no_refus
 fn where_nobody_names_the_file_the_old_set_tells_whose_fault_it_is() {
     for (theirs, outcome) in [("BAD", Outcome::HostFault), ("good", Outcome::Refused)] {
         let mut host = Host::with(1, "daily.cld@1=one");
-        host.clamd.names_the_file = false;
+        host.clamd.scan = FakeScan::Missing;
         host.put(&format!("site.ndb={theirs}"));
         let installer = host.start();
         let (line, offer) = ("daily.cld@2=BAD", manifest(2, "daily.cld@2=BAD"));

@@ -333,7 +333,9 @@ fn a_set_that_somebody_damaged_is_not_blamed_for_what_clamd_says() {
     host.take(&installer, &manifest(2, line), line).unwrap();
     host.put("daily.cld=BAD");
     mood(&host, Mood::Up);
-    assert!(host.probe_on(&installer).is_none(), "probing goes on");
+    let completed = host.probe_on(&installer).unwrap();
+    assert_eq!(completed.outcome, Outcome::HostFault);
+    assert!(installer.waits_for_clamd(), "probing goes on");
     assert!(installer.refused_before(&manifest(2, line)).is_none());
     let completed = host.repair(&installer).unwrap().unwrap();
     assert_eq!(completed.outcome, Outcome::Live, "{:?}", completed.error);
