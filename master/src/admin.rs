@@ -359,6 +359,7 @@ impl Commands {
         if !alarms.is_empty() {
             fields.insert("alarm".to_owned(), alarms.join("; ").into());
         }
+        fields.insert("alarms".to_owned(), json!(report::alarms(&view.rollout)));
         fields.insert("rollout".to_owned(), report::rollout(&view));
         fields.insert("agents".to_owned(), json!(view.counts));
         // A host that is away is not at fault and yet a question of the morning.

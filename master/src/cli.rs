@@ -7,7 +7,7 @@ use clamcast_master::admin::REASON_BYTES_MAX;
 use clamcast_master::config;
 use clamcast_master::events::{self, AgentPattern, EVENTS};
 use clamcast_master::force::Meant;
-use clamcast_proto::GroupName;
+use clamcast_proto::{AgentName, GroupName};
 use clap::builder::{PossibleValuesParser, TypedValueParser as _};
 use clap::{ArgAction, Args, Parser, Subcommand};
 use jiff::Timestamp;
@@ -225,6 +225,20 @@ pub(crate) enum Rollout {
     /// Begin all waves that are still to come
     #[command(after_long_help = help::ROLLOUT)]
     Promote(Reason),
+    /// Do not count a host's refusals, until `restore`
+    #[command(after_long_help = help::ROLLOUT)]
+    SetAside(OfHost),
+    /// Count the refusals of a host that was set aside again
+    #[command(after_long_help = help::ROLLOUT)]
+    Restore(OfHost),
+}
+
+#[derive(Args)]
+pub(crate) struct OfHost {
+    /// The host: an agent's name
+    pub(crate) host: AgentName,
+    #[command(flatten)]
+    pub(crate) reason: Reason,
 }
 
 #[derive(Args)]

@@ -39,7 +39,15 @@ const ENDS: [&str; 5] = [
 ];
 
 /// Events that somebody should look at.
-const ALARMING: [&str; 4] = ["abort", "halt", "rolled-back", "rollout-paused"];
+const ALARMING: [&str; 7] = [
+    "abort",
+    "halt",
+    "rolled-back",
+    "rollout-paused",
+    "set-aside",
+    "weighing",
+    "withheld",
+];
 
 /// Time between two tries of what did not go at first: to have a rollback published or the mirror
 /// looked at, or to remember what the disk refused.
@@ -188,6 +196,19 @@ pub struct Newcomer {
     pub fingerprint: Digest,
 }
 
+/// A sign of progress.
+#[derive(Clone, Copy, Debug)]
+pub struct Progress {
+    /// With which offer.
+    pub offer: OfferId,
+    /// What the agent is doing.
+    pub phase: Phase,
+    /// Until when it means to be silent.
+    pub until: Option<Timestamp>,
+    /// Bytes of files that its connection has carried so far.
+    pub sent: u64,
+}
+
 /// Why a verified agent is not let in.
 #[derive(Debug, thiserror::Error)]
 pub enum Unwanted {
@@ -334,14 +355,16 @@ impl Dispatcher {
             match effect {
                 Effect::Note {
                     event,
-                    target,
+                    position,
+                    host,
                     reason,
                 } => {
-                    let position = target.position;
+                    let subject = host.map_or_else(|| "fleet".to_owned(), |host| host.to_string());
+                    let about = position.map(tracing::field::display);
                     if ALARMING.contains(&event) {
-                        tracing::warn!(%position, event, "{reason}");
+                        tracing::warn!(position = about, subject, event, "{reason}");
                     } else {
-                        tracing::info!(%position, event, "{reason}");
+                        tracing::info!(position = about, subject, event, "{reason}");
                     }
                     ended |= ENDS.contains(&event);
                     let mut detail = json!({ "reason": reason });
@@ -352,8 +375,8 @@ impl Dispatcher {
                         draft: Some(Draft {
                             event: event.to_owned(),
                             actor: actor.clone(),
-                            subject: "fleet".to_owned(),
-                            position: Some(position),
+                            subject,
+                            position,
                             outcome: None,
                             detail,
                         }),
@@ -396,7 +419,7 @@ impl Dispatcher {
 
     /// A generation was published. `supersede`: it takes the place of what is on its way.
     pub fn published(&mut self, manifest: &Arc<Verified<Manifest>>, supersede: bool, now: Now) {
-        let effects = self.fleet.published(manifest, supersede);
+        let effects = self.fleet.published(manifest, supersede, now.clock);
         self.carry_out(effects, None, now);
         self.look_soon();
     }
@@ -438,7 +461,7 @@ impl Dispatcher {
         };
         let mut effects = self.fleet.order(order, now.clock)?;
         if let Some(newest) = newest.filter(|_| effects.contains(&Effect::Look)) {
-            effects.extend(self.fleet.published(newest, false));
+            effects.extend(self.fleet.published(newest, false, now.clock));
         }
         self.carry_out(effects, Some(operator), now);
         self.look(now);
@@ -558,11 +581,14 @@ impl Dispatcher {
 
     /// A connection ended.
     pub fn disconnected(&mut self, name: &AgentName, id: LinkId, now: Now) {
-        self.fleet.disconnected(name, id, now.clock);
+        if self.fleet.disconnected(name, id, now.clock) {
+            self.keep(name); // a start waits for the agents that were connected
+        }
         self.look_soon();
     }
 
     /// An agent said Hello.
+    #[expect(clippy::too_many_arguments, reason = "each is a field of Hello")]
     pub fn hello(
         &mut self,
         name: &AgentName,
@@ -570,8 +596,12 @@ impl Dispatcher {
         clamd: ClamdReport,
         foreign: Vec<String>,
         installed: Option<&Envelope>,
+        outcome: Option<Outcome>,
         now: Now,
     ) {
+        if self.fleet.first_wave_waits() {
+            self.look(now); // else it would be offered the generation before first
+        }
         let Some(news) = self.fleet.hello(name, id, clamd, foreign) else {
             return; // replaced meanwhile
         };
@@ -598,26 +628,26 @@ impl Dispatcher {
         let deadline = self.fleet.rules().deadline;
         let standing = self.fleet.standing(name, now.clock, deadline);
         if has_it && standing == Standing::Conformant && manner.is_none() {
-            self.fleet.has_it(name, id, manifest.payload_sha256());
+            let says_live = outcome == Some(Outcome::Live);
+            self.fleet
+                .has_it(name, id, manifest.payload_sha256(), says_live);
             self.vouch_to(name, id, now);
         } else {
             self.offer(name, id, manifest, manner.unwrap_or_default(), now);
         }
     }
 
-    /// An agent gave a sign of progress with an offer, and may have said until when it will be
-    /// silent.
-    pub fn progress(
-        &mut self,
-        name: &AgentName,
-        id: LinkId,
-        offer: OfferId,
-        phase: Phase,
-        until: Option<Timestamp>,
-        now: Now,
-    ) {
+    /// An agent gave a sign of progress with an offer.
+    pub fn progress(&mut self, name: &AgentName, id: LinkId, progress: Progress, now: Now) {
+        let Progress {
+            offer,
+            phase,
+            until,
+            sent,
+        } = progress;
         if self.fleet.offer(name) == Some(offer) {
-            self.fleet.progress(name, id, phase, until, now.clock);
+            let now = now.clock;
+            self.fleet.progress(name, id, phase, until, sent, now);
             self.look_soon();
         }
     }
@@ -695,11 +725,15 @@ impl Dispatcher {
             then,
             ..Entry::default()
         });
+        if let Some(manifest) = self.fleet.doubted(name, now.clock).cloned() {
+            self.offer(name, id, manifest, Manner::default(), now);
+        }
         let running = self.fleet.rollout().running();
         if receipt.outcome == Outcome::Refused
             && running.is_some_and(|run| run.target.position == position)
+            && !self.fleet.is_weighed(name)
         {
-            self.look(now); // before anybody else is offered it
+            self.look(now); // before it is offered to anybody else
         }
     }
 
@@ -752,6 +786,9 @@ impl Dispatcher {
         self.offers_made += 1;
         let (offer, position) = (OfferId(self.offers_made), manifest.position());
         self.fleet.offered(name, id, offer, &manifest, now.clock);
+        if manner.rehash {
+            self.fleet.forced(name, id);
+        }
         let keep = self.fleet.record(name).cloned(); // a start finds who was there
         let detail = json!({ "forced": manner.rehash });
         let draft = draft("offer", "master", name, Some(position), None, detail);

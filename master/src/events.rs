@@ -9,9 +9,10 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 /// Every event that the master records.
-pub const EVENTS: [&str; 34] = [
+pub const EVENTS: [&str; 40] = [
     "abort",
     "alarm",
+    "counted-again",
     "declined",
     "denied",
     "drift",
@@ -27,6 +28,7 @@ pub const EVENTS: [&str; 34] = [
     "receipt",
     "refused",
     "rejected",
+    "released",
     "reload",
     "repair",
     "restored",
@@ -39,16 +41,28 @@ pub const EVENTS: [&str; 34] = [
     "rollout-paused",
     "rollout-resumed",
     "rollout-waits",
+    "set-aside",
     "started",
     "stopped",
+    "stragglers",
     "unpin",
     "wave",
     "wave-skipped",
+    "weighing",
+    "withheld",
 ];
 
 /// Those whose subject is an agent; that of the others only looks like one, if at all.
-const ABOUT_AN_AGENT: [&str; 7] = [
-    "declined", "drift", "enrolled", "offer", "receipt", "repair", "revoked",
+const ABOUT_AN_AGENT: [&str; 9] = [
+    "counted-again",
+    "declined",
+    "drift",
+    "enrolled",
+    "offer",
+    "receipt",
+    "repair",
+    "revoked",
+    "set-aside",
 ];
 
 /// Lists in the detail of an order to several agents, which name them.

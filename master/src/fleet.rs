@@ -9,7 +9,7 @@ mod row;
 #[cfg(test)]
 pub(crate) mod tests;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -26,13 +26,18 @@ use crate::rollout::{
     Agents, Effect, Ending, Member, Order, OrderError, Rollout, Rules, Tally, Target, Wanted, Wave,
 };
 
-pub use agent::{Answered, Declined, Failed, Installed, Link, LinkId, Offered, Record, Standing};
+pub use agent::{
+    Answered, Declined, Failed, Installed, Link, LinkId, Offered, Record, Standing, Taken,
+};
 pub use row::{AWAY, OFFERED, Row};
 
-use agent::{Agent, Took, bounded, bounded_list, is_silent};
+use agent::{Agent, bounded, bounded_list, is_silent};
 
 /// Longest silence that an agent may announce: a splay over a working day.
 pub const SILENCE_MAX: SignedDuration = SignedDuration::from_hours(12);
+
+/// Members of each ClamAV version that the first wave should have: two proofs outweigh one refusal.
+pub const CANARIES_MIN: usize = 3;
 
 /// All agents that were ever connected and are not revoked, and what they are wanted at.
 #[derive(Debug)]
@@ -44,8 +49,6 @@ pub struct Fleet {
     manifests: HashMap<Digest, Arc<Verified<Manifest>>>,
     /// What the next [`Fleet::step`] says besides.
     unsaid: Vec<Effect>,
-    /// The content whose order the agents' places are of.
-    placed: Option<Digest>,
     /// The latest time that was seen.
     latest: Timestamp,
 }
@@ -91,20 +94,13 @@ impl Fleet {
         manifests: Vec<Arc<Verified<Manifest>>>,
     ) -> Self {
         let agent = |record: Record| {
-            let took = record.installed.as_ref().map(|installed| Took {
-                position: installed.position,
-                manifest_sha256: installed.manifest_sha256,
-                progress: record.seen,
-                since: record.seen,
-            });
-            let name = record.name.clone();
-            let (link, answered) = (None, None);
+            let (name, was_connected) = (record.name.clone(), record.connected);
             let agent = Agent {
                 record,
-                link,
-                answered,
-                took,
-                place: None,
+                link: None,
+                answered: None,
+                was_connected,
+                returning: was_connected,
             };
             (name, agent)
         };
@@ -117,7 +113,6 @@ impl Fleet {
             rules,
             manifests,
             unsaid,
-            placed: None,
             latest: Timestamp::MAX, // what is kept may be of any time
         }
     }
@@ -142,9 +137,11 @@ impl Fleet {
         &mut self,
         manifest: &Arc<Verified<Manifest>>,
         supersede: bool,
+        now: Timestamp,
     ) -> Vec<Effect> {
         let target = self.know(manifest);
-        self.rollout.published(target, supersede, &self.rules)
+        let rules = &self.rules;
+        self.rollout.published(target, supersede, rules, now)
     }
 
     /// The rollback that was owed was published.
@@ -203,22 +200,9 @@ impl Fleet {
             self.clock_went_back(now);
         }
         self.latest = now;
-        self.place_agents();
         let mut effects = std::mem::take(&mut self.unsaid);
         effects.extend(self.rollout.step(&self.agents, &self.rules, now));
-        self.place_agents(); // it may be the next one's turn
         effects
-    }
-
-    /// Gives every agent its place in the running generation's rollout, once.
-    fn place_agents(&mut self) {
-        let content = self.rollout.running().map(|run| run.target.content);
-        if self.placed != content {
-            self.placed = content;
-            for agent in self.agents.0.values_mut() {
-                agent.place = content.map(|content| (content, agent.place_in(&content)));
-            }
-        }
     }
 
     /// Takes signs that are further in the future than any agent may promise for signs of now.
@@ -227,17 +211,16 @@ impl Fleet {
         for agent in self.agents.0.values_mut() {
             agent.record.seen = agent.record.seen.min(now);
             let offer = agent.link.as_mut().and_then(|link| link.offer.as_mut());
-            let signs = [
-                agent.took.as_mut().map(|took| &mut took.progress),
-                offer.map(|offer| &mut offer.progress),
-            ];
-            for progress in signs.into_iter().flatten() {
-                if *progress > latest {
-                    *progress = now;
+            let taken = agent.record.taken.as_mut();
+            let renewed = taken.map(|taken| {
+                taken.since = taken.since.min(now);
+                &mut taken.renewed
+            });
+            let progress = offer.map(|offer| &mut offer.progress);
+            for sign in [renewed, progress].into_iter().flatten() {
+                if *sign > latest {
+                    *sign = now;
                 }
-            }
-            if let Some(took) = &mut agent.took {
-                took.since = took.since.min(now);
             }
         }
     }
@@ -252,30 +235,20 @@ impl Fleet {
         self.rollout.waits_for(&self.agents, &self.rules, now)
     }
 
-    /// Versions of clamd that hosts have and no host of the first wave has, where that is a group:
-    /// whether they can load a generation is not known before it comes to them. With the number of
-    /// hosts and one of them.
-    pub fn untried_versions(&self) -> BTreeMap<&str, (usize, &AgentName)> {
-        let Some(Wave::Group(canary)) = self.rules.waves.first() else {
-            return BTreeMap::new(); // a part of the fleet, another one each time
-        };
-        let agents = self.agents.0.values().map(|agent| &agent.record);
-        let (canaries, others): (Vec<_>, Vec<_>) =
-            agents.partition(|record| record.groups.contains(canary));
-        let tried: BTreeSet<_> = canaries
-            .iter()
-            .filter_map(|record| program_version(&record.clamd))
-            .collect();
-        let mut untried = BTreeMap::new();
-        for record in others {
-            let Some(version) = program_version(&record.clamd) else {
-                continue;
-            };
-            if !tried.contains(version) && !canaries.is_empty() {
-                untried.entry(version).or_insert((0, &record.name)).0 += 1;
+    /// Members of settled waves that have not proven the running generation.
+    pub fn stragglers(&self, now: Timestamp) -> Vec<&AgentName> {
+        self.rollout.stragglers(&self.agents, &self.rules, now)
+    }
+
+    /// ClamAV versions of which the first wave, where it is a group, has too few members to judge a
+    /// generation although the fleet has more.
+    pub fn thin_versions(&self) -> Vec<ThinVersion> {
+        match self.rules.waves.first() {
+            Some(Wave::Group(canary)) => {
+                thin_versions(self.agents.0.values().map(|it| &it.record), canary)
             }
+            _ => Vec::new(), // a part of the fleet, another one each time
         }
-        untried
     }
 
     /// The generation that an agent took and that makes it decline `manifest`, if it does: what it
@@ -423,6 +396,9 @@ impl Fleet {
                 seen: now,
                 serial: link.serial.clone(),
                 certificate_ends: link.certificate_ends,
+                connected: true,
+                taken: None,
+                version: None,
                 installed: None,
                 failed: None,
                 clamd: ClamdReport::default(),
@@ -433,13 +409,14 @@ impl Fleet {
             },
             link: None,
             answered: None,
-            took: None,
-            place: None,
+            was_connected: false,
+            returning: false,
         });
-        let content = self.placed;
-        agent.place = content.map(|content| (content, agent.place_in(&content)));
+        agent.returning = false;
         let record = &mut agent.record;
-        let changed = new || record.groups != groups || record.serial != link.serial;
+        let was_connected = std::mem::replace(&mut record.connected, true);
+        let changed =
+            new || !was_connected || record.groups != groups || record.serial != link.serial;
         record.groups = groups;
         record.seen = now;
         record.serial = link.serial.clone();
@@ -455,14 +432,20 @@ impl Fleet {
         }
     }
 
-    /// A connection ended. One that was replaced says nothing about its agent any more.
-    pub fn disconnected(&mut self, name: &AgentName, id: LinkId, now: Timestamp) {
-        if let Some(agent) = self.agents.0.get_mut(name)
-            && let Some(link) = agent.link.take_if(|link| link.id == id)
-        {
-            agent.answered = link.answered.or(agent.answered);
-            agent.record.seen = now;
-        }
+    /// A connection ended. Returns whether that changes what is kept of the agent: the end of a
+    /// connection that was replaced does not.
+    pub fn disconnected(&mut self, name: &AgentName, id: LinkId, now: Timestamp) -> bool {
+        let agent = self.agents.0.get_mut(name);
+        let Some((agent, link)) = agent.and_then(|agent| {
+            let link = agent.link.take_if(|link| link.id == id)?;
+            Some((agent, link))
+        }) else {
+            return false;
+        };
+        agent.answered = link.answered.or(agent.answered);
+        agent.record.seen = now;
+        agent.record.connected = false;
+        true
     }
 
     /// Agents whose last certificate is revoked are no part of the fleet any more. Returns them, with
@@ -496,38 +479,48 @@ impl Fleet {
         };
         agent.record.seen = now;
         let manifest_sha256 = manifest.payload_sha256();
-        let took = agent.took.map(|took| took.manifest_sha256);
+        let taken = agent.record.taken.as_ref();
+        let is_new = taken.map(|taken| taken.manifest_sha256) != Some(manifest_sha256);
         // What it has is offered to mend it, and says nothing of how far it came.
         let mends = agent.at() > Some(manifest.position());
-        if took != Some(manifest_sha256) && !mends {
-            agent.took = Some(Took {
-                position: manifest.position(),
-                manifest_sha256,
-                progress: now,
-                since: now,
-            });
+        if is_new && !mends {
+            let version = agent.record.version.clone();
+            let taken = Taken::new(manifest.position(), manifest_sha256, version, now);
+            agent.record.taken = Some(taken);
         }
         if let Some(link) = &mut agent.link {
             link.declined = None;
             link.told = Some(manifest_sha256);
+            link.says_live = false;
             link.offer = Some(Offered {
                 id: offer,
                 position: manifest.position(),
                 manifest_sha256,
                 phase: Phase::Idle,
                 progress: now,
+                unbegun: false,
             });
         }
     }
 
+    /// The offer that an agent was just made is an operator's order.
+    pub fn forced(&mut self, name: &AgentName, id: LinkId) {
+        let offer = self.link(name, id).and_then(|link| link.offer.as_mut());
+        if let Some(offer) = offer {
+            offer.unbegun = true;
+        }
+    }
+
     /// An agent gave a sign of progress with its offer, and may have said until when it will be
-    /// silent: at most [`SILENCE_MAX`] of that is believed.
+    /// silent: at most [`SILENCE_MAX`] of that is believed. `sent`: bytes of files that its connection
+    /// has carried.
     pub fn progress(
         &mut self,
         name: &AgentName,
         id: LinkId,
         phase: Phase,
         until: Option<Timestamp>,
+        sent: u64,
         now: Timestamp,
     ) {
         let Some(agent) = self.linked(name, id) else {
@@ -536,11 +529,12 @@ impl Fleet {
         if let Some(offer) = agent.link.as_mut().and_then(|link| link.offer.as_mut()) {
             let latest = now.saturating_add(SILENCE_MAX).unwrap_or(Timestamp::MAX);
             offer.phase = phase;
+            offer.unbegun = false;
             offer.progress = until.map_or(now, |until| until.clamp(now, latest));
-            if let Some(took) = &mut agent.took
-                && took.manifest_sha256 == offer.manifest_sha256
+            if let Some(taken) = &mut agent.record.taken
+                && taken.manifest_sha256 == offer.manifest_sha256
             {
-                took.progress = offer.progress;
+                taken.progress(phase, offer.progress, sent, now);
             }
         }
     }
@@ -561,15 +555,52 @@ impl Fleet {
         let (clamd, foreign) = (bounded(clamd), bounded_list(foreign));
         let news = agent.record.clamd != clamd || agent.record.foreign != foreign;
         agent.record.clamd = clamd;
+        agent.record.learn_version();
         agent.record.foreign = foreign;
         Some(news)
     }
 
-    /// An agent has what it is wanted at, and needs no offer of it.
-    pub fn has_it(&mut self, name: &AgentName, id: LinkId, manifest_sha256: Digest) {
+    /// An agent has its target generation, by its last receipt, and needs no offer of it. `says_live`:
+    /// its Hello says that it is live with it.
+    pub fn has_it(
+        &mut self,
+        name: &AgentName,
+        id: LinkId,
+        manifest_sha256: Digest,
+        says_live: bool,
+    ) {
         if let Some(link) = self.link(name, id) {
             link.told = Some(manifest_sha256);
+            link.says_live = says_live;
         }
+    }
+
+    /// Whether refusals by hosts of an agent's version are being weighed already, or were.
+    pub fn is_weighed(&self, name: &AgentName) -> bool {
+        let (run, agent) = (self.rollout.running(), self.agents.0.get(name));
+        run.zip(agent).is_some_and(|(run, agent)| {
+            let version = agent.member(Some(&run.target)).version;
+            run.weighing.contains_key(version) || run.withheld.contains_key(version)
+        })
+    }
+
+    /// Whether the running generation waits for the first agent to connect, and this is the one.
+    pub fn first_wave_waits(&self) -> bool {
+        let run = self.rollout.running();
+        let linked = || self.agents.0.values().filter(|agent| agent.link.is_some());
+        run.is_some_and(|run| run.begun.is_empty()) && linked().nth(1).is_none()
+    }
+
+    /// The generation that an agent was not offered because its Hello and its last receipt said that it
+    /// is live with it, where an older receipt that it had kept says otherwise. A crash has cost it the
+    /// receipt that came after that one, and only the answer to an offer makes up for that.
+    pub fn doubted(&self, name: &AgentName, now: Timestamp) -> Option<&Arc<Verified<Manifest>>> {
+        let agent = self.agents.0.get(name)?;
+        let link = agent.link.as_ref().filter(|link| link.says_live)?;
+        let wanted = self.due_to(agent, now)?;
+        let is_told = link.told == Some(wanted.payload_sha256());
+        let standing = self.standing(name, now, self.rules.deadline);
+        (is_told && standing != Standing::Conformant).then_some(wanted)
     }
 
     /// Takes a receipt whose signature was checked. `false`: it is known already.
@@ -694,6 +725,69 @@ impl Agents for Roster {
         let agents = self.0.values();
         agents.map(|agent| agent.member(target)).collect()
     }
+
+    fn is_enrolled(&self, name: &AgentName) -> bool {
+        self.0.contains_key(name)
+    }
+
+    fn proven(&self, name: &AgentName) -> Option<Position> {
+        let record = &self.0.get(name)?.record;
+        let installed = record.installed.as_ref()?;
+        let failed = record.failed.as_ref().map(|failed| failed.position);
+        let proven = installed.live && installed.intact && installed.proven;
+        // A host that has refused what it proved before contradicts itself.
+        (proven && failed < Some(installed.position)).then_some(installed.position)
+    }
+}
+
+/// A ClamAV version of which the first wave has too few members: one host that lies or fails there
+/// decides for all hosts of that version.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize)]
+pub struct ThinVersion {
+    /// The version.
+    pub version: String,
+    /// Members of the first wave that have it.
+    pub canaries: usize,
+    /// Other hosts that have it.
+    pub hosts: usize,
+    /// One of those.
+    pub one: AgentName,
+}
+
+/// The versions of which the group has less than three members, although other agents have them.
+/// None, where nobody is in the group.
+pub fn thin_versions<'a>(
+    records: impl Iterator<Item = &'a Record>,
+    canary: &GroupName,
+) -> Vec<ThinVersion> {
+    let mut versions: BTreeMap<&str, ThinVersion> = BTreeMap::new();
+    let mut canaries: HashMap<&str, usize> = HashMap::new();
+    for record in records {
+        let Some(version) = record.version.as_deref() else {
+            continue;
+        };
+        if record.groups.contains(canary) {
+            *canaries.entry(version).or_default() += 1;
+        } else {
+            let thin = versions.entry(version).or_insert_with(|| ThinVersion {
+                version: version.to_owned(),
+                canaries: 0,
+                hosts: 0,
+                one: record.name.clone(),
+            });
+            thin.hosts += 1;
+        }
+    }
+    if canaries.is_empty() {
+        return Vec::new();
+    }
+    let with_canaries = versions.into_values().map(|thin| ThinVersion {
+        canaries: canaries.get(thin.version.as_str()).copied().unwrap_or(0),
+        ..thin
+    });
+    with_canaries
+        .filter(|thin| thin.canaries < CANARIES_MIN)
+        .collect()
 }
 
 fn target(manifest: &Verified<Manifest>) -> Target {
@@ -702,11 +796,4 @@ fn target(manifest: &Verified<Manifest>) -> Target {
         manifest_sha256: manifest.payload_sha256(),
         content: manifest.content,
     }
-}
-
-/// The program's own version in clamd's answer to VERSION: `ClamAV 1.4.3` of
-/// `ClamAV 1.4.3/27890/Sat ...`.
-fn program_version(clamd: &ClamdReport) -> Option<&str> {
-    let version = clamd.version.as_deref()?;
-    version.split('/').next()
 }

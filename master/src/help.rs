@@ -60,9 +60,12 @@ Examples:
   clamcast-master publish --accept 'main was cut by Talos, ticket 4711'";
 
 pub(crate) const ROLLOUT: &str = "\
-A wave is done when no connected member is still at it, one has proven the generation live, and so \
-have half of those that were seen in the last 24 hours. A clamd that refuses it halts it; hosts with \
-trouble of their own only pause it.
+A wave is settled when all of its connected members have answered, or at its deadline; in both cases half \
+of the members that were connected since it began, and at least one, must have proven the generation live. \
+Members that it leaves behind are stragglers: they catch up. A refusal is weighed against the proofs of the \
+same ClamAV version: with two proofs and more proofs than refusals the hosts that refused are set aside; \
+otherwise that version is not offered the generation any more, and where no other version is left the \
+rollout halts. Trouble of hosts only pauses it, at most until the wave's deadline if half have proven it.
 
 Exit codes:
   0  done; `status`: complete, or without --timeout on its way or paused
@@ -71,12 +74,13 @@ Exit codes:
   2  there is no such generation
   3  the daemon cannot be reached; `status --timeout` waits for one that has answered before
   4  refused: nothing is running, nothing is paused, an operator has paused it already (it says why), the
-     group is not pinned or is past the generation
+     group is not pinned or is past the generation, the host is not enrolled or not set aside
 
 Examples:
   clamcast-master rollout status --timeout 10m
   clamcast-master rollout pause --reason 'change freeze until Monday'
   clamcast-master rollback 1.41 --reason 'false positives, ticket 4711'
+  clamcast-master rollout set-aside web7 --reason 'disk is failing'
   clamcast-master pin db 1.41";
 
 pub(crate) const STATUS: &str = "\

@@ -18,7 +18,7 @@ use clamcast_proto::keys::KeySet;
 use clamcast_proto::manifest::Manifest;
 use clamcast_proto::receipt::Receipt;
 use clamcast_proto::revocation::RevocationList;
-use clamcast_proto::wire::{self, Hello, OfferId, Phase, Welcome};
+use clamcast_proto::wire::{self, Hello, OfferId, Welcome};
 use clamcast_proto::{AgentName, Digest, GroupName, Position};
 use jiff::Timestamp;
 use quinn::{Connection, VarInt};
@@ -27,10 +27,10 @@ use tokio::time::{MissedTickBehavior, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use crate::dispatch::{
-    Action, Bounds, Dispatcher, Entry, Forced, Forcing, Manner, Newcomer, Now, Order, TRY_AGAIN,
-    Unwanted, Word,
+    Action, Bounds, Dispatcher, Entry, Forced, Forcing, Manner, Newcomer, Now, Order, Progress,
+    TRY_AGAIN, Unwanted, Word,
 };
-use crate::fleet::{Counts, Fleet, LinkId, Row};
+use crate::fleet::{Counts, Fleet, LinkId, Row, ThinVersion};
 use crate::pipeline::Wish;
 use crate::publish::{Publisher, Rejected};
 use crate::recorder::{Job, Recorder};
@@ -88,12 +88,8 @@ pub enum Event {
         name: AgentName,
         /// On which connection.
         id: LinkId,
-        /// With which offer.
-        offer: OfferId,
-        /// What it is doing.
-        phase: Phase,
-        /// Until when it means to be silent.
-        until: Option<Timestamp>,
+        /// Which one.
+        progress: Progress,
     },
     /// It sent a receipt whose signature was checked.
     Receipt {
@@ -227,8 +223,12 @@ pub struct View {
     pub newest: Option<Position>,
     /// What the next wave waits for, if it waits for a window: each group's windows.
     pub windows: Vec<String>,
-    /// Versions of clamd that no canary tries, with the number of hosts and one of them.
-    pub untried: Vec<(String, usize, AgentName)>,
+    /// How long a wave waits for its members.
+    pub deadline: Duration,
+    /// Members of settled waves that have not proven the running generation.
+    pub stragglers: Vec<AgentName>,
+    /// ClamAV versions that too few canaries have.
+    pub thin: Vec<ThinVersion>,
     /// Who stands where, in numbers.
     pub counts: Counts,
     /// Connected agents that have not answered their offer yet.
@@ -450,17 +450,14 @@ impl Running {
                     clamd,
                     foreign,
                     installed,
+                    outcome,
                     ..
                 } = *hello;
-                dispatcher.hello(&name, id, clamd, foreign, installed.as_ref(), now);
+                dispatcher.hello(&name, id, clamd, foreign, installed.as_ref(), outcome, now);
             }
-            Event::Progress {
-                name,
-                id,
-                offer,
-                phase,
-                until,
-            } => dispatcher.progress(&name, id, offer, phase, until, now),
+            Event::Progress { name, id, progress } => {
+                dispatcher.progress(&name, id, progress, now);
+            }
             Event::Receipt { id, receipt } => dispatcher.receipt(id, &receipt, now),
             Event::Declined {
                 name,
@@ -749,11 +746,9 @@ impl View {
             rollout: fleet.rollout().clone(),
             tallies: fleet.tallies(now),
             windows: fleet.waits_for(now),
-            untried: fleet
-                .untried_versions()
-                .into_iter()
-                .map(|(version, (hosts, one))| (version.to_owned(), hosts, one.clone()))
-                .collect(),
+            deadline,
+            stragglers: fleet.stragglers(now).into_iter().cloned().collect(),
+            thin: fleet.thin_versions(),
             counts: fleet.counts(now, deadline),
             unsettled: fleet.unsettled(now, deadline).cloned().collect(),
             rows: fleet.rows(now, deadline),

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use clamcast_proto::dsse::{EnvelopeError, Verified};
@@ -24,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::archive::Archive;
 use crate::config::Groups;
-use crate::dispatch::Unwanted;
+use crate::dispatch::{Progress, Unwanted};
 use crate::fleet::LinkId;
 use crate::hub::{AGENTS_MAX, Command, Connected, Event, Hub};
 use crate::meter::{Meters, Talk};
@@ -300,14 +301,18 @@ async fn speak(
             send,
             offer: None,
             parts: JoinSet::new(),
+            sent: Arc::default(),
             talk: Talk::new(Instant::now()),
         };
         link.run(recv, commands, stop).await
     };
     let result = Box::pin(converse).await;
-    // From here on the hub must hear of the end, whatever it was.
-    let told = shared.hub.tell(Event::Disconnected { name, id });
-    let _ = Box::pin(told).await; // it may be gone already
+    // From here on the hub must hear of the end, whatever it was; but where the master stops, the
+    // next start has to know that the agent was connected.
+    if !stop.is_cancelled() {
+        let told = shared.hub.tell(Event::Disconnected { name, id });
+        let _ = Box::pin(told).await; // it may be gone already
+    }
     result
 }
 
@@ -374,6 +379,8 @@ struct Link<'a> {
     send: SendStream,
     offer: Option<Offering>,
     parts: JoinSet<()>,
+    /// Bytes of files that went out on this connection.
+    sent: Arc<AtomicU64>,
     talk: Talk,
 }
 
@@ -534,9 +541,12 @@ impl Link<'_> {
             } => Event::Progress {
                 name,
                 id: self.id,
-                offer,
-                phase,
-                until,
+                progress: Progress {
+                    offer,
+                    phase,
+                    until,
+                    sent: self.sent.load(Ordering::Relaxed),
+                },
             },
             ToMaster::Need { offer, files } => {
                 self.spend(bytes)?;
@@ -634,12 +644,12 @@ impl Link<'_> {
             }
         }
         tracing::debug!(agent = %self.name, files = needs.len(), "needs");
-        let (connection, shared, name, id) = (
+        let (connection, shared, sent) = (
             self.connection.clone(),
             self.shared.clone(),
-            self.name.clone(),
-            self.id,
+            self.sent.clone(),
         );
+        let (name, id) = (self.name.clone(), self.id);
         // One file after the other: the link is the bottleneck, and a file that is complete early
         // survives a lost connection whole.
         self.parts.spawn(async move {
@@ -647,19 +657,19 @@ impl Link<'_> {
                 let target = manifest.file(&need.name).expect("looked up above");
                 match shared
                     .pusher
-                    .push(&connection, offer, need, target, full)
+                    .push(&connection, offer, need, target, full, &sent)
                     .await
                 {
                     Ok(bytes) => {
                         tracing::debug!(agent = %name, file = %need.name, bytes, "sent");
-                        let phase = wire::Phase::Fetching;
-                        let event = Event::Progress {
-                            name: name.clone(),
-                            id,
+                        let progress = Progress {
                             offer,
-                            phase,
+                            phase: wire::Phase::Fetching,
                             until: None,
+                            sent: sent.load(Ordering::Relaxed),
                         };
+                        let name = name.clone();
+                        let event = Event::Progress { name, id, progress };
                         if shared.hub.tell(event).await.is_err() {
                             return; // the daemon stops
                         }

@@ -24,7 +24,7 @@ use clap::Parser as _;
 use jiff::Timestamp;
 use serde::Serialize;
 
-use cli::{Audit, Cli, Command, ForceSync, Reason, Rollout};
+use cli::{Audit, Cli, Command, ForceSync, OfHost, Reason, Rollout};
 
 /// Time between two looks of `status --watch`.
 const WATCH: Duration = Duration::from_secs(2);
@@ -167,6 +167,8 @@ fn rollout(socket: &Path, command: Rollout) -> Result<(), Exit> {
         Rollout::Resume(reason) => (Change::Resume, reason),
         Rollout::Abort(reason) => (Change::Abort, reason),
         Rollout::Promote(reason) => (Change::Promote, reason),
+        Rollout::SetAside(OfHost { host, reason }) => (Change::SetAside(host), reason),
+        Rollout::Restore(OfHost { host, reason }) => (Change::Restore(host), reason),
     };
     ordered(socket, change, reason, json)
 }

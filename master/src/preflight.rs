@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::{Config, LoadTest};
 use crate::endpoint::{self, EndpointError};
-use crate::fleet::Record;
+use crate::fleet::{CANARIES_MIN, Record, ThinVersion, thin_versions};
 use crate::recorder;
 use crate::revoked;
 use crate::rollout::Wave;
@@ -200,7 +200,7 @@ fn canary_doubts(config: &Config) -> Vec<String> {
         Wave::Share(_) | Wave::Count(_) => None,
     });
     let empty = waves.filter(|group| !records.is_empty() && !groups.contains(group));
-    empty
+    let mut doubts: Vec<_> = empty
         .map(|group| {
             format!(
                 "rollout.waves has \"group:{group}\", and no agent was ever in that group: the wave \
@@ -208,7 +208,30 @@ fn canary_doubts(config: &Config) -> Vec<String> {
                  `clamcast-certs agent --group {group}`"
             )
         })
-        .collect()
+        .collect();
+    if let Some(Wave::Group(canary)) = config.rollout.waves.first() {
+        let records: Vec<_> = records
+            .iter()
+            .cloned()
+            .map(|mut record| {
+                record.groups = groups_of(&record);
+                record
+            })
+            .collect();
+        for thin in thin_versions(records.iter(), canary) {
+            let ThinVersion {
+                version,
+                canaries,
+                hosts,
+                one,
+            } = thin;
+            doubts.push(format!(
+                "rollout.waves: hosts with {version}: {canaries} in group `{canary}`, {hosts} others \
+                 ({one}); with {CANARIES_MIN} in the group no single host decides for that version"
+            ));
+        }
+    }
+    doubts
 }
 
 /// What keeps the mirror from being published: nobody there, nothing in it, or no right to read.

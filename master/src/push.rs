@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::io;
 use std::path::PathBuf;
 use std::pin::pin;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
@@ -98,7 +99,8 @@ impl Pusher {
         }
     }
 
-    /// Sends one file. Returns the bytes that went over the wire for it.
+    /// Sends one file, and adds to `sent` what QUIC has taken of it. Returns the bytes that went over
+    /// the wire for it.
     pub async fn push(
         &self,
         connection: &Connection,
@@ -106,6 +108,7 @@ impl Pusher {
         need: &NeedFile,
         target: &ManifestFile,
         full: bool,
+        sent: &AtomicU64,
     ) -> Result<u64, PushError> {
         let name = || need.name.to_string();
         let encoded = self
@@ -161,8 +164,10 @@ impl Pusher {
                 return Err(read(io::ErrorKind::UnexpectedEof.into()));
             }
             chunk.truncate(usize::try_from(left).unwrap_or(usize::MAX).min(read_bytes));
-            left -= chunk.len() as u64;
+            let taken = chunk.len() as u64;
             stream.write(chunk.freeze(), &need.name).await?;
+            sent.fetch_add(taken, Ordering::Relaxed);
+            left -= taken;
         }
         stream.finish();
         Ok(length)

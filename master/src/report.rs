@@ -2,6 +2,8 @@
 
 use clamcast_proto::manifest::Manifest;
 use clamcast_proto::{AgentName, Position};
+use jiff::{SignedDuration, Timestamp};
+use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use crate::fleet::Row;
@@ -97,15 +99,40 @@ pub fn rollout(view: &View) -> Value {
         if let Some((all, wave)) = &view.tallies {
             set("all", json!(all));
             set("this_wave", json!(wave));
-            let waited = wave.waited.iter().filter(|it| !all.named.contains(it));
-            let blocking = all.named.iter().chain(waited);
+            set("waits_for", json!(wave.waits_for));
+            let waits_for = wave.waits_for.iter().map(|it| &it.agent);
+            let waits_for = waits_for.filter(|it| !all.named.contains(it));
+            let blocking = all.named.iter().chain(waits_for);
             let blocking = blocking.filter_map(|name| row_of(view, name));
             set("blocking", blocking.map(said).collect());
         }
         if let Some(waiting) = rollout.waiting() {
             set("waiting", json!(waiting.position));
         }
+        if let Some(since) = run.waits_for_group {
+            set(
+                "waits_for_group",
+                json!({ "wave": run.ahead.first(), "since": since }),
+            );
+        }
+        let deadline = SignedDuration::try_from(view.deadline).unwrap_or(SignedDuration::MAX);
+        let weighing = run.weighing.iter().map(|(version, it)| {
+            let until = it.since.saturating_add(deadline).unwrap_or(it.since);
+            let weighing = json!({ "refused": it.refused, "since": it.since, "until": until });
+            (version.clone(), weighing)
+        });
+        set("weighing", Value::Object(weighing.collect()));
+        set("withheld", json!(run.withheld));
+        let stragglers = view.stragglers.iter().take(NAMED_MAX);
+        let stragglers = stragglers.filter_map(|name| row_of(view, name));
+        set("stragglers", stragglers.map(said).collect());
+        set("stragglers_total", view.stragglers.len().into());
     }
+    let from_complete: Vec<_> = rollout.withheld_from_complete().collect();
+    if !from_complete.is_empty() {
+        set("complete_withheld", json!(from_complete));
+    }
+    set("set_aside", json!(rollout.set_aside()));
     if let Some(failed) = rollout.failed() {
         let position = failed.target.position;
         set(
@@ -140,11 +167,7 @@ pub fn rollout(view: &View) -> Value {
     if let Some(held) = rollout.held() {
         set("held", json!(held));
     }
-    let untried = view
-        .untried
-        .iter()
-        .map(|(version, hosts, one)| json!({ "version": version, "hosts": hosts, "one": one }));
-    set("untried", untried.collect());
+    set("thin", json!(view.thin));
     let pins = rollout.pins().iter().map(|(group, pin)| {
         let position = pin.target.position;
         json!({
@@ -245,10 +268,61 @@ pub fn standing(view: &View) -> Option<String> {
     .or_else(|| lost(rollout))
 }
 
+/// Alarms about hosts that are set aside and versions that are left out, by name.
+pub fn alarms(rollout: &Rollout) -> Vec<Alarm> {
+    let set_aside = rollout.set_aside().iter().map(|(host, it)| Alarm {
+        name: "set-aside",
+        text: format!(
+            "{host} is set aside: {}; its refusals do not count until it proves a generation live, \
+             or `rollout restore {host}`",
+            it.reason
+        ),
+        since: it.since,
+    });
+    let run = rollout.running();
+    let withheld = run.into_iter().flat_map(|run| {
+        run.withheld.iter().map(|(version, it)| Alarm {
+            name: "withheld",
+            text: format!(
+                "{} is withheld from hosts with {version}: {}",
+                run.target.position, it.reason
+            ),
+            since: it.since,
+        })
+    });
+    let weighing = run.into_iter().flat_map(|run| {
+        run.weighing.iter().map(|(version, it)| {
+            let refused: Vec<_> = it.refused.iter().map(AgentName::as_str).collect();
+            Alarm {
+                name: "weighing",
+                text: format!(
+                    "{} refused {}: no further host is offered it until the other hosts with \
+                     {version} have answered",
+                    refused.join(", "),
+                    run.target.position
+                ),
+                since: it.since,
+            }
+        })
+    });
+    set_aside.chain(withheld).chain(weighing).collect()
+}
+
+/// Something that an operator should look at.
+#[derive(Clone, Debug, Serialize)]
+pub struct Alarm {
+    /// What kind.
+    pub name: &'static str,
+    /// On which object, why, and the next step.
+    pub text: String,
+    /// Since when.
+    pub since: Timestamp,
+}
+
 /// Some of those that `rollout status` waits for.
 pub fn waited(view: &View) -> Vec<&AgentName> {
     if let Some((_, wave)) = &view.tallies {
-        return wave.waited.iter().collect();
+        return wave.waits_for.iter().map(|it| &it.agent).collect();
     }
     let back = going_back(view);
     let rows = back.iter().flat_map(|back| &back.on_their_way);
@@ -263,6 +337,9 @@ fn stands(run: &Run, view: &View) -> String {
         let before = before.map(|it| format!(", and by itself before: {}", it.reason));
         let before = before.unwrap_or_default();
         return format!("{position} is paused: {}{before}", pause.reason);
+    }
+    if let (Some(_), Some(wave)) = (run.waits_for_group, run.ahead.first()) {
+        return format!("{position} waits: no host of wave {wave} is connected");
     }
     if run.waits_for_window {
         return format!(

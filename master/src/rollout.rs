@@ -9,9 +9,10 @@ mod run;
 #[cfg(test)]
 mod tests;
 mod wave;
+mod weigh;
 mod window;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::time::Duration;
 
 use clamcast_daemon::config::Percent;
@@ -20,11 +21,12 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 pub use order::{Order, OrderError, PINS_MAX};
-pub use run::{Pause, PauseKind, Run, Tally};
-pub use wave::{Begun, Wave, WaveError, place};
+pub use run::{Awaited, Pause, PauseKind, Run, Tally, Weighing, Withheld, WithheldCause};
+pub use wave::{Begun, Wave, WaveError};
+pub use weigh::SetAside;
 pub use window::{Window, WindowError};
 
-use run::{Participant, Turn};
+use run::{Participant, Regard, Turn};
 
 /// Generations that are remembered as taken back. A host that still has an older one of them was
 /// away for so many bad updates; then it is told to go on from there like any other.
@@ -33,6 +35,12 @@ const TAKEN_BACK_MAX: usize = 256;
 /// Generations that are remembered as passed over: more than any store keeps.
 const PASSED_OVER_MAX: usize = 256;
 
+/// Contents of which the withholding versions are remembered: more than any store keeps.
+const UNFIT_MAX: usize = 64;
+
+/// The version of an agent whose clamd has not reported one.
+pub const UNKNOWN_VERSION: &str = "an unknown version";
+
 /// How careful rollouts are: `[rollout]` of the configuration.
 #[derive(Clone, Debug)]
 pub struct Rules {
@@ -40,13 +48,15 @@ pub struct Rules {
     pub waves: Vec<Wave>,
     /// Wait after a wave is done before the next begins.
     pub settle: Duration,
-    /// Agents whose clamd refused it, as a part of those that were offered it.
+    /// Members of later waves that refused it and are not set aside, as a part of all members: more of
+    /// them, and more than one, halt it unless more hosts have proven it.
     pub refused_max: Percent,
-    /// Agents with trouble of their own, as a part of those that were offered it.
+    /// Members with trouble of their own, as a part of a wave: more of them, and more than one, pause it.
     pub unwell_max: Percent,
     /// Whether those who took what was halted go back.
     pub rollback_on_halt: bool,
-    /// Silence that counts as trouble.
+    /// How long a wave waits for its members. A member's progress renews its own time to twice this
+    /// at most.
     pub deadline: Duration,
     /// When hosts of a group may be given something new. A group without one: always.
     pub windows: BTreeMap<GroupName, Vec<Window>>,
@@ -70,37 +80,63 @@ pub struct Member<'a> {
     pub name: &'a AgentName,
     /// Its groups.
     pub groups: &'a [GroupName],
+    /// The ClamAV version that its clamd reported last, before it was offered the running generation;
+    /// or [`UNKNOWN_VERSION`].
+    pub version: &'a str,
     /// Whether it is connected.
     pub connected: bool,
-    /// When it last was.
+    /// Whether it was connected when the master was started.
+    pub was_connected: bool,
+    /// Whether it was, and has not connected since.
+    pub returning: bool,
+    /// When it was connected last.
     pub seen: Timestamp,
     /// The highest generation that it took, by its receipts and by what it was offered: agents never
     /// take a lower one.
     pub at: Option<Position>,
     /// What its receipt says of the running generation.
-    pub word: Option<Word>,
-    /// Its last sign of progress with the running generation, on this connection or before.
-    pub progress: Option<Timestamp>,
-    /// When it was first offered the running generation.
-    pub offered: Option<Timestamp>,
-    /// Its [`place`] in the order of the running generation's rollout.
-    pub place: Option<Digest>,
+    pub answer: Option<Answer>,
+    /// The offer of the running generation.
+    pub offered: Option<Offering>,
+}
+
+/// An offer that an agent was made.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Offering {
+    /// When it was made first.
+    pub since: Timestamp,
+    /// When the agent last made real progress with it.
+    pub renewed: Timestamp,
+}
+
+impl Member<'_> {
+    /// Whether it has the running generation live.
+    pub fn is_live(&self) -> bool {
+        matches!(self.answer, Some(Answer::Live { .. }))
+    }
 }
 
 /// Where members come from: the fleet.
 pub trait Agents {
     /// Every enrolled agent, with what it says of `target`.
     fn members(&self, target: Option<&Target>) -> Vec<Member<'_>>;
+    /// Whether an agent is enrolled.
+    fn is_enrolled(&self, name: &AgentName) -> bool;
+    /// The generation that the real clamd of an agent has proven live, if it has it now.
+    fn proven(&self, name: &AgentName) -> Option<Position>;
 }
 
 /// What came of a generation on an agent.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Word {
+pub enum Answer {
     /// Live, with every file intact.
-    Live,
+    Live {
+        /// A real clamd found the canary of the install. Only that counters a refusal.
+        proven: bool,
+    },
     /// On its disk, and clamd has not shown it yet.
     Installed,
-    /// clamd cannot use it.
+    /// Refused, with evidence against the set.
     Refused,
     /// The host could not take it, or declined.
     Unwell,
@@ -139,6 +175,16 @@ pub struct Rollout {
     /// to what no wave has proven.
     #[serde(default)]
     passed_over: BTreeSet<Position>,
+    /// Versions that the last complete generation is withheld from, and what went through for them
+    /// before.
+    #[serde(default)]
+    complete_before: BTreeMap<String, Target>,
+    /// Contents that were withheld from versions, oldest first.
+    #[serde(default)]
+    unfit: VecDeque<(Digest, BTreeSet<String>)>,
+    /// Hosts whose refusals do not count.
+    #[serde(default)]
+    set_aside: BTreeMap<AgentName, SetAside>,
     /// A rollback that has to be published.
     owed: Option<Owed>,
     /// Why nothing is published although the mirror changes.
@@ -220,8 +266,10 @@ pub enum Effect {
     Note {
         /// The event.
         event: &'static str,
-        /// The generation.
-        target: Target,
+        /// The generation, if it is about one.
+        position: Option<Position>,
+        /// The host that it is about; none: the fleet.
+        host: Option<AgentName>,
         /// Why, or what.
         reason: String,
     },
@@ -304,13 +352,31 @@ impl Rollout {
         self.resumed = Some(now);
         if let Some(run) = &mut self.running {
             run.resumed = Some(now);
+            for weighing in run.weighing.values_mut() {
+                weighing.since = now; // nobody could answer meanwhile
+            }
         }
     }
 
-    /// Whether an agent that is not connected may be about to be: the master was started a moment ago, and
-    /// it was `seen` not long before that, and not since.
-    pub fn is_coming_back(&self, seen: Timestamp, now: Timestamp) -> bool {
-        run::is_coming_back(self.resumed, seen, now)
+    /// Whether the master was started a moment ago, so that its agents may still be reconnecting.
+    pub fn is_reconnecting(&self, now: Timestamp) -> bool {
+        run::is_reconnecting(self.resumed, now)
+    }
+
+    /// Hosts whose refusals do not count, until they prove a generation live or an operator restores
+    /// them.
+    pub fn set_aside(&self) -> &BTreeMap<AgentName, SetAside> {
+        &self.set_aside
+    }
+
+    /// The ClamAV versions that the last complete generation is withheld from.
+    pub fn withheld_from_complete(&self) -> impl Iterator<Item = &String> {
+        let content = self.complete.map(|complete| complete.content);
+        let unfit = self
+            .unfit
+            .iter()
+            .filter(move |(of, _)| Some(*of) == content);
+        unfit.flat_map(|(_, versions)| versions)
     }
 
     /// Generations that somebody may be wanted at: they and their files are kept.
@@ -319,14 +385,15 @@ impl Rollout {
         let pinned = self.pins.values().map(|pin| &pin.target);
         let owed = self.owed.as_ref().map(|owed| &owed.to);
         let one = [self.complete.as_ref(), running, self.waiting.as_ref(), owed];
-        one.into_iter().flatten().chain(pinned)
+        let before = self.complete_before.values();
+        one.into_iter().flatten().chain(pinned).chain(before)
     }
 
     /// What an agent should run: the pin of its group; else the running generation if its wave has
     /// begun; else the last complete one. Never lower than what it has, and never what was taken
     /// back.
     pub fn wanted(&self, member: &Member<'_>, rules: &Rules, now: Timestamp) -> Wanted {
-        let Some(wanted) = self.meant_for(member) else {
+        let Some(wanted) = self.meant_for(member, rules, now) else {
             return member.at.map_or(Wanted::Nothing, |_| Wanted::Stay);
         };
         match member.at {
@@ -338,23 +405,29 @@ impl Rollout {
         }
     }
 
-    /// The same without a look at what it has or at the clock.
-    fn meant_for(&self, member: &Member<'_>) -> Option<&Target> {
-        self.named_for(member)
+    /// The generation for a host, whatever the host has and whether its window is open.
+    fn meant_for(&self, member: &Member<'_>, rules: &Rules, now: Timestamp) -> Option<&Target> {
+        self.named_for(member, rules, now)
             .filter(|target| !self.is_taken_back(target.position))
     }
 
-    fn named_for(&self, member: &Member<'_>) -> Option<&Target> {
+    fn named_for(&self, member: &Member<'_>, rules: &Rules, now: Timestamp) -> Option<&Target> {
         if let Some(pin) = self.pin(member.groups) {
             return Some(pin);
         }
-        let running = self.running.as_ref().filter(|run| {
-            // What an agent has taken in hand while the rollout ran it may finish.
-            let offered =
-                run.paused.as_ref().is_none_or(Pause::lets_offer) || member.progress.is_some();
-            offered && run.has(member)
-        });
-        running.map(|run| &run.target).or(self.complete.as_ref())
+        let offers = |run: &&Run| run.offers_to(member, rules, now);
+        let running = self.running.as_ref().filter(offers);
+        let complete = || match self.is_unfit(self.complete.as_ref()?, member.version) {
+            true => self.complete_before.get(member.version),
+            false => self.complete.as_ref(),
+        };
+        running.map(|run| &run.target).or_else(complete)
+    }
+
+    /// Whether a generation's databases were withheld from a ClamAV version.
+    fn is_unfit(&self, target: &Target, version: &str) -> bool {
+        let mut unfit = self.unfit.iter();
+        unfit.any(|(content, versions)| *content == target.content && versions.contains(version))
     }
 
     /// Of several pinned groups of an agent the lowest generation counts: a pin holds back.
@@ -371,7 +444,13 @@ impl Rollout {
     }
 
     /// A generation was published. It goes through the waves, at once or after the running one.
-    pub fn published(&mut self, target: Target, supersede: bool, rules: &Rules) -> Vec<Effect> {
+    pub fn published(
+        &mut self,
+        target: Target,
+        supersede: bool,
+        rules: &Rules,
+        now: Timestamp,
+    ) -> Vec<Effect> {
         let failed = self.failed.as_ref().map(|failed| &failed.target);
         let highest = self.needed().chain(failed).map(|known| known.position);
         if highest.max() >= Some(target.position) {
@@ -380,13 +459,11 @@ impl Rollout {
         if self.owed.is_some() {
             return Vec::new(); // it is below the rollback, after which the mirror is looked at
         }
-        // One that nobody was offered needs no end, and one that waits for a night has made way.
-        let makes_way =
-            |run: &Run| run.paused.is_none() && (run.begun.is_empty() || run.waits_for_window);
         let running = self.running.as_ref();
+        let makes_way = |run: &Run| run.makes_way(rules, now);
         let goes_first = |run: &Run| makes_way(run) || (supersede && run.frozen().is_none());
         let Some(run) = running.filter(|run| !goes_first(run)) else {
-            return self.begin(target, rules);
+            return self.begin(target, rules, now);
         };
         let reason = format!("waits for {}", run.target.position);
         let before = self.waiting.replace(target);
@@ -420,6 +497,8 @@ impl Rollout {
         self.running.take_if(|run| !may_be_offered(&run.target));
         self.waiting.take_if(|target| !may_be_offered(target));
         self.owed.take_if(|owed| !may_be_offered(&owed.to));
+        self.complete_before
+            .retain(|_, target| may_be_offered(target));
         if self.complete.is_none() {
             self.urgent = None;
         }
@@ -435,11 +514,13 @@ impl Rollout {
         unpinned.collect()
     }
 
-    fn begin(&mut self, target: Target, rules: &Rules) -> Vec<Effect> {
+    fn begin(&mut self, target: Target, rules: &Rules, now: Timestamp) -> Vec<Effect> {
         let waves: Vec<_> = rules.waves.iter().map(Wave::to_string).collect();
         let waited = self.waiting.take().filter(|waited| *waited != target);
         self.pass_over(waited);
-        let before = self.running.replace(Run::new(target, rules.waves.clone()));
+        let mut run = Run::new(target, rules.waves.clone(), now);
+        run.resumed = self.resumed;
+        let before = self.running.replace(run);
         self.pass_over(before.map(|run| run.target));
         vec![note(
             "rollout",
@@ -456,7 +537,14 @@ impl Rollout {
         if let Some(run) = &mut self.running {
             run.clock_is_at(now);
         }
+        self.restore_proven(agents, &mut effects);
         loop {
+            let makes_way = |run: &Run| run.makes_way(rules, now);
+            if let Some(next) = self.waiting
+                && self.running.as_ref().is_some_and(makes_way)
+            {
+                effects.extend(self.begin(next, rules, now));
+            }
             let subject = self.subject(agents, rules, now);
             let Some(run) = &mut self.running else {
                 return effects;
@@ -464,7 +552,13 @@ impl Rollout {
             match run.turn(&subject, rules, now, &mut effects) {
                 Turn::Rest => return effects,
                 Turn::Again => {} // a wave has begun, or is over
-                Turn::Through => effects.extend(self.completed(rules)),
+                Turn::SetAside(hosts, reason) => {
+                    let target = run.target;
+                    for host in hosts {
+                        effects.push(self.overruled(host, target, reason.clone(), now));
+                    }
+                }
+                Turn::Through => effects.extend(self.completed(rules, now)),
                 Turn::Halt(reason) => {
                     effects.extend(self.end(Ending::Halted, reason, agents, rules, now));
                 }
@@ -472,8 +566,45 @@ impl Rollout {
         }
     }
 
-    /// The agents that take part in the running generation: who is pinned to another one does not,
-    /// nor does who is past it. A refusal counts in any case.
+    /// A host's refusal of a generation was outweighed.
+    fn overruled(
+        &mut self,
+        host: AgentName,
+        target: Target,
+        reason: String,
+        now: Timestamp,
+    ) -> Effect {
+        let before = self.set_aside.get(&host);
+        let rollouts = before.map_or(0, |before| before.rollouts) + 1;
+        let effect = set_aside(&host, Some(target.position), reason.clone());
+        let set_aside = SetAside {
+            refused: Some(target.position),
+            rollouts,
+            reason,
+            since: now,
+        };
+        self.set_aside.insert(host, set_aside);
+        effect
+    }
+
+    /// Hosts that were set aside count again once they have proven a generation live that is not
+    /// older than the one they refused.
+    fn restore_proven(&mut self, agents: &impl Agents, effects: &mut Vec<Effect>) {
+        self.set_aside.retain(|host, set_aside| {
+            let Some(refused) = set_aside.refused else {
+                return agents.is_enrolled(host); // an operator restores it
+            };
+            let proven = agents.proven(host).filter(|proven| *proven >= refused);
+            if let Some(proven) = proven {
+                let reason = "it has proven a generation live".to_owned();
+                effects.push(counted_again(host, Some(proven), reason));
+            }
+            proven.is_none() && agents.is_enrolled(host)
+        });
+    }
+
+    /// The agents that take part in the running generation: agents that are pinned to another one do
+    /// not, nor do agents that are past it. A refusal counts in any case.
     fn subject<'a>(
         &self,
         agents: &'a impl Agents,
@@ -486,33 +617,73 @@ impl Rollout {
         let takes_part = |member: &Member<'_>| {
             let pin = self.pin(member.groups);
             let pinned = pin.is_some_and(|pin| pin.position != run.target.position);
-            (!pinned || member.word == Some(Word::Refused))
+            (!pinned || member.answer == Some(Answer::Refused))
                 && member.at.is_none_or(|at| at <= run.target.position)
         };
         let members = agents.members(Some(&run.target));
-        let members = members.into_iter().filter(takes_part);
+        let members: Vec<_> = members.into_iter().filter(takes_part).collect();
+        // A host of the first wave is judged by others of that wave.
+        let place = |member: &Member<'_>| run.wave_of(member) == Some(0);
+        let mut judges: HashMap<(&str, bool), usize> = HashMap::new();
+        if !self.set_aside.is_empty() {
+            let first = run.begun.first();
+            let is_judge = |it: &&Member<'_>| {
+                let was_there = first.is_none_or(|first| run.was_connected(it, first, now));
+                was_there && !self.set_aside.contains_key(it.name)
+            };
+            for member in members.iter().filter(is_judge) {
+                *judges.entry((member.version, place(member))).or_default() += 1;
+            }
+        }
         let participant = |member: Member<'a>| {
-            let has_it = member.word.is_some() || member.progress.is_some();
+            let has_it = member.answer.is_some() || member.offered.is_some();
             let may = has_it || rules.is_open(member.groups, now);
-            Participant { member, may }
+            let set_aside = self.set_aside.get(member.name);
+            let regard = set_aside.map_or(Regard::Counted, |set_aside| {
+                let judges = judges.get(&(member.version, place(&member)));
+                let judges = judges.copied().unwrap_or(0);
+                set_aside.regard(run.target.position, judges)
+            });
+            Participant {
+                wave: run.wave_of(&member),
+                member,
+                may,
+                regard,
+            }
         };
-        members.map(participant).collect()
+        members.into_iter().map(participant).collect()
     }
 
-    fn completed(&mut self, rules: &Rules) -> Vec<Effect> {
+    fn completed(&mut self, rules: &Rules, now: Timestamp) -> Vec<Effect> {
         let Some(run) = self.running.take() else {
             return Vec::new();
         };
-        self.complete = Some(run.target);
+        let before = self.complete.replace(run.target);
+        let withheld: BTreeSet<_> = run.withheld.into_keys().collect();
+        self.unfit
+            .retain(|(content, _)| *content != run.target.content); // it had another chance
+        self.complete_before
+            .retain(|version, _| withheld.contains(version));
+        let mut text = "every wave is settled".to_owned();
+        if !withheld.is_empty() {
+            for version in &withheld {
+                let fits = before.filter(|before| !self.is_unfit(before, version));
+                if let Some(before) = fits {
+                    self.complete_before.insert(version.clone(), before);
+                }
+            }
+            let versions: Vec<_> = withheld.iter().map(String::as_str).collect();
+            text += &format!("; withheld from {}", versions.join(", "));
+            self.unfit.push_back((run.target.content, withheld));
+            if self.unfit.len() > UNFIT_MAX {
+                self.unfit.pop_front();
+            }
+        }
         self.urgent = None;
         self.failed = None;
-        let mut effects = vec![note(
-            "rollout-complete",
-            run.target,
-            "every wave is done".to_owned(),
-        )];
+        let mut effects = vec![note("rollout-complete", run.target, text)];
         if let Some(next) = self.waiting.take() {
-            effects.extend(self.begin(next, rules));
+            effects.extend(self.begin(next, rules, now));
         }
         effects
     }
@@ -560,7 +731,7 @@ impl Rollout {
             }
             Some(_) | None => {
                 if let Some(next) = self.waiting.take() {
-                    effects.extend(self.begin(next, rules));
+                    effects.extend(self.begin(next, rules, now));
                 }
             }
         }
@@ -596,6 +767,18 @@ impl Rollout {
         Some((all, wave))
     }
 
+    /// Members of settled waves that have not proven the running generation.
+    pub fn stragglers<'a>(
+        &self,
+        agents: &'a impl Agents,
+        rules: &Rules,
+        now: Timestamp,
+    ) -> Vec<&'a AgentName> {
+        let subject = self.subject(agents, rules, now);
+        let run = self.running.as_ref();
+        run.map_or_else(Vec::new, |run| run.stragglers(&subject, rules, now))
+    }
+
     /// The windows that the next wave waits for, if it does: `GROUP: WINDOW, ...` of each group.
     pub fn waits_for(&self, agents: &impl Agents, rules: &Rules, now: Timestamp) -> Vec<String> {
         let subject = self.subject(agents, rules, now);
@@ -605,6 +788,12 @@ impl Rollout {
 }
 
 impl Rules {
+    /// Members of a wave that may have trouble of their own: one in any case, so that no host alone
+    /// pauses a rollout.
+    fn unwell(&self, wave: &Tally) -> u64 {
+        self.unwell_max.of(wave.members as u64).max(1)
+    }
+
     /// Whether an agent of these groups may be given something new now.
     fn is_open(&self, groups: &[GroupName], now: Timestamp) -> bool {
         let mut windows = groups
@@ -630,7 +819,30 @@ impl Rules {
 fn note(event: &'static str, target: Target, reason: String) -> Effect {
     Effect::Note {
         event,
-        target,
+        position: Some(target.position),
+        host: None,
+        reason,
+    }
+}
+
+/// A host's refusals do not count any more.
+fn set_aside(host: &AgentName, position: Option<Position>, reason: String) -> Effect {
+    let (event, host) = ("set-aside", Some(host.clone()));
+    Effect::Note {
+        event,
+        position,
+        host,
+        reason,
+    }
+}
+
+/// A host's refusals count again.
+fn counted_again(host: &AgentName, position: Option<Position>, reason: String) -> Effect {
+    let (event, host) = ("counted-again", Some(host.clone()));
+    Effect::Note {
+        event,
+        position,
+        host,
         reason,
     }
 }

@@ -43,8 +43,10 @@ pub use encode::Encoded;
 use encode::Encoder;
 pub(crate) use encode::Pair;
 
-/// Longest file of ours that is read whole: the envelope of the largest manifest, indented.
-pub(crate) const RECORD_BYTES_MAX: u64 = 2 << 20;
+/// Longest file of ours that is read whole: the state of a rollout that names each agent of a full
+/// fleet (`hub::AGENTS_MAX`) twice, in a wave and among the hosts that are set aside, with a reason.
+/// The envelope of the largest manifest is shorter.
+pub(crate) const RECORD_BYTES_MAX: u64 = 24 << 20;
 
 /// How much of a file is read at a time.
 const BUFFER_BYTES: usize = 256 << 10;

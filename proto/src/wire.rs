@@ -250,8 +250,8 @@ pub enum PartKind {
     Ranges,
 }
 
-/// What an install is doing.
-#[derive(Clone, Copy, Debug, Deserialize, Eq, Hash, PartialEq, Serialize)]
+/// What an install is doing, in the order in which it gets there.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Phase {
     /// Nothing.

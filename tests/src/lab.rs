@@ -42,7 +42,7 @@ pub use mirror::{Mirror, Update};
 pub use mount::{Mount, SmallDisk};
 pub use needs::{Part, make_corpus, named, needs, search_path, target, wants_long};
 pub use proxy::{Counts, Link, UdpProxy};
-pub use rogue::{Conversation, Rogue, code, hello, with_transport};
+pub use rogue::{Conversation, Rogue, code, hello, receipt, with_transport};
 pub use scratch::Scratch;
 pub use slots::CLAMDS_MAX;
 pub use strace::{Call, Strace};

@@ -17,6 +17,7 @@ mod faults;
 mod host;
 mod master;
 mod network;
+mod promises;
 mod rules;
 mod world;
 
@@ -38,6 +39,8 @@ pub struct Size {
     pub look: Duration,
     /// Shortest time between two of them.
     pub looks_apart: Duration,
+    /// Whether nothing goes wrong but what dishonest hosts do.
+    pub only_lies: bool,
 }
 
 impl Size {
@@ -48,6 +51,17 @@ impl Size {
         between_faults: Duration::from_secs(90),
         look: Duration::from_secs(20),
         looks_apart: Duration::from_millis(50),
+        only_lies: false,
+    };
+
+    /// A fleet with many dishonest hosts among well ones.
+    pub const LIARS: Self = Self {
+        hosts: 40,
+        faults: Duration::from_secs(8 * 3600),
+        between_faults: Duration::from_secs(900),
+        look: Duration::from_secs(5),
+        looks_apart: Duration::from_millis(50),
+        only_lies: true,
     };
 
     /// As many agents as five masters may have.
@@ -57,6 +71,7 @@ impl Size {
         between_faults: Duration::from_secs(15),
         look: Duration::from_secs(900),
         looks_apart: Duration::from_secs(180),
+        only_lies: false,
     };
 }
 
@@ -79,6 +94,8 @@ pub struct Report {
     pub master_crashes: u64,
     /// Crashes of hosts.
     pub host_crashes: u64,
+    /// Rollouts of which all promises to honest hosts were checked: see `promises.rs`.
+    pub promises: u64,
     /// What the master noted, folded into a number.
     pub trace: u64,
 }

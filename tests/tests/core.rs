@@ -36,7 +36,7 @@ fn a_freshclam_run_ends_with_both_agents_live_by_the_proof() {
     mirror.freshclam_to(4);
     let fleet = Fleet::new();
     let databases = ["web1", "web2"].map(|name| fleet.database(name));
-    let mut clamds = Clamd::pair([&databases[0], &databases[1]]);
+    let mut clamds = Clamd::several([&databases[0], &databases[1]]);
     let mut agents = [0, 1].map(|i| fleet.agent_of(["web1", "web2"][i], &clamds[i]));
     let mut master = fleet.master(&mirror.directory());
     master.start();

@@ -12,12 +12,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use clamcast_proto::receipt::{ClamdReport, FileState, Outcome, Receipt};
+use clamcast_proto::receipt::{FileState, Outcome, Receipt};
 use clamcast_proto::wire::{self, Have, NeedFile, Offer, OfferId, Part, Phase, ToAgent, ToMaster};
 use clamcast_proto::{DatabaseName, Digest, Epoch, Generation};
 use clamcast_tests::lab::{
     Agent, Container, Conversation, Fleet, Master, PATIENCE, Rogue, Usage, code, halfway, hello,
-    initials, send_from, signatures, until, with_transport,
+    initials, receipt, send_from, signatures, until, with_transport,
 };
 use jiff::Timestamp;
 use quinn::{Connection, ConnectionError, RecvStream, TransportConfig, VarInt};
@@ -187,28 +187,6 @@ fn narrow(window: u32, streams: u32) -> TransportConfig {
         .stream_receive_window(window.into())
         .max_concurrent_uni_streams(streams.into());
     transport
-}
-
-/// A receipt for an offer, as an agent that installed it would send it.
-fn receipt(offer: &Offer, agent: &str, seq: u64) -> Receipt {
-    let manifest: Value = serde_json::from_slice(&offer.manifest.payload).unwrap();
-    Receipt {
-        fleet: "bank".parse().unwrap(),
-        agent: agent.parse().unwrap(),
-        seq,
-        epoch: Epoch(manifest["epoch"].as_u64().unwrap()),
-        generation: Generation::new(manifest["generation"].as_u64().unwrap()).unwrap(),
-        manifest_sha256: Digest::of(&offer.manifest.payload),
-        install: 1,
-        outcome: Outcome::HostFault,
-        files: Vec::new(),
-        foreign: Vec::new(),
-        drift: Vec::new(),
-        clamd: ClamdReport::default(),
-        error: Some(format!("trouble {seq}")),
-        took: 1.0,
-        time: Timestamp::now(),
-    }
 }
 
 /// The next file that comes, as far as its header. What was begun for an earlier request is reset.

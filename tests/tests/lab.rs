@@ -171,7 +171,7 @@ fn a_killed_clamd_leaves_its_socket_and_a_stopped_one_does_not() {
     let scratch = Scratch::new();
     fs::write(scratch.join("lab.hsb"), signatures(0..10)).expect("a scratch file can be written");
     let other = Scratch::new();
-    let mut pair = Clamd::pair([scratch.path(), other.path()]);
+    let mut pair = Clamd::several([scratch.path(), other.path()]);
     let clamd = &mut pair[0];
     clamd.start();
     clamd.wait_ready();

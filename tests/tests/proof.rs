@@ -470,7 +470,7 @@ async fn clamd_may_listen_on_tcp() {
 async fn of_several_clamds_each_must_have_it() {
     require!(Clamd);
     let mut host = Host::new();
-    let [one, other] = Clamd::pair([&host.databases, &host.databases]);
+    let [one, other] = Clamd::several([&host.databases, &host.databases]);
     let (one, mut other) = (started(one), started(other));
     let sockets = [&one, &other].map(|clamd| Address::Unix(clamd.socket()));
     let prover = Prover::new(host.settings(&one, Some(sockets.to_vec())), NONCE);

@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use clamcast_daemon::admin::{AdminError, Finish, Session};
 use clamcast_daemon::exit;
-use clamcast_proto::GroupName;
 use clamcast_proto::dsse::Verified;
 use clamcast_proto::manifest::Manifest;
+use clamcast_proto::{AgentName, GroupName};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -42,6 +42,10 @@ pub enum Change {
     Pin(GroupName, Option<Meant>),
     /// Let a group go with everybody else again.
     Unpin(GroupName),
+    /// Do not count the refusals of a host.
+    SetAside(AgentName),
+    /// Count them again.
+    Restore(AgentName),
 }
 
 impl Change {
@@ -55,6 +59,8 @@ impl Change {
             Self::RollBack(_) => "rollback",
             Self::Pin(..) => "pin",
             Self::Unpin(_) => "unpin",
+            Self::SetAside(_) => "rollout set-aside",
+            Self::Restore(_) => "rollout restore",
         }
     }
 }
@@ -123,6 +129,8 @@ impl Commands {
                 }
             }
             Change::Unpin(group) => RolloutOrder::Unpin(group, reason),
+            Change::SetAside(host) => RolloutOrder::SetAside(host, said(reason)),
+            Change::Restore(host) => RolloutOrder::Restore(host, reason),
         }))
     }
 

@@ -53,7 +53,7 @@ impl Desk {
         let (name, clamd) = (name.parse().unwrap(), ClamdReport::default());
         let now = self.now();
         self.dispatcher
-            .hello(&name, id, clamd, Vec::new(), None, now);
+            .hello(&name, id, clamd, Vec::new(), None, None, now);
     }
 
     fn greeted(&mut self, name: &str, group: &str) -> LinkId {
@@ -72,6 +72,19 @@ impl Desk {
         let now = self.now();
         let receipt = receipt(generation, seq, outcome);
         self.dispatcher.receipt(id, &receipt, now);
+    }
+
+    /// The agent begins with the offer that it was made last.
+    fn begins(&mut self, name: &str, id: LinkId) {
+        let (name, now) = (name.parse().unwrap(), self.now());
+        let offer = self.dispatcher.fleet().offer(&name).unwrap();
+        let progress = Progress {
+            offer,
+            phase: Phase::Fetching,
+            until: None,
+            sent: 0,
+        };
+        self.dispatcher.progress(&name, id, progress, now);
     }
 
     /// What is to be done, a word each.
@@ -220,11 +233,35 @@ fn who_is_forced_and_comes_again_is_still_to_look_at_its_disk() {
     );
     desk.receipt(LinkId(1), 7, 2, Outcome::Live); // of the connection that was replaced
     desk.check(&[]);
+    desk.begins("web1", LinkId(2));
     desk.receipt(LinkId(2), 7, 2, Outcome::Live);
     desk.done();
     desk.greeted("web1", "canary");
     let done = desk.done();
     assert!(!done.iter().any(|it| it.contains("forced")), "{done:?}");
+}
+
+#[test]
+fn an_agent_whose_last_receipt_a_crash_took_is_offered_again_what_it_has() {
+    let mut desk = Desk::new(&["100%"]);
+    let id = desk.greeted("web1", "canary");
+    desk.publish(7);
+    desk.receipt(id, 7, 1, Outcome::Live);
+    desk.dispatcher
+        .disconnected(&"web1".parse().unwrap(), id, desk.now());
+    // It was `installed` meanwhile and is live again; only the former receipt is still there.
+    let id = desk.connect("web1", "canary").unwrap();
+    let (name, now) = ("web1".parse().unwrap(), desk.now());
+    let seven = manifest(7);
+    let (clamd, has) = (ClamdReport::default(), Some(seven.envelope()));
+    desk.done();
+    desk.dispatcher
+        .hello(&name, id, clamd, Vec::new(), has, Some(Outcome::Live), now);
+    assert!(!desk.done().iter().any(|it| it.contains("offered")));
+    desk.receipt(id, 7, 2, Outcome::Installed);
+    assert!(desk.done().iter().any(|it| it.contains("offered 7")));
+    desk.receipt(id, 7, 3, Outcome::Installed);
+    assert!(!desk.done().iter().any(|it| it.contains("offered")));
 }
 
 #[test]

@@ -17,10 +17,17 @@ use clamcast_proto::{AgentName, Digest, GroupName, Position};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::rollout::{Member, Rollout, Target, Wanted, Word, place};
+use crate::rollout::{Answer, Member, Offering, Rollout, Target, UNKNOWN_VERSION, Wanted};
 
 /// Receipts remembered by digest, so that one that is sent again is not taken for a new one.
 const RECEIPTS_REMEMBERED: usize = wire::RECEIPTS_PENDING_MAX;
+
+/// Bytes a second that a transfer must average to count as progress. Slower ones go on, and nobody
+/// waits for them.
+const PROGRESS_BYTES_PER_SEC_MIN: u64 = 16 << 10;
+
+/// Longest version of ClamAV that is kept, in bytes. clamd says `ClamAV 1.4.3`.
+const VERSION_BYTES_MAX: usize = 64;
 
 /// Names one connection for as long as the daemon runs.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
@@ -33,21 +40,68 @@ pub(super) struct Agent {
     pub(super) link: Option<Link>,
     /// The last offer that was answered on a connection which has ended.
     pub(super) answered: Option<Answered>,
-    pub(super) took: Option<Took>,
-    /// Its place in the order of the rollout of this content, so that it is not made at every look.
-    pub(super) place: Option<(Digest, Digest)>,
+    /// Whether it was connected when the master was started.
+    pub(super) was_connected: bool,
+    /// Whether it was, and has not connected since.
+    pub(super) returning: bool,
 }
 
 /// The generation that an agent was offered last.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Took {
-    pub(super) position: Position,
-    pub(super) manifest_sha256: Digest,
-    /// The last sign of progress with it, on this connection or before: a host that comes and goes
-    /// has no new deadline each time.
-    pub(super) progress: Timestamp,
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Taken {
+    /// Which one.
+    pub position: Position,
+    /// Its manifest.
+    pub manifest_sha256: Digest,
+    /// The ClamAV version that was known then: the agent's answer counts for that one, whatever it
+    /// reports later.
+    pub version: Option<String>,
     /// When it was first offered.
-    pub(super) since: Timestamp,
+    pub since: Timestamp,
+    /// When the agent last made real progress with it, on any connection: it came to a phase for the
+    /// first time, or took bytes at a minimum rate. Repeated messages are no progress.
+    pub renewed: Timestamp,
+    /// The furthest phase.
+    phase: Phase,
+    /// Bytes that the connection had carried when it was renewed.
+    sent: u64,
+}
+
+impl Taken {
+    pub(super) fn new(
+        position: Position,
+        manifest_sha256: Digest,
+        version: Option<String>,
+        now: Timestamp,
+    ) -> Self {
+        Self {
+            position,
+            manifest_sha256,
+            version,
+            since: now,
+            renewed: now,
+            phase: Phase::Idle,
+            sent: 0,
+        }
+    }
+
+    /// Takes a sign of progress. `sent`: bytes of files that the connection has carried so far.
+    /// `until`: when the agent, which is in that phase for the first time, means to be done with it.
+    pub(super) fn progress(&mut self, phase: Phase, until: Timestamp, sent: u64, now: Timestamp) {
+        if phase > self.phase {
+            self.phase = phase;
+            self.renewed = self.renewed.max(until);
+        }
+        if sent < self.sent {
+            self.sent = 0; // a new connection
+        }
+        let elapsed = now.duration_since(self.renewed).as_secs();
+        let elapsed = u64::try_from(elapsed).unwrap_or(0).max(1);
+        if sent - self.sent >= PROGRESS_BYTES_PER_SEC_MIN.saturating_mul(elapsed) {
+            self.sent = sent;
+            self.renewed = self.renewed.max(now);
+        }
+    }
 }
 
 /// What is kept of an agent across restarts of the master.
@@ -65,6 +119,15 @@ pub struct Record {
     pub serial: Serial,
     /// When that certificate ends.
     pub certificate_ends: Timestamp,
+    /// Whether it was connected when this was kept.
+    #[serde(default)]
+    pub connected: bool,
+    /// The generation that it was offered last.
+    #[serde(default)]
+    pub taken: Option<Taken>,
+    /// The ClamAV version that its clamd reported last.
+    #[serde(default)]
+    pub version: Option<String>,
     /// What it last said is in its database directory.
     pub installed: Option<Installed>,
     /// The last generation that it could not take.
@@ -94,6 +157,9 @@ pub struct Installed {
     pub manifest_sha256: Digest,
     /// Whether clamd was seen scanning with it.
     pub live: bool,
+    /// Whether that was a real clamd, which found the canary of the install.
+    #[serde(default)]
+    pub proven: bool,
     /// Whether every file has its hash.
     pub intact: bool,
     /// When the receipt says so.
@@ -138,6 +204,19 @@ pub struct Link {
     pub greeted: bool,
     /// The manifest that it has or was offered last on this connection.
     pub told: Option<Digest>,
+    /// It was offered nothing, because its Hello and its last receipt said that it is live with that.
+    pub says_live: bool,
+}
+
+impl Record {
+    /// Keeps the version of ClamAV that clamd reports. A clamd that is down has none to report.
+    pub(super) fn learn_version(&mut self) {
+        let said = self.clamd.version.as_deref();
+        let program = said.and_then(|said| said.split('/').next());
+        if let Some(program) = program.filter(|program| program.len() <= VERSION_BYTES_MAX) {
+            self.version = Some(program.to_owned());
+        }
+    }
 }
 
 impl Link {
@@ -160,6 +239,7 @@ impl Link {
             declined: None,
             greeted: false,
             told: None,
+            says_live: false,
         }
     }
 }
@@ -195,6 +275,9 @@ pub struct Offered {
     pub phase: Phase,
     /// When it last gave a sign of progress.
     pub progress: Timestamp,
+    /// An operator forced it, and the agent has not begun with it: a receipt that comes before it has
+    /// answers an earlier offer of the same generation.
+    pub unbegun: bool,
 }
 
 /// Where an agent stands against what is wanted of it.
@@ -213,26 +296,25 @@ impl Agent {
     pub(super) fn member(&self, target: Option<&Target>) -> Member<'_> {
         let record = &self.record;
         let digest = target.map(|target| target.manifest_sha256);
-        let took = self
-            .took
-            .filter(|took| Some(took.manifest_sha256) == digest);
+        let taken = record.taken.as_ref();
+        let taken = taken.filter(|taken| Some(taken.manifest_sha256) == digest);
+        let version = taken
+            .map_or(&record.version, |taken| &taken.version)
+            .as_ref();
         Member {
             name: &record.name,
             groups: &record.groups,
+            version: version.map_or(UNKNOWN_VERSION, String::as_str),
             connected: self.link.is_some(),
+            was_connected: self.was_connected,
+            returning: self.returning,
             seen: record.seen,
             at: self.at(),
-            word: digest.and_then(|digest| self.word(&digest)),
-            progress: took.map(|took| took.progress),
-            offered: took.map(|took| took.since),
-            place: target.map(|target| self.place_in(&target.content)),
-        }
-    }
-
-    pub(super) fn place_in(&self, content: &Digest) -> Digest {
-        match &self.place {
-            Some((of, place)) if of == content => *place,
-            Some(_) | None => place(content, &self.record.name),
+            answer: digest.and_then(|digest| self.answer(&digest)),
+            offered: taken.map(|taken| Offering {
+                since: taken.since,
+                renewed: taken.renewed,
+            }),
         }
     }
 
@@ -242,8 +324,8 @@ impl Agent {
         let record = &self.record;
         let installed = record.installed.as_ref().map(|it| it.position);
         let failed = record.failed.as_ref().map(|it| it.position);
-        let took = self.took.map(|took| took.position);
-        installed.max(failed).max(took)
+        let taken = record.taken.as_ref().map(|taken| taken.position);
+        installed.max(failed).max(taken)
     }
 
     /// Whether its last receipts say that it has this manifest.
@@ -270,24 +352,27 @@ impl Agent {
         failed.is_some_and(|failed| failed.manifest_sha256 == target.manifest_sha256)
     }
 
-    pub(super) fn word(&self, target: &Digest) -> Option<Word> {
+    /// What its last receipts, or its words on this connection, say of a generation.
+    fn answer(&self, target: &Digest) -> Option<Answer> {
         let failed = self.record.failed.as_ref();
         if let Some(failed) = failed.filter(|failed| failed.manifest_sha256 == *target) {
             return Some(match failed.outcome {
-                Outcome::Refused => Word::Refused,
-                Outcome::HostFault | Outcome::Live | Outcome::Installed => Word::Unwell,
+                Outcome::Refused => Answer::Refused,
+                Outcome::HostFault | Outcome::Live | Outcome::Installed => Answer::Unwell,
             });
         }
         let declined = self.link.as_ref().and_then(|link| link.declined.as_ref());
         if declined.is_some_and(|declined| declined.manifest_sha256 == *target) {
-            return Some(Word::Unwell);
+            return Some(Answer::Unwell);
         }
         let installed = self.record.installed.as_ref();
         let installed = installed.filter(|installed| installed.manifest_sha256 == *target)?;
         Some(match (installed.live, installed.intact) {
-            (true, true) => Word::Live,
-            (true, false) => Word::Unwell,
-            (false, _) => Word::Installed,
+            (true, true) => Answer::Live {
+                proven: installed.proven,
+            },
+            (true, false) => Answer::Unwell,
+            (false, _) => Answer::Installed,
         })
     }
 
@@ -345,6 +430,7 @@ impl Agent {
             record.receipts.pop_front();
         }
         record.clamd = bounded(receipt.clamd.clone());
+        record.learn_version();
         record.foreign = bounded_list(receipt.foreign.clone());
         record.drift = receipt.drift.iter().take(DRIFT_MAX).cloned().collect();
         let drifted = record.drift.iter().any(|file| !file.mended);
@@ -357,6 +443,8 @@ impl Agent {
                     position,
                     manifest_sha256,
                     live: receipt.outcome == Outcome::Live,
+                    proven: receipt.outcome == Outcome::Live
+                        && receipt.clamd.proof == Proof::Canary,
                     intact: !drifted
                         && manifest.is_none_or(|manifest| is_intact(manifest, &receipt.files)),
                     time: receipt.time,
@@ -391,18 +479,13 @@ impl Agent {
                 }
             }
         }
-        if let Some(took) = &mut self.took
-            && took.manifest_sha256 == manifest_sha256
-        {
-            took.progress = now;
-        }
         // News of drift says nothing about the offer that may be under way to mend it, a fault does.
         let is_answer = !drifted || !matches!(receipt.outcome, Outcome::Live | Outcome::Installed);
         if is_answer
             && let Some(link) = &mut self.link
             && let Some(offer) = link
                 .offer
-                .take_if(|offer| offer.manifest_sha256 == manifest_sha256)
+                .take_if(|offer| offer.manifest_sha256 == manifest_sha256 && !offer.unbegun)
         {
             link.answered = Some(Answered {
                 offer: offer.id,

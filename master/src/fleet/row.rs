@@ -137,7 +137,7 @@ impl Agent {
             certificate_ends: record.certificate_ends,
             coming: match &self.link {
                 Some(link) => offer.is_none() && link.answered.is_none(),
-                None => rollout.is_coming_back(record.seen, now),
+                None => self.returning && rollout.is_reconnecting(now),
             },
             offered: offer.map(|offer| offer.id),
             answered: self

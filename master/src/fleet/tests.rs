@@ -1,7 +1,7 @@
 //! What the master knows of its agents, told in receipts.
 
 use super::*;
-use crate::rollout::Word;
+use crate::rollout::Answer;
 use clamcast_proto::dsse::sign;
 use clamcast_proto::identity::Serial;
 use clamcast_proto::manifest::{ManifestFile, Publisher, content_digest};
@@ -91,7 +91,7 @@ pub(crate) fn fleet_of(waves: &[&str]) -> Fleet {
 fn fleet(wanted: u64, receipts: &[(u64, Outcome)]) -> Fleet {
     let mut fleet = fleet_of(&[]);
     fleet.connected(&"web1".parse().unwrap(), vec![], link(1));
-    fleet.published(&manifest(wanted), false);
+    fleet.published(&manifest(wanted), false, at(0));
     fleet.step(at(0)); // without waves everybody is wanted at it
     for (seq, (generation, outcome)) in (1..).zip(receipts) {
         assert!(fleet.receipt(&receipt(*generation, seq, *outcome), at(0)));
@@ -116,10 +116,10 @@ fn check(wanted: u64, receipts: &[(u64, Outcome)], standing: Standing, row: &str
 }
 
 #[test]
-fn a_version_of_clamd_that_no_canary_has_is_told() {
+fn versions_with_less_than_three_canaries_are_reported() {
     let mut fleet = fleet(1, &[]);
     fleet.rules.waves = vec!["group:canary".parse().unwrap()];
-    let mut check = |hosts: &[(&str, &str, &str)], expected: &[(&str, usize)]| {
+    let mut check = |hosts: &[(&str, &str, &str)], expected: &[(&str, usize, usize)]| {
         for (id, (name, group, version)) in (2..).zip(hosts) {
             let name = name.parse().unwrap();
             fleet.connected(&name, vec![group.parse().unwrap()], link(id));
@@ -129,23 +129,32 @@ fn a_version_of_clamd_that_no_canary_has_is_told() {
             };
             fleet.hello(&name, LinkId(id), clamd, vec![]);
         }
-        let untried = fleet.untried_versions().into_iter();
-        let untried: Vec<_> = untried.map(|(of, (count, _))| (of, count)).collect();
-        assert_eq!(untried, expected);
+        let thin = fleet.thin_versions();
+        let thin = thin
+            .iter()
+            .map(|it| (it.version.as_str(), it.canaries, it.hosts));
+        assert_eq!(thin.collect::<Vec<_>>(), expected);
     };
-    check(&[("db1", "db", "ClamAV 1.0.7/1/Sat")], &[]); // without canaries, which is told elsewhere
+    check(&[("db1", "db", "ClamAV 1.0.7/1/Sat")], &[]); // no canaries: reported elsewhere
     check(
         &[("web2", "canary", "ClamAV 1.4.3/2/Sun")],
-        &[("ClamAV 1.0.7", 1)],
+        &[("ClamAV 1.0.7", 0, 1)],
     );
     check(
         &[
             ("db2", "db", "ClamAV 1.0.7"),
             ("db3", "db", "ClamAV 1.4.3/1"),
         ],
-        &[("ClamAV 1.0.7", 2)],
+        &[("ClamAV 1.0.7", 0, 2), ("ClamAV 1.4.3", 1, 1)],
     );
-    check(&[("web3", "canary", "ClamAV 1.0.7/1/Sat")], &[]);
+    check(
+        &[
+            ("web3", "canary", "ClamAV 1.0.7/1/Sat"),
+            ("web4", "canary", "ClamAV 1.0.7"),
+            ("web5", "canary", "ClamAV 1.0.7"),
+        ],
+        &[("ClamAV 1.4.3", 1, 1)],
+    );
 }
 
 #[test]
@@ -268,7 +277,7 @@ fn after(outcome: Outcome) -> Fleet {
     let mut fleet = fleet(7, &[(7, Outcome::Live)]);
     fleet.rules.waves = vec!["100%".parse().unwrap()];
     fleet.rules.rollback_on_halt = false;
-    fleet.published(&manifest(8), false);
+    fleet.published(&manifest(8), false, at(150));
     fleet.step(at(150));
     fleet.offered(&name, LinkId(1), OfferId(1), &manifest(8), at(150));
     assert!(fleet.receipt(&receipt(8, 2, outcome), at(160)));
@@ -352,24 +361,23 @@ fn an_offer_keeps_that_its_host_is_there_over_a_restart() {
 
 #[test]
 fn a_mended_host_says_nothing_new_of_what_it_failed_with_and_is_then_offered_that_again() {
-    for (failed, word) in [
-        (Outcome::Refused, Word::Refused),
-        (Outcome::HostFault, Word::Unwell),
+    for (failed, answer) in [
+        (Outcome::Refused, Answer::Refused),
+        (Outcome::HostFault, Answer::Unwell),
     ] {
         for mended in [Outcome::Live, Outcome::HostFault] {
             let name: AgentName = "web1".parse().unwrap();
             let mut fleet = after(failed);
             let said = |fleet: &Fleet| {
-                let Member { at, word, .. } = fleet.members()[0];
-                let progress = fleet.members()[0].progress;
-                (at, word, progress)
+                let Member { at, answer, .. } = fleet.members()[0];
+                (at, answer, fleet.members()[0].offered)
             };
             let before = said(&fleet);
-            assert_eq!(before.1, Some(word));
+            assert_eq!(before.1, Some(answer));
             fleet.offered(&name, LinkId(1), OfferId(2), &manifest(7), at(190));
             assert_eq!(said(&fleet), before);
             check_offers(&fleet, &[7, 8], [None, Some(8), Some(7)]);
-            fleet.progress(&name, LinkId(1), Phase::Fetching, None, at(191));
+            fleet.progress(&name, LinkId(1), Phase::Fetching, None, 0, at(191));
             assert!(fleet.receipt(&receipt(7, 3, mended), at(192)));
             assert_eq!(said(&fleet), before);
             check_offers(&fleet, &[7, 8], [Some(8), Some(8), Some(7)]);
@@ -399,13 +407,26 @@ fn what_a_host_has_is_forced_on_it_whatever_it_took_before() {
 }
 
 #[test]
+fn a_receipt_from_before_an_order_does_not_answer_it() {
+    let name = "web1".parse().unwrap();
+    let mut fleet = fleet(8, &[(7, Outcome::Live)]);
+    fleet.offered(&name, LinkId(1), OfferId(1), &manifest(8), at(1000));
+    fleet.forced(&name, LinkId(1));
+    assert!(fleet.receipt(&receipt(8, 2, Outcome::HostFault), at(1001)));
+    assert_eq!(fleet.offer(&name), Some(OfferId(1)));
+    fleet.progress(&name, LinkId(1), Phase::Fetching, None, 0, at(1002));
+    assert!(fleet.receipt(&receipt(8, 3, Outcome::Live), at(1003)));
+    assert_eq!(fleet.offer(&name), None);
+}
+
+#[test]
 fn silence_past_the_deadline_counts_as_failure() {
     let name = "web1".parse().unwrap();
     let mut fleet = fleet(8, &[(7, Outcome::Live)]);
     fleet.offered(&name, LinkId(1), OfferId(1), &manifest(8), at(1000));
     assert_eq!(fleet.standing(&name, at(1900), DEADLINE), Standing::Behind);
     assert_eq!(fleet.standing(&name, at(1901), DEADLINE), Standing::Failed);
-    fleet.progress(&name, LinkId(1), Phase::Fetching, None, at(1901));
+    fleet.progress(&name, LinkId(1), Phase::Fetching, None, 0, at(1901));
     assert_eq!(fleet.standing(&name, at(1902), DEADLINE), Standing::Behind);
     let error = |fleet: &Fleet, now| fleet.rows(at(now), DEADLINE).remove(0).error;
     assert_eq!(error(&fleet, 1930), None);
@@ -414,7 +435,7 @@ fn silence_past_the_deadline_counts_as_failure() {
         error(&fleet, 1901 + 4 * 60).unwrap(),
         "no sign of progress with 1.8 for 4m"
     );
-    fleet.progress(&name, LinkId(1), Phase::Staged, Some(at(9000)), at(1902));
+    fleet.progress(&name, LinkId(1), Phase::Staged, Some(at(9000)), 0, at(1902));
     assert_eq!(error(&fleet, 8000), None);
     let announced = fleet.standing(&name, at(9000), DEADLINE);
     assert_eq!(
@@ -428,6 +449,7 @@ fn silence_past_the_deadline_counts_as_failure() {
         LinkId(1),
         Phase::Staged,
         Some(Timestamp::MAX),
+        0,
         at(2000),
     );
     let end = 2000 + SILENCE_MAX.as_secs() + 900;
@@ -441,6 +463,7 @@ fn silence_past_the_deadline_counts_as_failure() {
         LinkId(1),
         Phase::Staged,
         Some(Timestamp::MIN),
+        0,
         at(end),
     );
     assert_eq!(fleet.standing(&name, at(end), DEADLINE), Standing::Behind);
@@ -460,4 +483,90 @@ fn a_new_connection_replaces_the_old_one_whose_end_then_means_nothing() {
     assert_eq!(fleet.counts(at(5), DEADLINE).connected, 1);
     fleet.disconnected(&name, LinkId(2), at(6));
     assert_eq!(fleet.counts(at(6), DEADLINE).connected, 0);
+}
+
+/// When `web1`, which was offered 8 at 1000, last made real progress.
+fn renewed(fleet: &Fleet) -> i64 {
+    let record = fleet.record(&"web1".parse().unwrap()).unwrap();
+    record.taken.as_ref().unwrap().renewed.as_second()
+}
+
+fn offered_8() -> (Fleet, AgentName) {
+    let name: AgentName = "web1".parse().unwrap();
+    let mut fleet = fleet(8, &[(7, Outcome::Live)]);
+    fleet.offered(&name, LinkId(1), OfferId(1), &manifest(8), at(1000));
+    (fleet, name)
+}
+
+#[test]
+fn a_phase_is_progress_once_and_a_repeated_message_is_none() {
+    let (mut fleet, name) = offered_8();
+    let mut tell = |phase, second| {
+        fleet.progress(&name, LinkId(1), phase, None, 0, at(second));
+        renewed(&fleet)
+    };
+    assert_eq!(tell(Phase::Fetching, 1010), 1010);
+    assert_eq!(tell(Phase::Fetching, 1500), 1010);
+    assert_eq!(tell(Phase::Proving, 1600), 1600);
+    assert_eq!(tell(Phase::Fetching, 1700), 1600, "back is no progress");
+    assert_eq!(tell(Phase::Proving, 1800), 1600);
+}
+
+#[test]
+fn bytes_are_progress_at_a_minimum_rate_only() {
+    let (mut fleet, name) = offered_8();
+    let mut tell = |sent, second| {
+        let phase = Phase::Fetching;
+        fleet.progress(&name, LinkId(1), phase, None, sent, at(second));
+        renewed(&fleet)
+    };
+    assert_eq!(tell(0, 1000), 1000);
+    // 60 kbit/s for a minute is less than 16 KiB/s.
+    assert_eq!(tell(60 * 7_500, 1060), 1000);
+    assert_eq!(tell(120 * (16 << 10), 1120), 1120);
+    assert_eq!(tell(120 * (16 << 10) + 10, 1130), 1120);
+}
+
+#[test]
+fn a_reconnect_or_a_restart_of_the_master_is_no_progress() {
+    let (mut fleet, name) = offered_8();
+    fleet.progress(&name, LinkId(1), Phase::Fetching, None, 1 << 30, at(1010));
+    fleet.connected(&name, vec![], link(2));
+    fleet.offered(&name, LinkId(2), OfferId(2), &manifest(8), at(1500));
+    fleet.progress(&name, LinkId(2), Phase::Fetching, None, 10, at(1510));
+    assert_eq!(renewed(&fleet), 1010);
+    let record = fleet.record(&name).unwrap().clone();
+    let text = serde_json::to_string(&record).unwrap();
+    assert_eq!(serde_json::from_str::<Record>(&text).unwrap(), record);
+    let (rollout, rules) = (fleet.rollout().clone(), fleet.rules().clone());
+    let fleet = Fleet::new(vec![record], rollout, rules, vec![manifest(8)]);
+    assert_eq!(renewed(&fleet), 1010);
+    assert!(fleet.members()[0].returning);
+}
+
+#[test]
+fn an_answer_counts_for_the_version_that_was_known_when_the_host_was_offered() {
+    let name: AgentName = "web1".parse().unwrap();
+    let mut fleet = fleet(7, &[(7, Outcome::Live)]);
+    fleet.rules.waves = vec!["group:canary".parse().unwrap()];
+    let hello = |fleet: &mut Fleet, version: &str| {
+        let clamd = ClamdReport {
+            version: Some(version.to_owned()),
+            ..ClamdReport::default()
+        };
+        fleet.hello(&name, LinkId(1), clamd, vec![]);
+        fleet.members()[0].version.to_owned()
+    };
+    fleet.published(&manifest(8), false, at(100));
+    assert_eq!(hello(&mut fleet, "ClamAV 1.4.5/27890/Sat"), "ClamAV 1.4.5");
+    assert_eq!(hello(&mut fleet, "ClamAV 1.4.6/27890/Sat"), "ClamAV 1.4.6");
+    fleet.offered(&name, LinkId(1), OfferId(1), &manifest(8), at(100));
+    assert_eq!(hello(&mut fleet, "ClamAV 1.0.9"), "ClamAV 1.4.6");
+    // The report of a clamd that is down names no version: the last one stays.
+    assert!(fleet.receipt(&receipt(8, 2, Outcome::Refused), at(110)));
+    assert_eq!(fleet.members()[0].version, "ClamAV 1.4.6");
+    assert_eq!(
+        fleet.record(&name).unwrap().version.as_deref(),
+        Some("ClamAV 1.0.9")
+    );
 }

@@ -5,7 +5,7 @@ use jiff::Timestamp;
 
 use super::{
     Agents, Effect, Ending, Failed, Held, Member, Owed, PauseKind, Pin, Rollout, Rules, Run,
-    Target, note,
+    SetAside, Target, counted_again, note, set_aside,
 };
 
 /// Groups that are pinned at a time: their reasons are part of the one state that is kept.
@@ -30,6 +30,10 @@ pub enum Order {
     Pin(GroupName, Option<Target>, Option<String>),
     /// Let a group go with everybody else again.
     Unpin(GroupName, Option<String>),
+    /// Do not count the refusals of a host until it is restored.
+    SetAside(AgentName, String),
+    /// Count the refusals of a host again.
+    Restore(AgentName, Option<String>),
 }
 
 /// An order that cannot be carried out.
@@ -100,6 +104,15 @@ pub enum OrderError {
         /// Where that one is.
         at: Position,
     },
+    /// No agent has this name.
+    #[error("no agent `{0}` is enrolled; `agents` lists all")]
+    NotEnrolled(AgentName),
+    /// It is set aside by an operator already.
+    #[error("`{0}` is set aside already; `rollout restore {0}` ends that")]
+    SetAside(AgentName),
+    /// It is not set aside.
+    #[error("`{0}` is not set aside; `rollout status` lists the hosts that are")]
+    NotSetAside(AgentName),
     /// It is what is on its way.
     #[error("{0} is on its way already; `rollout promote` brings it to everybody at once")]
     OnItsWay(Position),
@@ -125,7 +138,7 @@ impl Rollout {
             Order::Supersede => {
                 let waiting = self.waiting.ok_or(OrderError::NothingWaits)?;
                 self.is_not_frozen()?;
-                Ok(self.begin(waiting, rules))
+                Ok(self.begin(waiting, rules, now))
             }
             Order::RollBack(to, reason) => self.roll_back(to, reason, agents, now),
             Order::Pin(group, Some(target), reason) => {
@@ -136,6 +149,8 @@ impl Rollout {
                 self.pin_group(group, target, reason, agents, now)
             }
             Order::Unpin(group, reason) => self.unpin_group(&group, reason),
+            Order::SetAside(host, reason) => self.set_host_aside(host, reason, agents, now),
+            Order::Restore(host, reason) => self.restore_host(&host, reason),
         }
     }
 
@@ -169,12 +184,8 @@ impl Rollout {
         let Some(pause) = run.paused.take() else {
             return Err(OrderError::NotPaused(run.target.position));
         };
-        run.unwell_seen = run.tally(&subject, None, rules, now).unwell;
-        if let Some(begun) = run.begun.last_mut()
-            && pause.is_for(PauseKind::Unproven)
-        {
-            begun.since = now; // as long again
-        }
+        run.unwell_seen = run.tally(&subject, run.begun.last(), rules, now).unwell;
+        run.goes_on(&pause, now);
         Ok(vec![note("rollout-resumed", run.target, reason)])
     }
 
@@ -375,6 +386,45 @@ impl Rollout {
             pin.target,
             format!("group {group}{reason}"),
         )])
+    }
+
+    /// Does not count the refusals of a host until [`Rollout::restore_host`].
+    pub fn set_host_aside(
+        &mut self,
+        host: AgentName,
+        reason: String,
+        agents: &impl Agents,
+        now: Timestamp,
+    ) -> Result<Vec<Effect>, OrderError> {
+        if !agents.is_enrolled(&host) {
+            return Err(OrderError::NotEnrolled(host));
+        }
+        let before = self.set_aside.get(&host);
+        if before.is_some_and(|before| before.refused.is_none()) {
+            return Err(OrderError::SetAside(host));
+        }
+        let effect = set_aside(&host, None, reason.clone());
+        let set_aside = SetAside {
+            refused: None,
+            rollouts: before.map_or(0, |before| before.rollouts),
+            reason,
+            since: now,
+        };
+        self.set_aside.insert(host, set_aside);
+        Ok(vec![effect])
+    }
+
+    /// Counts the refusals of a host again.
+    pub fn restore_host(
+        &mut self,
+        host: &AgentName,
+        reason: Option<String>,
+    ) -> Result<Vec<Effect>, OrderError> {
+        if self.set_aside.remove(host).is_none() {
+            return Err(OrderError::NotSetAside(host.clone()));
+        }
+        let reason = reason.unwrap_or_else(|| "by an operator".to_owned());
+        Ok(vec![counted_again(host, None, reason)])
     }
 
     fn run(&mut self) -> Result<&mut Run, OrderError> {

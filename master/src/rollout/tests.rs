@@ -4,7 +4,12 @@ use clamcast_proto::{Epoch, Generation};
 
 use super::*;
 
+mod quorum;
+
 const DEADLINE: i64 = 900;
+
+/// Live, and proven so by a real clamd.
+const LIVE: Answer = Answer::Live { proven: true };
 
 /// A fleet and the rollout over it.
 struct Lab {
@@ -25,10 +30,12 @@ struct Host {
     seen: i64,
     at: Option<u64>,
     /// What it says of a generation.
-    words: BTreeMap<u64, Word>,
-    /// When it was offered one.
-    progress: BTreeMap<u64, i64>,
-    offered: Option<i64>,
+    answers: BTreeMap<u64, Answer>,
+    /// When it was offered one, and when it last made progress with it.
+    offered: BTreeMap<u64, (i64, i64)>,
+    version: Option<&'static str>,
+    was_connected: bool,
+    returning: bool,
 }
 
 fn target(number: u64) -> Target {
@@ -99,7 +106,7 @@ impl Lab {
     fn usual() -> Self {
         let mut lab = Self::new(100, 2, &["group:canary", "10%", "100%"]);
         lab.published(1);
-        lab.everybody(1, Word::Live);
+        lab.everybody(1, LIVE);
         lab.noted.clear();
         lab
     }
@@ -115,9 +122,16 @@ impl Lab {
     fn take(&mut self, effects: Vec<Effect>) {
         for effect in effects {
             match effect {
-                Effect::Note { event, target, .. } => {
-                    let number = target.position.generation;
-                    self.noted.push(format!("{event} {number}"));
+                Effect::Note {
+                    event,
+                    position,
+                    host,
+                    ..
+                } => {
+                    let generation = position.map(|position| position.generation.to_string());
+                    let host = host.map(|host| host.to_string());
+                    let about = host.or(generation).unwrap_or_default();
+                    self.noted.push(format!("{event} {about}"));
                 }
                 Effect::Reject { target, .. } => {
                     self.rejected.push(target.position.generation.number())
@@ -139,8 +153,8 @@ impl Lab {
             };
             let now = self.now;
             let host = self.hosts.get_mut(&name).unwrap();
-            if !host.away && !host.words.contains_key(&number) {
-                host.progress.entry(number).or_insert(now);
+            if !host.away && !host.answers.contains_key(&number) {
+                host.offered.entry(number).or_insert((now, now));
             }
         }
     }
@@ -159,40 +173,45 @@ impl Lab {
     fn offered(&self, number: u64) -> usize {
         self.hosts
             .values()
-            .filter(|host| host.progress.contains_key(&number))
+            .filter(|host| host.offered.contains_key(&number))
             .count()
     }
 
     fn published(&mut self, number: u64) -> &mut Self {
-        let effects = self.rollout.published(target(number), false, &self.rules);
-        self.take(effects);
+        self.publish(target(number), false);
         self.step()
     }
 
+    fn publish(&mut self, target: Target, supersede: bool) {
+        let now = at(self.now);
+        let effects = self.rollout.published(target, supersede, &self.rules, now);
+        self.take(effects);
+    }
+
     /// A host that was offered it says what came of it.
-    fn say(&mut self, name: &str, number: u64, word: Word) -> &mut Self {
+    fn say(&mut self, name: &str, number: u64, answer: Answer) -> &mut Self {
         let host = self
             .hosts
             .get_mut(&name.parse::<AgentName>().unwrap())
             .unwrap();
         assert!(
-            host.progress.contains_key(&number),
+            host.offered.contains_key(&number),
             "{name} was not offered {number}"
         );
-        host.words.insert(number, word);
-        if matches!(word, Word::Live | Word::Installed) {
+        host.answers.insert(number, answer);
+        if matches!(answer, LIVE | Answer::Installed) {
             host.at = Some(number);
         }
         self.step()
     }
 
     /// Everybody who is there and was offered it says the same, wave after wave.
-    fn everybody(&mut self, number: u64, word: Word) -> &mut Self {
+    fn everybody(&mut self, number: u64, answer: Answer) -> &mut Self {
         loop {
             let asked = |host: &Host| {
                 !host.away
-                    && host.progress.contains_key(&number)
-                    && !host.words.contains_key(&number)
+                    && host.offered.contains_key(&number)
+                    && !host.answers.contains_key(&number)
             };
             let names: Vec<_> = self
                 .hosts
@@ -204,7 +223,7 @@ impl Lab {
                 return self;
             }
             for name in names {
-                self.say(&name, number, word);
+                self.say(&name, number, answer);
             }
         }
     }
@@ -256,18 +275,24 @@ impl Lab {
 
 impl Host {
     fn member<'a>(&'a self, name: &'a AgentName, of: Option<&Target>, now: i64) -> Member<'a> {
-        let place = of.map(|of| place(&of.content, name));
         let of = of.map(number);
         Member {
             name,
             groups: &self.groups,
+            version: self.version.unwrap_or(UNKNOWN_VERSION),
             connected: !self.away,
+            was_connected: self.was_connected,
+            returning: self.returning,
             seen: at(if self.away { self.seen } else { now }),
             at: self.at.map(position),
-            word: of.and_then(|number| self.words.get(&number).copied()),
-            progress: of.and_then(|number| self.progress.get(&number).map(|it| at(*it))),
-            offered: self.offered.map(at),
-            place,
+            answer: of.and_then(|number| self.answers.get(&number).copied()),
+            offered: of.and_then(|number| {
+                let (since, renewed) = self.offered.get(&number)?;
+                Some(Offering {
+                    since: at(*since),
+                    renewed: at(*renewed),
+                })
+            }),
         }
     }
 }
@@ -281,6 +306,16 @@ impl Agents for Hosts<'_> {
             .map(|(name, host)| host.member(name, target, self.1))
             .collect()
     }
+
+    fn is_enrolled(&self, name: &AgentName) -> bool {
+        self.0.contains_key(name)
+    }
+
+    fn proven(&self, name: &AgentName) -> Option<Position> {
+        let host = self.0.get(name)?;
+        let proven = host.at.filter(|at| host.answers.get(at) == Some(&LIVE));
+        proven.map(position)
+    }
 }
 
 fn number(target: &Target) -> u64 {
@@ -292,12 +327,12 @@ fn a_good_generation_goes_through_wave_by_wave() {
     let mut lab = Lab::usual();
     lab.published(2).is("complete 1, running 2 wave 1 of 3");
     assert_eq!(lab.offered(2), 2);
-    lab.say("h0", 2, Word::Live)
+    lab.say("h0", 2, LIVE)
         .is("complete 1, running 2 wave 1 of 3");
-    lab.say("h1", 2, Word::Live)
+    lab.say("h1", 2, LIVE)
         .is("complete 1, running 2 wave 2 of 3");
     assert!((10..=12).contains(&lab.offered(2)), "{}", lab.offered(2));
-    lab.everybody(2, Word::Live).is("complete 2");
+    lab.everybody(2, LIVE).is("complete 2");
     assert_eq!(
         lab.noted,
         [
@@ -311,11 +346,11 @@ fn a_good_generation_goes_through_wave_by_wave() {
 }
 
 #[test]
-fn one_refusal_in_the_first_wave_halts_and_those_who_took_it_go_back() {
+fn refusals_of_the_first_wave_halt_and_those_who_took_it_go_back() {
     let mut lab = Lab::usual();
     lab.published(2)
-        .say("h0", 2, Word::Live)
-        .say("h1", 2, Word::Refused);
+        .say("h0", 2, LIVE)
+        .say("h1", 2, Answer::Refused);
     lab.is("complete 1, owes 1 for 2");
     assert_eq!((lab.offered(2), &lab.rejected[..]), (2, &[2][..]));
     assert_eq!(
@@ -336,47 +371,57 @@ fn one_refusal_in_the_first_wave_halts_and_those_who_took_it_go_back() {
 }
 
 #[test]
-fn later_more_than_one_refusal_is_needed_and_then_nobody_else_is_offered_it() {
+fn refusals_of_a_later_wave_that_outweigh_the_proofs_halt_it() {
     let mut lab = Lab::usual();
-    lab.published(2)
-        .say("h0", 2, Word::Live)
-        .say("h1", 2, Word::Live);
+    lab.published(2).say("h0", 2, LIVE).say("h1", 2, LIVE);
     let wave = lab.hosts.iter();
-    let wave = wave.filter(|(_, host)| host.progress.contains_key(&2) && host.at == Some(1));
+    let wave = wave.filter(|(_, host)| host.offered.contains_key(&2) && host.at == Some(1));
     let wave: Vec<_> = wave.map(|(name, _)| name.to_string()).collect();
-    lab.say(&wave[0], 2, Word::Refused)
-        .is("complete 1, running 2 wave 2 of 3");
+    for name in &wave[..2] {
+        lab.say(name, 2, Answer::Refused)
+            .is("complete 1, running 2 wave 2 of 3");
+    }
     let offered = lab.offered(2);
-    lab.say(&wave[1], 2, Word::Refused)
-        .is("complete 1, owes 1 for 2");
+    for name in &wave[2..] {
+        lab.say(name, 2, Answer::Refused);
+        if lab.rollout.running().is_none() {
+            break;
+        }
+    }
+    lab.is("complete 1, owes 1 for 2");
     lab.wait(10).wait(10_000);
     assert_eq!(lab.offered(2), offered);
 }
 
 #[test]
 fn hosts_with_trouble_of_their_own_only_pause_it_until_they_are_well() {
-    let mut lab = Lab::usual();
+    let mut lab = Lab::new(100, 3, &["group:canary", "10%", "100%"]);
     lab.published(2)
-        .say("h0", 2, Word::Unwell)
-        .is("complete 1, running 2 wave 1 of 3, paused Unwell");
-    lab.host("h1").progress.clear();
+        .say("h0", 2, Answer::Unwell)
+        .is("nothing, running 2 wave 1 of 3"); // one host alone pauses nothing
+    lab.say("h1", 2, Answer::Unwell)
+        .is("nothing, running 2 wave 1 of 3, paused Unwell");
+    lab.host("h2").offered.clear();
     lab.wait(1);
-    assert_eq!(lab.offered(2), 1, "nothing is offered while it is paused");
-    lab.say("h0", 2, Word::Live)
-        .is("complete 1, running 2 wave 1 of 3");
-    lab.say("h1", 2, Word::Live)
-        .is("complete 1, running 2 wave 2 of 3");
+    assert_eq!(
+        lab.offered(2),
+        3,
+        "a member of the wave is still offered it"
+    );
+    lab.say("h0", 2, LIVE).is("nothing, running 2 wave 1 of 3");
+    lab.say("h2", 2, LIVE).is("nothing, running 2 wave 2 of 3");
 }
 
 #[test]
 fn an_operator_can_go_on_with_the_unwell_but_not_with_more_of_them() {
     let mut lab = Lab::new(10, 5, &["group:canary", "100%"]);
     lab.published(1);
-    lab.say("h0", 1, Word::Unwell).say("h1", 1, Word::Unwell);
+    lab.say("h0", 1, Answer::Unwell)
+        .say("h1", 1, Answer::Unwell);
     lab.is("nothing, running 1 wave 1 of 2, paused Unwell");
     lab.resume().unwrap();
     lab.step().is("nothing, running 1 wave 1 of 2");
-    lab.say("h2", 1, Word::Unwell)
+    lab.say("h2", 1, Answer::Unwell)
         .is("nothing, running 1 wave 1 of 2, paused Unwell");
 }
 
@@ -384,54 +429,49 @@ fn an_operator_can_go_on_with_the_unwell_but_not_with_more_of_them() {
 fn a_clamd_that_is_not_there_counts_as_trouble_after_the_deadline_only() {
     let mut lab = Lab::usual();
     lab.published(2)
-        .say("h0", 2, Word::Installed)
-        .say("h1", 2, Word::Live);
+        .say("h0", 2, Answer::Installed)
+        .say("h1", 2, LIVE);
     lab.is("complete 1, running 2 wave 2 of 3"); // one of two is half
     let mut lab = Lab::usual();
     lab.published(2)
-        .say("h0", 2, Word::Installed)
-        .say("h1", 2, Word::Installed);
+        .say("h0", 2, Answer::Installed)
+        .say("h1", 2, Answer::Installed);
     lab.is("complete 1, running 2 wave 1 of 3");
     lab.wait(DEADLINE)
         .is("complete 1, running 2 wave 1 of 3, paused Unwell");
-    lab.say("h0", 2, Word::Live)
-        .say("h1", 2, Word::Live)
+    lab.say("h0", 2, LIVE)
         .is("complete 1, running 2 wave 2 of 3");
 }
 
 #[test]
-fn a_wave_that_nobody_proves_pauses_and_goes_on_when_somebody_does() {
+fn a_wave_that_nobody_proves_pauses_and_resumes_when_its_hosts_return() {
     let mut lab = Lab::usual();
-    for name in ["h0", "h1"] {
-        *lab.host(name) = Host {
-            away: true,
-            seen: lab.now,
-            ..lab.host(name).clone()
-        };
-    }
     lab.published(2).is("complete 1, running 2 wave 1 of 3");
-    lab.wait(DEADLINE)
-        .is("complete 1, running 2 wave 1 of 3, paused Unproven");
-    lab.host("h0").away = false;
     lab.wait(1);
-    assert_eq!(lab.offered(2), 1, "who comes back hears of it");
-    lab.say("h0", 2, Word::Live)
+    for name in ["h0", "h1"] {
+        lab.host(name).away = true;
+        lab.host(name).seen = lab.now;
+    }
+    lab.wait(DEADLINE)
+        .is("complete 1, running 2 wave 1 of 3, paused Unwell"); // they vanished with it
+    lab.host("h0").away = false;
+    lab.say("h0", 2, LIVE)
         .is("complete 1, running 2 wave 2 of 3");
 }
 
 #[test]
-fn members_that_were_away_for_a_day_are_not_waited_for_and_catch_up() {
+fn members_that_were_not_connected_since_the_wave_began_are_not_waited_for_and_catch_up() {
     let mut lab = Lab::usual();
-    let now = lab.now;
+    let seen = lab.now - 1;
     *lab.host("h1") = Host {
         away: true,
-        seen: now - 25 * 3600,
+        seen,
         ..lab.host("h1").clone()
     };
     lab.published(2)
-        .say("h0", 2, Word::Live)
+        .say("h0", 2, LIVE)
         .is("complete 1, running 2 wave 2 of 3");
-    lab.everybody(2, Word::Live).is("complete 2");
+    lab.everybody(2, LIVE).is("complete 2");
     lab.host("h1").away = false;
     lab.wait(1);
     assert_eq!(lab.offered(2), 100);
@@ -443,7 +483,7 @@ fn a_silent_host_delays_its_wave_for_the_deadline_only() {
     lab.rules.unwell_max = "50%".parse().unwrap();
     lab.published(1);
     for name in ["h0", "h1", "h2"] {
-        lab.say(name, 1, Word::Live);
+        lab.say(name, 1, LIVE);
     }
     lab.is("nothing, running 1 wave 1 of 2");
     lab.wait(DEADLINE - 1).is("nothing, running 1 wave 1 of 2");
@@ -456,7 +496,7 @@ fn an_empty_canary_group_does_not_mean_that_everybody_is_next() {
     lab.published(1).is("nothing, running 1 wave 1 of 2");
     assert_eq!(lab.offered(1), 5);
     assert!(lab.noted.contains(&"wave-skipped 1".to_owned()));
-    lab.everybody(1, Word::Live).is("complete 1");
+    lab.everybody(1, LIVE).is("complete 1");
 }
 
 #[test]
@@ -483,7 +523,7 @@ fn before_anybody_is_enrolled_the_first_to_come_is_the_first_wave() {
     }
     lab.step();
     assert!(lab.offered(1) < 10, "the wave has begun without them");
-    lab.everybody(1, Word::Live).is("complete 1");
+    lab.everybody(1, LIVE).is("complete 1");
     assert_eq!(lab.offered(1), 10);
 }
 
@@ -494,7 +534,7 @@ fn a_newer_generation_waits_and_only_the_newest_of_them() {
         .published(3)
         .published(4)
         .is("complete 1, running 2 wave 1 of 3, waiting 4");
-    lab.everybody(2, Word::Live)
+    lab.everybody(2, LIVE)
         .is("complete 2, running 4 wave 1 of 3");
     assert_eq!(lab.offered(3), 0);
 }
@@ -504,7 +544,7 @@ fn what_waited_for_a_halted_one_is_captured_anew_above_the_rollback() {
     let mut lab = Lab::usual();
     lab.published(2)
         .published(3)
-        .say("h0", 2, Word::Refused)
+        .say("h0", 2, Answer::Refused)
         .is("complete 1, owes 1 for 2");
     let effects = lab.rollout.went_back(again(4, 1));
     lab.take(effects);
@@ -514,9 +554,8 @@ fn what_waited_for_a_halted_one_is_captured_anew_above_the_rollback() {
 #[test]
 fn superseding_begins_the_waves_anew_and_nobody_goes_back() {
     let mut lab = Lab::usual();
-    lab.published(2).say("h0", 2, Word::Live);
-    let effects = lab.rollout.published(target(3), true, &lab.rules);
-    lab.take(effects);
+    lab.published(2).say("h0", 2, LIVE);
+    lab.publish(target(3), true);
     lab.rules.waves = vec!["1".parse().unwrap()];
     lab.step().is("complete 1, running 3 wave 1 of 3");
     for name in ["h0", "h50"] {
@@ -528,7 +567,10 @@ fn superseding_begins_the_waves_anew_and_nobody_goes_back() {
 #[test]
 fn what_waits_behind_one_that_does_not_move_is_let_past_it_by_an_operator() {
     let mut lab = Lab::usual();
-    lab.published(2).say("h0", 2, Word::Unwell).published(3);
+    lab.published(2)
+        .say("h0", 2, Answer::Unwell)
+        .say("h1", 2, Answer::Unwell)
+        .published(3);
     lab.is("complete 1, running 2 wave 1 of 3, paused Unwell, waiting 3");
     let supersede = |lab: &mut Lab| {
         let fleet = Hosts(&lab.hosts, lab.now);
@@ -546,7 +588,7 @@ fn paused_by_an_operator_nothing_begins_and_what_was_begun_is_finished() {
     let mut lab = Lab::usual();
     lab.published(2);
     lab.order(|lab, now| lab.rollout.pause("lunch".into(), now));
-    lab.say("h0", 2, Word::Live).say("h1", 2, Word::Live);
+    lab.say("h0", 2, LIVE).say("h1", 2, LIVE);
     lab.wait(DEADLINE)
         .is("complete 1, running 2 wave 1 of 3, paused Operator");
     lab.resume().unwrap();
@@ -571,7 +613,9 @@ fn a_second_pause_by_an_operator_is_refused_with_the_reason_of_the_first() {
 #[test]
 fn a_pause_by_an_operator_keeps_why_it_had_paused_by_itself_and_outlasts_that() {
     let mut lab = Lab::usual();
-    lab.published(2).say("h0", 2, Word::Unwell);
+    lab.published(2)
+        .say("h0", 2, Answer::Unwell)
+        .say("h1", 2, Answer::Unwell);
     lab.is("complete 1, running 2 wave 1 of 3, paused Unwell");
     lab.order(|lab, now| lab.rollout.pause("lunch".into(), now));
     let pause = lab.rollout.running().and_then(|run| run.paused.clone());
@@ -581,27 +625,32 @@ fn a_pause_by_an_operator_keeps_why_it_had_paused_by_itself_and_outlasts_that() 
         (pause.reason.as_str(), before.kind),
         ("lunch", PauseKind::Unwell)
     );
-    assert!(before.reason.contains("trouble of their own: h0"));
-    lab.say("h0", 2, Word::Live).say("h1", 2, Word::Live);
+    assert!(before.reason.contains("trouble of their own: h0, h1"));
+    lab.say("h0", 2, LIVE).say("h1", 2, LIVE);
     lab.is("complete 1, running 2 wave 1 of 3, paused Operator");
 
-    // A wave that had proven too little has as long again after either pause.
+    // A wave without a quorum has as long again after either pause.
     let mut lab = Lab::usual();
-    for name in ["h0", "h1"] {
-        lab.host(name).away = true;
-        lab.host(name).seen = lab.now;
-    }
-    lab.published(2).wait(DEADLINE);
-    lab.is("complete 1, running 2 wave 1 of 3, paused Unproven");
+    lab.published(2);
+    lab.say("h0", 2, Answer::Unwell).wait(DEADLINE);
+    lab.is("complete 1, running 2 wave 1 of 3, paused Unwell");
+    let mut lab = Lab::new(100, 3, &["group:canary", "100%"]);
+    lab.published(2);
+    lab.say("h0", 2, LIVE).say("h1", 2, Answer::Unwell);
+    lab.host("h2").offered.clear(); // the offer never reached it
+    lab.host("h2").away = true;
+    lab.host("h2").seen = lab.now;
+    lab.wait(DEADLINE);
+    lab.is("nothing, running 2 wave 1 of 2, paused Unproven");
     lab.order(|lab, now| lab.rollout.pause("lunch".into(), now));
     lab.resume().unwrap();
-    lab.step().is("complete 1, running 2 wave 1 of 3");
+    lab.step().is("nothing, running 2 wave 1 of 2");
 }
 
 #[test]
 fn aborted_is_halted_by_hand_and_promoted_is_everybody_at_once() {
     let mut lab = Lab::usual();
-    lab.published(2).say("h0", 2, Word::Live);
+    lab.published(2).say("h0", 2, LIVE);
     lab.order(|lab, now| {
         let hosts = Hosts(&lab.hosts, lab.now);
         lab.rollout
@@ -614,7 +663,7 @@ fn aborted_is_halted_by_hand_and_promoted_is_everybody_at_once() {
     lab.order(|lab, now| lab.rollout.promote("urgent".into(), now));
     lab.step();
     assert_eq!(lab.offered(2), 100);
-    lab.everybody(2, Word::Live).is("complete 2");
+    lab.everybody(2, LIVE).is("complete 2");
     let idle = lab.rollout.promote("again".into(), at(0));
     assert_eq!(
         idle,
@@ -627,7 +676,7 @@ fn aborted_is_halted_by_hand_and_promoted_is_everybody_at_once() {
 #[test]
 fn rolled_back_by_hand_nothing_is_published_until_resumed() {
     let mut lab = Lab::usual();
-    lab.published(2).everybody(2, Word::Live);
+    lab.published(2).everybody(2, LIVE);
     lab.roll_back(target(1), "false positives").unwrap();
     lab.is("complete 2, owes 1 for 2");
     assert!(lab.rollout.held().is_some());
@@ -651,7 +700,7 @@ fn a_pinned_group_stays_and_is_neither_waited_for_nor_asked() {
     });
     lab.published(2).is("complete 1, running 2 wave 1 of 2");
     assert_eq!(lab.wanted(&"h0".parse().unwrap()), Some(1));
-    lab.everybody(2, Word::Live).is("complete 2");
+    lab.everybody(2, LIVE).is("complete 2");
     assert_eq!(lab.offered(2), 98);
     lab.order(|lab, _| lab.rollout.unpin_group(&canary, None));
     lab.step();
@@ -666,7 +715,7 @@ fn a_refusal_counts_also_where_the_group_is_pinned_meanwhile() {
         lab.host(name).at = Some(2);
     }
     lab.pin("canary", 2).unwrap();
-    lab.say("h0", 2, Word::Refused)
+    lab.say("h0", 2, Answer::Refused)
         .is("complete 1, owes 1 for 2");
 }
 
@@ -678,7 +727,7 @@ fn a_pin_offers_nobody_what_was_taken_back() {
     lab.host("h1").groups = vec!["db".parse().unwrap()];
     lab.pin("db", 2).unwrap();
     assert_eq!(lab.wanted(&"h1".parse().unwrap()), Some(2));
-    lab.say("h0", 2, Word::Refused);
+    lab.say("h0", 2, Answer::Refused);
     assert!(
         lab.rollout.pins().is_empty(),
         "it goes back with the others"
@@ -693,7 +742,7 @@ fn a_pin_offers_nobody_what_was_taken_back() {
 #[test]
 fn what_is_rolled_back_is_offered_to_nobody_until_the_other_is_published() {
     let mut lab = Lab::usual();
-    lab.published(2).everybody(2, Word::Live).is("complete 2");
+    lab.published(2).everybody(2, LIVE).is("complete 2");
     lab.host("h9").at = Some(1);
     lab.roll_back(target(1), "slow").unwrap();
     assert_eq!(lab.wanted(&"h9".parse().unwrap()), Some(1), "it stays");
@@ -703,7 +752,7 @@ fn what_is_rolled_back_is_offered_to_nobody_until_the_other_is_published() {
 fn a_rollback_that_another_order_overtook_is_not_taken_for_that() {
     let mut lab = Lab::usual();
     for number in [2, 3] {
-        lab.published(number).everybody(number, Word::Live);
+        lab.published(number).everybody(number, LIVE);
     }
     lab.roll_back(target(2), "slow").unwrap();
     lab.roll_back(target(1), "slower").unwrap();
@@ -749,7 +798,7 @@ fn outside_its_window_a_host_keeps_what_it_has_and_a_rollback_does_not_wait() {
         .windows
         .insert(db.clone(), vec!["Mon-Sun 22:00-05:00 UTC".parse().unwrap()]);
     lab.host("h7").groups.push(db);
-    lab.published(2).everybody(2, Word::Live).is("complete 2");
+    lab.published(2).everybody(2, LIVE).is("complete 2");
     assert_eq!(
         (lab.offered(2), lab.wanted(&"h7".parse().unwrap())),
         (99, Some(1))
@@ -761,7 +810,7 @@ fn outside_its_window_a_host_keeps_what_it_has_and_a_rollback_does_not_wait() {
     lab.now = at_utc("2026-11-20T22:00:00Z");
     lab.step();
     assert_eq!(lab.offered(2), 100);
-    lab.everybody(2, Word::Live);
+    lab.everybody(2, LIVE);
     lab.now = at_utc("2026-11-21T12:00:00Z");
     lab.roll_back(target(1), "bad").unwrap();
     let effects = lab.rollout.went_back(again(3, 1));
@@ -773,7 +822,7 @@ fn outside_its_window_a_host_keeps_what_it_has_and_a_rollback_does_not_wait() {
 #[test]
 fn a_rollback_past_what_is_complete_waits_for_no_window_either() {
     let mut lab = Lab::usual();
-    lab.published(2).everybody(2, Word::Live).is("complete 2");
+    lab.published(2).everybody(2, LIVE).is("complete 2");
     lab.now = at_utc("2026-11-20T12:00:00Z");
     let db: GroupName = "db".parse().unwrap();
     let night = "Mon-Sun 22:00-05:00 UTC".parse().unwrap();
@@ -790,14 +839,14 @@ fn a_rollback_past_what_is_complete_waits_for_no_window_either() {
 #[test]
 fn who_comes_with_what_was_taken_back_waits_for_no_window_though_a_newer_one_is_on_its_way() {
     let mut lab = Lab::usual();
-    lab.published(2).everybody(2, Word::Live);
+    lab.published(2).everybody(2, LIVE);
     lab.roll_back(target(1), "bad").unwrap();
     lab.host("h7").away = true;
     let effects = lab.rollout.went_back(again(3, 1));
     lab.take(effects);
-    lab.step().everybody(3, Word::Live);
+    lab.step().everybody(3, LIVE);
     lab.resume().unwrap();
-    lab.published(4).everybody(4, Word::Live).is("complete 4");
+    lab.published(4).everybody(4, LIVE).is("complete 4");
     lab.now = at_utc("2026-11-20T12:00:00Z");
     let db: GroupName = "db".parse().unwrap();
     let night = "Mon-Sun 22:00-05:00 UTC".parse().unwrap();
@@ -815,9 +864,9 @@ fn whoever_is_at_it_when_its_window_closes_is_still_waited_for() {
     lab.rules.windows.insert(canary, vec![night]);
     lab.now = at_utc("2026-11-21T04:59:00Z");
     lab.published(2);
-    lab.say("h0", 2, Word::Live);
+    lab.say("h0", 2, LIVE);
     lab.wait(120).is("complete 1, running 2 wave 1 of 3");
-    lab.say("h1", 2, Word::Live);
+    lab.say("h1", 2, LIVE);
     lab.is("complete 1, running 2 wave 2 of 3");
 }
 
@@ -829,9 +878,9 @@ fn what_was_forced_on_hosts_before_their_wave_is_taken_back_with_a_halt() {
     lab.rules.windows.insert(canary, vec![night]);
     lab.now = at_utc("2026-11-21T12:00:00Z");
     lab.published(2).is("complete 1, running 2 wave 0 of 3");
-    for (name, word) in [("h7", Word::Live), ("h8", Word::Refused)] {
+    for (name, word) in [("h7", LIVE), ("h8", Answer::Refused)] {
         let now = lab.now;
-        lab.host(name).progress.insert(2, now);
+        lab.host(name).offered.insert(2, (now, now));
         lab.say(name, 2, word);
     }
     lab.is("complete 1, owes 1 for 2");
@@ -840,14 +889,13 @@ fn what_was_forced_on_hosts_before_their_wave_is_taken_back_with_a_halt() {
 #[test]
 fn nobody_is_rolled_back_to_what_something_newer_took_the_place_of() {
     let mut lab = Lab::usual();
-    lab.published(2).everybody(2, Word::Live).published(3);
+    lab.published(2).everybody(2, LIVE).published(3);
     lab.published(4).published(5); // 4 waited, and was never offered
     let refused = |lab: &mut Lab, to| lab.roll_back(target(to), "oh").unwrap_err();
     for to in [4, 5] {
         assert_eq!(refused(&mut lab, to), OrderError::Unproven(position(to)));
     }
-    let effects = lab.rollout.published(target(6), true, &lab.rules);
-    lab.take(effects);
+    lab.publish(target(6), true);
     lab.step().is("complete 2, running 6 wave 1 of 3");
     for to in [3, 5] {
         assert_eq!(refused(&mut lab, to), OrderError::Unproven(position(to)));
@@ -863,8 +911,7 @@ fn what_an_operator_paused_neither_promote_nor_supersede_sets_going() {
     let now = at(lab.now);
     let promoted = lab.rollout.promote("hurry".into(), now);
     assert!(matches!(promoted, Err(OrderError::Paused { .. })));
-    let effects = lab.rollout.published(target(3), true, &lab.rules);
-    lab.take(effects);
+    lab.publish(target(3), true);
     let hosts = Hosts(&lab.hosts, lab.now);
     let superseded = lab.rollout.order(Order::Supersede, &hosts, &lab.rules, now);
     assert!(matches!(superseded, Err(OrderError::Paused { .. })));
@@ -874,11 +921,11 @@ fn what_an_operator_paused_neither_promote_nor_supersede_sets_going() {
 #[test]
 fn a_second_rollback_takes_back_what_the_first_one_brought() {
     let mut lab = Lab::usual();
-    lab.published(2).everybody(2, Word::Live);
-    lab.published(3).say("h0", 3, Word::Refused);
+    lab.published(2).everybody(2, LIVE);
+    lab.published(3).say("h0", 3, Answer::Refused);
     let effects = lab.rollout.went_back(again(4, 2));
     lab.take(effects);
-    lab.step().everybody(4, Word::Live);
+    lab.step().everybody(4, LIVE);
     lab.roll_back(target(1), "bad, too").unwrap();
     lab.is("complete 4, owes 1 for 4");
 }
@@ -887,26 +934,22 @@ fn a_second_rollback_takes_back_what_the_first_one_brought() {
 fn after_a_restart_it_goes_on_where_it_was() {
     let mut lab = Lab::usual();
     lab.published(2)
-        .say("h0", 2, Word::Live)
-        .say("h1", 2, Word::Live)
+        .say("h0", 2, LIVE)
+        .say("h1", 2, LIVE)
         .published(3);
     let kept = serde_json::to_string(&lab.rollout).unwrap();
     lab.rollout = serde_json::from_str(&kept).unwrap();
     lab.published(2)
         .published(3)
         .is("complete 1, running 2 wave 2 of 3, waiting 3");
-    lab.everybody(2, Word::Live)
-        .everybody(3, Word::Live)
-        .is("complete 3");
+    lab.everybody(2, LIVE).everybody(3, LIVE).is("complete 3");
 }
 
 #[test]
 fn settle_time_passes_between_waves() {
     let mut lab = Lab::usual();
     lab.rules.settle = Duration::from_secs(60);
-    lab.published(2)
-        .say("h0", 2, Word::Live)
-        .say("h1", 2, Word::Live);
+    lab.published(2).say("h0", 2, LIVE).say("h1", 2, LIVE);
     lab.wait(59).is("complete 1, running 2 wave 1 of 3");
     lab.wait(1).is("complete 1, running 2 wave 2 of 3");
 }
@@ -915,14 +958,12 @@ fn settle_time_passes_between_waves() {
 fn promoted_again_and_with_everybody_there_it_still_ends() {
     let mut lab = Lab::usual();
     lab.rules.settle = Duration::from_secs(3600);
-    lab.published(2)
-        .say("h0", 2, Word::Live)
-        .say("h1", 2, Word::Live);
+    lab.published(2).say("h0", 2, LIVE).say("h1", 2, LIVE);
     for _ in 0..3 {
         lab.order(|lab, now| lab.rollout.promote("it is good".to_owned(), now));
     }
     lab.step().is("complete 1, running 2 wave 1 of 1");
-    lab.everybody(2, Word::Live).is("complete 2");
+    lab.everybody(2, LIVE).is("complete 2");
 }
 
 #[test]
@@ -948,7 +989,7 @@ fn a_wave_whose_window_is_closed_is_waited_for() {
     assert_eq!(lab.noted, ["rollout 2", "rollout-waits 2"]);
     lab.now = at_utc("2026-11-23T22:00:00Z");
     lab.step().is("complete 1, running 2 wave 1 of 3");
-    lab.say("h0", 2, Word::Live).say("h1", 2, Word::Live);
+    lab.say("h0", 2, LIVE).say("h1", 2, LIVE);
     lab.is("complete 1, running 2 wave 2 of 3");
 }
 
@@ -956,9 +997,7 @@ fn a_wave_whose_window_is_closed_is_waited_for() {
 fn a_wave_that_everybody_left_settles_all_the_same() {
     let mut lab = Lab::usual();
     lab.rules.settle = Duration::from_secs(3600);
-    lab.published(2)
-        .say("h0", 2, Word::Live)
-        .say("h1", 2, Word::Live);
+    lab.published(2).say("h0", 2, LIVE).say("h1", 2, LIVE);
     for name in ["h0", "h1"] {
         lab.host(name).groups.clear();
     }
@@ -967,43 +1006,88 @@ fn a_wave_that_everybody_left_settles_all_the_same() {
 }
 
 #[test]
-fn whoever_took_it_in_hand_is_waited_for_wherever_it_is() {
+fn a_member_that_vanishes_after_its_offer_counts_for_the_quorum_and_is_not_waited_for() {
     let mut lab = Lab::usual();
-    lab.published(2).say("h0", 2, Word::Live);
+    lab.published(2).say("h0", 2, LIVE);
     lab.host("h1").away = true;
-    lab.wait(60).is("complete 1, running 2 wave 1 of 3");
+    lab.host("h1").seen = lab.now;
+    lab.wait(1).is("complete 1, running 2 wave 2 of 3"); // one of two has proven it
+    let mut lab = Lab::new(100, 3, &["group:canary", "100%"]);
+    lab.published(2).say("h0", 2, LIVE);
+    for name in ["h1", "h2"] {
+        lab.host(name).away = true;
+        lab.host(name).seen = lab.now;
+    }
+    lab.wait(60).is("nothing, running 2 wave 1 of 2"); // one of three has
     lab.wait(DEADLINE)
-        .is("complete 1, running 2 wave 1 of 3, paused Unwell");
+        .is("nothing, running 2 wave 1 of 2, paused Unwell");
+    lab.host("h1").away = false;
+    lab.say("h1", 2, LIVE).is("nothing, running 2 wave 2 of 2");
 }
 
 #[test]
-fn after_a_start_those_who_were_there_are_waited_for() {
+fn after_a_start_no_wave_begins_before_the_agents_that_were_connected_are_back() {
     let mut lab = Lab::usual();
-    lab.published(2).say("h0", 2, Word::Live);
-    // The next master knows what it kept, and hears of nobody yet.
+    lab.published(2).say("h0", 2, LIVE).say("h1", 2, LIVE);
+    lab.rules.settle = Duration::from_secs(1);
+    lab.everybody(2, LIVE)
+        .wait(1)
+        .everybody(2, LIVE)
+        .wait(1)
+        .is("complete 2");
+    // The next master knows the state it kept. 20 agents are not back; one was away before.
     let now = lab.now;
-    for host in lab.hosts.values_mut() {
-        (host.away, host.seen) = (true, now - 3600);
-        host.progress.clear();
+    for (number, host) in lab.hosts.values_mut().enumerate() {
+        host.was_connected = number != 0;
+        let away = number < 21;
+        host.returning = away && number != 0;
+        (host.away, host.seen) = (away, now - 3600);
     }
     lab.rollout.resumed(at(now));
-    lab.wait(170).is("complete 1, running 2 wave 1 of 3");
-    lab.wait(10).is("complete 1, running 2 wave 2 of 3");
+    lab.rules.waves = vec!["10%".parse().unwrap(), "100%".parse().unwrap()];
+    lab.published(3)
+        .wait(60)
+        .is("complete 2, running 3 wave 0 of 2");
+    for host in lab.hosts.values_mut().skip(10).take(5) {
+        (host.away, host.returning) = (false, false);
+    }
+    lab.step().is("complete 2, running 3 wave 0 of 2"); // 84 of 99
+    for host in lab.hosts.values_mut().skip(15).take(6) {
+        (host.away, host.returning) = (false, false);
+    }
+    lab.step().is("complete 2, running 3 wave 1 of 2"); // 90 of 99
+    // Those that stay away are waited for no longer than three minutes.
+    let mut other = Lab::usual();
+    for host in other.hosts.values_mut().take(50) {
+        (host.away, host.was_connected, host.returning) = (true, true, true);
+    }
+    other.rollout.resumed(at(other.now));
+    other
+        .published(2)
+        .wait(179)
+        .is("complete 1, running 2 wave 0 of 3");
+    other.wait(1);
+    assert!(other.offered(2) > 0);
 }
 
 #[test]
-fn whoever_makes_nothing_of_it_for_a_day_has_trouble() {
-    let mut lab = Lab::usual();
-    lab.published(2).say("h0", 2, Word::Live);
-    let offered = lab.now;
-    lab.host("h1").offered = Some(offered);
-    for _ in 0..24 {
-        lab.is("complete 1, running 2 wave 1 of 3");
-        let now = lab.now + 3600;
-        lab.host("h1").progress.insert(2, now);
-        lab.wait(3600);
+fn progress_renews_a_members_deadline_to_twice_that_of_the_wave_at_most() {
+    let mut lab = Lab::new(30, 5, &["group:canary", "100%"]);
+    lab.published(1);
+    for name in ["h0", "h1"] {
+        lab.say(name, 1, LIVE);
     }
-    lab.is("complete 1, running 2 wave 1 of 3, paused Unwell");
+    let begun = lab.now;
+    for _ in 0..60 {
+        lab.is("nothing, running 1 wave 1 of 2");
+        let now = lab.now + 30;
+        for name in ["h2", "h3", "h4"] {
+            lab.host(name).offered.insert(1, (begun, now));
+        }
+        lab.wait(30);
+    }
+    assert_eq!(lab.now - begun, 2 * DEADLINE);
+    lab.is("nothing, running 1 wave 1 of 2, paused Unwell");
 }
 
 #[test]
@@ -1011,9 +1095,7 @@ fn a_clock_that_was_in_the_future_stops_nothing() {
     let mut lab = Lab::usual();
     lab.rules.settle = Duration::from_secs(60);
     lab.now += 1 << 30;
-    lab.published(2)
-        .say("h0", 2, Word::Live)
-        .say("h1", 2, Word::Live);
+    lab.published(2).say("h0", 2, LIVE).say("h1", 2, LIVE);
     lab.now -= 1 << 30;
     lab.step().is("complete 1, running 2 wave 1 of 3");
     lab.wait(60).is("complete 1, running 2 wave 2 of 3");
@@ -1022,10 +1104,10 @@ fn a_clock_that_was_in_the_future_stops_nothing() {
 #[test]
 fn a_group_of_which_a_part_is_ahead_is_not_pinned_to_where_it_is() {
     let mut lab = Lab::usual();
-    lab.published(2).say("h0", 2, Word::Live);
+    lab.published(2).say("h0", 2, LIVE);
     let split = lab.pin_where_it_is("canary");
     assert!(matches!(split, Err(OrderError::Split { .. })), "{split:?}");
-    lab.say("h1", 2, Word::Live);
+    lab.say("h1", 2, LIVE);
     lab.pin_where_it_is("canary").unwrap();
     assert_eq!(
         number(&lab.rollout.pins().values().next().unwrap().target),
@@ -1038,8 +1120,8 @@ fn where_a_halt_took_nobody_back_an_operator_can() {
     let mut lab = Lab::usual();
     lab.rules.rollback_on_halt = false;
     lab.published(2)
-        .say("h1", 2, Word::Live)
-        .say("h0", 2, Word::Refused);
+        .say("h1", 2, LIVE)
+        .say("h0", 2, Answer::Refused);
     lab.is("complete 1");
     lab.roll_back(target(1), "h1 is still there").unwrap();
     lab.is("complete 1, owes 1 for 2");
@@ -1058,16 +1140,15 @@ fn the_same_databases_do_not_come_again_behind_those_that_were_halted() {
     let mut lab = Lab::usual();
     lab.rules.rollback_on_halt = false;
     lab.published(2);
-    let effects = lab.rollout.published(again(4, 2), false, &lab.rules);
-    lab.take(effects);
-    lab.say("h0", 2, Word::Refused).is("complete 1");
+    lab.publish(again(4, 2), false);
+    lab.say("h0", 2, Answer::Refused).is("complete 1");
     assert_eq!(lab.noted.last().unwrap(), "look");
 }
 
 #[test]
 fn hosts_with_a_window_hold_nobody_up_but_are_waited_for_in_the_end() {
     let mut lab = Lab::new(20, 1, &["group:canary", "group:db", "100%"]);
-    lab.published(1).everybody(1, Word::Live);
+    lab.published(1).everybody(1, LIVE);
     lab.now = at_utc("2026-11-23T12:00:00Z");
     let night = "Mon-Fri 22:00-05:00 UTC".parse().unwrap();
     let db: GroupName = "db".parse().unwrap();
@@ -1075,14 +1156,14 @@ fn hosts_with_a_window_hold_nobody_up_but_are_waited_for_in_the_end() {
     for name in ["h7", "h8"] {
         lab.host(name).groups.push(db.clone());
     }
-    lab.published(2).everybody(2, Word::Live).is("complete 2");
+    lab.published(2).everybody(2, LIVE).is("complete 2");
     // Where all but the canary have one, the night is waited for, and a newer one goes first.
     for i in 1..20 {
         lab.host(&format!("h{i}")).groups = vec![db.clone()];
     }
-    lab.published(3).say("h0", 3, Word::Live);
+    lab.published(3).say("h0", 3, LIVE);
     lab.is("complete 2, running 3 wave 1 of 3");
-    lab.published(4).say("h0", 4, Word::Live);
+    lab.published(4).say("h0", 4, LIVE);
     lab.is("complete 2, running 4 wave 1 of 3");
     lab.now = at_utc("2026-11-23T22:00:00Z");
     lab.step().is("complete 2, running 4 wave 2 of 3");
@@ -1092,14 +1173,14 @@ fn hosts_with_a_window_hold_nobody_up_but_are_waited_for_in_the_end() {
 fn settle_time_does_not_pass_where_nobody_is_left() {
     let mut lab = Lab::new(2, 2, &["group:canary", "10%", "100%"]);
     lab.rules.settle = Duration::from_secs(60);
-    lab.published(1).everybody(1, Word::Live).is("complete 1");
+    lab.published(1).everybody(1, LIVE).is("complete 1");
 }
 
 #[test]
 fn a_host_that_is_past_it_is_left_alone() {
     let mut lab = Lab::usual();
     lab.host("h7").at = Some(9);
-    lab.published(2).everybody(2, Word::Live).is("complete 2");
+    lab.published(2).everybody(2, LIVE).is("complete 2");
     assert_eq!(
         (lab.offered(2), lab.wanted(&"h7".parse().unwrap())),
         (99, Some(9))

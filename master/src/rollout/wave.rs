@@ -1,7 +1,9 @@
 //! The waves of a rollout: who is in which.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use clamcast_daemon::config::Percent;
 use clamcast_proto::{AgentName, Digest, GroupName};
@@ -14,7 +16,7 @@ use serde::{Deserialize, Serialize};
 pub enum Wave {
     /// The members of a group.
     Group(GroupName),
-    /// This part of the enrolled agents, at least one.
+    /// This part of the connected agents, at least one.
     Share(Percent),
     /// So many of them.
     Count(usize),
@@ -72,64 +74,101 @@ impl From<Wave> for String {
     }
 }
 
-/// A wave that has begun. Who is in it does not change any more, but for agents that are enrolled
-/// later or change their groups.
+/// A wave that has begun.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct Begun {
     /// As configured.
     pub wave: Wave,
-    /// How far it reaches in the rollout's order of agents.
-    reach: Reach,
-    /// Since when.
+    members: Members,
+    /// When it began.
     pub since: Timestamp,
+    /// Since when its deadline runs: an operator's pause moves it on.
+    pub(super) timed_from: Timestamp,
 }
 
-/// How far a share or a count reaches. A group reaches nobody by place.
+/// Which agents a started wave has.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
-enum Reach {
-    Nobody,
-    /// To this place, which is in it.
-    UpTo(Digest),
+enum Members {
+    /// Those of the wave's group, now and later.
+    Group,
+    /// The connected agents that were drawn when the wave began.
+    Drawn(Arc<BTreeSet<AgentName>>),
     Everybody,
 }
 
 impl Begun {
-    /// Begins a wave over the enrolled agents, given by their places in the rollout's order.
-    pub fn new(wave: Wave, places: &mut [Digest], since: Timestamp) -> Self {
-        let total = places.len();
+    /// Begins a wave. A percentage or count is drawn from the `connected` agents, in the order that
+    /// their names have in the rollout of `content`.
+    pub fn new<'a>(
+        wave: Wave,
+        content: &Digest,
+        connected: impl Iterator<Item = &'a AgentName>,
+        since: Timestamp,
+    ) -> Self {
         let members = match &wave {
-            Wave::Group(_) => 0,
-            Wave::Share(share) => {
-                usize::try_from(share.of_rounded_up(total as u64)).unwrap_or(total)
+            Wave::Group(_) => Members::Group,
+            Wave::Share(share) if share.of(100) == 100 => Members::Everybody,
+            Wave::Share(_) | Wave::Count(_) => {
+                Members::Drawn(Arc::new(draw(&wave, content, connected)))
             }
-            Wave::Count(count) => (*count).min(total),
         };
-        let reach = match (&wave, members) {
-            (Wave::Share(share), _) if share.of(100) == 100 => Reach::Everybody,
-            (_, 0) => Reach::Nobody,
-            (_, members) => Reach::UpTo(*places.select_nth_unstable(members - 1).1),
-        };
-        Self { wave, reach, since }
+        Self {
+            wave,
+            members,
+            since,
+            timed_from: since,
+        }
     }
 
-    /// Whether an agent with these groups and this place is in it.
-    pub fn has(&self, groups: &[GroupName], place: &Digest) -> bool {
-        match &self.wave {
-            Wave::Group(group) => groups.contains(group),
-            Wave::Share(_) | Wave::Count(_) => match &self.reach {
-                Reach::Nobody => false,
-                Reach::UpTo(last) => place <= last,
-                Reach::Everybody => true,
-            },
+    /// Forgets drawn members that an earlier wave has: each name is kept once.
+    pub(super) fn keep_new(&mut self, is_in_earlier: impl Fn(&AgentName) -> bool) {
+        if let Members::Drawn(names) = &mut self.members {
+            Arc::make_mut(names).retain(|name| !is_in_earlier(name));
+        }
+    }
+
+    /// Whether this agent was drawn.
+    pub(super) fn has_drawn(&self, name: &AgentName) -> bool {
+        match &self.members {
+            Members::Drawn(names) => names.contains(name),
+            Members::Group | Members::Everybody => false,
+        }
+    }
+
+    /// Whether this agent of these groups is a member.
+    pub fn has(&self, name: &AgentName, groups: &[GroupName]) -> bool {
+        match (&self.members, &self.wave) {
+            (Members::Everybody, _) => true,
+            (Members::Drawn(names), _) => names.contains(name),
+            (Members::Group, Wave::Group(group)) => groups.contains(group),
+            (Members::Group, Wave::Share(_) | Wave::Count(_)) => false,
         }
     }
 }
 
-/// An agent's place in the order of a rollout: the same as long as it lasts, another one in the
-/// next, so that it is not always the same hosts that go first.
-pub fn place(content: &Digest, name: &AgentName) -> Digest {
-    Digest::of(&[content.as_bytes().as_slice(), name.as_str().as_bytes()].concat())
+/// The first agents in the order of a hash of content and name: the order is the same throughout one
+/// rollout and differs in the next, so that it is not always the same hosts that go first.
+fn draw<'a>(
+    wave: &Wave,
+    content: &Digest,
+    connected: impl Iterator<Item = &'a AgentName>,
+) -> BTreeSet<AgentName> {
+    let place = |name: &AgentName| {
+        Digest::of(&[content.as_bytes().as_slice(), name.as_str().as_bytes()].concat())
+    };
+    let mut places: Vec<_> = connected.map(|name| (place(name), name)).collect();
+    let total = places.len();
+    let many = match wave {
+        Wave::Group(_) => 0,
+        Wave::Share(share) => usize::try_from(share.of_rounded_up(total as u64)).unwrap_or(total),
+        Wave::Count(count) => (*count).min(total),
+    };
+    if (1..total).contains(&many) {
+        places.select_nth_unstable(many - 1);
+    }
+    let drawn = places.into_iter().take(many);
+    drawn.map(|(_, name)| name.clone()).collect()
 }
 
 #[cfg(test)]
@@ -142,12 +181,17 @@ mod tests {
             .collect()
     }
 
-    /// How many of `count` agents are in the wave.
+    /// The members of a wave that begins while `names` are connected.
+    fn begun(wave: &str, content: &Digest, names: &[AgentName]) -> Begun {
+        let wave = wave.parse().unwrap();
+        Begun::new(wave, content, names.iter(), Timestamp::UNIX_EPOCH)
+    }
+
+    /// Which of `count` agents are in the wave.
     fn members(wave: &str, content: &Digest, count: usize) -> Vec<AgentName> {
         let names = names(count);
-        let mut places: Vec<_> = names.iter().map(|name| place(content, name)).collect();
-        let begun = Begun::new(wave.parse().unwrap(), &mut places, Timestamp::UNIX_EPOCH);
-        let is_in = |name: &AgentName| begun.has(&[], &place(content, name));
+        let begun = begun(wave, content, &names);
+        let is_in = |name: &AgentName| begun.has(name, &[]);
         names.into_iter().filter(is_in).collect()
     }
 
@@ -184,20 +228,11 @@ mod tests {
     }
 
     #[test]
-    fn whoever_is_enrolled_later_pushes_nobody_out() {
+    fn agents_that_enrol_later_do_not_change_a_drawn_wave() {
         let content = Digest::of(b"monday");
-        let first = names(50);
-        let mut places: Vec<_> = first.iter().map(|name| place(&content, name)).collect();
-        let begun = Begun::new(Wave::Count(5), &mut places, Timestamp::UNIX_EPOCH);
-        let all = names(500);
-        let now = all
-            .iter()
-            .filter(|name| begun.has(&[], &place(&content, name)));
-        let before = first
-            .iter()
-            .filter(|name| begun.has(&[], &place(&content, name)));
-        assert_eq!(before.count(), 5);
-        assert!(now.count() > 5, "some of the later ones are in its range");
+        let begun = begun("5", &content, &names(50));
+        let members = names(500).into_iter().filter(|name| begun.has(name, &[]));
+        assert_eq!(members.count(), 5);
     }
 
     #[test]

@@ -24,23 +24,23 @@ pub struct Clamd {
     scratch: Scratch,
     settings: Vec<(String, String)>,
     user: Option<u32>,
+    memory_kib: Option<u64>,
     child: Option<Child>,
     _slot: Slot,
 }
 
 impl Clamd {
     /// A clamd for the databases in `directory`, not started yet. Waits until it may run. A test
-    /// that needs two asks for both with [`Clamd::pair`].
+    /// that needs several asks for all with [`Clamd::several`].
     pub fn new(directory: impl AsRef<Path>) -> Self {
         let [slot] = slots::take();
         Self::in_slot(directory.as_ref(), slot)
     }
 
-    /// Two at once: asking one after the other would let two tests wait for each other.
-    pub fn pair(directories: [&Path; 2]) -> [Self; 2] {
-        let [first, second] = slots::take();
-        let [one, other] = directories;
-        [Self::in_slot(one, first), Self::in_slot(other, second)]
+    /// Several at once: asking for one after the other would let two tests wait for each other.
+    pub fn several<const COUNT: usize>(directories: [&Path; COUNT]) -> [Self; COUNT] {
+        let mut slots = slots::take::<COUNT>().into_iter();
+        directories.map(|directory| Self::in_slot(directory, slots.next().expect("one for each")))
     }
 
     fn in_slot(directory: &Path, slot: Slot) -> Self {
@@ -62,6 +62,7 @@ impl Clamd {
             scratch,
             settings,
             user: None,
+            memory_kib: None,
             child: None,
             _slot: slot,
         };
@@ -76,6 +77,19 @@ impl Clamd {
         self.settings.push((key.into(), value.into()));
         self.write_config();
         self
+    }
+
+    /// Removes a line of clamd.conf. Counts from the next start.
+    #[must_use]
+    pub fn without(mut self, key: &str) -> Self {
+        self.settings.retain(|(known, _)| known != key);
+        self.write_config();
+        self
+    }
+
+    /// Limits its address space, as `ulimit -v` does, or lifts that. Counts from the next start.
+    pub fn limit_memory(&mut self, kib: Option<u64>) {
+        self.memory_kib = kib;
     }
 
     /// Lets it run as another user, who then owns what it has here. Counts from the next start, and
@@ -99,7 +113,15 @@ impl Clamd {
         let _ = fs::remove_file(self.socket());
         let output = File::create(self.scratch.join("clamd.stderr"));
         let output = output.expect("a scratch file can be written");
-        let mut command = Command::new(Part::Clamd.path());
+        let mut command = match self.memory_kib {
+            None => Command::new(Part::Clamd.path()),
+            Some(kib) => {
+                let mut shell = Command::new("sh");
+                let limited = format!("ulimit -v {kib}; exec \"$0\" \"$@\"");
+                shell.arg("-c").arg(limited).arg(Part::Clamd.path());
+                shell
+            }
+        };
         if let Some(uid) = self.user {
             command.uid(uid).gid(uid); // without any further group (CommandExt::uid)
         }

@@ -140,7 +140,7 @@ keys = "{pki}/manifest.pub"
     }
 
     /// An agent whose `[clamd]` table has these lines. It is not started.
-    fn agent_with(&self, name: &str, clamd: &str) -> Agent {
+    pub fn agent_with(&self, name: &str, clamd: &str) -> Agent {
         self.certs(&["agent", name]);
         let bundle = self.pki().join("agents").join(name);
         let directory = self.scratch.directory(&format!("agents/{name}"));

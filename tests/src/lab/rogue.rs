@@ -7,12 +7,14 @@ use std::time::Duration;
 use clamcast_agent::config::Tls;
 use clamcast_agent::endpoint::{Credentials, SERVER_NAME};
 use clamcast_proto::dsse::{Envelope, sign};
-use clamcast_proto::receipt::{ClamdReport, Receipt};
+use clamcast_proto::receipt::{ClamdReport, Outcome, Receipt};
 use clamcast_proto::wire::{self, Hello, Offer, ToAgent, ToMaster};
+use clamcast_proto::{Digest, Epoch, Generation};
 use jiff::Timestamp;
 use quinn::{
     ClientConfig, Connection, ConnectionError, Endpoint, RecvStream, SendStream, TransportConfig,
 };
+use serde_json::Value;
 use tokio::time::timeout;
 
 use super::fleet::Fleet;
@@ -126,6 +128,33 @@ pub fn hello() -> ToMaster {
         foreign: Vec::new(),
         labels: Default::default(),
     }))
+}
+
+/// The receipt of an agent that met a fault with an offer.
+///
+/// # Panics
+///
+/// If the offer or the name is none.
+pub fn receipt(offer: &Offer, agent: &str, seq: u64) -> Receipt {
+    let manifest: Value = serde_json::from_slice(&offer.manifest.payload).expect("JSON");
+    let number = |key: &str| manifest[key].as_u64().expect("a number");
+    Receipt {
+        fleet: "bank".parse().expect("a name"),
+        agent: agent.parse().expect("a name"),
+        seq,
+        epoch: Epoch(number("epoch")),
+        generation: Generation::new(number("generation")).expect("above zero"),
+        manifest_sha256: Digest::of(&offer.manifest.payload),
+        install: 1,
+        outcome: Outcome::HostFault,
+        files: Vec::new(),
+        foreign: Vec::new(),
+        drift: Vec::new(),
+        clamd: ClamdReport::default(),
+        error: Some(format!("trouble {seq}")),
+        took: 1.0,
+        time: Timestamp::now(),
+    }
 }
 
 impl Conversation {

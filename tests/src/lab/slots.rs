@@ -8,7 +8,7 @@ use super::until::until;
 
 /// So many clamds run at a time, since each may need as much memory as its databases, twice while
 /// it reloads.
-pub const CLAMDS_MAX: usize = 2;
+pub const CLAMDS_MAX: usize = 3;
 
 /// Longer than all tests with a clamd take one after another: it ends only a deadlock.
 const WAIT_MAX: Duration = Duration::from_secs(15 * 60);
@@ -17,8 +17,8 @@ const WAIT_MAX: Duration = Duration::from_secs(15 * 60);
 #[derive(Debug)]
 pub(super) struct Slot(#[expect(dead_code, reason = "it is there to hold the lock")] File);
 
-/// Waits for `N` slots and takes them together. Who waits holds the gate, so that two tests that
-/// want both slots cannot get one each.
+/// Waits for `N` slots and takes them together. The test that waits holds the gate, so that
+/// two tests that want several slots cannot take each other's.
 pub(super) fn take<const N: usize>() -> [Slot; N] {
     const { assert!(N <= CLAMDS_MAX, "there are not so many slots") };
     let _gate = until(WAIT_MAX, "turn to start a clamd", || lock("gate"));

@@ -28,7 +28,7 @@ impl World {
         for host in &self.hosts {
             let out =
                 revoked.is_some_and(|list| list.revoked.iter().any(|it| it.serial == host.serial));
-            if host.honest && !host.left && !out {
+            if host.is_itself() && !host.left && !out {
                 self.is_at_rest(host, fleet)?;
             }
         }
@@ -100,8 +100,9 @@ impl World {
                 let said = host.said();
                 let rollout = sketch(fleet.rollout());
                 Err(format!(
-                    "{name} is {standing:?} with {}: {said}; {rollout}",
-                    wanted.position()
+                    "{name} is {standing:?} with {}: {said}; {rollout}; {:#?}",
+                    wanted.position(),
+                    fleet.record(name)
                 ))
             }
         }

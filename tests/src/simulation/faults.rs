@@ -11,6 +11,7 @@ use jiff::SignedDuration;
 use rand::Rng as _;
 use rand::rngs::StdRng;
 
+use super::Size;
 use super::contents::{CLAMD_VERSIONS, EVERY_CLAMD};
 use super::disk::Trouble;
 use super::host::{Host, HostEvent};
@@ -37,8 +38,11 @@ pub(super) enum Fault {
 const LARGE: usize = 1000;
 
 /// How this fleet's rollouts go.
-pub(super) fn rules(hosts: usize, random: &mut StdRng) -> Rules {
+pub(super) fn rules(size: &Size, random: &mut StdRng) -> Rules {
+    let hosts = size.hosts;
     let waves: &[&str] = match random.random_range(0..8) {
+        0..4 if size.only_lies => &["group:canary", "40%", "100%"],
+        _ if size.only_lies => &["group:canary", "100%"],
         _ if hosts > LARGE => &["group:canary", "10%", "100%"],
         0..3 => &["group:canary", "10%", "100%"],
         3 => &["group:canary", "100%"],
@@ -60,7 +64,7 @@ pub(super) fn rules(hosts: usize, random: &mut StdRng) -> Rules {
         deadline: Duration::from_secs(900),
         windows: Default::default(),
     };
-    if hosts <= LARGE && random.random_bool(0.4) {
+    if hosts <= LARGE && !size.only_lies && random.random_bool(0.4) {
         let window = "Mon-Sun 22:00-05:00 Europe/Berlin"
             .parse()
             .expect("a window");
@@ -70,8 +74,11 @@ pub(super) fn rules(hosts: usize, random: &mut StdRng) -> Rules {
 }
 
 /// The hosts at the beginning: a few canaries or none, and some that lie.
-pub(super) fn hosts(count: usize, random: &mut StdRng) -> Vec<Host> {
+pub(super) fn hosts(size: &Size, random: &mut StdRng) -> Vec<Host> {
+    let count = size.hosts;
+    let rare = random.random_range(0.0..0.5);
     let (canaries, liars) = match count > LARGE {
+        _ if size.only_lies => (random.random_range(5..13), random.random_range(0.05..0.3)),
         true => (count / LARGE, 0.0005),
         false => (
             random.random_range(0..4),
@@ -88,15 +95,27 @@ pub(super) fn hosts(count: usize, random: &mut StdRng) -> Vec<Host> {
                 groups.push(group(name));
             }
         }
-        let version = random.random_range(0..CLAMD_VERSIONS);
+        let version = match size.only_lies {
+            true => u32::from(random.random_bool(rare)),
+            false => random.random_range(0..CLAMD_VERSIONS),
+        };
         let mut host = Host::new(number, groups, version);
+        if size.only_lies {
+            host.slowness = random.random_range(1.0..8.0);
+        }
         host.honest = !random.random_bool(liars);
         if random.random_bool(0.2) {
             host.splay = Duration::from_secs(random.random_range(1..600));
         }
         host
     };
-    (0..count).map(host).collect()
+    let mut hosts: Vec<_> = (0..count).map(host).collect();
+    if count <= LARGE && random.random_bool(0.2) {
+        let number = random.random_range(0..count);
+        hosts[number].cloned = true;
+        hosts.push(Host::clone_of(&hosts[number]));
+    }
+    hosts
 }
 
 fn group(name: &str) -> GroupName {
@@ -114,6 +133,9 @@ impl World {
             .between_faults
             .mul_f64(self.random.random_range(0.1..1.9));
         self.set(wait, Event::Fault);
+        if self.size.only_lies {
+            return self.mirror_changes();
+        }
         let kind = self.random.random_range(0..100);
         let hosts = match kind {
             0..53 => self.hosts.len().div_ceil(LARGE),
@@ -300,7 +322,7 @@ impl World {
     }
 
     fn publish(&mut self, accept: bool) {
-        let supersede = self.random.random_bool(0.1);
+        let supersede = !self.size.only_lies && self.random.random_bool(0.1);
         let life = self.master.life;
         if self.master.running.is_some() {
             let event = MasterEvent::Publish { accept, supersede };
@@ -322,7 +344,8 @@ impl World {
             many => Some(target(&published[self.random.random_range(0..many)])),
         };
         let may_return = any.filter(|any| !self.master.disk.rejected.contains(&any.content));
-        let order = match (self.random.random_range(0..30), any, may_return) {
+        let host = || self.hosts[number].name.clone();
+        let order = match (self.random.random_range(0..32), any, may_return) {
             (0..3, ..) => Order::Pause(why()),
             (3..12, ..) => Order::Resume(None),
             (12..14, ..) => Order::Abort(why()),
@@ -333,8 +356,10 @@ impl World {
             (22..26, ..) => Order::Unpin(group, None),
             (26, ..) => return self.publish(true),
             (27, ..) => Order::Supersede,
+            (28, ..) => Order::SetAside(host(), why()),
+            (29, ..) => Order::Restore(host(), None),
             _ => {
-                let name = self.hosts[number].name.clone();
+                let name = host();
                 return self.on_master(|master, sight| master.force(&name, sight));
             }
         };

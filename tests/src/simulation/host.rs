@@ -36,7 +36,9 @@ mod lies;
 
 pub(super) use clamd::Clamd;
 
-use super::contents::Bad;
+use lies::Lying;
+
+use super::contents::{Bad, CLAMD_VERSIONS};
 use super::disk::{Disk, Fate, Trouble};
 use super::network::{LinkNumber, Said, Told};
 
@@ -50,6 +52,8 @@ pub(super) struct Host {
     pub(super) serial: Serial,
     key: SigningKey,
     pub(super) honest: bool,
+    /// Whether another host has its name, key and certificate: a cloned machine, or a stolen key.
+    pub(super) cloned: bool,
     pub(super) clamd: Clamd,
     pub(super) disk: Disk,
     /// Whether the agent runs, and how often it was started.
@@ -92,6 +96,8 @@ struct Mind {
     tick: Option<Instant>,
     /// Whether the job's progress is going to be told.
     telling: bool,
+    /// What a dishonest host is at.
+    lying: Option<Lying>,
 }
 
 #[derive(Clone, Debug)]
@@ -143,6 +149,8 @@ pub(super) enum HostEvent {
     Look,
     /// Missing files are asked for again.
     Mend,
+    /// A dishonest host goes on with its lie.
+    Lie,
 }
 
 /// What a host does to the world.
@@ -152,6 +160,8 @@ pub(super) enum Deed {
     Later(Duration, HostEvent),
     /// The agent is gone, with the host or without.
     Crash,
+    /// No packet gets to the master or back for so long.
+    Vanish(Duration),
 }
 
 /// What a host sees of the world.
@@ -198,6 +208,7 @@ impl Mind {
             cuts: 0,
             tick: None,
             telling: false,
+            lying: None,
         }
     }
 }
@@ -212,6 +223,7 @@ impl Host {
             serial: Serial(format!("{number:x}")),
             key: SigningKey::from_bytes(&seed),
             honest: true,
+            cloned: false,
             clamd: Clamd {
                 version,
                 wanted: true,
@@ -230,6 +242,23 @@ impl Host {
             lacking: false,
             mind: Mind::new(false),
         }
+    }
+
+    /// Another machine with the name, key and certificate of `host`.
+    pub(super) fn clone_of(host: &Self) -> Self {
+        Self {
+            name: host.name.clone(),
+            serial: host.serial.clone(),
+            key: host.key.clone(),
+            honest: true,
+            cloned: true,
+            ..Self::new(usize::MAX, host.groups.clone(), host.clamd.version)
+        }
+    }
+
+    /// Whether it is a member of the fleet that says what is so.
+    pub(super) fn is_itself(&self) -> bool {
+        self.honest && !self.cloned
     }
 
     /// What its receipts are checked with.
@@ -296,6 +325,7 @@ impl Host {
             }
             HostEvent::Probe => self.probe(sight),
             HostEvent::Look => self.look(sight),
+            HostEvent::Lie => self.lies_on(sight),
             HostEvent::Mend => {
                 self.mind.mending = false;
                 self.mend(sight);
@@ -328,9 +358,18 @@ impl Host {
             Told::Welcome => {
                 self.mind.link = Some(link);
                 let installed = self.disk.installed.as_ref().filter(|_| !self.lacking);
+                let outcome = installed.map(|installed| installed.outcome);
                 let installed = installed.map(|installed| installed.set.envelope.clone());
-                let clamd = self.clamd.report(ClamdState::Up, Proof::None);
-                self.say(Said::Hello { installed, clamd }, sight);
+                let mut clamd = self.clamd.report(ClamdState::Up, Proof::None);
+                if !self.honest {
+                    clamd.version = Some(self.claimed_version(sight));
+                }
+                let hello = Said::Hello {
+                    installed,
+                    outcome,
+                    clamd,
+                };
+                self.say(hello, sight);
                 for receipt in self.disk.receipts.values() {
                     let said = Said::Receipt(Box::new(receipt.clone()));
                     sight.deeds.push(Deed::Say(link, said));
@@ -345,7 +384,7 @@ impl Host {
                 rehash,
             } => match self.honest {
                 true => self.offered(link, offer, manifest, rehash, sight),
-                false => self.lie(&manifest, sight),
+                false => self.lie(link, offer, manifest, rehash, sight),
             },
             Told::Part { offer, name } => self.part(offer, name, sight),
             Told::Acknowledge(seq) => {
@@ -389,6 +428,9 @@ impl Host {
             mends,
             link,
         };
+        if job.rehash {
+            self.say_progress(&job, Phase::Fetching, None, sight);
+        }
         self.slotted(Slotted::Offered(job), sight);
     }
 
@@ -592,6 +634,7 @@ impl Host {
             offer,
             phase,
             until,
+            sent: 0,
         };
         sight.deeds.push(Deed::Say(job.link, said));
     }

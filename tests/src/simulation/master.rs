@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use clamcast_daemon::admin::Operator;
 use clamcast_master::dispatch::{
-    Action, Bounds, Closing, Dispatcher, Entry, Forcing, Newcomer, Now, Order, Word,
+    Action, Bounds, Closing, Dispatcher, Entry, Forcing, Newcomer, Now, Order, Progress, Word,
 };
 use clamcast_master::fleet::{Fleet, LinkId, Record};
 use clamcast_master::rollout::{self, OrderError, Owed, Rollout, Rules, Target};
@@ -318,7 +318,7 @@ impl Master {
             && let Some(number) = running.numbers.get(id)
             && let Some((_, name)) = running.links.get(number)
         {
-            witness.offered(fleet, name, manifest, manner.rehash);
+            witness.offered(fleet, name, manifest, manner.rehash, sight.now.clock);
         }
     }
 
@@ -399,8 +399,13 @@ impl Master {
         };
         let (dispatcher, now) = (&mut running.dispatcher, sight.now);
         match said {
-            Said::Hello { installed, clamd } => {
-                dispatcher.hello(&name, id, clamd, Vec::new(), installed.as_ref(), now);
+            Said::Hello {
+                installed,
+                outcome,
+                clamd,
+            } => {
+                let installed = installed.as_ref();
+                dispatcher.hello(&name, id, clamd, Vec::new(), installed, outcome, now);
             }
             Said::Need { offer, files } => {
                 for name in files {
@@ -413,7 +418,16 @@ impl Master {
                 offer,
                 phase,
                 until,
-            } => dispatcher.progress(&name, id, offer, phase, until, now),
+                sent,
+            } => {
+                let progress = Progress {
+                    offer,
+                    phase,
+                    until,
+                    sent,
+                };
+                dispatcher.progress(&name, id, progress, now);
+            }
             Said::Receipt(receipt) => {
                 let checked = receipt.envelope().verify([key]).expect("it is its own");
                 self.receipt(id, &checked, sight);
@@ -467,7 +481,9 @@ impl Master {
             | rollout::Order::Promote(_)
             | rollout::Order::Supersede
             | rollout::Order::Pin(_, None, _)
-            | rollout::Order::Unpin(..)) => Order::Plain(order),
+            | rollout::Order::Unpin(..)
+            | rollout::Order::SetAside(..)
+            | rollout::Order::Restore(..)) => Order::Plain(order),
         };
         let dispatcher = &mut self.process().dispatcher;
         dispatcher.order(order, None, &operator, sight.now)?;

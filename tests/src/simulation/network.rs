@@ -9,7 +9,7 @@ use std::time::Duration;
 use clamcast_proto::DatabaseName;
 use clamcast_proto::dsse::{Envelope, Verified};
 use clamcast_proto::manifest::Manifest;
-use clamcast_proto::receipt::{ClamdReport, Receipt};
+use clamcast_proto::receipt::{ClamdReport, Outcome, Receipt};
 use clamcast_proto::wire::{OfferId, Phase};
 use jiff::Timestamp;
 
@@ -21,6 +21,7 @@ pub(super) type LinkNumber = u64;
 pub(super) enum Said {
     Hello {
         installed: Option<Envelope>,
+        outcome: Option<Outcome>,
         clamd: ClamdReport,
     },
     Need {
@@ -31,6 +32,8 @@ pub(super) enum Said {
         offer: OfferId,
         phase: Phase,
         until: Option<Timestamp>,
+        /// Bytes of files that the master has sent on the connection by then.
+        sent: u64,
     },
     Receipt(Box<Verified<Receipt>>),
     Declined {

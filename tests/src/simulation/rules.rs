@@ -1,12 +1,14 @@
 //! What must hold at every moment, whatever goes wrong. Each rule is a function that says it.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 
 use clamcast_daemon::audit::Draft;
 use clamcast_master::events::EVENTS;
 use clamcast_master::fleet::Fleet;
-use clamcast_master::rollout::{Begun, Member, Rollout, Rules, Run, Target, Wave, Word, place};
+use clamcast_master::rollout::{
+    Answer, Begun, Member, Rollout, Rules, Run, Target, Wave, Weighing,
+};
 use clamcast_proto::dsse::Verified;
 use clamcast_proto::manifest::Manifest;
 use clamcast_proto::receipt::Receipt;
@@ -16,8 +18,8 @@ use jiff::{SignedDuration, Timestamp};
 use super::host::Host;
 use super::network::Told;
 
-/// An agent that was not seen for this long is not waited for.
-const SEEN: SignedDuration = SignedDuration::from_hours(24);
+/// Events of rollouts that a failure shows.
+const TOLD: usize = 40;
 
 /// Somebody who sees everything and forgets nothing.
 pub(super) struct Witness {
@@ -28,6 +30,8 @@ pub(super) struct Witness {
     pub(super) completed: u64,
     pub(super) halted: u64,
     trace: DefaultHasher,
+    /// The last events of rollouts, for a failure to show.
+    pub(super) told: VecDeque<String>,
     contents: HashSet<Digest>,
     manifests: HashMap<Position, Digest>,
     /// Contents that must not be published again.
@@ -40,6 +44,8 @@ pub(super) struct Witness {
     enrolled: BTreeSet<AgentName>,
     /// The highest generation that it offered to an agent.
     offered: HashMap<AgentName, Position>,
+    /// What each agent was offered last, by any process of the master.
+    offered_last: HashMap<AgentName, Digest>,
     /// What was on the master's disk at some time.
     runs_on_disk: HashMap<Digest, Run>,
     complete_on_disk: HashSet<Digest>,
@@ -61,10 +67,10 @@ struct Had {
     before: Option<Digest>,
 }
 
-/// A refusal as it became known: of which generation, in which wave, by how many.
+/// A refusal as it became known.
 pub(super) struct Refused {
     manifest: Digest,
-    waves: usize,
+    host: AgentName,
 }
 
 impl Witness {
@@ -76,6 +82,7 @@ impl Witness {
             completed: 0,
             halted: 0,
             trace: DefaultHasher::new(),
+            told: VecDeque::new(),
             contents: HashSet::new(),
             manifests: HashMap::new(),
             rejected: HashSet::new(),
@@ -83,6 +90,7 @@ impl Witness {
             ended_on_disk: BTreeSet::new(),
             enrolled: BTreeSet::new(),
             offered: HashMap::new(),
+            offered_last: HashMap::new(),
             runs_on_disk: HashMap::new(),
             complete_on_disk: HashSet::new(),
             pins_on_disk: HashSet::new(),
@@ -120,7 +128,18 @@ impl Witness {
         let Draft { event, detail, .. } = draft;
         assert!(EVENTS.contains(&event.as_str()), "{event} is no event");
         self.receipts += u64::from(event == "receipt");
-        let Some(position) = draft.position.filter(|_| draft.subject == "fleet") else {
+        if ["receipt", "offer"].contains(&event.as_str()) {
+            return;
+        }
+        let position = draft.position;
+        let at = position.map(|position| position.to_string());
+        let subject = &draft.subject;
+        self.told
+            .push_back(format!("{event} {at:?} {subject} {detail}"));
+        if self.told.len() > TOLD {
+            self.told.pop_front();
+        }
+        let Some(position) = position.filter(|_| subject == "fleet") else {
             return;
         };
         (event, position, detail.to_string()).hash(&mut self.trace);
@@ -159,7 +178,7 @@ impl Witness {
                 let before = |at: Timestamp| at < now;
                 let crowd = Crowd::new(fleet, run, &self.rules, before, now);
                 for wave in &new {
-                    a_wave_starts_only_when_the_one_before_is_done(&crowd, run, *wave);
+                    a_wave_starts_only_when_the_one_before_is_settled(&crowd, rollout, run, *wave);
                 }
                 if new.contains(&0) {
                     an_empty_canary_group_never_means_that_everybody_is_next(&crowd, run);
@@ -202,11 +221,17 @@ impl Witness {
         name: &AgentName,
         manifest: &Verified<Manifest>,
         forced: bool,
+        now: Timestamp,
     ) {
         self.offers += 1;
         let position = manifest.position();
         (name.as_str(), manifest.position()).hash(&mut self.trace);
         nothing_is_offered_after_a_halt(&self.ended, fleet, name, manifest);
+        let digest = manifest.payload_sha256();
+        let last = self.offered_last.insert(name.clone(), digest);
+        if !forced && last != Some(digest) {
+            a_refusal_stops_further_offers(fleet, name, digest, now);
+        }
         let before = self.offered.get(name).copied();
         self.offered.insert(
             name.clone(),
@@ -250,11 +275,10 @@ impl Witness {
         of: &Verified<Manifest>,
     ) -> bool {
         let digest = of.payload_sha256();
-        let place = place(&of.content, name);
         let run = self.runs_on_disk.get(&digest);
         let pinned = |group: &GroupName| self.pins_on_disk.contains(&(group.clone(), digest));
         self.complete_on_disk.contains(&digest)
-            || run.is_some_and(|run| run.begun.iter().any(|begun| begun.has(groups, &place)))
+            || run.is_some_and(|run| run.begun.iter().any(|begun| begun.has(name, groups)))
             || groups.iter().any(pinned)
     }
 
@@ -262,15 +286,15 @@ impl Witness {
     pub(super) fn learns_of(&self, receipt: &Verified<Receipt>, fleet: &Fleet) -> Option<Refused> {
         let manifest = receipt.manifest_sha256;
         let run = fleet.rollout().running();
-        let run = run.filter(|run| run.target.manifest_sha256 == manifest)?;
-        let waves = run.begun.len();
-        Some(Refused { manifest, waves })
+        run.filter(|run| run.target.manifest_sha256 == manifest)?;
+        let host = receipt.agent.clone();
+        Some(Refused { manifest, host })
     }
 
     /// And now it was.
     pub(super) fn was_looked_at(&self, refused: Option<Refused>, fleet: &Fleet) {
         if let Some(refused) = refused {
-            a_bad_generation_reaches_at_most_the_wave_that_is_running(&refused, fleet, &self.rules);
+            every_refusal_is_weighed(&refused, fleet);
         }
     }
 
@@ -307,13 +331,13 @@ impl Witness {
 
 /// The agents that take part in a rollout, found out anew.
 struct Crowd<'f> {
-    members: Vec<(Member<'f>, Digest)>,
+    members: Vec<Member<'f>>,
     deadline: SignedDuration,
     now: Timestamp,
 }
 
 impl<'f> Crowd<'f> {
-    /// `counts`: whether progress of that time makes one take part whose window is closed.
+    /// `counts`: whether an offer of that time makes one take part whose window is closed.
     fn new(
         fleet: &'f Fleet,
         run: &Run,
@@ -325,20 +349,15 @@ impl<'f> Crowd<'f> {
             let pin = fleet.rollout().pin(member.groups);
             let pinned = pin.is_some_and(|pin| pin.position != run.target.position);
             let past = member.at > Some(run.target.position);
-            let refused = member.word == Some(Word::Refused);
+            let refused = member.answer == Some(Answer::Refused);
             (!pinned || refused)
                 && !past
-                && (member.word.is_some()
-                    || member.progress.is_some_and(&counts)
+                && (member.answer.is_some()
+                    || member.offered.is_some_and(|offered| counts(offered.since))
                     || is_open(rules, member.groups, now))
         };
-        let members = fleet.members().into_iter().filter(takes_part);
-        let placed = |member: Member<'f>| {
-            let place = place(&run.target.content, member.name);
-            (member, place)
-        };
         Self {
-            members: members.map(placed).collect(),
+            members: fleet.members().into_iter().filter(takes_part).collect(),
             deadline: SignedDuration::try_from(rules.deadline).expect("a few minutes"),
             now,
         }
@@ -346,23 +365,10 @@ impl<'f> Crowd<'f> {
 
     /// Those that are in this wave and in none before it.
     fn wave<'c>(&'c self, run: &'c Run, wave: usize) -> impl Iterator<Item = &'c Member<'f>> {
-        let has =
-            |begun: &Begun, (member, place): &(Member<'f>, Digest)| begun.has(member.groups, place);
-        let is_in = move |it: &&(Member<'f>, Digest)| {
-            run.begun.iter().position(|begun| has(begun, it)) == Some(wave)
-        };
-        self.members.iter().filter(is_in).map(|(member, _)| member)
-    }
-
-    /// Whether it has something to do and does it, or may be about to.
-    fn is_at_work(&self, member: &Member<'_>) -> bool {
-        let since = |time| self.now.duration_since(time);
-        let is_late = member
-            .progress
-            .is_some_and(|progress| since(progress) >= self.deadline);
-        let had_long = member.offered.is_some_and(|offered| since(offered) >= SEEN);
-        let has_begun = member.connected || member.progress.is_some();
-        member.word.is_none() && has_begun && !is_late && !had_long
+        let has = |begun: &Begun, it: &Member<'f>| begun.has(it.name, it.groups);
+        let is_in =
+            move |it: &&Member<'f>| run.begun.iter().position(|begun| has(begun, it)) == Some(wave);
+        self.members.iter().filter(is_in)
     }
 }
 
@@ -390,23 +396,63 @@ fn nothing_is_offered_after_a_halt(
     );
 }
 
-fn a_wave_starts_only_when_the_one_before_is_done(crowd: &Crowd<'_>, run: &Run, wave: usize) {
+fn a_wave_starts_only_when_the_one_before_is_settled(
+    crowd: &Crowd<'_>,
+    rollout: &Rollout,
+    run: &Run,
+    wave: usize,
+) {
     let Some(before) = wave.checked_sub(1) else {
         return;
     };
-    let (mut seen, mut live) = (0, 0);
+    let since = run.begun[before].since;
+    let (mut members, mut live) = (0, 0);
     for member in crowd.wave(run, before) {
         let name = member.name;
+        let is_out =
+            rollout.set_aside().contains_key(name) || run.withheld.contains_key(member.version);
+        if is_out || !(member.connected || member.seen >= since) {
+            continue;
+        }
+        let is_due = crowd.now.duration_since(since) >= crowd.deadline;
         assert!(
-            !crowd.is_at_work(member),
-            "wave {wave} begins while {name} is at work: {run:#?}"
+            is_due || member.answer.is_some() || !member.connected,
+            "wave {wave} begins while {name} is at work and has time: {run:#?}"
         );
-        seen += usize::from(member.connected || crowd.now.duration_since(member.seen) < SEEN);
-        live += usize::from(member.word == Some(Word::Live));
+        members += 1;
+        live += usize::from(member.is_live());
     }
     assert!(
-        live > 0 && 2 * live >= seen,
-        "wave {wave} begins after {live} live of {seen} that were seen: {run:#?}"
+        members == 0 || live > 0 && 2 * live >= members,
+        "wave {wave} begins after {live} live of {members} that were connected: {run:#?}"
+    );
+}
+
+/// While a refusal is weighed, only hosts of its version are offered the generation for the first time.
+fn a_refusal_stops_further_offers(fleet: &Fleet, name: &AgentName, of: Digest, now: Timestamp) {
+    let deadline = SignedDuration::try_from(fleet.rules().deadline).expect("a few minutes");
+    let run = fleet.rollout().running();
+    let Some(run) = run.filter(|run| run.target.manifest_sha256 == of) else {
+        return;
+    };
+    if run.weighing.is_empty() {
+        return; // before the whole fleet is looked through
+    }
+    let pinned = fleet
+        .record(name)
+        .and_then(|it| fleet.rollout().pin(&it.groups));
+    let members = fleet.members();
+    let member = members.iter().find(|member| member.name == name);
+    let had_it = member
+        .and_then(|it| it.offered)
+        .is_some_and(|it| it.since < now);
+    let version = member.map_or("", |member| member.version);
+    let stops = |(of, weighing): (&String, &Weighing)| {
+        of != version && now.duration_since(weighing.since) < deadline
+    };
+    assert!(
+        !run.weighing.iter().any(stops) || had_it || pinned.is_some(),
+        "{name} is offered what is being weighed: {run:#?}"
     );
 }
 
@@ -442,18 +488,12 @@ fn every_enrolled_agent_is_accounted_for(
         return;
     };
     let crowd = Crowd::new(fleet, run, rules, |_| true, now);
-    let forced = |member: &Member<'_>| member.word == Some(Word::Refused);
-    let in_waves = (0..run.begun.len()).map(|wave| crowd.wave(run, wave).count());
-    let in_waves: Vec<_> = in_waves.collect();
-    let counted = crowd
-        .members
-        .iter()
-        .filter(|(member, _)| run.has(member) || forced(member));
-    assert_eq!(all.members, counted.count(), "{run:#?}");
-    assert_eq!(
-        wave.members,
-        in_waves.last().copied().unwrap_or(wave.members),
-        "{run:#?}"
+    let members = |wave: usize| crowd.wave(run, wave).count();
+    let most: usize = (0..run.begun.len()).map(members).sum();
+    let told = wave.live + wave.unsettled + wave.refused + wave.unwell;
+    assert!(
+        all.members <= most && wave.members <= all.members && told <= wave.members + wave.unsettled,
+        "{all:?} {wave:?} of {most}: {run:#?}"
     );
 }
 
@@ -524,30 +564,30 @@ fn a_receipt_is_on_disk_before_it_is_acknowledged(kept: bool, name: &AgentName, 
     );
 }
 
-/// In the first wave one refusal ends it; later so many are let pass as the configuration says.
-fn a_bad_generation_reaches_at_most_the_wave_that_is_running(
-    refused: &Refused,
-    fleet: &Fleet,
-    rules: &Rules,
-) {
-    let run = fleet.rollout().running();
+/// A refusal ends the rollout, or takes the generation from the version of its host, or stops further
+/// offers until it is weighed; or the host is set aside.
+fn every_refusal_is_weighed(refused: &Refused, fleet: &Fleet) {
+    let rollout = fleet.rollout();
+    let run = rollout.running();
     let Some(run) = run.filter(|run| run.target.manifest_sha256 == refused.manifest) else {
         return; // it is over
     };
-    let counts = |member: &&Member<'_>| {
-        member.word == Some(Word::Refused) && member.at <= Some(run.target.position)
-    };
+    if rollout.set_aside().contains_key(&refused.host) || fleet.is_weighed(&refused.host) {
+        return;
+    }
     let members = fleet.members();
-    let refusals = members.iter().filter(counts).count() as u64;
-    let in_waves = members.iter().filter(|member| run.has(member)).count() as u64;
-    let let_pass = match refused.waves {
-        0 | 1 if !run.promoted => 0,
-        _ => rules.refused_max.of(in_waves).max(1),
+    let member = members.iter().find(|member| *member.name == refused.host);
+    let Some(member) = member.filter(|member| {
+        member.answer == Some(Answer::Refused)
+            && member.at <= Some(run.target.position)
+            && (run.has(member) || member.offered.is_some())
+    }) else {
+        return; // it is about something else, or a newer receipt is there already
     };
-    assert!(
-        refusals <= let_pass,
-        "{refusals} hosts refused it, {let_pass} are let pass, and it goes on: {}",
-        sketch(fleet.rollout())
+    panic!(
+        "the refusal of {} has no effect: {}",
+        member.name,
+        sketch(rollout)
     );
 }
 

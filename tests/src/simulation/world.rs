@@ -18,6 +18,7 @@ use super::faults::{self, Fault};
 use super::host::{Deed, Host, HostEvent, Sight};
 use super::master::{Master, MasterDeed, MasterEvent, MasterSight};
 use super::network::{Line, LinkNumber, Network, Said, Told};
+use super::promises::{Promise, Promises};
 use super::rules::Witness;
 use super::{Report, Size};
 
@@ -43,6 +44,7 @@ pub(super) struct World {
     pub(super) network: Network,
     pub(super) master: Master,
     pub(super) witness: Witness,
+    pub(super) promises: Promises,
     pub(super) bad: Bad,
     keys: Verified<KeySet>,
     /// How far the master's clock is ahead.
@@ -78,6 +80,8 @@ pub(super) enum Event {
     Over(Fault),
     /// From now on nothing goes wrong.
     Heal,
+    /// What was promised to honest hosts is due.
+    Promise(Promise),
     /// Has everybody come to rest?
     Calm,
 }
@@ -95,12 +99,12 @@ impl World {
             manifest: vec![PublicKey::of(&manifest)],
             audit: vec![PublicKey::of(&audit)],
         };
-        let rules = faults::rules(size.hosts, &mut random);
+        let rules = faults::rules(&size, &mut random);
         let begins = SignedDuration::from_secs(random.random_range(0..7 * 24 * 3600));
         let monday: Timestamp = "2026-03-02T00:00:00Z".parse().expect("a time");
         Self {
             size,
-            hosts: faults::hosts(size.hosts, &mut random),
+            hosts: faults::hosts(&size, &mut random),
             start: Instant::now(),
             clock: monday + begins,
             now: Duration::ZERO,
@@ -108,6 +112,7 @@ impl World {
             network: Network::default(),
             master: Master::new(manifest, rules.clone(), &size),
             witness: Witness::new(rules),
+            promises: Promises::default(),
             bad: Bad::default(),
             keys: sign(keys, &root),
             skew: SignedDuration::ZERO,
@@ -121,7 +126,7 @@ impl World {
     pub(super) fn run(&mut self) -> Report {
         self.set(Duration::ZERO, Event::MasterStarts);
         for number in 0..self.hosts.len() {
-            let late = if self.random.random_bool(0.1) {
+            let late = if !self.size.only_lies && self.random.random_bool(0.1) {
                 7200
             } else {
                 60
@@ -161,6 +166,7 @@ impl World {
             receipts: witness.receipts,
             completed: witness.completed,
             halted: witness.halted,
+            promises: self.promises.kept,
             trace: witness.trace(),
             ..self.report.clone()
         }
@@ -171,7 +177,8 @@ impl World {
     }
 
     pub(super) fn last_events(&self) -> String {
-        let last: Vec<_> = self.last.iter().map(String::as_str).collect();
+        let told = self.witness.told.iter();
+        let last: Vec<_> = told.chain(&self.last).map(String::as_str).collect();
         last.join("\n")
     }
 
@@ -210,7 +217,9 @@ impl World {
             Event::AtMaster(link, said) => {
                 if let Some(number) = self.arrives(link) {
                     let key = self.hosts[number].public_key();
+                    let before = self.targets_before(number);
                     self.on_master(|master, sight| master.heard(link, said, &key, sight));
+                    self.targets_after(number, before);
                 }
             }
             Event::AtHost(link, told) => {
@@ -244,6 +253,7 @@ impl World {
                 self.heal();
                 self.set(CALM_LOOK, Event::Calm);
             }
+            Event::Promise(promise) => self.is_kept(&promise),
             Event::Calm => unreachable!("the loop's matter"),
         }
     }
@@ -264,6 +274,7 @@ impl World {
         act(host, &mut sight);
         let deeds = sight.deeds;
         self.witness.looks_at(number, &self.hosts[number]);
+        self.is_live(number);
         let life = self.hosts[number].life;
         let crashed = deeds.iter().any(|deed| matches!(deed, Deed::Crash));
         for deed in deeds {
@@ -274,6 +285,13 @@ impl World {
                 }
                 Deed::Later(..) => {}
                 Deed::Crash => self.host_crashed(number),
+                Deed::Vanish(long) => {
+                    self.hosts[number].cut = true;
+                    if let Some(link) = self.hosts[number].dialed {
+                        self.break_line(link);
+                    }
+                    self.set(long, Event::Over(Fault::Cut(number)));
+                }
             }
         }
     }
@@ -308,6 +326,7 @@ impl World {
                 MasterDeed::Later(after, event) => self.set(after, Event::Master(life, event)),
             }
         }
+        self.promises_follow();
         done
     }
 
@@ -463,7 +482,16 @@ impl World {
     }
 
     fn loss(&self) -> f64 {
-        if self.faulty { 0.002 } else { 0.0 }
+        match (self.faulty, self.size.only_lies) {
+            (false, _) => 0.0,
+            (true, false) => 0.002,
+            (true, true) => 0.0003,
+        }
+    }
+
+    /// Has a failure show this among the last events.
+    pub(super) fn note(&mut self, text: String) {
+        self.last.push_back(text);
     }
 
     fn delay(&mut self) -> Duration {

@@ -1,6 +1,6 @@
 //! A clamd that is made up: it loads what is in the directory, if its version can.
 
-use clamcast_agent::clamd::Verdict;
+use clamcast_agent::clamd::{LoadTest, Verdict};
 use clamcast_proto::Digest;
 use clamcast_proto::manifest::content_digest;
 use clamcast_proto::receipt::{ClamdReport, ClamdState, Proof};
@@ -90,7 +90,13 @@ impl Clamd {
         if !self.load(disk, bad) {
             let reason = "Malformed database".to_owned();
             let report = self.report(ClamdState::Up, Proof::None);
-            return Verdict::Refused { reason, report };
+            // As on a host whose clamscan names a file of the set.
+            return Verdict::Refused {
+                scan: LoadTest::Failed(reason.clone()),
+                reason,
+                control: true,
+                report,
+            };
         }
         self.unlucky = damaged;
         self.probe(number, disk, bad)

@@ -153,6 +153,7 @@ impl Host {
             step: Step::Swapping,
             touched: false,
             whole: false,
+            control: false,
             files,
             before,
             adopt: Vec::new(),
@@ -232,6 +233,8 @@ impl Host {
                 };
                 return self.came(fate, false, sight);
             }
+            // Every host has a clamscan: clamd alone is nobody's evidence.
+            Write::Again(_) => return Err(false),
             Write::Save(_)
             | Write::Renumber(_)
             | Write::RemoveLater(_)
@@ -263,7 +266,11 @@ impl Host {
             Write::Clean => disk.stage.clear(),
             // Nothing is kept beside the new files here.
             Write::RemoveLater(_) => {}
-            Write::Swap(_) | Write::TrySave(_) | Write::Prove(_) | Write::Finish(_) => {
+            Write::Swap(_)
+            | Write::TrySave(_)
+            | Write::Prove(_)
+            | Write::Again(_)
+            | Write::Finish(_) => {
                 unreachable!("done by themselves")
             }
         }

@@ -1,77 +1,207 @@
-//! What a host says that somebody else has taken over, or whose disk lies.
+//! A host that somebody else has taken over, or whose disk lies. It chooses anew for each offer and for
+//! each message what it says.
 
 use super::*;
 
+/// How long a lie goes on at most: beyond every deadline.
+const LONGEST: Duration = Duration::from_secs(3 * 3600);
+
+/// What a dishonest host is at.
+pub(super) struct Lying {
+    lie: Lie,
+    link: LinkNumber,
+    offer: OfferId,
+    manifest: Arc<Verified<Manifest>>,
+    /// When it lied last, and until when it goes on.
+    last: Instant,
+    end: Instant,
+    /// Bytes that it has taken so far.
+    sent: u64,
+}
+
+#[derive(Clone, Copy)]
+enum Lie {
+    /// A receipt that says what is not so.
+    Claim(Claim),
+    /// It takes the files drop by drop, and says that it is at it.
+    Drip { bytes_per_sec: u64 },
+    /// It says again and again that it is at it.
+    RepeatProgress,
+}
+
+#[derive(Clone, Copy)]
+enum Claim {
+    Refused,
+    Live,
+    HostFault,
+    /// A generation that nobody published, so far above this one.
+    Above(u64, Outcome),
+    /// Other databases under the same number.
+    Other,
+}
+
 impl Host {
-    /// What a host says that somebody else has taken over, or whose disk lies.
-    pub(super) fn lie(&mut self, manifest: &Manifest, sight: &mut Sight<'_>) {
-        let files = || {
-            let files = manifest.files.iter();
-            let state = files.map(|file| FileState {
-                name: file.name.clone(),
-                size: file.size,
-                sha256: file.sha256,
-            });
-            state.collect()
+    /// Does something with an offer, and seldom what it should.
+    pub(super) fn lie(
+        &mut self,
+        link: LinkNumber,
+        offer: OfferId,
+        manifest: Arc<Verified<Manifest>>,
+        rehash: bool,
+        sight: &mut Sight<'_>,
+    ) {
+        let lie = match sight.random.random_range(0..20) {
+            0..6 => Lie::Claim(Claim::Refused),
+            6..9 => Lie::Claim(Claim::Live),
+            9 => Lie::Claim(Claim::HostFault),
+            10 => Lie::Claim(Claim::Above(1, Outcome::Live)),
+            11 => Lie::Claim(Claim::Above(1000, Outcome::Installed)),
+            12 => Lie::Claim(Claim::Other),
+            13 | 14 => Lie::Drip {
+                bytes_per_sec: sight.random.random_range(1..40_000),
+            },
+            15 | 16 => Lie::RepeatProgress,
+            17 => {
+                let long = Duration::from_secs(sight.random.random_range(60..3 * 3600));
+                return sight.deeds.push(Deed::Vanish(long));
+            }
+            18 => {
+                let message = "no".to_owned();
+                return self.say(Said::Declined { offer, message }, sight);
+            }
+            _ => return self.offered(link, offer, manifest, rehash, sight),
         };
-        let sha256 = Digest::of(&serde_json::to_vec(manifest).expect("it serialises"));
+        self.mind.lying = Some(Lying {
+            lie,
+            link,
+            offer,
+            manifest,
+            last: sight.now,
+            end: sight.now + LONGEST.mul_f64(sight.random.random()),
+            sent: 0,
+        });
+        let after = Duration::from_secs(sight.random.random_range(0..1000));
+        let after = match lie {
+            Lie::Claim(_) => after,
+            Lie::Drip { .. } | Lie::RepeatProgress => Duration::from_secs(1),
+        };
+        sight.later(after, HostEvent::Lie);
+    }
+
+    /// Goes on with what it is at, as long as it is connected.
+    pub(super) fn lies_on(&mut self, sight: &mut Sight<'_>) {
+        let link = self.mind.link;
+        let Some(mut lying) = self.mind.lying.take_if(|it| Some(it.link) == link) else {
+            return;
+        };
+        let phases = [
+            Phase::Idle,
+            Phase::Fetching,
+            Phase::Staged,
+            Phase::Swapping,
+            Phase::Proving,
+        ];
+        let phase = match lying.lie {
+            Lie::Claim(claim) => {
+                // What it said before, now and then once more.
+                if let Some(old) = self
+                    .disk
+                    .receipts
+                    .values()
+                    .next()
+                    .filter(|_| sight.chance(0.2))
+                {
+                    return self.say(Said::Receipt(Box::new(old.clone())), sight);
+                }
+                let receipt = self.claims(claim, &lying.manifest, sight);
+                self.send(receipt, sight);
+                // It contradicts itself, or says the same again.
+                if sight.chance(0.4) {
+                    let claims = [Claim::Refused, Claim::Live, Claim::HostFault];
+                    lying.lie = Lie::Claim(claims[sight.random.random_range(0..claims.len())]);
+                    self.mind.lying = Some(lying);
+                    let after = Duration::from_secs(sight.random.random_range(1..1000));
+                    sight.later(after, HostEvent::Lie);
+                }
+                return;
+            }
+            Lie::Drip { bytes_per_sec } => {
+                lying.sent += bytes_per_sec * (sight.now - lying.last).as_secs();
+                Phase::Fetching
+            }
+            Lie::RepeatProgress => phases[sight.random.random_range(0..phases.len())],
+        };
+        let until = sight.chance(0.5).then_some(Timestamp::MAX);
+        let said = Said::Progress {
+            offer: lying.offer,
+            phase,
+            until,
+            sent: lying.sent,
+        };
+        self.say(said, sight);
+        lying.last = sight.now;
+        if sight.now < lying.end {
+            let after = Duration::from_secs(sight.random.random_range(10..120));
+            sight.later(after, HostEvent::Lie);
+            self.mind.lying = Some(lying);
+        }
+    }
+
+    /// A version of ClamAV: that of some host, or one of its own.
+    pub(super) fn claimed_version(&self, sight: &mut Sight<'_>) -> String {
+        match sight.random.random_range(0..6) {
+            0 => format!("ClamAV 9.{}", sight.random.random_range(0..1000)),
+            1 | 2 => format!("ClamAV 1.{}", sight.random.random_range(0..CLAMD_VERSIONS)),
+            _ => format!("ClamAV 1.{}", self.clamd.version),
+        }
+    }
+
+    fn claims(
+        &self,
+        claim: Claim,
+        manifest: &Verified<Manifest>,
+        sight: &mut Sight<'_>,
+    ) -> Receipt {
+        let files = manifest.files.iter().map(|file| FileState {
+            name: file.name.clone(),
+            size: file.size,
+            sha256: file.sha256,
+        });
         let position = manifest.position();
-        let (which, install) = (
-            sight.random.random_range(0..8),
-            sight.random.random_range(0..5),
-        );
-        let claim = |position: Position, sha256, outcome| Receipt {
+        let sha256 = manifest.payload_sha256();
+        let (position, manifest_sha256, outcome) = match claim {
+            Claim::Refused => (position, sha256, Outcome::Refused),
+            Claim::Live => (position, sha256, Outcome::Live),
+            Claim::HostFault => (position, sha256, Outcome::HostFault),
+            Claim::Above(by, outcome) => {
+                let number = position.generation.number() + by;
+                let generation = clamcast_proto::Generation::new(number).expect("not zero");
+                let above = Position {
+                    generation,
+                    ..position
+                };
+                (above, Digest::of(&number.to_be_bytes()), outcome)
+            }
+            Claim::Other => (position, Digest::of(b"another"), Outcome::Live),
+        };
+        let mut clamd = self.report();
+        clamd.version = Some(self.claimed_version(sight));
+        Receipt {
             fleet: FleetName::clone(&manifest.fleet),
             agent: self.name.clone(),
             seq: 0,
             epoch: position.epoch,
             generation: position.generation,
-            manifest_sha256: sha256,
-            install,
+            manifest_sha256,
+            install: sight.random.random_range(0..5),
             outcome,
-            files: files(),
+            files: files.collect(),
             foreign: Vec::new(),
             drift: Vec::new(),
-            clamd: self.report(),
+            clamd,
             error: Some("so it says".to_owned()),
             took: 0.0,
             time: sight.clock,
-        };
-        let higher = |by| {
-            let number = position.generation.number() + by;
-            let generation = clamcast_proto::Generation::new(number).expect("not zero");
-            Position {
-                generation,
-                ..position
-            }
-        };
-        let lie = match which {
-            0 | 1 => claim(position, sha256, Outcome::Live),
-            2 => claim(
-                higher(1),
-                Digest::of(b"nobody published this"),
-                Outcome::Live,
-            ),
-            3 => claim(higher(1000), Digest::of(b"nor this"), Outcome::Installed),
-            4 => claim(
-                position,
-                Digest::of(b"another under its number"),
-                Outcome::Live,
-            ),
-            5 => claim(position, sha256, Outcome::Refused),
-            6 => {
-                let message = "no".to_owned();
-                let offer = OfferId(u64::MAX);
-                return self.say(Said::Declined { offer, message }, sight);
-            }
-            _ => {
-                // What it said before, once more; or nothing.
-                if let Some(old) = self.disk.receipts.values().next().cloned() {
-                    self.say(Said::Receipt(Box::new(old)), sight);
-                }
-                return;
-            }
-        };
-        self.send(lie, sight);
+        }
     }
 }
