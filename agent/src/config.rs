@@ -8,7 +8,7 @@ use clamcast_daemon::config::{ConfigError, File, FilePath, Settings, Span, besid
 use serde::Deserialize;
 
 use crate::clamd::{Address, ProofBy, RawClamd, ReloadBy};
-use crate::drift::Policy;
+use crate::core::drift::Policy;
 
 /// Where `--config` points unless told otherwise.
 pub const DEFAULT_PATH: &str = "/etc/clamcast/agent.toml";

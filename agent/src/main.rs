@@ -6,12 +6,12 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clamcast_agent::admin::Request;
 use clamcast_agent::config::{self, Config};
-use clamcast_agent::doctor::{self, Inventory};
 use clamcast_agent::host::Host;
+use clamcast_agent::operate::admin::Request;
+use clamcast_agent::operate::doctor::{self, Inventory};
+use clamcast_agent::operate::status::{Status, Verification};
 use clamcast_agent::run::{self, Agent};
-use clamcast_agent::status::{Status, Verification};
 use clamcast_daemon::admin::{self, Finish, Listener};
 use clamcast_daemon::exit::{self, Exit, OrExit as _};
 use clamcast_daemon::logging;

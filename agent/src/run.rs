@@ -15,18 +15,18 @@ use tokio::sync::{Mutex, mpsc};
 use tokio::task::{JoinError, JoinHandle};
 use tokio_util::sync::CancellationToken;
 
-use crate::admin::{self, Commands};
-use crate::audit::{AuditLog, KeyError};
 use crate::clamd::{self, ClamdConf, Prover};
 use crate::config::{self, ClamdConfFile, Config};
-use crate::drift::{Guard, Watch};
-use crate::endpoint::{self, Credentials, CredentialsError};
+use crate::core::audit::{AuditLog, KeyError};
+use crate::core::drift::{Guard, Watch};
+use crate::core::keeper::{self, Begin, Keeper, Question};
+use crate::core::receipts::Receipts;
+use crate::core::trust::{self, TrustStore};
+use crate::host::state::{State, StateError};
 use crate::install::{self, HostFault, Installer};
-use crate::keeper::{self, Begin, Keeper, Question};
+use crate::link::endpoint::{self, Credentials, CredentialsError};
 use crate::link::{self, Link};
-use crate::receipts::Receipts;
-use crate::state::{State, StateError};
-use crate::trust::{self, TrustStore};
+use crate::operate::admin::{self, Commands};
 
 /// Messages of the link that wait for the keeper; then the master waits.
 const LINK_EVENTS_MAX: usize = 16;

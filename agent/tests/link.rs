@@ -10,10 +10,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use clamcast_agent::admin::Request;
 use clamcast_agent::config::{Config, DAEMON};
+use clamcast_agent::operate::admin::Request;
+use clamcast_agent::operate::status::{Status, Verification};
 use clamcast_agent::run::Agent;
-use clamcast_agent::status::{Status, Verification};
 use clamcast_daemon::admin;
 use clamcast_daemon::service::Occasion;
 use clamcast_proto::dsse::{Envelope, PublicKey, Verified, sign};
@@ -535,7 +535,7 @@ async fn what_comes_out_wrong_is_never_installed_and_is_a_fault_after_the_last_r
     let mut talk = master.greet().await;
     talk.say(&ToAgent::Offer(lab.offer(1, &[("a.ndb", b"right")])))
         .await;
-    for _ in 0..clamcast_agent::slot::ROUNDS_MAX {
+    for _ in 0..clamcast_agent::core::slot::ROUNDS_MAX {
         let files = talk.need().await;
         assert_eq!(files[0].have, Have::Nothing);
         let mut stream = talk.part(1, "a.ndb", b"right", 0).await;

@@ -3,7 +3,7 @@
 use std::net::UdpSocket;
 use std::time::Duration;
 
-use clamcast_agent::endpoint::Credentials;
+use clamcast_agent::link::endpoint::Credentials;
 use clamcast_master::endpoint;
 use clamcast_tests::lab::Fleet;
 use jiff::Timestamp;
@@ -15,11 +15,11 @@ async fn first_words(credentials: &Credentials) -> Vec<u8> {
     nobody
         .set_read_timeout(Some(Duration::from_secs(10)))
         .unwrap();
-    let client = clamcast_agent::endpoint::bind().unwrap();
+    let client = clamcast_agent::link::endpoint::bind().unwrap();
     let config = credentials.client_config(Duration::from_secs(20));
     let address = nobody.local_addr().unwrap();
     let _connecting = client
-        .connect_with(config, address, clamcast_agent::endpoint::SERVER_NAME)
+        .connect_with(config, address, clamcast_agent::link::endpoint::SERVER_NAME)
         .unwrap();
     let reading = tokio::task::spawn_blocking(move || {
         let mut datagram = vec![0; 2000];

@@ -23,7 +23,7 @@ use super::disk::{At, DATABASE_MODE, Dir, Facts, Input, Tree};
 use super::journal::Step;
 use super::{Prove, Shared, lock};
 use crate::clamd::proof::{CANARY, GATE, canary, gate};
-use crate::drift::Depth;
+use crate::core::drift::Depth;
 
 /// Bytes of a file that are read at a time.
 const CHUNK_BYTES: usize = 256 << 10;

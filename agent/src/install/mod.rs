@@ -22,7 +22,7 @@ use tokio_util::sync::CancellationToken;
 use crate::chain;
 use crate::clamd::Verdict;
 use crate::clamd::proof::Nonce;
-use crate::drift::Depth;
+use crate::core::drift::Depth;
 
 pub mod disk;
 #[cfg(test)]
@@ -39,6 +39,7 @@ mod stage;
 mod swap;
 #[cfg(test)]
 mod tests;
+pub mod watch;
 
 pub use disk::{HIDDEN, HostFault};
 pub use journal::{Installed, Set};

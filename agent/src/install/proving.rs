@@ -15,8 +15,9 @@ use super::journal::{Installed, Journal, Step, Way};
 use super::machine::Event;
 use super::others::{self, Blame, Other};
 use super::{Completed, Installer, Shared, lock, swap};
+use crate::chain;
 use crate::clamd::{LoadTest, LogMark, Prover, Verdict};
-use crate::{chain, memory};
+use crate::host::memory;
 
 /// Where verdicts come from: the host's clamds, or a fake in tests.
 pub trait Prove: Send + Sync + 'static {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clamcast_agent::config::Tls;
-use clamcast_agent::endpoint::{Credentials, SERVER_NAME};
+use clamcast_agent::link::endpoint::{Credentials, SERVER_NAME};
 use clamcast_proto::dsse::{Envelope, sign};
 use clamcast_proto::receipt::{ClamdReport, Outcome, Receipt};
 use clamcast_proto::wire::{self, Hello, Offer, ToAgent, ToMaster};

@@ -4,9 +4,9 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use clamcast_agent::endpoint::Credentials;
+use clamcast_agent::core::slot::{Action, Ending, Event, Slot, Work};
+use clamcast_agent::link::endpoint::Credentials;
 use clamcast_agent::link::{self, Outbox};
-use clamcast_agent::slot::{Action, Ending, Event, Slot, Work};
 use clamcast_proto::DatabaseName;
 use clamcast_proto::delta::Object;
 use clamcast_proto::dsse::{Envelope, Verified, sign};

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use clamcast_agent::config::Tls;
-use clamcast_agent::endpoint::Credentials;
+use clamcast_agent::link::endpoint::Credentials;
 use clamcast_proto::FleetName;
 use clamcast_proto::identity::{Identity, Role};
 use jiff::SignedDuration;

@@ -6,17 +6,17 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use clamcast_agent::backoff::Backoff;
 use clamcast_agent::clamd::Verdict;
 use clamcast_agent::clamd::proof::GATE_SPAN;
+use clamcast_agent::core::keeper::{CLAMD_LOOK, PROBE, PROGRESS};
+use clamcast_agent::core::slot::{Action, Ending, Event as Slotted, Slot, Work};
 use clamcast_agent::install::journal::{
     Before, Ending as InstallEnding, Installed, Journal, Refusal, Step, Way,
 };
 use clamcast_agent::install::machine::{Action as Write, Event as Install, Machine};
 use clamcast_agent::install::{Blame, Set};
-use clamcast_agent::keeper::{CLAMD_LOOK, PROBE, PROGRESS};
 use clamcast_agent::link::RETRY;
-use clamcast_agent::slot::{Action, Ending, Event as Slotted, Slot, Work};
+use clamcast_agent::link::backoff::Backoff;
 use clamcast_proto::dsse::{PublicKey, Verified, sign};
 use clamcast_proto::identity::Serial;
 use clamcast_proto::keys::KeySet;

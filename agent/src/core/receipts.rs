@@ -17,7 +17,7 @@ use clamcast_proto::receipt::Receipt;
 use clamcast_proto::wire::RECEIPTS_PENDING_MAX;
 use ed25519_dalek::SigningKey;
 
-use crate::state::{self, StateError};
+use crate::host::state::{self, StateError};
 
 const LAST: &str = "last.json";
 

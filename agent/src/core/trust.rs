@@ -10,7 +10,7 @@ use clamcast_proto::trust::{Mark, Trust, TrustError};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::state::{self, StateError};
+use crate::host::state::{self, StateError};
 
 /// Largest `manifest.pub` in bytes that is read: a key set of the largest size in base64, with
 /// room for its layout.

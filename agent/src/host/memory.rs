@@ -160,7 +160,7 @@ fn kib_field(text: &str, name: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::doctor::testing;
+    use crate::operate::doctor::testing;
 
     const MIB: u64 = 1 << 20;
 

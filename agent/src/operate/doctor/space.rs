@@ -6,8 +6,8 @@ use nix::sys::statvfs::statvfs;
 
 use super::Finding;
 use crate::host::Host;
+use crate::host::memory::{Databases, FULL_SET_BYTES, Memory};
 use crate::install::SPACE_RESERVE_BYTES;
-use crate::memory::{Databases, FULL_SET_BYTES, Memory};
 
 /// Names that an install makes at most: a staged, a current and a previous one for every database,
 /// and some for the rest.
@@ -249,7 +249,7 @@ fn mib_free(bytes: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::doctor::testing;
+    use crate::operate::doctor::testing;
 
     const MIB: u64 = 1 << 20;
 

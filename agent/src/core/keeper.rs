@@ -33,22 +33,22 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
-use crate::audit::AuditLog;
-use crate::backoff::Backoff;
 use crate::chain;
 use crate::clamd::Prover;
 use crate::config::Stale;
-use crate::drift::{Depth, Event as GuardEvent, Guard, Watch};
-use crate::endpoint::Credentials;
+use crate::core::audit::AuditLog;
+use crate::core::drift::{Depth, Event as GuardEvent, Guard, Watch};
+use crate::core::receipts::Receipts;
+use crate::core::slot::{Action, Ending, Event as SlotEvent, Slot, Work};
+use crate::core::trust::{RefusedKeys, TrustStore};
+use crate::host::state::{self, State, StateError};
+use crate::host::updater::Updater;
 use crate::install::{Completed, HostFault, Installer, Look, ReceiveError, RepairError, Sighting};
+use crate::link::backoff::Backoff;
+use crate::link::endpoint::Credentials;
+use crate::link::part::PartReader;
 use crate::link::{self, Outbox};
-use crate::part::PartReader;
-use crate::receipts::Receipts;
-use crate::slot::{Action, Ending, Event as SlotEvent, Slot, Work};
-use crate::state::{self, State, StateError};
-use crate::status::{LastStatus, MasterStatus, Status};
-use crate::trust::{RefusedKeys, TrustStore};
-use crate::updater::Updater;
+use crate::operate::status::{LastStatus, MasterStatus, Status};
 
 mod drift;
 

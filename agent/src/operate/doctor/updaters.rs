@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use super::{Finding, Inventory};
+use crate::host::updater::{self, FRESHCLAM_DIRECTORY, PROGRAMS};
 use crate::host::{Host, Process};
-use crate::updater::{self, FRESHCLAM_DIRECTORY, PROGRAMS};
 
 /// Files that cron reads itself.
 const CRONTABS: [&str; 2] = ["/etc/crontab", "/etc/anacrontab"];
@@ -169,7 +169,7 @@ fn end_it(units: &[String], cron: &[&(PathBuf, &str)], running: &[&Process]) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::doctor::testing;
+    use crate::operate::doctor::testing;
 
     fn process(name: &str, arguments: &[&str]) -> Process {
         Process {

@@ -154,7 +154,7 @@ fn relabel(directory: &Path) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::doctor::testing;
+    use crate::operate::doctor::testing;
 
     const DEBIAN: &str = "/usr/sbin/clamd {\n  capability setuid,\n  /var/lib/clamav/ r,\n  \
                           /var/lib/clamav/** krw,\n  /** r,\n}\n";

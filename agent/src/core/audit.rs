@@ -14,7 +14,7 @@ use ed25519_dalek::pkcs8::{DecodePrivateKey as _, EncodePrivateKey as _};
 use jiff::Timestamp;
 use serde_json::Value;
 
-use crate::state::{self, StateError};
+use crate::host::state::{self, StateError};
 
 /// The log. A host keeps its signatures current even where the log cannot be written; that is
 /// an error in its other log.

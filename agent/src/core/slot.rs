@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use clamcast_proto::DatabaseName;
 use clamcast_proto::wire::Phase;
 
-use crate::backoff::Backoff;
+use crate::link::backoff::Backoff;
 
 /// How often missing files are asked for before it counts as trouble of the host's: the first time,
 /// once more for what was interrupted, and once more for what came out wrong.

@@ -1,6 +1,6 @@
 //! The part of the keeper that watches over the installed files: it carries out what
-//! [`crate::drift::Guard`] decides, one look or repair at a time, and none while an install is
-//! under way.
+//! [`crate::core::drift::Guard`] decides, one look or repair at a time, and none while an install
+//! is under way.
 
 use clamcast_proto::receipt::{Drift, Outcome};
 use clamcast_proto::wire::{Phase, ToMaster};
@@ -9,11 +9,11 @@ use serde_json::json;
 
 use super::{Done, Keeper};
 use crate::chain;
-use crate::drift::{Action, Depth, Event, Policy, Rest};
+use crate::core::drift::{Action, Depth, Event, Policy, Rest};
+use crate::host::state::{self, State};
+use crate::host::updater::Updater;
 use crate::install::{Completed, Look, RepairError, Sighting};
-use crate::state::{self, State};
-use crate::status::{Blindness, DriftStatus};
-use crate::updater::Updater;
+use crate::operate::status::{Blindness, DriftStatus};
 
 /// In the state directory: why changed files are left alone.
 const REST: &str = "left-alone.json";

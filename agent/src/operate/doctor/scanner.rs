@@ -573,7 +573,7 @@ mod tests {
 
     use super::*;
     use crate::clamd::{RawClamd, ReloadBy};
-    use crate::doctor::testing;
+    use crate::operate::doctor::testing;
 
     fn agent() -> User {
         User {
@@ -609,7 +609,7 @@ mod tests {
         let settings = settings(&conf, None);
         let file = ConfFile::Read("/etc/clamd.conf".into(), Box::new(conf), program);
         let mut findings = judge_conf(&file, &settings, true, &agent());
-        findings.retain(|finding| finding.state != crate::doctor::State::Good);
+        findings.retain(|finding| finding.state != crate::operate::doctor::State::Good);
         testing::assert_lines(&findings, expected);
     }
 
@@ -662,7 +662,7 @@ mod tests {
         let settings = settings(&conf, scanner);
         let same = conf.database_directory.as_deref() == Some(Path::new("/var/lib/clamav"));
         let mut findings = judge_conf(&file(conf), &settings, same, &agent());
-        findings.retain(|finding| finding.state != crate::doctor::State::Good);
+        findings.retain(|finding| finding.state != crate::operate::doctor::State::Good);
         testing::assert_lines(&findings, expected);
     }
 

@@ -13,13 +13,11 @@ use std::time::{Duration, Instant};
 use clamcast_proto::receipt::{DRIFT_MAX, Drift, Found};
 use serde::{Deserialize, Serialize};
 
-use crate::backoff::Backoff;
+use crate::host::updater::Updater;
 use crate::install::Sighting;
-use crate::updater::Updater;
+use crate::link::backoff::Backoff;
 
-mod watch;
-
-pub use watch::{Blind, Watch, try_events};
+pub use crate::install::watch::{Blind, Watch, try_events};
 
 /// What is done about a changed file.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]

@@ -13,12 +13,12 @@ use super::master::Agent;
 use crate::clamd::Settings;
 use crate::clamd::proof::{CANARY, GATE};
 use crate::config::Config;
-use crate::drift::Blind;
+use crate::core::drift::Blind;
+use crate::core::receipts;
+use crate::host::state::{self, StateError};
 use crate::install::journal::INSTALLED;
 use crate::install::{HIDDEN, Installed};
-use crate::receipts;
-use crate::state::{self, StateError};
-use crate::status::{Blindness, LastStatus};
+use crate::operate::status::{Blindness, LastStatus};
 
 /// Databases of others are tried with clamscan up to this size: each takes some hundredths of a
 /// second and a few MB of memory.
@@ -68,7 +68,7 @@ impl Facts {
             names,
             ..Self::default()
         };
-        for name in crate::memory::names(database) {
+        for name in crate::host::memory::names(database) {
             // A link that leads nowhere is passed over by clamd, too.
             let Ok(at) = fs::metadata(database.join(&name)) else {
                 continue;
@@ -253,7 +253,7 @@ pub(super) fn judge_events(running: &Agent, tried: impl FnOnce() -> Result<(), B
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::doctor::testing;
+    use crate::operate::doctor::testing;
     use clamcast_proto::{Epoch, Generation};
     use jiff::Timestamp;
 

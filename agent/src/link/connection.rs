@@ -20,10 +20,10 @@ use tokio_stream::StreamExt as _;
 use tokio_util::codec::{FramedRead, LengthDelimitedCodec};
 use tokio_util::sync::CancellationToken;
 
-use crate::backoff::Backoff;
 use crate::chain;
 use crate::config::MASTERS_MAX;
-use crate::endpoint::{Credentials, SERVER_NAME};
+use crate::link::backoff::Backoff;
+use crate::link::endpoint::{Credentials, SERVER_NAME};
 
 /// Waits between two tries to reach a master.
 pub const RETRY: Backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(60));

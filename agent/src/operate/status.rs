@@ -13,7 +13,7 @@ use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
 use crate::chain;
-use crate::drift::{Blind, Policy};
+use crate::core::drift::{Blind, Policy};
 use crate::install::FileCheck;
 
 /// The agent at one moment. The keys are for scripts and stay as they are.

@@ -34,7 +34,7 @@ impl Paths {
         agent: &User,
     ) -> Self {
         use nix::unistd::{AccessFlags, eaccess};
-        let files = crate::memory::names(database);
+        let files = crate::host::memory::names(database);
         let files = files
             .iter()
             .filter_map(|name| Node::at(&database.join(name)).ok());
@@ -255,7 +255,7 @@ pub(super) fn judge_clamd(paths: &Paths, clamd: Option<&User>, agent: &User) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::doctor::testing;
+    use crate::operate::doctor::testing;
 
     fn node(path: &str, uid: u32, mode: u32) -> Node {
         Node {
@@ -298,7 +298,7 @@ mod tests {
         let agent = user("clamcast", AGENT);
         let mut findings = judge_agent(&paths, names, &agent);
         findings.extend(judge_clamd(&paths, Some(&user("clamav", CLAMD)), &agent));
-        findings.retain(|finding| finding.state != crate::doctor::State::Good);
+        findings.retain(|finding| finding.state != crate::operate::doctor::State::Good);
         let lines = testing::lines(&findings);
         assert_eq!(lines.lines().count(), expected.len(), "{lines}");
         for (line, words) in lines.lines().zip(expected) {

@@ -13,9 +13,9 @@ use tokio_util::sync::CancellationToken;
 
 use crate::chain;
 use crate::clamd::Prover;
+use crate::core::keeper::Question;
 use crate::install::Installer;
-use crate::keeper::Question;
-use crate::status::Verification;
+use crate::operate::status::Verification;
 
 /// Commands served at a time.
 const SESSIONS_MAX: usize = 16;

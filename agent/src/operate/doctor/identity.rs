@@ -7,9 +7,9 @@ use jiff::Timestamp;
 use super::{Finding, is_denied};
 use crate::chain;
 use crate::config::Config;
-use crate::endpoint::{Credentials, CredentialsError};
+use crate::core::trust::{self, OpenError};
+use crate::link::endpoint::{Credentials, CredentialsError};
 use crate::run::CERTIFICATE_ENDS_SOON;
-use crate::trust::{self, OpenError};
 
 /// Checks key set and certificate. The credentials, if they can be used, are for the probe.
 pub(super) fn look(config: &Config, now: Timestamp) -> (Vec<Finding>, Option<Credentials>) {
@@ -111,7 +111,7 @@ fn advice(error: &CredentialsError, renew: String) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::doctor::testing;
+    use crate::operate::doctor::testing;
 
     #[track_caller]
     fn check(error: CredentialsError, expected: &str) {

@@ -16,14 +16,14 @@ use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 
 use super::Finding;
-use crate::admin::Request;
 use crate::chain;
 use crate::config::{Config, DAEMON};
-use crate::endpoint::{self, Credentials, Knock};
+use crate::core::keeper::CLOCK_SKEW_SECS_MAX;
 use crate::host::Process;
-use crate::keeper::CLOCK_SKEW_SECS_MAX;
 use crate::link;
-use crate::status::Status;
+use crate::link::endpoint::{self, Credentials, Knock};
+use crate::operate::admin::Request;
+use crate::operate::status::Status;
 
 /// Addresses that are tried, at most.
 const ADDRESSES_MAX: usize = 32;
@@ -314,7 +314,7 @@ pub(super) fn judge_clock(agent: &Agent, tried: &[Tried], processes: &[Process])
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::doctor::testing;
+    use crate::operate::doctor::testing;
 
     fn tried(name: &str, answer: Answer) -> Tried {
         let address = "192.0.2.1:7310".parse().unwrap();

@@ -1,0 +1,5 @@
+//! What operators see.
+
+pub mod admin;
+pub mod doctor;
+pub mod status;
