@@ -5,10 +5,9 @@ use std::time::Duration;
 
 use clamcast_daemon::admin::{Daemon, PATH_BYTES_MAX};
 use clamcast_daemon::config::{ConfigError, File, FilePath, Settings, Span, beside, overlap};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::clamd::{Address, ProofBy, RawClamd, ReloadBy};
-use crate::core::drift::Policy;
 
 /// Where `--config` points unless told otherwise.
 pub const DEFAULT_PATH: &str = "/etc/clamcast/agent.toml";
@@ -50,7 +49,7 @@ pub struct Config {
     /// The host's clamd, and the database directory.
     pub clamd: RawClamd,
     /// What is done about a changed database.
-    pub drift: Policy,
+    pub drift: DriftPolicy,
     /// Time between two looks at every byte.
     pub rescan: Duration,
     /// Keys that parse although what they are for does not exist in this version.
@@ -77,6 +76,17 @@ pub enum Stale {
     Warn,
     /// It is refused.
     Refuse,
+}
+
+/// What is done about a changed file.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DriftPolicy {
+    /// It is reported, and the published one is put back.
+    #[default]
+    Repair,
+    /// It is reported.
+    Report,
 }
 
 /// Where clamd.conf is.
@@ -147,7 +157,7 @@ struct RawListen {
 struct RawDatabase {
     path: FilePath,
     #[serde(default)]
-    drift: Policy,
+    drift: DriftPolicy,
     rescan: Option<Span>,
 }
 
@@ -351,7 +361,7 @@ path = "/var/lib/clamav"
             config.state.is_absolute(),
             "relative paths are relative to the file"
         );
-        assert_eq!((config.drift, config.rescan), (Policy::Repair, RESCAN));
+        assert_eq!((config.drift, config.rescan), (DriftPolicy::Repair, RESCAN));
         assert_eq!(config.without_effect, Vec::<&str>::new());
     }
 
@@ -389,7 +399,7 @@ splay = "30s"
         assert_eq!(config.stale, Stale::Refuse);
         assert_eq!(config.clamd_conf, ClamdConfFile::None);
         assert_eq!(config.clamd.sockets.unwrap().len(), 2);
-        assert_eq!(config.drift, Policy::Report);
+        assert_eq!(config.drift, DriftPolicy::Report);
         assert_eq!(config.rescan, Duration::from_secs(1800));
         assert_eq!(config.without_effect, Vec::<&str>::new());
     }

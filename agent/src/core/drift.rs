@@ -13,35 +13,10 @@ use std::time::{Duration, Instant};
 use clamcast_proto::receipt::{DRIFT_MAX, Drift, Found};
 use serde::{Deserialize, Serialize};
 
+use crate::config::DriftPolicy;
 use crate::host::updater::Updater;
-use crate::install::Sighting;
+use crate::install::{Depth, Sighting};
 use crate::link::backoff::Backoff;
-
-pub use crate::install::watch::{Blind, Watch, try_events};
-
-/// What is done about a changed file.
-#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Policy {
-    /// It is reported, and the published one is put back.
-    #[default]
-    Repair,
-    /// It is reported.
-    Report,
-}
-
-/// How much of the files a look reads.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Depth {
-    /// Nothing: names, kinds, lengths and rights.
-    Surface,
-    /// What seems to have been written since it was read last.
-    Touched,
-    /// Every byte. Damage that changes neither size nor time is found by nothing else.
-    Full,
-    /// Every byte, and at once: an operator waits for it.
-    Ordered,
-}
 
 /// After an event the directory must be quiet for this long: a file that is being written in place
 /// is looked at once, not a hundred times.
@@ -138,7 +113,7 @@ pub enum Rest {
 /// Watches over the installed files of one host.
 #[derive(Debug)]
 pub struct Guard {
-    policy: Policy,
+    policy: DriftPolicy,
     rescan: Duration,
     burst: Option<Burst>,
     look_at: Instant,
@@ -171,7 +146,7 @@ impl Guard {
     /// comes after a random part of `rescan`, so that the guests of one machine do not read their
     /// disks at once; `random` is from 0 to 1.
     pub fn new(
-        policy: Policy,
+        policy: DriftPolicy,
         rescan: Duration,
         rest: Option<Rest>,
         now: Instant,
@@ -198,7 +173,7 @@ impl Guard {
     }
 
     /// What is done about a changed file.
-    pub fn policy(&self) -> Policy {
+    pub fn policy(&self) -> DriftPolicy {
         self.policy
     }
 
@@ -238,7 +213,7 @@ impl Guard {
 
     /// Whether files that are wrong are to stay so until somebody says otherwise.
     pub fn holds_back(&self) -> bool {
-        !self.wrong.is_empty() && (self.policy == Policy::Report || self.rest.is_some())
+        !self.wrong.is_empty() && (self.policy == DriftPolicy::Report || self.rest.is_some())
     }
 
     /// Why they stay, with the next step; `None` if they do not.
@@ -262,10 +237,10 @@ impl Guard {
                     directory.display(),
                 ))
             }
-            (None, Policy::Report) => {
+            (None, DriftPolicy::Report) => {
                 Some("it stays as it is: `[database] drift` is \"report\"".to_owned())
             }
-            (None, Policy::Repair) => None,
+            (None, DriftPolicy::Repair) => None,
         }
     }
 
@@ -428,7 +403,7 @@ impl Guard {
     }
 
     fn rest_for(&mut self, now: Instant) -> Option<Rest> {
-        if self.policy == Policy::Report {
+        if self.policy == DriftPolicy::Report {
             return None;
         }
         if let Some((updater, seen)) = &self.sighted
@@ -455,7 +430,7 @@ mod tests {
     /// missing), `fine` (it finds none), `not looked`, `installed`, `forced`, `connected`, `restart` (of
     /// the agent), or a time like `500ms` or `20m` that passes, at the end of which what is due is done.
     #[track_caller]
-    fn check(policy: Policy, script: &str, expected: &str) {
+    fn check(policy: DriftPolicy, script: &str, expected: &str) {
         let start = Instant::now();
         let mut now = start;
         let hour = Duration::from_secs(3600);
@@ -539,7 +514,7 @@ mod tests {
     #[test]
     fn a_changed_file_is_reported_and_repaired() {
         check(
-            Policy::Repair,
+            DriftPolicy::Repair,
             "0s; fine; touch; touch; 400ms; 100ms; a.ndb b.ndb?; installed; touch; 500ms; fine",
             "look;; scan;;; look; report 2 repair;; scan; look;",
         );
@@ -548,7 +523,7 @@ mod tests {
     #[test]
     fn a_burst_is_one_look_and_does_not_put_it_off_for_ever() {
         check(
-            Policy::Repair,
+            DriftPolicy::Repair,
             "0s; fine; touch; 400ms; touch; 400ms; touch; 400ms; 100ms; fine",
             "look;; scan;;;;;; look;",
         );
@@ -556,7 +531,7 @@ mod tests {
         let script = format!("0s; fine; {busy} touch; 50ms");
         let quiet = ";".repeat(22);
         check(
-            Policy::Repair,
+            DriftPolicy::Repair,
             &script,
             &format!("look;; scan {quiet}; look"),
         );
@@ -565,7 +540,7 @@ mod tests {
     #[test]
     fn without_any_event_there_is_a_look_a_minute_and_every_byte_is_read_an_hour() {
         check(
-            Policy::Repair,
+            DriftPolicy::Repair,
             "0s; fine; 59s; 1s; not looked; 2s; fine; 58m; fine; 1h; fine; 59s; 1s",
             "look;;; look;; look;; look;; hash;;; look",
         );
@@ -576,7 +551,7 @@ mod tests {
         let now = Instant::now();
         let hour = Duration::from_secs(3600);
         for (random, minutes) in [(0.0, 0), (0.5, 30), (1.0, 60)] {
-            let guard = Guard::new(Policy::Repair, hour, None, now, random);
+            let guard = Guard::new(DriftPolicy::Repair, hour, None, now, random);
             assert_eq!(guard.rehash_at, now + Duration::from_secs(minutes * 60));
         }
     }
@@ -584,7 +559,7 @@ mod tests {
     #[test]
     fn where_the_configuration_says_report_nothing_is_repaired() {
         check(
-            Policy::Report,
+            DriftPolicy::Report,
             "0s; a.ndb; touch; 500ms; a.ndb; 500ms; touch; 500ms; a.ndb b.ndb; touch; 500ms; fine",
             "look; report 1; scan; look;;; scan; look; report 2; scan; look; mended",
         );
@@ -593,7 +568,7 @@ mod tests {
     #[test]
     fn what_stays_wrong_is_reported_at_longer_and_longer_intervals() {
         check(
-            Policy::Report,
+            DriftPolicy::Report,
             "0s; a.ndb; 1m; a.ndb; 9m; a.ndb; 1m; a.ndb; 19m; a.ndb",
             "look; report 1; look;; look; report 1; look;; look; report 1",
         );
@@ -602,19 +577,19 @@ mod tests {
     #[test]
     fn another_updater_that_was_seen_is_not_fought() {
         check(
-            Policy::Repair,
+            DriftPolicy::Repair,
             "0s; fine; touch; saw freshclam; 500ms; a.ndb; touch; 500ms; a.ndb; 1h; a.ndb",
             "look;; scan;; look; keep report 1; scan; look;; look; report 1",
         );
         // Whoever copies a file by hand is none.
         check(
-            Policy::Repair,
+            DriftPolicy::Repair,
             "0s; fine; touch; saw cp; 500ms; a.ndb",
             "look;; scan;; look; report 1 repair",
         );
         // The word of an operator, or a new generation, ends that; a sight too long ago is none.
         check(
-            Policy::Repair,
+            DriftPolicy::Repair,
             "0s; fine; touch; run; saw freshclam; 500ms; a.ndb; forced; 2m; fine; touch; 500ms; a.ndb",
             "look;; scan; scan;; look; keep report 1; forget; look;; scan; look; report 1 repair",
         );
@@ -626,19 +601,19 @@ mod tests {
         let left = "look;; scan;; look; keep report 1";
         // Until an operator or a new generation says otherwise, or it comes right.
         check(
-            Policy::Repair,
+            DriftPolicy::Repair,
             &format!("{seen}; restart; a.ndb; 1h; a.ndb; forced; restart; fine; 1m; a.ndb"),
             &format!(
                 "{left}; look; report 1; look; report 1; forget; look;; look; report 1 repair"
             ),
         );
         check(
-            Policy::Repair,
+            DriftPolicy::Repair,
             &format!("{seen}; restart; fine; 1m; a.ndb"),
             &format!("{left}; look; forget; look; report 1 repair"),
         );
         check(
-            Policy::Repair,
+            DriftPolicy::Repair,
             &format!("{seen}; restart; a.ndb; touch; 500ms; fine"),
             &format!("{left}; look; report 1; scan; look; forget mended"),
         );
@@ -649,23 +624,23 @@ mod tests {
         let again = "touch; 500ms; a.ndb; installed; ".repeat(REPAIRS_MAX);
         let fought = "scan; look; report 1 repair;; ".repeat(REPAIRS_MAX);
         check(
-            Policy::Repair,
+            DriftPolicy::Repair,
             &format!("0s; fine; {again} touch; 500ms; a.ndb; touch; 500ms; a.ndb"),
             &format!("look;; {fought} scan; look; keep report 1; scan; look; "),
         );
         // Another file is another matter, as long as it is alone.
         check(
-            Policy::Repair,
+            DriftPolicy::Repair,
             &format!("0s; fine; {again} touch; 500ms; b.ndb"),
             &format!("look;; {fought} scan; look; report 1 repair"),
         );
         check(
-            Policy::Repair,
+            DriftPolicy::Repair,
             &format!("0s; fine; {again} forced; touch; 500ms; a.ndb"),
             &format!("look;; {fought}; scan; look; report 1 repair"),
         );
         check(
-            Policy::Repair,
+            DriftPolicy::Repair,
             &format!("0s; fine; {again} touch; 4h; a.ndb"),
             &format!("look;; {fought} scan; look; report 1 repair"),
         );
@@ -674,7 +649,7 @@ mod tests {
     #[test]
     fn a_repair_that_comes_to_nothing_is_tried_again_in_time_and_when_the_master_is_there() {
         check(
-            Policy::Repair,
+            DriftPolicy::Repair,
             "0s; a.ndb; 14s; 1s; a.ndb; 29s; 1s; a.ndb; 1s; connected; 0s; a.ndb",
             "look; report 1 repair;; look; repair;; look; repair;;; look; repair",
         );
@@ -683,7 +658,7 @@ mod tests {
     #[test]
     fn what_came_right_by_itself_is_proven_again() {
         check(
-            Policy::Repair,
+            DriftPolicy::Repair,
             "0s; a.ndb; 15s; fine; installed; 1m; fine",
             "look; report 1 repair; look; repair;; look;",
         );
@@ -693,7 +668,13 @@ mod tests {
     fn whoever_writes_there_is_named_with_the_next_step() {
         let now = Instant::now();
         let directory = Path::new("/var/lib/clamav");
-        let mut guard = Guard::new(Policy::Repair, Duration::from_secs(3600), None, now, 1.0);
+        let mut guard = Guard::new(
+            DriftPolicy::Repair,
+            Duration::from_secs(3600),
+            None,
+            now,
+            1.0,
+        );
         assert_eq!(guard.reason(directory), None);
         guard.handle(Event::Sighted(writer("freshclam")), now, 1.0);
         let looked = Event::Looked {

@@ -37,13 +37,16 @@ use crate::chain;
 use crate::clamd::Prover;
 use crate::config::Stale;
 use crate::core::audit::AuditLog;
-use crate::core::drift::{Depth, Event as GuardEvent, Guard, Watch};
+use crate::core::drift::{Event as GuardEvent, Guard};
 use crate::core::receipts::Receipts;
 use crate::core::slot::{Action, Ending, Event as SlotEvent, Slot, Work};
 use crate::core::trust::{RefusedKeys, TrustStore};
 use crate::host::state::{self, State, StateError};
 use crate::host::updater::Updater;
-use crate::install::{Completed, HostFault, Installer, Look, ReceiveError, RepairError, Sighting};
+use crate::install::watch::Watch;
+use crate::install::{
+    Completed, Depth, HostFault, Installer, Look, ReceiveError, RepairError, Sighting,
+};
 use crate::link::backoff::Backoff;
 use crate::link::endpoint::Credentials;
 use crate::link::part::PartReader;

@@ -23,7 +23,6 @@ use super::disk::{At, DATABASE_MODE, Dir, Facts, Input, Tree};
 use super::journal::Step;
 use super::{Prove, Shared, lock};
 use crate::clamd::proof::{CANARY, GATE, canary, gate};
-use crate::core::drift::Depth;
 
 /// Bytes of a file that are read at a time.
 const CHUNK_BYTES: usize = 256 << 10;
@@ -35,6 +34,19 @@ const FULL_BYTES_PER_SECOND: f64 = (32 << 20) as f64;
 /// A file of another length is wrong without being read. It is read nonetheless, so that the
 /// receipt has its digest, up to this many times the published length.
 const READ_TIMES_MAX: u64 = 2;
+
+/// How much of the files a look reads.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Depth {
+    /// Nothing: names, kinds, lengths and rights.
+    Surface,
+    /// What seems to have been written since it was read last.
+    Touched,
+    /// Every byte. Damage that changes neither size nor time is found by nothing else.
+    Full,
+    /// Every byte, and at once: an operator waits for it.
+    Ordered,
+}
 
 /// A file that is not what was published, or a name where there is none.
 #[derive(Clone, Debug, Eq, PartialEq)]

@@ -22,7 +22,6 @@ use tokio_util::sync::CancellationToken;
 use crate::chain;
 use crate::clamd::Verdict;
 use crate::clamd::proof::Nonce;
-use crate::core::drift::Depth;
 
 pub mod disk;
 #[cfg(test)]
@@ -43,7 +42,7 @@ pub mod watch;
 
 pub use disk::{HIDDEN, HostFault};
 pub use journal::{Installed, Set};
-pub use look::{Look, Sighting};
+pub use look::{Depth, Look, Sighting};
 pub use proving::Prove;
 pub use receipt::{Completed, FileCheck};
 pub use stage::{ReceiveError, SPACE_RESERVE_BYTES};

@@ -29,11 +29,11 @@ use serde::Serialize;
 use crate::chain;
 use crate::clamd::{Address, Settings, running_pid};
 use crate::config::{Config, DEFAULT_PATH};
-use crate::core::drift;
 use crate::core::trust;
 use crate::host::memory;
 use crate::host::state::StateError;
 use crate::host::{Host, Node, Process, User};
+use crate::install::watch;
 
 pub use updaters::Signs;
 
@@ -441,7 +441,7 @@ pub async fn examine(
         Err(error) => Some(unread("outcome", &error)),
     });
     findings.extend(installed::judge_drift(&running));
-    let tried = || drift::try_events(&ours);
+    let tried = || watch::try_events(&ours);
     findings.push(installed::judge_events(&running, tried));
     let tried = match &credentials {
         None => Vec::new(),

@@ -13,8 +13,9 @@ use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
 use crate::chain;
-use crate::core::drift::{Blind, Policy};
+use crate::config::DriftPolicy;
 use crate::install::FileCheck;
+use crate::install::watch::Blind;
 
 /// The agent at one moment. The keys are for scripts and stay as they are.
 #[derive(Clone, Debug, Deserialize, Serialize)]
@@ -97,7 +98,7 @@ pub struct MasterStatus {
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 pub struct DriftStatus {
     /// What is done about a changed one.
-    pub policy: Policy,
+    pub policy: DriftPolicy,
     /// Those that are not what was published.
     pub files: Vec<Drift>,
     /// Why they stay so.

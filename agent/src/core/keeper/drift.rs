@@ -9,10 +9,11 @@ use serde_json::json;
 
 use super::{Done, Keeper};
 use crate::chain;
-use crate::core::drift::{Action, Depth, Event, Policy, Rest};
+use crate::config::DriftPolicy;
+use crate::core::drift::{Action, Event, Rest};
 use crate::host::state::{self, State};
 use crate::host::updater::Updater;
-use crate::install::{Completed, Look, RepairError, Sighting};
+use crate::install::{Completed, Depth, Look, RepairError, Sighting};
 use crate::operate::status::{Blindness, DriftStatus};
 
 /// In the state directory: why changed files are left alone.
@@ -334,6 +335,6 @@ impl Keeper {
 
     /// Whether the set can be called installed: not if files of it can come from the master alone.
     pub(super) fn is_lacking(&self) -> bool {
-        self.lacking && self.guard.policy() == Policy::Repair
+        self.lacking && self.guard.policy() == DriftPolicy::Repair
     }
 }

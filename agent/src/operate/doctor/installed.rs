@@ -13,10 +13,10 @@ use super::master::Agent;
 use crate::clamd::Settings;
 use crate::clamd::proof::{CANARY, GATE};
 use crate::config::Config;
-use crate::core::drift::Blind;
 use crate::core::receipts;
 use crate::host::state::{self, StateError};
 use crate::install::journal::INSTALLED;
+use crate::install::watch::Blind;
 use crate::install::{HIDDEN, Installed};
 use crate::operate::status::{Blindness, LastStatus};
 
