@@ -7,10 +7,11 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clamcast_agent::config::{self, Config};
+use clamcast_agent::core::status::Status;
 use clamcast_agent::host::Host;
 use clamcast_agent::operate::admin::Request;
 use clamcast_agent::operate::doctor::{self, Inventory};
-use clamcast_agent::operate::status::{Status, Verification};
+use clamcast_agent::operate::status::Verification;
 use clamcast_agent::run::{self, Agent};
 use clamcast_daemon::admin::{self, Finish, Listener};
 use clamcast_daemon::exit::{self, Exit, OrExit as _};

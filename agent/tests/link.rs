@@ -11,8 +11,9 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use clamcast_agent::config::{Config, DAEMON};
+use clamcast_agent::core::status::Status;
 use clamcast_agent::operate::admin::Request;
-use clamcast_agent::operate::status::{Status, Verification};
+use clamcast_agent::operate::status::Verification;
 use clamcast_agent::run::Agent;
 use clamcast_daemon::admin;
 use clamcast_daemon::service::Occasion;

@@ -40,6 +40,7 @@ use crate::core::audit::AuditLog;
 use crate::core::drift::{Event as GuardEvent, Guard};
 use crate::core::receipts::Receipts;
 use crate::core::slot::{Action, Ending, Event as SlotEvent, Slot, Work};
+use crate::core::status::{LastStatus, MasterStatus, Status};
 use crate::core::trust::{RefusedKeys, TrustStore};
 use crate::host::state::{self, State, StateError};
 use crate::host::updater::Updater;
@@ -51,7 +52,6 @@ use crate::link::backoff::Backoff;
 use crate::link::endpoint::Credentials;
 use crate::link::part::PartReader;
 use crate::link::{self, Outbox};
-use crate::operate::status::{LastStatus, MasterStatus, Status};
 
 mod drift;
 

@@ -5,4 +5,5 @@ pub mod drift;
 pub mod keeper;
 pub mod receipts;
 pub mod slot;
+pub mod status;
 pub mod trust;

@@ -11,10 +11,10 @@ use super::{Done, Keeper};
 use crate::chain;
 use crate::config::DriftPolicy;
 use crate::core::drift::{Action, Event, Rest};
+use crate::core::status::{Blindness, DriftStatus};
 use crate::host::state::{self, State};
 use crate::host::updater::Updater;
 use crate::install::{Completed, Depth, Look, RepairError, Sighting};
-use crate::operate::status::{Blindness, DriftStatus};
 
 /// In the state directory: why changed files are left alone.
 const REST: &str = "left-alone.json";

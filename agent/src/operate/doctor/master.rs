@@ -19,11 +19,11 @@ use super::Finding;
 use crate::chain;
 use crate::config::{Config, DAEMON};
 use crate::core::keeper::CLOCK_SKEW_SECS_MAX;
+use crate::core::status::Status;
 use crate::host::Process;
 use crate::link;
 use crate::link::endpoint::{self, Credentials, Knock};
 use crate::operate::admin::Request;
-use crate::operate::status::Status;
 
 /// Addresses that are tried, at most.
 const ADDRESSES_MAX: usize = 32;
