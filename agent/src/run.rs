@@ -9,7 +9,7 @@ use clamcast_daemon::exit;
 use clamcast_daemon::input::InputError;
 use clamcast_daemon::service::Occasion;
 use clamcast_proto::identity::Certificate;
-use jiff::{SignedDuration, Timestamp};
+use jiff::Timestamp;
 use tokio::runtime::Handle;
 use tokio::sync::{Mutex, mpsc};
 use tokio::task::{JoinError, JoinHandle};
@@ -25,7 +25,7 @@ use crate::core::trust::{self, TrustStore};
 use crate::host::state::{State, StateError};
 use crate::install::watch::Watch;
 use crate::install::{self, HostFault, Installer};
-use crate::link::endpoint::{self, Credentials, CredentialsError};
+use crate::link::endpoint::{self, CERTIFICATE_ENDS_SOON, Credentials, CredentialsError};
 use crate::link::{self, Link};
 use crate::operate::admin::{self, Commands};
 
@@ -34,9 +34,6 @@ const LINK_EVENTS_MAX: usize = 16;
 
 /// Questions of operators that wait for the keeper.
 const QUESTIONS_MAX: usize = 16;
-
-/// A certificate that ends sooner than this is worth a warning at every start.
-pub const CERTIFICATE_ENDS_SOON: SignedDuration = SignedDuration::from_hours(30 * 24);
 
 /// The daemon does not start.
 #[derive(Debug, thiserror::Error)]

@@ -160,7 +160,6 @@ fn kib_field(text: &str, name: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::operate::doctor::testing;
 
     const MIB: u64 = 1 << 20;
 
@@ -168,7 +167,7 @@ mod tests {
     fn the_least_of_host_and_control_groups_bounds_a_second_engine() {
         let root = tempfile::tempdir().unwrap();
         let host = Host::below(root.path());
-        let write = |path: &str, text: &str| testing::write(&host, path, text);
+        let write = |path: &str, text: &str| host.write(path, text);
         write(
             "/proc/meminfo",
             "MemTotal: 9000000 kB\nMemAvailable:    4096000 kB\n",

@@ -4,6 +4,8 @@ pub(crate) mod memory;
 mod processes;
 pub mod state;
 pub mod updater;
+mod users;
 
-pub(crate) use processes::Node;
-pub use processes::{Host, Process, User};
+pub use processes::{Host, Process};
+pub(crate) use users::Node;
+pub use users::User;

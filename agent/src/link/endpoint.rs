@@ -12,7 +12,7 @@ use clamcast_proto::identity::{Certificate, CertificateError, Identity, Role};
 use clamcast_proto::{AgentName, FleetName, wire};
 use ed25519_dalek::SigningKey;
 use ed25519_dalek::pkcs8::{self, DecodePrivateKey as _};
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use quinn::crypto::rustls::QuicClientConfig;
 use quinn::{ClientConfig, ConnectionError, Endpoint, TransportConfig, VarInt};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
@@ -38,6 +38,9 @@ const RECEIVE_WINDOW: u32 = 8 << 20;
 
 /// Who has not shown a certificate by then does not answer: five retransmissions on a slow path.
 const KNOCK_TIME: Duration = Duration::from_secs(10);
+
+/// A certificate that ends sooner than this is worth a warning at every start.
+pub const CERTIFICATE_ENDS_SOON: SignedDuration = SignedDuration::from_hours(30 * 24);
 
 /// The name in the TLS greeting. The master has one certificate for every name, and the verifier
 /// looks at who the certificate speaks for.

@@ -621,16 +621,8 @@ fn wrapped(text: &str, room: Option<usize>) -> Vec<String> {
 }
 
 #[cfg(test)]
-pub(crate) mod testing {
+mod testing {
     use super::Finding;
-    use crate::host::Host;
-
-    /// Puts a file on a host.
-    pub(crate) fn write(host: &Host, path: &str, text: &str) {
-        let path = host.at(path);
-        std::fs::create_dir_all(path.parent().expect("it is below the root")).expect("a directory");
-        std::fs::write(path, text).expect("a file");
-    }
 
     /// One line a finding: `STATE CHECK: FOUND -> ADVICE`.
     pub(super) fn lines(findings: &[Finding]) -> String {

@@ -200,7 +200,7 @@ mod tests {
     fn what_is_installed_but_does_not_enforce_confines_nothing() {
         let root = tempfile::tempdir().unwrap();
         let host = Host::below(root.path());
-        let write = |path: &str, text: &str| testing::write(&host, path, text);
+        let write = |path: &str, text: &str| host.write(path, text);
         let look = || {
             let found = Confinement::look(&host, root.path());
             (

@@ -8,8 +8,7 @@ use super::{Finding, is_denied};
 use crate::chain;
 use crate::config::Config;
 use crate::core::trust::{self, OpenError};
-use crate::link::endpoint::{Credentials, CredentialsError};
-use crate::run::CERTIFICATE_ENDS_SOON;
+use crate::link::endpoint::{CERTIFICATE_ENDS_SOON, Credentials, CredentialsError};
 
 /// Checks key set and certificate. The credentials, if they can be used, are for the probe.
 pub(super) fn look(config: &Config, now: Timestamp) -> (Vec<Finding>, Option<Credentials>) {

@@ -248,7 +248,7 @@ mod tests {
     fn what_debian_and_red_hat_enable_is_found_on_their_disks() {
         let root = tempfile::tempdir().unwrap();
         let host = Host::below(root.path());
-        let write = |path: &str, text: &str| testing::write(&host, path, text);
+        let write = |path: &str, text: &str| host.write(path, text);
         assert!(look(&host).units.is_empty());
         write(
             "/etc/systemd/system/multi-user.target.wants/clamav-freshclam.service",
