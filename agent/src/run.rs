@@ -1,16 +1,17 @@
 //! The daemon: puts the parts together, and takes them apart in order.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use clamcast_daemon::admin::{AdminError, Listener};
-use clamcast_daemon::exit;
+use clamcast_daemon::exit::{self, Exit, OrExit as _};
 use clamcast_daemon::input::InputError;
-use clamcast_daemon::service::Occasion;
+use clamcast_daemon::logging;
+use clamcast_daemon::service::{self, Occasion, Service};
 use clamcast_proto::identity::Certificate;
 use jiff::Timestamp;
-use tokio::runtime::Handle;
+use tokio::runtime::{Handle, Runtime};
 use tokio::sync::{Mutex, mpsc};
 use tokio::task::{JoinError, JoinHandle};
 use tokio_util::sync::CancellationToken;
@@ -34,6 +35,26 @@ const LINK_EVENTS_MAX: usize = 16;
 
 /// Questions of operators that wait for the keeper.
 const QUESTIONS_MAX: usize = 16;
+
+/// Runs the daemon in the foreground until a signal stops it.
+pub fn daemon(config: &Path, verbose: u8) -> Result<(), Exit> {
+    logging::start(verbose);
+    let runtime = Runtime::new()?;
+    let result = runtime.block_on(service::run::<Agent>(|| load(config)));
+    // What the grace period did not end is ended by the next start.
+    runtime.shutdown_background();
+    result
+}
+
+/// The configuration, if the files that it names can be used.
+fn load(path: &Path) -> Result<Config, Exit> {
+    let config = Config::load(path).or_exit(exit::USAGE)?;
+    look(&config, Timestamp::now()).map_err(|error| Exit::new(error.exit_code(), error))?;
+    for key in &config.without_effect {
+        tracing::warn!("{key} has no effect in this version");
+    }
+    Ok(config)
+}
 
 /// The daemon does not start.
 #[derive(Debug, thiserror::Error)]
@@ -187,6 +208,28 @@ impl Agent {
         end(self.keeper, &self.keeper_stop).await;
         end(self.link, &self.stop).await;
         listener
+    }
+}
+
+/// The daemon's life is the same for master and agent.
+impl Service for Agent {
+    type Config = Config;
+
+    async fn start(config: Config, kept: &mut Option<Listener>) -> Result<Self, Exit> {
+        let started = Agent::start(config, kept).await;
+        started.map_err(|error| Exit::new(error.exit_code(), error))
+    }
+
+    async fn failed(&mut self) -> String {
+        Agent::failed(self).await
+    }
+
+    async fn reloaded(&mut self, outcome: Result<(), String>) {
+        Agent::reloaded(self, outcome).await;
+    }
+
+    async fn stop(self, occasion: Occasion) -> Option<Listener> {
+        Agent::stop(self, occasion).await
     }
 }
 
