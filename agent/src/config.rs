@@ -1,4 +1,6 @@
-//! `agent.toml`: as written, and checked.
+//! Decides which `agent.toml` is valid, and the value of every key that is left out.
+//! Parses the file, and names the line and the key of a mistake.
+//! Must not know what the other modules do with a value.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;

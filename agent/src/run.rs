@@ -1,4 +1,6 @@
-//! The daemon: puts the parts together, and takes them apart in order.
+//! Decides the order in which the parts of the agent start and stop.
+//! Opens everything on disk, and owns every task until its end.
+//! Must not know what the parts tell each other.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};

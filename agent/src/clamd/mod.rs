@@ -1,5 +1,6 @@
-//! The host's clamd: how it is configured, how it is spoken to, and how it is known what it scans
-//! with.
+//! Decides whether clamd scans with an install, from its answers and its log.
+//! Reads clamd's configuration, speaks its protocol, and makes the files of the proof.
+//! Must not know how files get into the database directory.
 
 mod attempt;
 mod client;

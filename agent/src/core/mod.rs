@@ -1,4 +1,6 @@
-//! Decides what the host does next.
+//! Decides which offer the host takes, what the host trusts, and when it repairs changed files.
+//! Carries the decisions out, and keeps receipts and the local log.
+//! Must not know how operators ask, or how the agent starts and stops.
 
 pub mod audit;
 pub mod drift;

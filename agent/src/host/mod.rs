@@ -1,4 +1,6 @@
-//! What the agent knows of its own host.
+//! Decides which processes bring databases to the host, and whether memory permits another engine.
+//! Reads processes, users and rights, and keeps the state directory.
+//! Must not know generations, the master or the database directory's layout.
 
 pub(crate) mod memory;
 mod processes;

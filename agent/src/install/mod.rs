@@ -1,4 +1,6 @@
-//! Puts a generation on disk so that clamd has either the old set or the new one, whatever happens.
+//! Decides how a set gets on disk so that clamd has the old set or the new one at any moment.
+//! Stages, swaps, proves and restores sets, and compares the directory with the installed set.
+//! Must not know the master, what is trusted, or who wants an install.
 //!
 //! [`Installer`] drives it: `plan` stages what is here and says what is missing, `receive` takes
 //! the rest, `install` swaps, makes clamd prove it, and turns back where clamd refuses. What to do

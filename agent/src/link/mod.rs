@@ -1,4 +1,6 @@
-//! The connection to the master.
+//! Decides which address of the master the agent dials next, and when.
+//! Keeps one connection, checks who is at its other end, and passes messages and parts on.
+//! Must not know what an offer means or what is installed.
 
 pub mod backoff;
 mod connection;
