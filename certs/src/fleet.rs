@@ -1,6 +1,5 @@
 //! The directory that holds a fleet: its CA, its signing keys, and what was issued.
 
-use std::io;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -8,7 +7,7 @@ use std::time::{Duration, Instant};
 use clamcast_daemon::config::{self, ConfigError, Settings};
 use clamcast_daemon::durable::{self, LockError, LockGuard};
 use clamcast_daemon::exit;
-use clamcast_daemon::input::{self, InputError, this_user};
+use clamcast_daemon::input::InputError;
 use clamcast_proto::dsse::{Envelope, EnvelopeError, PublicKey, Verified};
 use clamcast_proto::identity::{Certificate, Role};
 use clamcast_proto::keys::{KeySet, KeySetError};
@@ -16,7 +15,10 @@ use clamcast_proto::revocation::RevocationList;
 use clamcast_proto::{AgentName, FleetName};
 use serde::{Deserialize, Serialize};
 
-use crate::Written;
+use crate::files::{
+    FROM_BACKUP, FileError, OPTION, PUBLIC, REVOKED_BYTES_MAX, WriteError, Written, is_there,
+    names, read, read_up_to, write,
+};
 use crate::host::Host;
 use crate::key;
 use crate::x509::{self, Authority};
@@ -41,22 +43,6 @@ pub(crate) const CERTIFICATE: &str = "cert.pem";
 pub(crate) const UNFINISHED: &str = ".unfinished";
 
 const LOCK: &str = ".lock";
-
-/// What the files are named by, and what to do about one that is not there.
-const OPTION: &str = "--dir";
-const FROM_BACKUP: &str = "put a copy back from a backup";
-
-/// Modes: of what is secret, of what is not, and of directories, which all hold secrets.
-pub(crate) const PRIVATE: u32 = 0o600;
-pub(crate) const PUBLIC: u32 = 0o644;
-pub(crate) const DIRECTORY: u32 = 0o700;
-
-/// Longest certificate, key or key set that is read: ours have some hundred bytes, a full key set
-/// 32 KiB before base64.
-const FILE_BYTES_MAX: u64 = 64 << 10;
-
-/// Longest `revoked.json` that is read: the longest list, in base64, and the envelope around it.
-const REVOKED_BYTES_MAX: u64 = 24 << 20;
 
 /// What `fleet.toml` says.
 #[derive(Clone, Debug, Deserialize, Serialize)]
@@ -126,23 +112,7 @@ pub enum OpenError {
     Charter(#[from] ConfigError),
     /// A file cannot be read.
     #[error(transparent)]
-    Input(#[from] InputError),
-    /// A directory cannot be listed.
-    #[error("cannot list {path}; run this as the user whose it is")]
-    List {
-        /// The directory.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// A file is not what it should be.
-    #[error("{path} is damaged: expected {expected}; put a copy back from a backup")]
-    Damaged {
-        /// The file.
-        path: PathBuf,
-        /// What it should be.
-        expected: &'static str,
-    },
+    File(#[from] FileError),
     /// What was issued cannot be known.
     #[error("the record of what was issued is gone; put {path} back from a backup")]
     NoRecord {
@@ -189,42 +159,15 @@ pub enum OpenError {
     },
 }
 
-/// A file or directory could not be written.
-#[derive(Debug, thiserror::Error)]
-#[error("cannot write {path}; {}", write_hint(source))]
-pub struct WriteError {
-    /// The file or directory.
-    pub path: PathBuf,
-    /// Why.
-    pub source: io::Error,
-}
-
-fn write_hint(error: &io::Error) -> String {
-    let is = |kind| error.kind() == kind;
-    if is(io::ErrorKind::AlreadyExists) || is(io::ErrorKind::NotADirectory) {
-        "--dir is to be a directory, or a name that is free".to_owned()
-    } else if is(io::ErrorKind::PermissionDenied) {
-        format!(
-            "user `{}` may not: run this as the user whose directory it is, or name another --dir",
-            this_user()
-        )
-    } else {
-        "run it again when that is mended".to_owned()
-    }
-}
-
 impl OpenError {
     /// The exit code of a command that ends with this.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::NoFleet { .. } | Self::Unfinished { .. } | Self::Charter(_) => exit::USAGE,
             Self::Keys { .. } | Self::OtherFleet { .. } | Self::Revoked { .. } => exit::REFUSED,
-            Self::Lock(_)
-            | Self::Input(_)
-            | Self::List { .. }
-            | Self::Damaged { .. }
-            | Self::NoRecord { .. }
-            | Self::Mismatch { .. } => exit::FAILED,
+            Self::Lock(_) | Self::File(_) | Self::NoRecord { .. } | Self::Mismatch { .. } => {
+                exit::FAILED
+            }
         }
     }
 }
@@ -241,14 +184,14 @@ impl Fleet {
                 ConfigError::Read(InputError::Missing { .. }) => {
                     OpenError::NoFleet { dir: dir.into() }
                 }
-                ConfigError::Read(error) => OpenError::Input(error),
+                ConfigError::Read(error) => OpenError::File(FileError::Input(error)),
                 ConfigError::NotText { .. }
                 | ConfigError::Empty { .. }
                 | ConfigError::Content { .. } => OpenError::Charter(error),
             })?;
         let path = dir.join(CA);
         let ca_pem = read(&path)?;
-        let ca = x509::read(&ca_pem).ok_or(OpenError::Damaged {
+        let ca = x509::read(&ca_pem).ok_or(FileError::Damaged {
             path,
             expected: "a certificate with an Ed25519 key in PEM",
         })?;
@@ -278,17 +221,18 @@ impl Fleet {
             let key = path;
             return Err(OpenError::Mismatch { key, certificate });
         }
-        Authority::new(&self.ca_pem, self.ca.clone(), key).map_err(|_| OpenError::Damaged {
+        let authority = Authority::new(&self.ca_pem, self.ca.clone(), key);
+        Ok(authority.map_err(|_| FileError::Damaged {
             path: certificate,
             expected: "the certificate of a CA",
-        })
+        })?)
     }
 
     /// The key set as agents get it, checked, and its text.
     pub(crate) fn keys(&self) -> Result<(Verified<KeySet>, String), OpenError> {
         let path = self.dir.join(KEYS);
         let text = read(&path)?;
-        let envelope: Envelope = serde_json::from_str(&text).map_err(|_| OpenError::Damaged {
+        let envelope: Envelope = serde_json::from_str(&text).map_err(|_| FileError::Damaged {
             path: path.clone(),
             expected: "a signed key set in JSON",
         })?;
@@ -307,7 +251,7 @@ impl Fleet {
             return Ok(None);
         }
         let text = read_up_to(&path, REVOKED_BYTES_MAX)?;
-        let envelope: Envelope = serde_json::from_str(&text).map_err(|_| OpenError::Damaged {
+        let envelope: Envelope = serde_json::from_str(&text).map_err(|_| FileError::Damaged {
             path: path.clone(),
             expected: "a signed revocation list in JSON",
         })?;
@@ -375,7 +319,7 @@ impl Fleet {
                 let identity = certificate.identity.as_ref();
                 identity.is_some_and(|identity| same_holder(&identity.role, role))
             });
-            issued.push(certificate.ok_or(OpenError::Damaged {
+            issued.push(certificate.ok_or(FileError::Damaged {
                 path,
                 expected: "a certificate issued to the holder that its directory names, in PEM",
             })?);
@@ -422,24 +366,6 @@ fn same_holder(one: &Role, other: &Role) -> bool {
     }
 }
 
-/// The names in a directory, which need not be there, but for what a write that was cut short left.
-fn names(path: &Path) -> Result<Vec<String>, OpenError> {
-    let names = || -> io::Result<Vec<String>> {
-        let entries = match path.read_dir() {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            entries => entries?,
-        };
-        let names = entries.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()));
-        names
-            .filter(|name| !name.as_ref().is_ok_and(|name| name.starts_with('.')))
-            .collect()
-    };
-    names().map_err(|source| OpenError::List {
-        path: path.into(),
-        source,
-    })
-}
-
 /// How long a command waits for another one that writes in the same directory. One takes some
 /// milliseconds; an Ansible play issues for several hosts at a time.
 const LOCK_PATIENCE: Duration = Duration::from_secs(5);
@@ -458,34 +384,4 @@ pub(crate) fn lock(dir: &Path) -> Result<LockGuard, LockError> {
             result => return result,
         }
     }
-}
-
-/// Whether something has this name, be it a dangling link.
-pub(crate) fn is_there(path: &Path) -> bool {
-    path.symlink_metadata().is_ok()
-}
-
-/// Writes the file that `file` describes, durably; its directory is made if need be.
-pub(crate) fn write(file: Written, text: &str, mode: u32) -> Result<Written, WriteError> {
-    let dir = file.path.parent().expect("our files are in directories");
-    let written = durable::create_dir(dir, DIRECTORY)
-        .and_then(|()| durable::write(&file.path, text.as_bytes(), mode));
-    match written {
-        Ok(()) => Ok(file),
-        Err(source) => Err(WriteError {
-            path: file.path,
-            source,
-        }),
-    }
-}
-
-/// Reads a certificate, a key or a key set.
-pub(crate) fn read(path: &Path) -> Result<String, OpenError> {
-    read_up_to(path, FILE_BYTES_MAX)
-}
-
-fn read_up_to(path: &Path, bytes_max: u64) -> Result<String, OpenError> {
-    let bytes = input::read(OPTION, path, bytes_max, FROM_BACKUP)?;
-    // What is no text does not parse.
-    Ok(String::from_utf8_lossy(&bytes).into_owned())
 }

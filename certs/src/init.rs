@@ -12,8 +12,9 @@ use clamcast_proto::{Epoch, FleetName};
 use ed25519_dalek::SigningKey;
 use jiff::Timestamp;
 
-use crate::fleet::{self, Charter, WriteError};
-use crate::{Written, key, x509};
+use crate::files::{self, WriteError, Written};
+use crate::fleet::{self, Charter};
+use crate::{key, x509};
 
 /// What [`init`] did.
 #[derive(Debug)]
@@ -95,13 +96,13 @@ pub fn init(
         let path = path.to_owned();
         move |source| WriteError { path, source }
     };
-    durable::create_dir(dir, fleet::DIRECTORY).map_err(failed(dir))?;
+    durable::create_dir(dir, files::DIRECTORY).map_err(failed(dir))?;
     let _guard = fleet::lock(dir)?;
 
     let mark = dir.join(fleet::UNFINISHED);
-    let resumed = fleet::is_there(&mark);
+    let resumed = files::is_there(&mark);
     let paths = ENTRIES.iter().map(|entry| dir.join(entry));
-    let standing: Vec<PathBuf> = paths.filter(|path| fleet::is_there(path)).collect();
+    let standing: Vec<PathBuf> = paths.filter(|path| files::is_there(path)).collect();
     if let Some(path) = standing.first()
         && !force
         && !resumed
@@ -109,7 +110,7 @@ pub fn init(
         let (path, dir) = (path.clone(), dir.to_owned());
         return Err(InitError::Standing { path, dir });
     }
-    durable::write(&mark, b"", fleet::PRIVATE).map_err(failed(&mark))?;
+    durable::write(&mark, b"", files::PRIVATE).map_err(failed(&mark))?;
     let moved_to = match standing.as_slice() {
         [] => None,
         standing => Some(move_aside(dir, standing, now).map_err(failed(dir))?),
@@ -131,9 +132,9 @@ fn move_aside(dir: &Path, standing: &[PathBuf], now: Timestamp) -> io::Result<Pa
     let time = now.strftime("%Y%m%dT%H%M%SZ");
     let aside = (1..)
         .map(|n| dir.join(format!("replaced-{time}-{n}")))
-        .find(|aside| !fleet::is_there(aside))
+        .find(|aside| !files::is_there(aside))
         .expect("a directory does not hold every number");
-    durable::create_dir(&aside, fleet::DIRECTORY)?;
+    durable::create_dir(&aside, files::DIRECTORY)?;
     for path in standing {
         let name = path.file_name().expect("entries have names");
         fs::rename(path, aside.join(name))?;
@@ -147,7 +148,7 @@ fn write_fleet(dir: &Path, fleet: &FleetName, now: Timestamp) -> Result<Vec<Writ
     let [ca, root, manifest, audit] = std::array::from_fn(|_| key::generate());
     let private = |name: &str, key: &SigningKey, what| {
         let file = Written::new(dir.join(name), what).with_key(&PublicKey::of(key));
-        fleet::write(file, &key::to_pem(key), fleet::PRIVATE)
+        files::write(file, &key::to_pem(key), files::PRIVATE)
     };
     let made = x509::authority(fleet, &ca, x509::serial(rand::random()), now)
         .map_err(InitError::Certificate)?;
@@ -191,8 +192,8 @@ fn write_fleet(dir: &Path, fleet: &FleetName, now: Timestamp) -> Result<Vec<Writ
             &audit,
             "audit key: signs the master's log",
         )?,
-        fleet::write(keys, &envelope, fleet::PUBLIC)?,
-        fleet::write(certificate, &made.pem, fleet::PUBLIC)?,
+        files::write(keys, &envelope, files::PUBLIC)?,
+        files::write(certificate, &made.pem, files::PUBLIC)?,
         charter.write(dir)?,
     ])
 }

@@ -9,10 +9,11 @@ use clamcast_proto::identity::{Certificate, GROUPS_MAX, Identity, Role};
 use clamcast_proto::{AgentName, FleetName, GroupName};
 use jiff::Timestamp;
 
-use crate::fleet::{self, Charter, Fleet, OpenError, WriteError};
+use crate::files::{self, WriteError, Written};
+use crate::fleet::{self, Charter, Fleet, OpenError};
 use crate::host::Host;
 use crate::x509::Made;
-use crate::{Written, key, x509};
+use crate::{key, x509};
 
 /// Hosts of one master. Agents try them one after the other, so more would only delay.
 pub const HOSTS_MAX: usize = 16;
@@ -209,7 +210,7 @@ pub fn issue_agent(
         ),
     ];
     for (file, text) in company {
-        issued.files.push(fleet::write(file, text, fleet::PUBLIC)?);
+        issued.files.push(files::write(file, text, files::PUBLIC)?);
     }
     Ok(issued)
 }
@@ -232,7 +233,7 @@ fn issue(
     let earlier = counting(fleet, &role, now)?;
     if !force {
         let mut paths = names.iter().map(|name| bundle.join(name));
-        if let Some(path) = paths.find(|path| fleet::is_there(path)) {
+        if let Some(path) = paths.find(|path| files::is_there(path)) {
             return Err(IssueError::Standing { path, holder });
         }
         if let Some(last) = earlier.last() {
@@ -259,14 +260,14 @@ fn issue(
     let describe = |path: PathBuf| Written::new(path, "certificate").with_certificate(&certificate);
     // The copy comes first: whatever certificate may have left the CA can be revoked.
     let copy = copies.join(format!("{}.pem", certificate.serial));
-    fleet::write(describe(copy), &pem, fleet::PUBLIC)?;
+    files::write(describe(copy), &pem, files::PUBLIC)?;
     let private = Written::new(bundle.join(KEY), "private key").with_key(&PublicKey::of(&key));
     let files = vec![
-        fleet::write(private, &key::to_pem(&key), fleet::PRIVATE)?,
-        fleet::write(
+        files::write(private, &key::to_pem(&key), files::PRIVATE)?,
+        files::write(
             describe(bundle.join(fleet::CERTIFICATE)),
             &pem,
-            fleet::PUBLIC,
+            files::PUBLIC,
         )?,
     ];
     Ok(Issued {
@@ -293,7 +294,7 @@ fn counting(fleet: &Fleet, role: &Role, now: Timestamp) -> Result<Vec<Certificat
 /// Moves a file aside that differs from the text about to replace it: somebody may have put work
 /// into it.
 fn save_other(path: &Path, text: &str) -> Result<Option<PathBuf>, WriteError> {
-    if !fleet::is_there(path) || fs::read(path).is_ok_and(|old| old == text.as_bytes()) {
+    if !files::is_there(path) || fs::read(path).is_ok_and(|old| old == text.as_bytes()) {
         return Ok(None);
     }
     let saved = path.with_extension("toml.old");

@@ -9,7 +9,7 @@ use ed25519_dalek::pkcs8::{DecodePrivateKey as _, EncodePrivateKey as _, Keypair
 use rand::TryRngCore as _;
 use rand::rngs::OsRng;
 
-use crate::fleet::{self, OpenError};
+use crate::files::{self, FileError};
 
 /// A new key, straight from the operating system's random numbers.
 pub(crate) fn generate() -> SigningKey {
@@ -32,9 +32,9 @@ pub(crate) fn to_pem(key: &SigningKey) -> Zeroizing<String> {
 }
 
 /// Reads a private key.
-pub(crate) fn read(path: &Path) -> Result<SigningKey, OpenError> {
-    let pem = Zeroizing::new(fleet::read(path)?);
-    SigningKey::from_pkcs8_pem(&pem).map_err(|_| OpenError::Damaged {
+pub(crate) fn read(path: &Path) -> Result<SigningKey, FileError> {
+    let pem = Zeroizing::new(files::read(path)?);
+    SigningKey::from_pkcs8_pem(&pem).map_err(|_| FileError::Damaged {
         path: path.to_owned(),
         expected: "an Ed25519 private key in PKCS#8 PEM",
     })

@@ -9,8 +9,8 @@ use clamcast_proto::revocation::{RevocationList, Revoked};
 use clamcast_proto::{AgentName, FleetName};
 use jiff::Timestamp;
 
-use crate::Written;
-use crate::fleet::{self, Fleet, OpenError, WriteError};
+use crate::files::{self, WriteError, Written};
+use crate::fleet::{self, Fleet, OpenError};
 
 /// Longest reason in characters. The list goes to the master as a whole, with all reasons.
 pub const REASON_CHARS_MAX: usize = 200;
@@ -151,7 +151,7 @@ pub fn revoke(
         let text =
             serde_json::to_string_pretty(signed.envelope()).expect("an envelope serialises") + "\n";
         let file = Written::new(path.clone(), "revocation list");
-        fleet::write(file, &text, fleet::PUBLIC)?;
+        files::write(file, &text, files::PUBLIC)?;
     }
     Ok(Revocation {
         path,
