@@ -2,6 +2,8 @@
 
 mod debian;
 mod demo;
+mod imports;
+mod source;
 mod test;
 
 use std::path::{Path, PathBuf};
@@ -16,12 +18,14 @@ use clap::Parser;
 #[command(name = "cargo xtask", bin_name = "cargo xtask")]
 enum Xtask {
     Demo(demo::Arguments),
+    Imports(imports::Arguments),
     Test(test::Arguments),
 }
 
 fn main() -> ExitCode {
     let done = match Xtask::parse() {
         Xtask::Demo(arguments) => demo::run(&arguments),
+        Xtask::Imports(arguments) => imports::run(&arguments),
         Xtask::Test(arguments) => test::run(&arguments),
     };
     match done {
