@@ -1,5 +1,6 @@
-//! Makes the fleet's certificates (RFC 5280). No files, no clock, no randomness: keys, serial
-//! numbers and the time are arguments.
+//! Makes the fleet's certificates (RFC 5280).
+//!
+//! Pure: keys, serial numbers and the time are arguments.
 
 use std::time::SystemTime;
 

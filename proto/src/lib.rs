@@ -1,6 +1,6 @@
 //! What master and agent say to each other, and the rules both must agree on.
 //!
-//! Everything here is a value or a pure function of values: no sockets, no files, no clock, no
+//! Pure: everything here is a value or a function of values, without sockets, files, clock or
 //! randomness. Time is an argument (`clippy.toml` holds that), bytes come in as slices or as
 //! `Read`.
 

@@ -6,6 +6,14 @@ use std::{env, fs};
 
 use serde_json::Value;
 
+#[path = "../../xtask/src/source.rs"]
+mod source;
+
+use source::{Source, sources};
+
+/// Source directories whose files are not held to be pure, and to read within bounds, yet.
+const EXEMPT: &[&str] = &["master/src"];
+
 #[test]
 fn crates_depend_only_in_the_direction_of_the_map() {
     let metadata = cargo(&["metadata", "--no-deps", "--format-version=1"]);
@@ -130,6 +138,36 @@ fn no_test_sleeps_and_none_is_ignored() {
 }
 
 #[test]
+fn files_that_call_themselves_pure_are() {
+    let mut count = 0;
+    for Source { path, tokens } in crate_sources() {
+        let text = fs::read_to_string(&path).expect("it was read before");
+        let mut header = text.lines().map_while(|line| line.strip_prefix("//!"));
+        let words = header
+            .clone()
+            .flat_map(|line| line.split(|c: char| !c.is_alphabetic()));
+        let path = path.display();
+        if !header.any(|line| line.starts_with(" Pure: ")) {
+            let mut words = words.map(str::to_lowercase);
+            let says = words.any(|word| word == "pure");
+            assert!(!says, "{path}: begin the line of the header with `Pure:`");
+            continue;
+        }
+        count += 1;
+        let code = tokens.concat();
+        for call in ["::now()", "rand::"] {
+            assert!(!code.contains(call), "{path} is not pure: {call}");
+        }
+        // `fs` alone, since it may be imported as `std::{fs, io}`.
+        for name in ["tokio", "fs"] {
+            let uses = tokens.iter().any(|token| token == name);
+            assert!(!uses, "{path} is not pure: {name}");
+        }
+    }
+    assert!(count > 5, "only {count} pure files were found");
+}
+
+#[test]
 fn the_readme_names_the_two_commands() {
     let readme = fs::read_to_string(root().join("README.md")).expect("there is a README.md");
     for command in ["cargo xtask demo", "cargo xtask test"] {
@@ -138,6 +176,18 @@ fn the_readme_names_the_two_commands() {
             "README.md does not name `{command}`"
         );
     }
+}
+
+/// The sources of every crate that is not exempt.
+fn crate_sources() -> Vec<Source> {
+    let crates = [
+        "agent", "certs", "daemon", "master", "proto", "xtask", "tests",
+    ];
+    let directories = crates.map(|name| format!("{name}/src"));
+    let held = directories
+        .iter()
+        .filter(|name| !EXEMPT.contains(&name.as_str()));
+    held.flat_map(|name| sources(&root().join(name))).collect()
 }
 
 /// Every text file of the project below `directory`.

@@ -14,6 +14,7 @@ mod prover;
 mod scanner;
 mod settings;
 mod signal;
+mod tail;
 
 pub use attempt::LoadTest;
 pub use client::{Address, AddressError, Clamd, ClamdError, Scan};

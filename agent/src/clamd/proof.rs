@@ -1,12 +1,14 @@
 //! What the proof of an install is made of: a sample, the signature that names it, and the gate.
 //!
-//! Pure. An install has a number N that no earlier install on this host had. The canary file holds
-//! one signature, of a sample that belongs to N, under the name `Clamcast.Install-N`; the gate
-//! file, which clamd loads before everything else, hides the names of the installs after N. The
-//! databases are renamed into place first, then the canary, then the gate. A clamd that finds the
-//! sample under the name N therefore read the gate of N, or an older one that did not reach as far
-//! as N, and so opened every database after it was renamed. A canary alone can lie: it may have
-//! been opened by a load that had opened the databases before they were renamed.
+//! Pure: numbers and the host's nonce come in, names and file contents go out.
+//!
+//! An install has a number N that no earlier install on this host had. The canary file holds one
+//! signature, of a sample that belongs to N, under the name `Clamcast.Install-N`; the gate file,
+//! which clamd loads before everything else, hides the names of the installs after N. The databases
+//! are renamed into place first, then the canary, then the gate. A clamd that finds the sample under
+//! the name N therefore read the gate of N, or an older one that did not reach as far as N, and so
+//! opened every database after it was renamed. A canary alone can lie: it may have been opened by a
+//! load that had opened the databases before they were renamed.
 
 use std::fmt::Write as _;
 

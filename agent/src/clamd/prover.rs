@@ -19,11 +19,12 @@ use tokio_util::sync::CancellationToken;
 use super::attempt::{Asked, Attempt, DEAD, End, Evidence, LoadTest, Sight, Step, Terms};
 use super::client::{Clamd, ClamdError, Scan};
 use super::last_load::LastLoad;
-use super::log::{Loads, Tail};
+use super::log::Loads;
 use super::proof::{Nonce, found_number, sample};
 use super::scanner::{self, Fingerprint};
 use super::settings::{Instance, ProofBy, Reload, Settings};
 use super::signal;
+use super::tail::Tail;
 use crate::chain;
 
 /// Load tests that are kept: of a set alone and beside the files of others, and of the set before.

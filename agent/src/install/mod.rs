@@ -4,8 +4,8 @@
 //!
 //! [`Installer`] drives it: `plan` stages what is here and says what is missing, `receive` takes
 //! the rest, `install` swaps, makes clamd prove it, and turns back where clamd refuses. What to do
-//! next is decided by [`machine`], which is pure; `stage` and `swap` act through [`disk::Disk`],
-//! `proving` asks clamd, `receipt` says what came of it. A crash at any moment is ended by the next
+//! next is decided by [`machine`]; `stage` and `swap` act through [`disk::Disk`], `proving` asks
+//! clamd, `receipt` says what came of it. A crash at any moment is ended by the next
 //! [`Installer::open`].
 
 use std::io::{self, Read};

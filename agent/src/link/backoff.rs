@@ -1,4 +1,6 @@
-//! How long to wait before the next try. Pure: randomness is an argument.
+//! Decides how long to wait before the next try.
+//!
+//! Pure: randomness is an argument.
 
 use std::time::Duration;
 
