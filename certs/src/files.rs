@@ -26,6 +26,9 @@ const FILE_BYTES_MAX: u64 = 64 << 10;
 /// Longest `revoked.json` that is read: the longest list, in base64, and the envelope around it.
 pub(crate) const REVOKED_BYTES_MAX: u64 = 24 << 20;
 
+/// Names in one directory of a fleet: more than a fleet has agents, or a host certificates.
+const NAMES_MAX: usize = 1_000_000;
+
 /// A file that was written, as the commands report it.
 #[derive(Clone, Debug)]
 pub struct Written {
@@ -129,6 +132,11 @@ pub(crate) fn write(file: Written, text: &str, mode: u32) -> Result<Written, Wri
     }
 }
 
+/// Whether the file has this text.
+pub(crate) fn has(path: &Path, text: &str) -> bool {
+    input::whole(path, text.len() as u64).is_ok_and(|there| there == text.as_bytes())
+}
+
 /// Reads a certificate, a key or a key set.
 pub(crate) fn read(path: &Path) -> Result<String, FileError> {
     read_up_to(path, FILE_BYTES_MAX)
@@ -142,18 +150,13 @@ pub(crate) fn read_up_to(path: &Path, bytes_max: u64) -> Result<String, FileErro
 
 /// The names in a directory, which need not be there, but for what a write that was cut short left.
 pub(crate) fn names(path: &Path) -> Result<Vec<String>, FileError> {
-    let names = || -> io::Result<Vec<String>> {
-        let entries = match path.read_dir() {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            entries => entries?,
-        };
-        let names = entries.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()));
-        names
-            .filter(|name| !name.as_ref().is_ok_and(|name| name.starts_with('.')))
-            .collect()
+    let names = match input::names(path, NAMES_MAX) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        names => names.map_err(|source| FileError::List {
+            path: path.into(),
+            source,
+        })?,
     };
-    names().map_err(|source| FileError::List {
-        path: path.into(),
-        source,
-    })
+    let names = names.iter().map(|name| name.to_string_lossy().into_owned());
+    Ok(names.filter(|name| !name.starts_with('.')).collect())
 }

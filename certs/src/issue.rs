@@ -294,7 +294,7 @@ fn counting(fleet: &Fleet, role: &Role, now: Timestamp) -> Result<Vec<Certificat
 /// Moves a file aside that differs from the text about to replace it: somebody may have put work
 /// into it.
 fn save_other(path: &Path, text: &str) -> Result<Option<PathBuf>, WriteError> {
-    if !files::is_there(path) || fs::read(path).is_ok_and(|old| old == text.as_bytes()) {
+    if !files::is_there(path) || files::has(path, text) {
         return Ok(None);
     }
     let saved = path.with_extension("toml.old");

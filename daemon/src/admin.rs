@@ -34,7 +34,7 @@ use tokio::task::{AbortHandle, JoinSet, spawn_blocking};
 use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 
-use crate::input::this_user;
+use crate::input::{self, this_user};
 use crate::{chain, durable, exit};
 
 /// Longest path of the socket in bytes (`sun_path` of unix(7), without the byte that ends it).
@@ -588,10 +588,14 @@ fn may_act(uid: Uid, groups: &[Gid], daemon: Uid, admins: Option<Gid>) -> bool {
     uid.is_root() || uid == daemon || admins.is_some_and(|admins| groups.contains(&admins))
 }
 
+/// Longest `/proc/PID/loginuid` that is read, in bytes: a number of 32 bits has ten digits.
+const LOGIN_UID_BYTES_MAX: u64 = 16;
+
 /// Who logged in and then became the user that process `pid` runs as.
 fn login_uid(pid: i32) -> Option<u32> {
-    let text = fs::read_to_string(format!("/proc/{pid}/loginuid")).ok()?;
-    let uid = text.trim().parse().ok()?;
+    let path = format!("/proc/{pid}/loginuid");
+    let text = input::whole(Path::new(&path), LOGIN_UID_BYTES_MAX).ok()?;
+    let uid = str::from_utf8(&text).ok()?.trim().parse().ok()?;
     (uid != u32::MAX).then_some(uid) // all ones: nobody logged in, a service for example
 }
 

@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 use nix::unistd::syncfs;
 use tempfile::NamedTempFile;
 
+use crate::input;
+
 /// How the name of a file begins and ends that is being written beside its target.
 const BESIDE: (&str, &str) = (".", ".new");
 
@@ -70,16 +72,21 @@ fn beside(directory: &Path, bytes: &[u8], mode: u32) -> io::Result<NamedTempFile
 
 /// [`write()`], unless the file has that content already: what is there needs no room on a full disk.
 pub fn ensure(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
-    match fs::read(path) {
+    match input::whole(path, bytes.len() as u64) {
         Ok(there) if there == bytes => Ok(()),
         Ok(_) | Err(_) => write(path, bytes, mode),
     }
 }
 
+/// Entries of a directory that a sweep looks at: more than a fleet has agents. It keeps none of them,
+/// so the bound only ends a sweep of a directory that grows meanwhile.
+const SWEPT_MAX: usize = 1_000_000;
+
 /// Removes what crashes left of writes ([`write()`]) in a directory. For whoever holds the [`lock`] on
 /// it, before anything is written there. What cannot be removed stays: it is in nobody's way.
 pub fn sweep(directory: &Path) {
-    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+    let entries = fs::read_dir(directory).into_iter().flatten();
+    for entry in entries.take(SWEPT_MAX).flatten() {
         let name = entry.file_name();
         let name = name.to_string_lossy();
         if name.starts_with(BESIDE.0) && name.ends_with(BESIDE.1) {

@@ -1,9 +1,11 @@
-//! Reads the small files that an operator or somebody less trusted names: a configuration, a
-//! certificate, a key, another program's log.
+//! Reads small files and directories within bounds: a configuration, a certificate, a key, another
+//! program's log, the daemon's own state.
 //!
 //! A name may be mistyped to anything, or laid out to harm. What is not a plain file is never read,
-//! so a FIFO hangs nobody, and what is too long is never taken into memory.
+//! so a FIFO hangs nobody, and what is too long is never taken into memory. A tidy test keeps other
+//! ways to read whole files out of the daemons.
 
+use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _};
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
@@ -126,6 +128,31 @@ pub fn read(
         });
     }
     Ok(bytes)
+}
+
+/// All of the plain file `path`. One with more than `limit` bytes is [`io::ErrorKind::FileTooLarge`];
+/// other errors as [`open`].
+pub fn whole(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
+    let bytes = beginning(path, limit + 1)?;
+    if bytes.len() as u64 > limit {
+        let message = format!("it has more than {limit} bytes");
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, message));
+    }
+    Ok(bytes)
+}
+
+/// The names in a directory of at most `limit` entries. The error of a directory with more says so.
+pub fn names(directory: &Path, limit: usize) -> io::Result<Vec<OsString>> {
+    let mut names = Vec::new();
+    for entry in fs::read_dir(directory)? {
+        if names.len() == limit {
+            let message =
+                format!("it has more than {limit} entries; move away what does not belong there");
+            return Err(io::Error::other(message));
+        }
+        names.push(entry?.file_name());
+    }
+    Ok(names)
 }
 
 /// The first `limit` bytes of the plain file `path`, or all of a shorter one. Errors as [`open`].
@@ -261,6 +288,23 @@ mod tests {
         nix::unistd::mkfifo(&fifo, Mode::S_IRWXU).unwrap();
         let error = beginning(&fifo, 10).unwrap_err();
         assert_eq!(error.to_string(), "it is a named pipe");
+    }
+
+    #[test]
+    fn a_whole_file_or_directory_is_read_up_to_its_bound() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("state.json");
+        fs::write(&file, [7; 10]).unwrap();
+        assert_eq!(whole(&file, 10).unwrap(), [7; 10]);
+        let error = whole(&file, 9).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::FileTooLarge);
+        assert_eq!(error.to_string(), "it has more than 9 bytes");
+        assert_eq!(names(dir.path(), 1).unwrap(), ["state.json"]);
+        let error = names(dir.path(), 0).unwrap_err().to_string();
+        assert!(
+            error.starts_with("it has more than 0 entries; move"),
+            "{error}"
+        );
     }
 
     #[test]

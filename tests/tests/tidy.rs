@@ -168,6 +168,23 @@ fn files_that_call_themselves_pure_are() {
 }
 
 #[test]
+fn daemons_read_files_within_bounds() {
+    let daemons = ["agent/src", "certs/src", "daemon/src", "master/src"];
+    for directory in daemons.iter().filter(|name| !EXEMPT.contains(name)) {
+        for Source { path, tokens } in sources(&root().join(directory)) {
+            let code = tokens.concat();
+            for call in ["fs::read(", "fs::read_to_string("] {
+                let path = path.display();
+                assert!(
+                    !code.contains(call),
+                    "{path}: `{call}..)` has no bound; call one of daemon/src/input.rs"
+                );
+            }
+        }
+    }
+}
+
+#[test]
 fn the_readme_names_the_two_commands() {
     let readme = fs::read_to_string(root().join("README.md")).expect("there is a README.md");
     for command in ["cargo xtask demo", "cargo xtask test"] {

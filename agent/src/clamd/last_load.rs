@@ -1,14 +1,16 @@
 //! How long clamd's last load took, kept across restarts of the agent.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use clamcast_daemon::durable;
+use clamcast_daemon::{durable, input};
 
 /// File in the state directory: milliseconds as a decimal number.
 const NAME: &str = "last-load";
+
+/// Longest such file that is read, in bytes; a longer one is damaged.
+const BYTES_MAX: u64 = 32;
 
 /// Whoever administers the host may read it.
 const MODE: u32 = 0o644;
@@ -27,7 +29,8 @@ impl LastLoad {
     /// What the state directory has of it; nothing if the file is missing or damaged. Blocking.
     pub(super) fn open(state: &Path) -> Self {
         let path = state.join(NAME);
-        let kept = fs::read_to_string(&path).ok();
+        let kept = input::whole(&path, BYTES_MAX).ok();
+        let kept = kept.and_then(|text| String::from_utf8(text).ok());
         let millis = kept.and_then(|text| text.trim_end().parse().ok());
         let millis = millis.filter(|millis| *millis <= MILLIS_MAX);
         Self {
@@ -54,6 +57,7 @@ impl LastLoad {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
 
     #[test]
     fn the_duration_of_a_load_outlives_the_agent_and_a_damaged_record_is_none() {

@@ -2,11 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use clamcast_daemon::input;
 use clamcast_proto::container::Header;
 use clamcast_proto::receipt::{ClamdReport, ClamdState, Proof};
 use jiff::civil::DateTime;
@@ -651,7 +651,7 @@ impl Log {
 async fn daily(directory: PathBuf) -> Option<Header> {
     let header = move |extension: &str| {
         let path = directory.join("daily").with_extension(extension);
-        Header::read(File::open(path).ok()?).ok()
+        Header::read(input::open(&path).ok()?).ok()
     };
     let reading = spawn_blocking(move || {
         let signed = ["cvd", "cld"].into_iter().filter_map(&header);
@@ -719,7 +719,7 @@ fn sight_state(sight: &Sight) -> ClamdState {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
+    use std::fs::{self, File};
     use std::io::Write;
     use std::os::unix::fs::PermissionsExt as _;
     use std::sync::atomic::{AtomicU64, Ordering::SeqCst};

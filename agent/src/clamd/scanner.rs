@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use clamcast_daemon::chain;
 use clamcast_daemon::clamscan::{self, LoadError};
+use clamcast_daemon::input;
 use clamcast_proto::names::looks_like_a_database;
 use nix::errno::Errno;
 
@@ -62,6 +63,9 @@ fn cannot_be_executed(error: &LoadError) -> bool {
     no_program.contains(&source.kind()) || source.raw_os_error() == Some(Errno::ENOEXEC as i32)
 }
 
+/// Entries of a directory that are looked at: an install lists no more either.
+const ENTRIES_MAX: usize = 20_000;
+
 /// A set of files on disk as clamd would load it, told from another by names, inodes, lengths and
 /// times: hard links to the same files are the same set.
 #[derive(Debug, Eq, PartialEq)]
@@ -72,8 +76,7 @@ impl Fingerprint {
     /// Blocking.
     pub(super) fn of(directory: &Path) -> Option<Self> {
         let mut files = BTreeSet::new();
-        for entry in fs::read_dir(directory).ok()? {
-            let name = entry.ok()?.file_name();
+        for name in input::names(directory, ENTRIES_MAX).ok()? {
             let shown = name.to_string_lossy();
             if [CANARY, GATE].contains(&&*shown) || !looks_like_a_database(&shown) {
                 continue;

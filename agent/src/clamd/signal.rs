@@ -1,6 +1,5 @@
 //! SIGUSR2: how clamd is asked to reload where it does not take the command.
 
-use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -11,6 +10,9 @@ use nix::unistd::Pid;
 
 /// A pid and a newline are shorter.
 const PID_FILE_BYTES_MAX: u64 = 64;
+
+/// Longest `/proc/PID/comm`, in bytes: fifteen and the end of the line (proc_pid_comm(5)), with room.
+const COMM_BYTES_MAX: u64 = 64;
 
 /// The name of clamd's process in `/proc/PID/comm`.
 const NAME: &str = "clamd";
@@ -61,8 +63,9 @@ pub fn running_pid(pid_file: &Path) -> Result<Pid, SignalError> {
         path: pid_file.to_owned(),
         source,
     })?;
-    let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-    if name.trim_end() != NAME {
+    let comm = PathBuf::from(format!("/proc/{pid}/comm"));
+    let name = input::whole(&comm, COMM_BYTES_MAX).unwrap_or_default();
+    if name.trim_ascii_end() != NAME.as_bytes() {
         let path = pid_file.to_owned();
         return Err(SignalError::NotClamd { pid, path });
     }
@@ -85,6 +88,7 @@ fn read_pid(path: &Path) -> io::Result<Pid> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
 
     #[test]
     fn a_fifo_instead_of_the_pid_file_is_not_waited_for() {

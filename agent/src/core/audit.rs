@@ -2,10 +2,11 @@
 //! removed line is found by `audit.pub` alone.
 
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use clamcast_daemon::audit::{AuditError, Draft, Log};
-use clamcast_daemon::durable;
+use clamcast_daemon::{durable, input};
 use clamcast_proto::dsse::PublicKey;
 use clamcast_proto::{AgentName, FleetName, Position};
 use ed25519_dalek::SigningKey;
@@ -105,6 +106,9 @@ impl AuditLog {
     }
 }
 
+/// Longest `audit.key` that is read, in bytes: ours has some hundred. A longer one is damaged.
+const KEY_BYTES_MAX: u64 = 4 << 10;
+
 /// The key that signs the log, and beside it, for whoever verifies, its public half.
 fn key(state: &Path, random: [u8; 32]) -> Result<SigningKey, KeyError> {
     let path = state.join("audit.key");
@@ -112,12 +116,20 @@ fn key(state: &Path, random: [u8; 32]) -> Result<SigningKey, KeyError> {
         path: path.to_owned(),
         source,
     };
-    let key = match fs::read_to_string(&path) {
-        Ok(pem) => SigningKey::from_pkcs8_pem(&pem).map_err(|source| KeyError::Damaged {
-            path: path.clone(),
-            source,
-        })?,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+    let pem = match input::whole(&path, KEY_BYTES_MAX) {
+        Err(error) if error.kind() == io::ErrorKind::FileTooLarge => Ok(Vec::new()), // damaged
+        pem => pem,
+    };
+    let key = match pem {
+        Ok(pem) => {
+            SigningKey::from_pkcs8_pem(&String::from_utf8_lossy(&pem)).map_err(|source| {
+                KeyError::Damaged {
+                    path: path.clone(),
+                    source,
+                }
+            })?
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
             let key = SigningKey::from_bytes(&random);
             let pem = key
                 .to_pkcs8_pem(LineEnding::LF)

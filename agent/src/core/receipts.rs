@@ -7,11 +7,12 @@
 //! is harmless: the master knows receipts by their digest.
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use clamcast_daemon::durable;
+use clamcast_daemon::{durable, input};
 use clamcast_proto::dsse::{Envelope, sign};
 use clamcast_proto::receipt::Receipt;
 use clamcast_proto::wire::RECEIPTS_PENDING_MAX;
@@ -20,6 +21,9 @@ use ed25519_dalek::SigningKey;
 use crate::host::state::{self, StateError};
 
 const LAST: &str = "last.json";
+
+/// Entries of the directory that are looked at: what waits, and what could not be removed since.
+const ENTRIES_MAX: usize = 10_000;
 
 /// The receipts of one host.
 #[derive(Debug)]
@@ -46,10 +50,12 @@ impl Receipts {
         let mut last = load_last(&directory.join(LAST))?;
         let mut highest = last.as_ref().map_or(0, |last| last.seq);
         let mut pending = BTreeMap::new();
-        for entry in fs::read_dir(&directory).map_err(read)? {
-            let path = entry.map_err(read)?.path();
-            let Some(seq) = number(&path) else { continue };
-            highest = highest.max(seq);
+        let mut waiting = numbers(&directory).map_err(read)?;
+        highest = highest.max(waiting.last().copied().unwrap_or(0));
+        // The rest waits on disk for a start with room for it.
+        let waiting = waiting.split_off(waiting.len().saturating_sub(RECEIPTS_PENDING_MAX));
+        for seq in waiting {
+            let path = directory.join(format!("{seq}.json"));
             match state::load::<Envelope>(&path, "the receipt is lost") {
                 Ok(Some(envelope)) => {
                     pending.insert(seq, envelope);
@@ -161,14 +167,11 @@ pub fn newest(state: &Path) -> Result<Option<Receipt>, StateError> {
         path: directory.clone(),
         source,
     };
-    let entries = match fs::read_dir(&directory) {
+    let waiting = match numbers(&directory) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(last),
-        entries => entries.map_err(read)?,
+        waiting => waiting.map_err(read)?,
     };
-    let mut highest = 0;
-    for entry in entries {
-        highest = highest.max(number(&entry.map_err(read)?.path()).unwrap_or(0));
-    }
+    let highest = waiting.last().copied().unwrap_or(0);
     let path = directory.join(format!("{highest}.json"));
     let waiting = state::load::<Envelope>(&path, "the receipt is lost")?;
     let waiting = waiting.and_then(|it| serde_json::from_slice::<Receipt>(&it.payload).ok());
@@ -176,10 +179,13 @@ pub fn newest(state: &Path) -> Result<Option<Receipt>, StateError> {
     Ok(receipts.max_by_key(|receipt| receipt.seq))
 }
 
-/// The number of the receipt that waits in a file of this name.
-fn number(path: &Path) -> Option<u64> {
-    let name = path.file_name()?.to_str()?;
-    name.strip_suffix(".json")?.parse().ok()
+/// The numbers of the receipts that wait in a directory, in order.
+fn numbers(directory: &Path) -> io::Result<Vec<u64>> {
+    let number = |name: OsString| name.to_str()?.strip_suffix(".json")?.parse().ok();
+    let names = input::names(directory, ENTRIES_MAX)?;
+    let mut numbers: Vec<_> = names.into_iter().filter_map(number).collect();
+    numbers.sort_unstable();
+    Ok(numbers)
 }
 
 /// What the newest receipt said. A damaged file is no reason not to start: a host without its agent

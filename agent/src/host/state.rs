@@ -1,12 +1,12 @@
 //! The agent's state directory: what survives a restart, in small files of JSON.
 
-use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
 use clamcast_daemon::durable::{self, LockError, LockGuard};
+use clamcast_daemon::input;
 use serde::Serialize;
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, Error as _};
 
 /// Largest state file in bytes that is read: a receipt of the largest size in base64. Larger means
 /// damaged.
@@ -106,19 +106,19 @@ pub fn load<T: DeserializeOwned>(
         path: path.to_owned(),
         source,
     };
-    let text = match fs::metadata(path) {
-        Ok(facts) if facts.len() > FILE_BYTES_MAX => Vec::new(), // parses as damaged
-        Ok(_) => fs::read(path).map_err(read)?,
+    let parsed = match input::whole(path, FILE_BYTES_MAX) {
+        Ok(text) => serde_json::from_slice(&text),
+        Err(error) if error.kind() == io::ErrorKind::FileTooLarge => {
+            Err(serde_json::Error::custom(error))
+        }
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(read(error)),
     };
-    serde_json::from_slice(&text)
-        .map(Some)
-        .map_err(|source| StateError::Damaged {
-            path: path.to_owned(),
-            without,
-            source,
-        })
+    parsed.map(Some).map_err(|source| StateError::Damaged {
+        path: path.to_owned(),
+        without,
+        source,
+    })
 }
 
 /// Writes a state file: durable when this returns.
@@ -133,6 +133,7 @@ pub fn save(path: &Path, value: &impl Serialize) -> Result<(), StateError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
 
     #[test]
     fn one_agent_a_directory() {
@@ -168,5 +169,9 @@ mod tests {
             error.contains("damaged") && error.contains("counts from 1"),
             "{error}"
         );
+        fs::write(&path, " ".repeat(FILE_BYTES_MAX as usize) + "7").unwrap();
+        let error = read().unwrap_err();
+        assert!(matches!(error, StateError::Damaged { .. }), "{error}");
+        assert!(crate::chain(&error).contains("more than 1048576 bytes"));
     }
 }

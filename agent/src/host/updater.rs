@@ -8,7 +8,7 @@ use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use clamcast_daemon::input::user_name;
+use clamcast_daemon::input::{self, user_name};
 use nix::unistd::Uid;
 use serde::{Deserialize, Serialize};
 
@@ -17,6 +17,9 @@ use crate::host::{Host, Process};
 
 /// Open files of one process that are looked at: an updater has a dozen.
 const FILES_MAX: usize = 256;
+
+/// Of `/proc/PID/fdinfo/FD` so many bytes are read: the flags stand in its second line.
+const FDINFO_BYTES_MAX: u64 = 4 << 10;
 
 /// Where distributions put freshclam.conf: Debian, Red Hat, built from source.
 const FRESHCLAM_CONFS: [&str; 3] = [
@@ -255,7 +258,9 @@ fn writes_below(process: &Process, directory: &Path) -> bool {
     files.flatten().take(FILES_MAX).any(|file| {
         let below = fs::read_link(file.path()).is_ok_and(|path| path.starts_with(directory));
         let info = proc.join("fdinfo").join(file.file_name());
-        below && fs::read_to_string(info).is_ok_and(|info| is_for_writing(&info))
+        let info = below.then(|| input::beginning(&info, FDINFO_BYTES_MAX));
+        info.and_then(Result::ok)
+            .is_some_and(|info| is_for_writing(&String::from_utf8_lossy(&info)))
     })
 }
 

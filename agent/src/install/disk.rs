@@ -534,7 +534,9 @@ impl Disk for HostDisk {
                 names.insert(name);
             }
             if names.len() > ENTRIES_MAX {
-                let message = format!("it has more than {ENTRIES_MAX} entries");
+                let message = format!(
+                    "it has more than {ENTRIES_MAX} entries; move away what does not belong there"
+                );
                 return Err(io::Error::new(io::ErrorKind::InvalidData, message));
             }
         }

@@ -12,7 +12,7 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use clamcast_daemon::durable;
+use clamcast_daemon::{durable, input};
 use clamcast_proto::Digest;
 use clamcast_proto::dsse::Verified;
 use clamcast_proto::manifest::{Manifest, ManifestFile};
@@ -71,17 +71,21 @@ pub struct Settings {
     pub state: PathBuf,
 }
 
+/// Longest file of the nonce that is read, in bytes: 32 digits and the end of the line.
+const NONCE_BYTES_MAX: u64 = 64;
+
 /// The host's nonce, made of `random` and kept in the state directory when there is none yet.
 /// Blocking.
 pub fn nonce(state: &Path, random: [u8; 16]) -> Result<Nonce, HostFault> {
     let path = state.join(NONCE);
-    let kept = match std::fs::read(&path) {
+    let kept = match input::whole(&path, NONCE_BYTES_MAX) {
         Ok(text) => {
             let mut bytes = [0; 16];
             let whole = hex::decode_to_slice(text.trim_ascii_end(), &mut bytes);
             whole.is_ok().then_some(bytes) // a damaged one is replaced: the next install has a new canary
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+        Err(error) if error.kind() == io::ErrorKind::FileTooLarge => None, // damaged, too
         Err(source) => return Err(disk::io_fault("read", &path, source)),
     };
     if let Some(bytes) = kept {

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use clamcast_daemon::input;
 use nix::errno::Errno;
 use notify::event::{AccessKind, AccessMode, CreateKind};
 use notify::{ErrorKind, Event, EventKind, RecommendedWatcher, RecursiveMode, Watcher as _};
@@ -15,6 +16,9 @@ use crate::install::disk::HIDDEN;
 
 /// Where the kernel says what inotify is limited to (inotify(7)).
 const LIMITS: &str = "/proc/sys/fs/inotify";
+
+/// Longest of its files that is read, in bytes: each holds one number.
+const LIMIT_BYTES_MAX: u64 = 32;
 
 /// Why no events come. There are looks from time to time instead.
 #[derive(Debug, thiserror::Error)]
@@ -39,6 +43,10 @@ pub enum Blind {
     },
 }
 
+fn number(text: &[u8]) -> Option<u64> {
+    str::from_utf8(text).ok()?.trim().parse().ok()
+}
+
 fn value(limit: Option<u64>) -> String {
     limit.map_or_else(String::new, |limit| format!(" ({limit})"))
 }
@@ -61,11 +69,11 @@ impl Blind {
                 return Self::Other { path, source };
             }
         };
-        let now = fs::read_to_string(Path::new(LIMITS).join(limit)).ok();
+        let now = input::whole(&Path::new(LIMITS).join(limit), LIMIT_BYTES_MAX);
         Self::Limit {
             path: path.to_owned(),
             limit,
-            now: now.and_then(|text| text.trim().parse().ok()),
+            now: now.ok().and_then(|text| number(&text)),
         }
     }
 
