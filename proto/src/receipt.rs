@@ -1,5 +1,7 @@
 //! Receipts: an agent's signed statement of what came of a generation.
 
+use std::fmt;
+
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
@@ -16,6 +18,29 @@ pub const FOREIGN_MAX: usize = 100;
 /// Drifted files that a receipt lists. More are found again by the next look.
 pub const DRIFT_MAX: usize = 100;
 
+/// Counts the installs of a host. Install N has a sample of its own, by which clamd proves it.
+#[derive(
+    Clone, Copy, Debug, Default, Deserialize, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize,
+)]
+#[serde(transparent)]
+pub struct InstallNumber(pub u64);
+
+impl InstallNumber {
+    /// Below the first install: nothing was tried.
+    pub const NONE: Self = Self(0);
+
+    /// The next one; `None` at the end of the numbers, which no host reaches by its installs.
+    pub fn next(self) -> Option<Self> {
+        self.0.checked_add(1).map(Self)
+    }
+}
+
+impl fmt::Display for InstallNumber {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
 /// What came of a generation on a host. Signed with the key of the agent's certificate.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 pub struct Receipt {
@@ -31,8 +56,8 @@ pub struct Receipt {
     pub generation: Generation,
     /// SHA-256 of its manifest's payload.
     pub manifest_sha256: Digest,
-    /// Number of the install that the proof was about.
-    pub install: u64,
+    /// The install that the proof was about; [`InstallNumber::NONE`] if there was none.
+    pub install: InstallNumber,
     /// What came of it.
     pub outcome: Outcome,
     /// What is on disk now under a database name of the generation.
@@ -185,4 +210,19 @@ pub enum Proof {
     /// Not proven.
     #[default]
     None,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_install_number_is_a_plain_number_on_disk_and_has_a_checked_successor() {
+        let seven = InstallNumber(7);
+        assert_eq!(serde_json::to_string(&seven).unwrap(), "7");
+        assert_eq!(serde_json::from_str::<InstallNumber>("7").unwrap(), seven);
+        assert_eq!(seven.to_string(), "7");
+        assert_eq!(seven.next(), Some(InstallNumber(8)));
+        assert_eq!(InstallNumber(u64::MAX).next(), None);
+    }
 }

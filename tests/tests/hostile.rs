@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use clamcast_proto::receipt::{FileState, Outcome, Receipt};
+use clamcast_proto::receipt::{FileState, InstallNumber, Outcome, Receipt};
 use clamcast_proto::wire::{self, Have, NeedFile, Offer, OfferId, Part, Phase, ToAgent, ToMaster};
 use clamcast_proto::{DatabaseName, Digest, Epoch, Generation};
 use clamcast_tests::lab::{
@@ -565,7 +565,7 @@ fn what_a_liar_says_of_itself_moves_nobody_else() {
         lie.outcome = Outcome::Live;
         lie.generation = Generation::new(u64::MAX).unwrap();
         lie.epoch = Epoch(u64::MAX);
-        lie.install = u64::MAX;
+        lie.install = InstallNumber(u64::MAX);
         lie.took = f64::MAX;
         lie.time = Timestamp::MAX;
         let receipt = rogue.sign(lie);

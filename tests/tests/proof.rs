@@ -12,7 +12,7 @@ use clamcast_agent::clamd::proof::{self, Nonce};
 use clamcast_agent::clamd::{
     Address, ClamdConf, LoadTest, ProofBy, Prover, RawClamd, ReloadBy, Settings, Verdict,
 };
-use clamcast_proto::receipt::{ClamdState, Proof};
+use clamcast_proto::receipt::{ClamdState, InstallNumber, Proof};
 use clamcast_tests::lab::{self, Clamd, Container, PATIENCE, Part, Scratch, signatures, until};
 use clamcast_tests::require;
 use nix::fcntl::OFlag;
@@ -49,8 +49,8 @@ impl Host {
     /// The databases first, then the canary, the gate last.
     fn install(&self, n: u64) {
         daily(n).write(&self.databases);
-        self.place(proof::CANARY, proof::canary(&NONCE, n));
-        self.place(proof::GATE, proof::gate(n));
+        self.place(proof::CANARY, proof::canary(&NONCE, InstallNumber(n)));
+        self.place(proof::GATE, proof::gate(InstallNumber(n)));
     }
 
     /// Puts a file where it belongs, all at once.
@@ -110,7 +110,7 @@ fn started(mut clamd: Clamd) -> Clamd {
 
 async fn prove(prover: &Prover, n: u64) -> Verdict {
     let stop = CancellationToken::new();
-    prover.prove(n, prover.mark(), stop).await
+    prover.prove(InstallNumber(n), prover.mark(), stop).await
 }
 
 #[track_caller]
@@ -190,7 +190,9 @@ async fn a_reload_that_clamd_drops_is_sent_again() {
     // Taken, it says.
     assert_eq!(clamd.reload().unwrap(), "RELOADING");
     load.end();
-    let verdict = prover.prove(2, mark, CancellationToken::new()).await;
+    let verdict = prover
+        .prove(InstallNumber(2), mark, CancellationToken::new())
+        .await;
     assert_live(&verdict, Proof::Canary);
     assert!(clamd.version().unwrap().contains("/2/"));
     // That of its start, the one that was held, and ours.
@@ -208,22 +210,24 @@ async fn a_canary_alone_can_lie_and_with_the_gate_it_does_not() {
     let mut clamd = started(host.clamd());
     let load = HeldLoad::begin(&host, &clamd);
     host.place("daily.cvd", version(6));
-    host.place(proof::CANARY, proof::canary(&NONCE, 2));
+    host.place(proof::CANARY, proof::canary(&NONCE, InstallNumber(2)));
     load.end();
     until(PATIENCE, "the canary to be found", || {
-        let said = clamd.scan(&proof::sample(&NONCE, 2)).unwrap();
+        let said = clamd
+            .scan(&proof::sample(&NONCE, InstallNumber(2)))
+            .unwrap();
         said.contains("Clamcast.Install-2.UNOFFICIAL")
     });
     assert!(clamd.version().unwrap().contains("/5/"), "it did not lie");
 
     host.place("daily.cvd", version(5));
-    host.place(proof::CANARY, proof::canary(&NONCE, 1));
-    host.place(proof::GATE, proof::gate(1));
+    host.place(proof::CANARY, proof::canary(&NONCE, InstallNumber(1)));
+    host.place(proof::GATE, proof::gate(InstallNumber(1)));
     clamd.restart();
     let load = HeldLoad::begin(&host, &clamd);
     host.place("daily.cvd", version(6));
-    host.place(proof::CANARY, proof::canary(&NONCE, 2));
-    host.place(proof::GATE, proof::gate(2));
+    host.place(proof::CANARY, proof::canary(&NONCE, InstallNumber(2)));
+    host.place(proof::GATE, proof::gate(InstallNumber(2)));
     load.end();
     assert_live(&prove(&host.prover(&clamd), 2).await, Proof::Canary);
     assert!(clamd.version().unwrap().contains("/6/"));
@@ -316,7 +320,7 @@ async fn somebody_elses_half_written_file_is_no_refusal() {
     let stop = CancellationToken::new();
     let proving = tokio::spawn({
         let prover = prover.clone();
-        async move { prover.prove(2, prover.mark(), stop).await }
+        async move { prover.prove(InstallNumber(2), prover.mark(), stop).await }
     });
     lab::until_async(PATIENCE, "a load to fail", async || {
         count(&clamd, "Database load failed") > 0
@@ -375,7 +379,7 @@ async fn an_absent_clamd_is_live_when_it_comes() {
     assert_eq!(absent.report().state, ClamdState::Down);
     clamd.start();
     clamd.wait_ready();
-    assert_live(&prover.probe(2).await, Proof::Canary);
+    assert_live(&prover.probe(InstallNumber(2)).await, Proof::Canary);
 }
 
 #[tokio::test]
@@ -408,7 +412,9 @@ async fn a_clamd_that_does_not_start_with_the_databases_refuses_them() {
     let mark = prover.mark();
     clamd.start();
     clamd.wait_ended();
-    let refused = prover.prove(1, mark, CancellationToken::new()).await;
+    let refused = prover
+        .prove(InstallNumber(1), mark, CancellationToken::new())
+        .await;
     assert_refused(&refused, &["clamscan: ", "bad.cud"]);
 }
 

@@ -12,6 +12,7 @@
 
 use std::fmt::Write as _;
 
+use clamcast_proto::receipt::InstallNumber;
 use sha2::{Digest as _, Sha256};
 
 /// File name of the signature of the current install. `.hsb` because a SHA-256 is allowed where
@@ -39,33 +40,33 @@ pub struct Nonce(pub [u8; 16]);
 
 /// What clamd is asked to scan after install `n`. Every install has another sample, so that the
 /// engine before says OK to it and an install is one hit in clamd's log.
-pub fn sample(nonce: &Nonce, n: u64) -> [u8; 32] {
+pub fn sample(nonce: &Nonce, n: InstallNumber) -> [u8; 32] {
     let mut hasher = Sha256::new();
     hasher.update(b"clamcast");
     hasher.update(nonce.0);
-    hasher.update(n.to_be_bytes());
+    hasher.update(n.0.to_be_bytes());
     hasher.finalize().into()
 }
 
 /// Content of [`CANARY`]: `SHA256:LENGTH:NAME:FLEVEL`, where functionality level 73 is the first
 /// one whose engine reads SHA-256 (as ClamAV's manual of hash signatures has it).
-pub fn canary(nonce: &Nonce, n: u64) -> String {
+pub fn canary(nonce: &Nonce, n: InstallNumber) -> String {
     let sample = sample(nonce, n);
     let digest = hex::encode(Sha256::digest(sample));
     format!("{digest}:{}:{NAME}{n}:73\n", sample.len())
 }
 
 /// Content of [`GATE`]: the names of the [`GATE_SPAN`] installs after `n`.
-pub fn gate(n: u64) -> String {
+pub fn gate(n: InstallNumber) -> String {
     let mut text = String::new();
-    for hidden in n + 1..=n + GATE_SPAN {
+    for hidden in n.0 + 1..=n.0 + GATE_SPAN {
         writeln!(text, "{NAME}{hidden}").expect("a string takes everything");
     }
     text
 }
 
 /// The install whose canary this is, if it is one.
-pub fn canary_number(text: &str) -> Option<u64> {
+pub fn canary_number(text: &str) -> Option<InstallNumber> {
     let [digest, length, name, level] = text.trim_end().split(':').collect::<Vec<_>>()[..] else {
         return None;
     };
@@ -74,21 +75,22 @@ pub fn canary_number(text: &str) -> Option<u64> {
 }
 
 /// The install whose gate this is, if it is a whole one.
-pub fn gate_number(text: &str) -> Option<u64> {
-    let n = number(text.lines().next()?)?.checked_sub(1)?;
-    (n.checked_add(GATE_SPAN)? < u64::MAX && text == gate(n)).then_some(n)
+pub fn gate_number(text: &str) -> Option<InstallNumber> {
+    let first_hidden = number(text.lines().next()?)?;
+    let n = InstallNumber(first_hidden.0.checked_sub(1)?);
+    (n.0.checked_add(GATE_SPAN)? < u64::MAX && text == gate(n)).then_some(n)
 }
 
 /// The install that clamd names when it finds a sample: `Clamcast.Install-7.UNOFFICIAL`.
-pub(super) fn found_number(name: &str) -> Option<u64> {
+pub(super) fn found_number(name: &str) -> Option<InstallNumber> {
     number(name.strip_suffix(".UNOFFICIAL").unwrap_or(name))
 }
 
 /// Only as we write it: a number with a sign or leading zeros is somebody else's.
-fn number(name: &str) -> Option<u64> {
+fn number(name: &str) -> Option<InstallNumber> {
     let digits = name.strip_prefix(NAME)?;
     let n = digits.parse().ok()?;
-    (digits == u64::to_string(&n)).then_some(n)
+    (digits == u64::to_string(&n)).then_some(InstallNumber(n))
 }
 
 #[cfg(test)]
@@ -99,7 +101,7 @@ mod tests {
 
     #[test]
     fn canary_and_gate_say_whose_they_are() {
-        for n in [0, 1, 2, 16, 17, 1 << 40] {
+        for n in [0, 1, 2, 16, 17, 1 << 40].map(InstallNumber) {
             assert_eq!(canary_number(&canary(&NONCE, n)), Some(n));
             assert_eq!(gate_number(&gate(n)), Some(n));
         }
@@ -107,8 +109,8 @@ mod tests {
 
     #[test]
     fn damaged_files_are_nobodys() {
-        let canary = canary(&NONCE, 7);
-        let gate = gate(7);
+        let canary = canary(&NONCE, InstallNumber(7));
+        let gate = gate(InstallNumber(7));
         for damaged in [
             "",
             "\n",
@@ -128,20 +130,27 @@ mod tests {
 
     #[test]
     fn a_gate_hides_the_next_sixteen() {
-        let hidden: Vec<_> = gate(2).lines().filter_map(found_number).collect();
-        assert_eq!(hidden, (3..=18).collect::<Vec<_>>());
+        let hidden: Vec<_> = gate(InstallNumber(2))
+            .lines()
+            .filter_map(found_number)
+            .collect();
+        assert_eq!(hidden, (3..=18).map(InstallNumber).collect::<Vec<_>>());
     }
 
     #[test]
     fn samples_differ_by_install_and_by_host() {
-        assert_ne!(sample(&NONCE, 1), sample(&NONCE, 2));
-        assert_ne!(sample(&NONCE, 1), sample(&Nonce([8; 16]), 1));
+        let (one, two) = (InstallNumber(1), InstallNumber(2));
+        assert_ne!(sample(&NONCE, one), sample(&NONCE, two));
+        assert_ne!(sample(&NONCE, one), sample(&Nonce([8; 16]), one));
     }
 
     #[test]
     fn a_found_name_is_read_with_and_without_its_ending() {
-        assert_eq!(found_number("Clamcast.Install-7.UNOFFICIAL"), Some(7));
-        assert_eq!(found_number("Clamcast.Install-7"), Some(7));
+        assert_eq!(
+            found_number("Clamcast.Install-7.UNOFFICIAL"),
+            Some(InstallNumber(7))
+        );
+        assert_eq!(found_number("Clamcast.Install-7"), Some(InstallNumber(7)));
         assert_eq!(found_number("Clamcast.Install-07.UNOFFICIAL"), None);
         assert_eq!(found_number("Eicar-Test-Signature"), None);
     }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use clamcast_daemon::input;
 use clamcast_proto::container::Header;
-use clamcast_proto::receipt::{ClamdReport, ClamdState, Proof};
+use clamcast_proto::receipt::{ClamdReport, ClamdState, InstallNumber, Proof};
 use jiff::civil::DateTime;
 use rand::Rng;
 use tokio::sync::OnceCell;
@@ -91,7 +91,7 @@ struct Shared {
 /// What goes on being known of an install that was not proven in time.
 #[derive(Debug)]
 struct Watch {
-    install: u64,
+    install: InstallNumber,
     log: Log,
     evidence: Evidence,
 }
@@ -173,7 +173,7 @@ impl Prover {
     /// Asks every clamd to reload until it is seen with install `n`, or until there is evidence
     /// that it cannot use the databases, the deadline passes or `stop` fires. A clamd that was
     /// seen with it is not asked again, so that an install is one hit in its log.
-    pub async fn prove(&self, n: u64, mark: LogMark, stop: CancellationToken) -> Verdict {
+    pub async fn prove(&self, n: InstallNumber, mark: LogMark, stop: CancellationToken) -> Verdict {
         let settings = &self.shared.settings;
         if settings.instances.is_empty() {
             return Verdict::Live(self.report());
@@ -222,7 +222,7 @@ impl Prover {
     /// One look at every clamd, without a reload: for what was not proven in time, and at start. A
     /// clamd that answers and does not show the install was not asked since its deadline; then
     /// [`prove`](Self::prove) it again.
-    pub async fn probe(&self, n: u64) -> Verdict {
+    pub async fn probe(&self, n: InstallNumber) -> Verdict {
         if self.shared.settings.instances.is_empty() {
             return Verdict::Live(self.report());
         }
@@ -398,7 +398,7 @@ impl Courier {
     /// `stop` ends the waiting for all clamds, `enough` that for this one.
     async fn bring(
         mut self,
-        n: u64,
+        n: InstallNumber,
         stop: CancellationToken,
         enough: CancellationToken,
     ) -> Brought {
@@ -441,7 +441,12 @@ impl Courier {
         }
     }
 
-    async fn carry_out(&mut self, n: u64, attempt: &mut Attempt, state: &mut ClamdState) -> End {
+    async fn carry_out(
+        &mut self,
+        n: InstallNumber,
+        attempt: &mut Attempt,
+        state: &mut ClamdState,
+    ) -> End {
         loop {
             for load in self.log.read().await {
                 tracing::debug!(clamd = %self.instance.address, ?load, "clamd's log");
@@ -526,7 +531,7 @@ impl Shared {
 
     /// One look. PING goes first: a clamd that is busy with a blocking load would scan an
     /// abandoned sample later, and log a hit that nobody waits for.
-    async fn look(&self, clamd: &Clamd, n: u64) -> Sight {
+    async fn look(&self, clamd: &Clamd, n: InstallNumber) -> Sight {
         if let Err(error) = clamd.ping().await {
             return sight_of(error);
         }
@@ -795,7 +800,7 @@ mod tests {
         async fn prove(&self, addresses: &[Address], n: u64) -> String {
             let prover = self.prover(addresses);
             let stop = CancellationToken::new();
-            words_of(&prover.prove(n, prover.mark(), stop).await)
+            words_of(&prover.prove(InstallNumber(n), prover.mark(), stop).await)
         }
     }
 
@@ -898,7 +903,7 @@ mod tests {
         let prover = Host::new().prover(&[fake.address()]);
         let stop = CancellationToken::new();
         stop.cancel();
-        let verdict = words_of(&prover.prove(7, prover.mark(), stop).await);
+        let verdict = words_of(&prover.prove(InstallNumber(7), prover.mark(), stop).await);
         assert_eq!(
             verdict,
             "unproven, silent none: stopped before it was proven"
@@ -944,16 +949,16 @@ mod tests {
         let said = "refused, up none: clamd: Malformed database; clamscan can load it";
         for _ in 0..2 {
             let stop = CancellationToken::new();
-            let verdict = prover.prove(7, prover.mark(), stop).await;
+            let verdict = prover.prove(InstallNumber(7), prover.mark(), stop).await;
             assert_eq!(words_of(&verdict), said);
-            assert_eq!(words_of(&prover.probe(7).await), said);
+            assert_eq!(words_of(&prover.probe(InstallNumber(7)).await), said);
             assert_eq!(host.scanner_runs(), 1);
         }
         fs::write(host.directory.path().join("new.ndb"), "").unwrap();
-        assert_eq!(words_of(&prover.probe(7).await), said);
+        assert_eq!(words_of(&prover.probe(InstallNumber(7)).await), said);
         assert_eq!(host.scanner_runs(), 2, "other files");
         prover.begin_install();
-        prover.probe(7).await;
+        prover.probe(InstallNumber(7)).await;
         assert_eq!(host.scanner_runs(), 3, "another install");
     }
 
@@ -978,7 +983,7 @@ mod tests {
         let settings = host.prover(&[fake.address()]).settings().clone();
         let prover = Prover::with_state(settings, NONCE, state.path());
         let stop = CancellationToken::new();
-        let verdict = prover.prove(7, prover.mark(), stop).await;
+        let verdict = prover.prove(InstallNumber(7), prover.mark(), stop).await;
         assert_eq!(words_of(&verdict), "live, up canary: -");
         assert!(prover.shared.last_load.get().is_some());
         assert!(LastLoad::open(state.path()).get().is_some());
@@ -991,7 +996,7 @@ mod tests {
         let (rejects, waits) = (logging(&host, FAILED_LOAD), clamd(7, u64::MAX));
         let prover = host.prover(&[rejects.address(), waits.address()]);
         let stop = CancellationToken::new();
-        let verdict = prover.prove(7, prover.mark(), stop).await;
+        let verdict = prover.prove(InstallNumber(7), prover.mark(), stop).await;
         let note = verdict.report().note.clone().unwrap_or_default();
         assert!(note.contains("another clamd rejected"), "{note}");
         assert!(!note.contains("stopped"), "{note}");
@@ -1004,12 +1009,18 @@ mod tests {
         host.deadline = Duration::from_millis(50);
         let prover = host.prover(&[fake.address()]);
         let stop = CancellationToken::new();
-        let verdict = prover.prove(7, prover.mark(), stop).await;
+        let verdict = prover.prove(InstallNumber(7), prover.mark(), stop).await;
         assert_eq!(words_of(&verdict), "unproven, up none: -");
-        assert_eq!(words_of(&prover.probe(7).await), "unproven, up none: -");
+        assert_eq!(
+            words_of(&prover.probe(InstallNumber(7)).await),
+            "unproven, up none: -"
+        );
         let fake = clamd(7, 0);
         let prover = host.prover(&[fake.address()]);
-        assert_eq!(words_of(&prover.probe(7).await), "live, up canary: -");
+        assert_eq!(
+            words_of(&prover.probe(InstallNumber(7)).await),
+            "live, up canary: -"
+        );
         assert_eq!(
             prover.report().version.unwrap().as_bytes(),
             &VERSION[..VERSION.len() - 1]

@@ -212,7 +212,7 @@ fn load_last(path: &Path) -> Result<Option<Receipt>, StateError> {
 mod tests {
     use super::*;
     use clamcast_proto::dsse::PublicKey;
-    use clamcast_proto::receipt::{ClamdReport, Outcome};
+    use clamcast_proto::receipt::{ClamdReport, InstallNumber, Outcome};
     use clamcast_proto::{Digest, Epoch, Generation};
     use jiff::Timestamp;
 
@@ -244,7 +244,7 @@ mod tests {
             epoch: Epoch(1),
             generation: Generation::FIRST,
             manifest_sha256: Digest::of(b""),
-            install: 1,
+            install: InstallNumber(1),
             outcome: Outcome::Live,
             files: Vec::new(),
             foreign: Vec::new(),

@@ -1,7 +1,7 @@
 //! The agent at one moment, as the keeper reports it to operators.
 
 use clamcast_proto::dsse::KeyId;
-use clamcast_proto::receipt::{ClamdReport, Drift, Outcome, Receipt};
+use clamcast_proto::receipt::{ClamdReport, Drift, InstallNumber, Outcome, Receipt};
 use clamcast_proto::wire::Phase;
 use clamcast_proto::{AgentName, DatabaseName, Digest, Epoch, FleetName, Generation, Position};
 use jiff::Timestamp;
@@ -31,7 +31,7 @@ pub struct Status {
     /// When it was published.
     pub published: Option<Timestamp>,
     /// Number of the install.
-    pub install: Option<u64>,
+    pub install: Option<InstallNumber>,
     /// Its databases.
     pub files: Vec<DatabaseName>,
     /// Whether clamd was seen scanning with it.

@@ -10,7 +10,7 @@ use std::ffi::OsString;
 use std::fs;
 use std::path::PathBuf;
 
-use clamcast_proto::receipt::Outcome;
+use clamcast_proto::receipt::{InstallNumber, Outcome};
 use nix::errno::Errno;
 
 use super::lab::{FakeInstaller, FakeScan, Fault, Files, Host, Mood, Taken, loaded, manifest, set};
@@ -215,14 +215,14 @@ fn a_name_of_both_sets_is_never_missing(host: &Host, scenario: &Scenario, at: &s
 /// Databases first, then the canary, then the gate: who sees a new canary finds a whole set.
 fn the_canary_comes_after_every_database_and_the_gate_last(
     host: &Host,
-    old: u64,
+    old: InstallNumber,
     scenario: &Scenario,
     at: &str,
 ) {
     let there = loaded(&host.database());
     let text = |name| there.get(name).map_or("", String::as_str);
-    let canary = canary_number(text(CANARY)).unwrap_or(0);
-    let gate = gate_number(text(GATE)).unwrap_or(0);
+    let canary = canary_number(text(CANARY)).unwrap_or_default();
+    let gate = gate_number(text(GATE)).unwrap_or_default();
     assert!(gate <= canary, "{at}: gate {gate} before canary {canary}");
     let has = |files: Files| {
         files

@@ -7,7 +7,7 @@
 
 use clamcast_proto::dsse::{Envelope, Verified};
 use clamcast_proto::manifest::{MANIFEST_BYTES_MAX, Manifest};
-use clamcast_proto::receipt::{ClamdReport, FileState, Outcome};
+use clamcast_proto::receipt::{ClamdReport, FileState, InstallNumber, Outcome};
 use clamcast_proto::{DatabaseName, Digest, Position};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -93,7 +93,7 @@ pub struct Installed {
     /// The generation.
     pub set: Set,
     /// Number of the install.
-    pub install: u64,
+    pub install: InstallNumber,
     /// What came of it: `live`; `installed`; `refused` where clamd cannot use it and there was
     /// nothing to go back to.
     pub outcome: Outcome,
@@ -105,7 +105,7 @@ pub struct Journal {
     /// The generation that it is about, also on the way back.
     pub set: Set,
     /// Number of the install: what canary and gate say.
-    pub install: u64,
+    pub install: InstallNumber,
     /// The proof that is being made, 1 or 2.
     pub pass: u8,
     /// How many proofs it takes.
@@ -147,7 +147,7 @@ pub enum Way {
         /// Why.
         cause: Cause,
         /// The number under which the new set was tried.
-        tried: u64,
+        tried: InstallNumber,
     },
 }
 
@@ -184,7 +184,7 @@ pub struct Ending {
     /// The outcome.
     pub outcome: Outcome,
     /// Number of the install that the proof was about.
-    pub install: u64,
+    pub install: InstallNumber,
     /// The clamd it was made with.
     pub clamd: ClamdReport,
     /// Why it is not live.
@@ -237,7 +237,7 @@ pub struct Refusal {
     /// Its manifest.
     pub manifest_sha256: Digest,
     /// The number under which it was tried.
-    pub install: u64,
+    pub install: InstallNumber,
     /// Why.
     pub error: String,
 }

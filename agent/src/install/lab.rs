@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex};
 use clamcast_proto::dsse::{Verified, sign};
 use clamcast_proto::manifest::{ContainerFacts, Manifest, ManifestFile, Publisher, content_digest};
 use clamcast_proto::names::looks_like_a_database;
-use clamcast_proto::receipt::{ClamdReport, ClamdState, Outcome, Proof};
+use clamcast_proto::receipt::{ClamdReport, ClamdState, InstallNumber, Outcome, Proof};
 use clamcast_proto::wire::{OfferId, Part, PartEncoding, PartKind};
 use clamcast_proto::{DatabaseName, Digest, Epoch, Generation};
 use ed25519_dalek::SigningKey;
@@ -480,7 +480,7 @@ pub(super) enum FakeScan {
 pub(super) struct FakeClamd {
     directory: PathBuf,
     pub(super) mood: Arc<Mutex<Mood>>,
-    pub(super) proven: Arc<Mutex<Vec<u64>>>,
+    pub(super) proven: Arc<Mutex<Vec<InstallNumber>>>,
     /// How often it was made to load what is there.
     pub(super) loads: Arc<Mutex<usize>>,
     pub(super) load_test: bool,
@@ -497,7 +497,7 @@ pub(super) struct FakeClamd {
 }
 
 impl FakeClamd {
-    fn look(&self, n: u64) -> Verdict {
+    fn look(&self, n: InstallNumber) -> Verdict {
         let report = |state, proof| ClamdReport {
             state,
             proof,
@@ -560,7 +560,7 @@ impl Prove for FakeClamd {
 
     fn mark(&self) {}
 
-    async fn prove(&self, n: u64, (): (), _: CancellationToken) -> Verdict {
+    async fn prove(&self, n: InstallNumber, (): (), _: CancellationToken) -> Verdict {
         *self.loads.lock().unwrap() += 1;
         let verdict = self.look(n);
         if let Verdict::Refused { .. } = &verdict {
@@ -581,7 +581,7 @@ impl Prove for FakeClamd {
         verdict
     }
 
-    async fn probe(&self, n: u64) -> Verdict {
+    async fn probe(&self, n: InstallNumber) -> Verdict {
         self.look(n)
     }
 
@@ -732,10 +732,12 @@ impl Host {
         there
     }
 
-    /// The number of the canary in the directory; 0 if there is none.
-    pub(super) fn canary(&self) -> u64 {
+    /// The number of the canary in the directory; none if there is none.
+    pub(super) fn canary(&self) -> InstallNumber {
         let text = fs::read_to_string(self.database().join(CANARY));
-        text.ok().and_then(|text| canary_number(&text)).unwrap_or(0)
+        text.ok()
+            .and_then(|text| canary_number(&text))
+            .unwrap_or_default()
     }
 
     pub(super) fn shim(&self, fault: Fault) -> Shim {

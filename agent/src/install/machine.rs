@@ -10,7 +10,7 @@
 use std::collections::BTreeSet;
 
 use clamcast_proto::Digest;
-use clamcast_proto::receipt::{ClamdReport, Outcome};
+use clamcast_proto::receipt::{ClamdReport, InstallNumber, Outcome};
 use clamcast_proto::wire::Phase;
 
 use super::journal::{Before, Cause, Ending, Installed, Journal, Refusal, Set, Step, Way};
@@ -53,7 +53,7 @@ pub enum Event {
         /// The journal.
         journal: Box<Journal>,
         /// A number above all that the journal, the canary and the gate on disk show.
-        next: u64,
+        next: InstallNumber,
     },
 }
 
@@ -68,7 +68,7 @@ pub enum Action {
     /// Put all files in place, then canary and gate.
     Swap(Box<Journal>),
     /// Put only the next canary and gate in place.
-    Renumber(u64),
+    Renumber(InstallNumber),
     /// Make clamd reload and ask it for this journal's number.
     Prove(Box<Journal>),
     /// Remove the names that go after the proof.
@@ -253,7 +253,7 @@ impl Machine {
         vec![save(journal.clone()), Action::Swap(journal)]
     }
 
-    fn resumed(&mut self, mut journal: Box<Journal>, next: u64) -> Vec<Action> {
+    fn resumed(&mut self, mut journal: Box<Journal>, next: InstallNumber) -> Vec<Action> {
         self.failures = 0;
         if let Step::Settling(ending) = journal.step.clone() {
             return self.settle(journal, ending);
@@ -288,7 +288,10 @@ impl Machine {
     fn failed(&mut self, fault: String, touched: bool) -> Vec<Action> {
         let Some(journal) = self.journal.take() else {
             // The records could not be written, and nothing else was to be done.
-            let mut ending = self.ending.take().unwrap_or_else(|| host_fault(0, &fault));
+            let mut ending = self
+                .ending
+                .take()
+                .unwrap_or_else(|| host_fault(InstallNumber::NONE, &fault));
             ending.error = Some(joined(ending.error.take(), &fault));
             return vec![Action::Finish(ending)];
         };
@@ -335,7 +338,7 @@ impl Machine {
             }
             (Way::Back { .. }, Step::Swapping | Step::Proving) if self.may_try_again() => {
                 let mut journal = journal;
-                journal.install += 1;
+                journal.install = after(journal.install);
                 journal.pass = 1;
                 journal.passes = 2; // nobody knows which gate is in place
                 journal.step = Step::Swapping;
@@ -375,7 +378,7 @@ impl Machine {
         match (verdict, blame) {
             (Verdict::Live(_), _) if journal.pass < journal.passes => {
                 journal.pass += 1;
-                journal.install += 1;
+                journal.install = after(journal.install);
                 journal.step = Step::Swapping;
                 self.journal = Some(journal.clone());
                 let number = journal.install;
@@ -649,7 +652,7 @@ impl Machine {
         let sure =
             withdraw.is_empty() && forward.passes == 1 && !matches!(cause, Cause::HostFault(_));
         let journal = Box::new(Journal {
-            install: forward.install + 1,
+            install: after(forward.install),
             pass: 1,
             passes: if sure { 1 } else { 2 },
             way: Way::Back {
@@ -709,7 +712,13 @@ fn save(journal: Box<Journal>) -> Action {
     }
 }
 
-fn host_fault(install: u64, fault: &str) -> Ending {
+/// The number after one that [`Event::Resumed`] or a survey gave.
+fn after(install: InstallNumber) -> InstallNumber {
+    let next = install.next();
+    next.expect("a new number leaves room for those of its proofs and of the way back")
+}
+
+fn host_fault(install: InstallNumber, fault: &str) -> Ending {
     Ending {
         outcome: Outcome::HostFault,
         install,
@@ -770,7 +779,7 @@ mod tests {
                 files: old.files(),
                 installed: Some(Installed {
                     set: old,
-                    install: 1,
+                    install: InstallNumber(1),
                     outcome: Outcome::Live,
                 }),
                 ..Before::default()
@@ -781,7 +790,7 @@ mod tests {
         let files: Vec<FileState> = new.files();
         Box::new(Journal {
             set: new,
-            install: 2,
+            install: InstallNumber(2),
             pass: 1,
             passes,
             way: Way::Forward,
@@ -834,7 +843,8 @@ mod tests {
 
     /// The same set once more, above every number so far.
     pub(super) fn begin_again(machine: &Machine) -> Event {
-        let install = machine.journal().map_or(0, |journal| journal.install) + 1;
+        let before = machine.journal().map(|journal| journal.install);
+        let install = after(before.unwrap_or_default());
         Event::Begin(Box::new(Journal {
             install,
             control: true,
@@ -1041,7 +1051,10 @@ mod tests {
         machine.handle(Event::Lost(Box::new(installed), ClamdReport::default()));
         let journal = Box::new(machine.journal().cloned().expect("it waits for clamd"));
         let mut machine = Machine::default();
-        machine.handle(Event::Resumed { journal, next: 2 });
+        machine.handle(Event::Resumed {
+            journal,
+            next: InstallNumber(2),
+        });
         let (fault, touched) = ("no space".to_owned(), true);
         let actions = machine.handle(Event::Failed { fault, touched });
         let [Action::Finish(ending)] = &actions[..] else {

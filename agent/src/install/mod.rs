@@ -16,7 +16,7 @@ use clamcast_daemon::{durable, input};
 use clamcast_proto::Digest;
 use clamcast_proto::dsse::Verified;
 use clamcast_proto::manifest::{Manifest, ManifestFile};
-use clamcast_proto::receipt::{ClamdReport, Outcome};
+use clamcast_proto::receipt::{ClamdReport, InstallNumber, Outcome};
 use clamcast_proto::wire::{NeedFile, Part, Phase};
 use tokio::sync::OwnedMutexGuard;
 use tokio_util::sync::CancellationToken;
@@ -351,7 +351,7 @@ impl<P: Prove> Installer<P> {
     pub fn host_fault(&self, manifest: &Verified<Manifest>, fault: &HostFault) -> Completed {
         let ending = Ending {
             outcome: Outcome::HostFault,
-            install: 0,
+            install: InstallNumber::NONE,
             clamd: self.shared.prover.report(),
             error: Some(chain(fault)),
         };
@@ -372,7 +372,7 @@ impl<P: Prove> Installer<P> {
             .await;
         let fault = |reason| Ending {
             outcome: Outcome::HostFault,
-            install: 0,
+            install: InstallNumber::NONE,
             clamd: self.shared.prover.report(),
             error: Some(reason),
         };
@@ -413,7 +413,7 @@ impl<P: Prove> Installer<P> {
                         Box::new(Refusal {
                             position: set.manifest.position(),
                             manifest_sha256: set.sha256(),
-                            install: 0,
+                            install: InstallNumber::NONE,
                             error,
                         }),
                         self.shared.prover.report(),
@@ -430,7 +430,7 @@ impl<P: Prove> Installer<P> {
         completed.unwrap_or_else(|| {
             let ending = Ending {
                 outcome: Outcome::Installed,
-                install: 0,
+                install: InstallNumber::NONE,
                 clamd: self.shared.prover.report(),
                 error: None,
             };

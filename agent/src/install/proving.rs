@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use clamcast_proto::DatabaseName;
-use clamcast_proto::receipt::{ClamdReport, ClamdState, FileState, Outcome};
+use clamcast_proto::receipt::{ClamdReport, ClamdState, FileState, InstallNumber, Outcome};
 use clamcast_proto::wire::Phase;
 use tokio::sync::OwnedMutexGuard;
 use tokio_util::sync::CancellationToken;
@@ -29,12 +29,12 @@ pub trait Prove: Send + Sync + 'static {
     /// cannot use the set.
     fn prove(
         &self,
-        n: u64,
+        n: InstallNumber,
         mark: Self::Mark,
         stop: CancellationToken,
     ) -> impl Future<Output = Verdict> + Send;
     /// One look, without a reload.
-    fn probe(&self, n: u64) -> impl Future<Output = Verdict> + Send;
+    fn probe(&self, n: InstallNumber) -> impl Future<Output = Verdict> + Send;
     /// Whether clamd is there. It proves nothing, and leaves no hit in clamd's log.
     fn ping(&self) -> impl Future<Output = ClamdReport> + Send;
     /// Whether a set is to be loaded with `clamscan` before clamd gets to see it: where clamd stops
@@ -59,11 +59,11 @@ impl Prove for Prover {
         self.mark()
     }
 
-    async fn prove(&self, n: u64, mark: LogMark, stop: CancellationToken) -> Verdict {
+    async fn prove(&self, n: InstallNumber, mark: LogMark, stop: CancellationToken) -> Verdict {
         self.prove(n, mark, stop).await
     }
 
-    async fn probe(&self, n: u64) -> Verdict {
+    async fn probe(&self, n: InstallNumber) -> Verdict {
         self.probe(n).await
     }
 

@@ -2,7 +2,7 @@
 
 use clamcast_proto::DatabaseName;
 use clamcast_proto::manifest::Manifest;
-use clamcast_proto::receipt::{ClamdReport, FileState, Outcome};
+use clamcast_proto::receipt::{ClamdReport, FileState, InstallNumber, Outcome};
 
 use super::disk::{At, Dir};
 use super::journal::{Ending, Refusal, Set};
@@ -19,8 +19,8 @@ pub struct Completed {
     pub set: Set,
     /// What came of it.
     pub outcome: Outcome,
-    /// Number of the install that the proof was about; 0 if it did not get that far.
-    pub install: u64,
+    /// The install that the proof was about; none if it did not get that far.
+    pub install: InstallNumber,
     /// What is on disk now under a name of the generation.
     pub files: Vec<FileState>,
     /// Databases in the directory that are not ours, bounded.

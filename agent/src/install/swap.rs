@@ -10,7 +10,7 @@ use std::io;
 use clamcast_proto::DatabaseName;
 use clamcast_proto::manifest::{Manifest, ManifestFile};
 use clamcast_proto::names::{DatabaseKind, looks_like_a_database};
-use clamcast_proto::receipt::{FOREIGN_MAX, FileState};
+use clamcast_proto::receipt::{FOREIGN_MAX, FileState, InstallNumber};
 
 use super::disk::{At, DATABASE_MODE, Dir, HostFault, Tree, io_fault};
 use super::journal::{Before, Installed, Journal, Moved, Set, Step, Way};
@@ -52,10 +52,10 @@ impl From<HostFault> for SwapFault {
 
 /// What canary and gate on disk say.
 pub(super) struct Numbers {
-    canary: Option<u64>,
-    gate: Option<u64>,
+    canary: Option<InstallNumber>,
+    gate: Option<InstallNumber>,
     /// Whether both are the ones of this host for this number.
-    whole: Option<u64>,
+    whole: Option<InstallNumber>,
 }
 
 impl Numbers {
@@ -75,7 +75,11 @@ impl Numbers {
     }
 
     /// Above everything that was ever shown to clamd.
-    pub(super) fn next(&self, journal: Option<&Journal>, installed: Option<&Installed>) -> u64 {
+    pub(super) fn next(
+        &self,
+        journal: Option<&Journal>,
+        installed: Option<&Installed>,
+    ) -> InstallNumber {
         let seen = [
             self.canary,
             self.gate,
@@ -83,18 +87,15 @@ impl Numbers {
             installed.map(|installed| installed.install),
         ];
         // GATE_SPAN numbers above it are written into the gate.
-        seen.into_iter()
-            .flatten()
-            .max()
-            .unwrap_or(0)
-            .min(u64::MAX - 2 * GATE_SPAN)
-            + 1
+        let highest = InstallNumber(u64::MAX - 2 * GATE_SPAN);
+        let seen = seen.into_iter().flatten().max().unwrap_or_default();
+        seen.min(highest).next().expect("there are more above that")
     }
 
     /// Whether the gate that clamd has hides install `n`: only then is one proof enough.
-    fn hides(&self, n: u64) -> bool {
+    fn hides(&self, n: InstallNumber) -> bool {
         self.gate
-            .is_some_and(|gate| (gate + 1..=gate + GATE_SPAN).contains(&n))
+            .is_some_and(|gate| (gate.0 + 1..=gate.0 + GATE_SPAN).contains(&n.0))
     }
 }
 
@@ -381,7 +382,7 @@ impl Swap<'_> {
     }
 
     /// Puts only the next canary and gate in place.
-    pub(super) fn renumber(&self, install: u64) -> Result<(), HostFault> {
+    pub(super) fn renumber(&self, install: InstallNumber) -> Result<(), HostFault> {
         self.prepare_proof(install)?;
         self.show_proof()?;
         self.tree.sync_dir(Dir::Databases)
@@ -459,7 +460,7 @@ impl Swap<'_> {
         Ok(matches!((staged, placed), (Some(staged), Some(placed)) if staged.inode == placed.inode))
     }
 
-    fn prepare_proof(&self, install: u64) -> Result<(), HostFault> {
+    fn prepare_proof(&self, install: InstallNumber) -> Result<(), HostFault> {
         let canary = canary(self.nonce, install);
         self.tree
             .write_new(NEW_CANARY, canary.as_bytes(), DATABASE_MODE)?;

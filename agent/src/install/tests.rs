@@ -5,7 +5,7 @@ use std::io::Write as _;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink};
 
 use clamcast_proto::delta;
-use clamcast_proto::receipt::{FOREIGN_MAX, Outcome};
+use clamcast_proto::receipt::{FOREIGN_MAX, InstallNumber, Outcome};
 use clamcast_proto::wire::{Have, PartEncoding, PartKind};
 use nix::errno::Errno;
 
@@ -32,7 +32,8 @@ fn check(old: &str, foreign: &str, new: &str, outcome: Outcome, there: &str) -> 
 
 /// Numbers under which the fake clamd was seen since the host was made.
 fn proven(host: &Host) -> Vec<u64> {
-    host.clamd.proven.lock().unwrap().clone()
+    let proven = host.clamd.proven.lock().unwrap();
+    proven.iter().map(|number| number.0).collect()
 }
 
 fn mood(host: &Host, mood: Mood) {

@@ -5,7 +5,7 @@ use crate::rollout::Answer;
 use clamcast_proto::dsse::sign;
 use clamcast_proto::identity::Serial;
 use clamcast_proto::manifest::{ManifestFile, Publisher, content_digest};
-use clamcast_proto::receipt::{Drift, FileState, Found, Outcome, Proof};
+use clamcast_proto::receipt::{Drift, FileState, Found, InstallNumber, Outcome, Proof};
 use clamcast_proto::wire::Phase;
 use clamcast_proto::{Epoch, Generation};
 use ed25519_dalek::SigningKey;
@@ -52,7 +52,7 @@ pub(crate) fn receipt(generation: u64, seq: u64, outcome: Outcome) -> Verified<R
         epoch: manifest.epoch,
         generation: manifest.generation,
         manifest_sha256: manifest.payload_sha256(),
-        install: seq,
+        install: InstallNumber(seq),
         outcome,
         files: files.collect(),
         foreign: vec![],

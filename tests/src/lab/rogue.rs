@@ -7,7 +7,7 @@ use std::time::Duration;
 use clamcast_agent::config::Tls;
 use clamcast_agent::link::endpoint::{Credentials, SERVER_NAME};
 use clamcast_proto::dsse::{Envelope, sign};
-use clamcast_proto::receipt::{ClamdReport, Outcome, Receipt};
+use clamcast_proto::receipt::{ClamdReport, InstallNumber, Outcome, Receipt};
 use clamcast_proto::wire::{self, Hello, Offer, ToAgent, ToMaster};
 use clamcast_proto::{Digest, Epoch, Generation};
 use jiff::Timestamp;
@@ -145,7 +145,7 @@ pub fn receipt(offer: &Offer, agent: &str, seq: u64) -> Receipt {
         epoch: Epoch(number("epoch")),
         generation: Generation::new(number("generation")).expect("above zero"),
         manifest_sha256: Digest::of(&offer.manifest.payload),
-        install: 1,
+        install: InstallNumber(1),
         outcome: Outcome::HostFault,
         files: Vec::new(),
         foreign: Vec::new(),

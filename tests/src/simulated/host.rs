@@ -12,7 +12,9 @@ use clamcast_proto::delta::Object;
 use clamcast_proto::dsse::{Envelope, Verified, sign};
 use clamcast_proto::keys::KeySet;
 use clamcast_proto::manifest::{Manifest, ManifestFile};
-use clamcast_proto::receipt::{ClamdReport, ClamdState, FileState, Outcome, Receipt};
+use clamcast_proto::receipt::{
+    ClamdReport, ClamdState, FileState, InstallNumber, Outcome, Receipt,
+};
 use clamcast_proto::trust::{Trust, TrustError};
 use clamcast_proto::wire::{Have, Hello, NeedFile, Offer, OfferId, Part, ToAgent, ToMaster};
 use quinn::RecvStream;
@@ -343,7 +345,7 @@ impl Host {
             epoch: manifest.epoch,
             generation: manifest.generation,
             manifest_sha256: manifest.payload_sha256(),
-            install: number,
+            install: InstallNumber(number),
             outcome: Outcome::Live,
             files: self.files(),
             foreign: Vec::new(),

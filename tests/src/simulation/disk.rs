@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use clamcast_agent::install::journal::{Installed, Journal, Refusal};
 use clamcast_proto::dsse::Verified;
-use clamcast_proto::receipt::{FileState, Receipt};
+use clamcast_proto::receipt::{FileState, InstallNumber, Receipt};
 use clamcast_proto::trust::Mark;
 use clamcast_proto::{DatabaseName, Digest};
 use rand::Rng as _;
@@ -16,7 +16,7 @@ pub(super) struct Disk {
     /// The database directory.
     pub(super) databases: BTreeMap<DatabaseName, FileState>,
     /// What canary and gate in it say.
-    pub(super) gate: Option<u64>,
+    pub(super) gate: Option<InstallNumber>,
     /// Files that were received.
     pub(super) stage: BTreeSet<Digest>,
     /// Files of the set before.

@@ -21,7 +21,9 @@ use clamcast_proto::dsse::{PublicKey, Verified, sign};
 use clamcast_proto::identity::Serial;
 use clamcast_proto::keys::KeySet;
 use clamcast_proto::manifest::Manifest;
-use clamcast_proto::receipt::{ClamdReport, ClamdState, FileState, Outcome, Proof, Receipt};
+use clamcast_proto::receipt::{
+    ClamdReport, ClamdState, FileState, InstallNumber, Outcome, Proof, Receipt,
+};
 use clamcast_proto::trust::Trust;
 use clamcast_proto::wire::{OfferId, Phase, RECEIPTS_PENDING_MAX};
 use clamcast_proto::{AgentName, DatabaseName, Digest, FleetName, GroupName, Position};
@@ -138,7 +140,7 @@ pub(super) enum HostEvent {
     /// The swap begins.
     Swap,
     /// clamd is asked for this number.
-    Judge(u64),
+    Judge(InstallNumber),
     /// The slot is told the time.
     Tick,
     /// The master is told that something goes on.
@@ -186,7 +188,7 @@ impl Sight<'_> {
 
 /// Where the installer stops to ask or to say something.
 enum Next {
-    Prove(u64),
+    Prove(InstallNumber),
     Finish(InstallEnding),
     Nothing,
     /// The host has crashed.
@@ -760,7 +762,7 @@ impl Host {
     fn host_fault(&self, error: &str) -> InstallEnding {
         InstallEnding {
             outcome: Outcome::HostFault,
-            install: 0,
+            install: InstallNumber::NONE,
             clamd: self.report(),
             error: Some(error.to_owned()),
         }

@@ -5,6 +5,7 @@ use std::env;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use clamcast_proto::Digest;
+use clamcast_proto::receipt::InstallNumber;
 use clamcast_tests::lab::{Call, Fleet, PATIENCE, SmallDisk, Strace, until};
 use clamcast_tests::{long, require};
 
@@ -158,7 +159,7 @@ fn kill_at_calls(among: usize) {
 }
 
 /// Kills the agent in the next update, if it gets there; the number proven before, and a name for it.
-fn kill_at(host: &mut Host, step: &Step) -> Option<(u64, String)> {
+fn kill_at(host: &mut Host, step: &Step) -> Option<(InstallNumber, String)> {
     let proven = host.canary();
     let _strace = step.spoil(host, "signal=SIGKILL");
     host.publish();

@@ -1,5 +1,6 @@
 //! The host that these tests are about, its sets, and what must hold on it whatever happens.
 
+use clamcast_proto::receipt::InstallNumber;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
@@ -165,7 +166,7 @@ impl Host {
     }
 
     /// Number of the canary on disk.
-    pub(crate) fn canary(&self) -> u64 {
+    pub(crate) fn canary(&self) -> InstallNumber {
         canary_number(&self.proof_file(CANARY)).expect("a canary is whole")
     }
 
@@ -229,7 +230,7 @@ pub(crate) fn every_database_name_belongs_to_the_old_set_or_the_new_one(host: &H
 /// before, it has all of the new set.
 pub(crate) fn clamd_loads_it_and_a_new_canary_means_the_new_set(
     host: &Host,
-    proven: u64,
+    proven: InstallNumber,
     at: &str,
 ) {
     host.load();

@@ -1,6 +1,7 @@
 //! Loads and scans of others during updates: clamd never answers to a set that it does not have whole,
 //! and no scan is lost.
 
+use clamcast_proto::receipt::InstallNumber;
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, Read, Write};
@@ -20,8 +21,8 @@ use crate::host::{ALWAYS, Files, Host, set, the_last_set_is_there_and_live};
 /// else, then file after file; one that is gone by then is left out.
 #[derive(PartialEq)]
 struct Load {
-    gate: u64,
-    canary: u64,
+    gate: InstallNumber,
+    canary: InstallNumber,
     files: Files,
 }
 
@@ -53,9 +54,9 @@ impl Load {
     }
 
     /// The install that a clamd with this load answers to: the gate hides those after its own.
-    fn answers_to(&self) -> Option<u64> {
-        let hidden = self.gate + 1..=self.gate + proof::GATE_SPAN;
-        (!hidden.contains(&self.canary)).then_some(self.canary)
+    fn answers_to(&self) -> Option<InstallNumber> {
+        let hidden = self.gate.0 + 1..=self.gate.0 + proof::GATE_SPAN;
+        (!hidden.contains(&self.canary.0)).then_some(self.canary)
     }
 
     /// Whether there are all files of the set, or of the one after it for which they made way.

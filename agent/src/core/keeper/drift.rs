@@ -2,7 +2,7 @@
 //! [`crate::core::drift::Guard`] decides, one look or repair at a time, and none while an install
 //! is under way.
 
-use clamcast_proto::receipt::{Drift, Outcome};
+use clamcast_proto::receipt::{Drift, InstallNumber, Outcome};
 use clamcast_proto::wire::{Phase, ToMaster};
 use jiff::Timestamp;
 use serde_json::json;
@@ -264,7 +264,7 @@ impl Keeper {
         };
         let completed = Completed {
             outcome: Outcome::HostFault,
-            install: 0,
+            install: InstallNumber::NONE,
             files: Vec::new(),
             foreign: Vec::new(),
             clamd: self.installer.clamd(),

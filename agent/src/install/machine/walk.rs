@@ -15,7 +15,7 @@ struct Path {
     machine: Machine,
     trace: Vec<String>,
     /// The number that the journal on disk holds.
-    saved: u64,
+    saved: InstallNumber,
     /// How often clamd was seen with it since the last swap.
     proofs: usize,
     passes: usize,
@@ -33,7 +33,7 @@ fn every_way_through_an_install_keeps_the_rules() {
         let path = Path {
             machine: Machine::default(),
             trace: Vec::new(),
-            saved: 0,
+            saved: InstallNumber::NONE,
             proofs: 0,
             passes: 0,
             finished: 0,
@@ -150,7 +150,7 @@ fn walk(mut path: Path, event: Event, choices: usize, seen: &mut usize) {
         walk(path.clone(), Event::Done, choices, seen);
     }
     if let Some(journal) = path.machine.journal().cloned() {
-        let (journal, next) = (Box::new(journal), path.saved + 1);
+        let (journal, next) = (Box::new(journal), after(path.saved));
         path.machine = Machine::default(); // what a crash leaves is the journal alone
         walk(path, Event::Resumed { journal, next }, choices - 1, seen);
     }
@@ -180,7 +180,11 @@ fn the_journal_is_saved_before_the_directory_changes(
     assert!(saved, "{path:#?}\n{action:?}");
 }
 
-fn a_replay_has_a_number_that_clamd_was_never_shown(path: &Path, actions: &[Action], shown: u64) {
+fn a_replay_has_a_number_that_clamd_was_never_shown(
+    path: &Path,
+    actions: &[Action],
+    shown: InstallNumber,
+) {
     for action in actions {
         if let Action::Swap(journal) = action {
             assert!(journal.install > shown, "{path:#?}");

@@ -72,7 +72,7 @@ fn without_clamscan_clamd_must_reject_the_set_before_and_after_it_accepts_the_pr
         assert_eq!(loads(&host), before + 4);
         let installed = installer.installed().unwrap();
         assert_eq!(installed.outcome, Outcome::Live);
-        assert_eq!(proven(&host).last(), Some(&installed.install));
+        assert_eq!(proven(&host).last(), Some(&installed.install.0));
         assert!(fs::read_dir(host.hidden("stage")).unwrap().next().is_none());
     }
 }

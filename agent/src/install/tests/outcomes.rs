@@ -15,7 +15,7 @@ fn a_new_set_goes_live_and_withdrawn_names_go() {
 fn with_a_gate_and_no_change_of_names_one_proof_is_enough() {
     let new = "daily.cld@2=two";
     let (host, completed) = check("daily.cld@1=one", "", new, Outcome::Live, new);
-    assert_eq!((proven(&host), completed.install), (vec![1, 2, 3], 3));
+    assert_eq!((proven(&host), completed.install.0), (vec![1, 2, 3], 3));
 }
 
 #[test]
@@ -26,7 +26,7 @@ fn without_a_gate_or_with_a_damaged_one_it_takes_two() {
         fs::write(host.database().join(GATE), damage).unwrap();
         let new = "daily.cld@2=two";
         let completed = host.take(&host.start(), &manifest(2, new), new).unwrap();
-        assert_eq!((proven(&host), completed.install), (vec![3, 4], 4));
+        assert_eq!((proven(&host), completed.install.0), (vec![3, 4], 4));
     }
 }
 
@@ -34,7 +34,11 @@ fn without_a_gate_or_with_a_damaged_one_it_takes_two() {
 fn the_same_content_under_a_new_number_moves_only_the_number() {
     let line = "daily.cld@1=one";
     let (host, completed) = check(line, "", line, Outcome::Live, line);
-    assert_eq!(completed.install, 2, "the install of the generation before");
+    assert_eq!(
+        completed.install,
+        InstallNumber(2),
+        "the install of the generation before"
+    );
     let installed = host.start().installed().unwrap();
     assert_eq!(installed.set.manifest.generation.number(), 2);
 }
@@ -114,7 +118,7 @@ fn a_refused_set_goes_and_the_old_one_is_back_and_proven() {
         ),
         (1, Outcome::Live)
     );
-    assert_eq!(proven(&host).last(), Some(&installed.install));
+    assert_eq!(proven(&host).last(), Some(&installed.install.0));
 }
 
 #[test]
@@ -297,12 +301,9 @@ fn a_lost_state_directory_costs_neither_a_transfer_nor_a_number() {
     let completed = host.install(&installer, &offer);
     assert_eq!(
         (completed.outcome, completed.install),
-        (Outcome::Live, number + 1)
+        (Outcome::Live, number.next().unwrap())
     );
-    assert_eq!(
-        gate_number(&loaded(&host.database())[GATE]),
-        Some(number + 1)
-    );
+    assert_eq!(gate_number(&loaded(&host.database())[GATE]), number.next());
     assert!(loaded(&host.hidden("adopted")).is_empty());
 }
 

@@ -3,7 +3,7 @@
 use clamcast_agent::clamd::{LoadTest, Verdict};
 use clamcast_proto::Digest;
 use clamcast_proto::manifest::content_digest;
-use clamcast_proto::receipt::{ClamdReport, ClamdState, Proof};
+use clamcast_proto::receipt::{ClamdReport, ClamdState, InstallNumber, Proof};
 
 use crate::simulation::contents::Bad;
 use crate::simulation::disk::Disk;
@@ -15,7 +15,7 @@ pub(in crate::simulation) struct Clamd {
     /// Whether somebody wants it to run.
     pub(in crate::simulation) wanted: bool,
     /// The content and the number that it has in memory, if it runs.
-    pub(in crate::simulation) loaded: Option<(Digest, Option<u64>)>,
+    pub(in crate::simulation) loaded: Option<(Digest, Option<InstallNumber>)>,
     /// Whether it loaded that while the directory held no whole set, through no doing of the agent:
     /// somebody had damaged it, or had started clamd while the disk failed.
     pub(in crate::simulation) unlucky: bool,
@@ -57,12 +57,12 @@ impl Clamd {
         }
     }
 
-    fn has_number(&self, number: u64) -> bool {
+    fn has_number(&self, number: InstallNumber) -> bool {
         self.loaded.is_some_and(|(_, gate)| gate == Some(number))
     }
 
     /// One look, without a reload.
-    pub(super) fn probe(&mut self, number: u64, disk: &Disk, bad: &Bad) -> Verdict {
+    pub(super) fn probe(&mut self, number: InstallNumber, disk: &Disk, bad: &Bad) -> Verdict {
         if !self.is_up(disk, bad) {
             return Verdict::Absent(self.report(ClamdState::Down, Proof::None));
         }
@@ -75,7 +75,7 @@ impl Clamd {
     /// A reload, and what it shows.
     pub(super) fn prove(
         &mut self,
-        number: u64,
+        number: InstallNumber,
         disk: &Disk,
         bad: &Bad,
         damaged: bool,

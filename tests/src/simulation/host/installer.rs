@@ -1,6 +1,7 @@
 //! What the installer does around its machine: the machine decides, the disk and clamd follow.
 
 use super::*;
+use clamcast_proto::receipt::InstallNumber;
 
 impl Host {
     /// Ends on disk what was interrupted, and goes on with it.
@@ -26,19 +27,16 @@ impl Host {
         self.drive(Install::Resumed { journal, next }, sight)
     }
 
-    pub(super) fn next_number(&self, journal: Option<&Journal>) -> u64 {
+    pub(super) fn next_number(&self, journal: Option<&Journal>) -> InstallNumber {
         let installed = self
             .disk
             .installed
             .as_ref()
             .map(|installed| installed.install);
         let journal = journal.map(|journal| journal.install);
-        [self.disk.gate, journal, installed]
-            .into_iter()
-            .flatten()
-            .max()
-            .unwrap_or(0)
-            + 1
+        let seen = [self.disk.gate, journal, installed];
+        let highest = seen.into_iter().flatten().max().unwrap_or_default();
+        highest.next().expect("a simulation is short")
     }
 
     /// An install begins with a whole set. `Ok(false)`: the host has crashed.
@@ -117,7 +115,7 @@ impl Host {
         let hides = self
             .disk
             .gate
-            .is_some_and(|gate| install <= gate + GATE_SPAN);
+            .is_some_and(|gate| install.0 <= gate.0 + GATE_SPAN);
         if let Some(installed) = &self.disk.installed
             && in_place
             && open.is_none()
@@ -307,7 +305,7 @@ impl Host {
             Some(At::Install(job)) => {
                 let ending = ending.unwrap_or_else(|| InstallEnding {
                     outcome: Outcome::Installed,
-                    install: 0,
+                    install: InstallNumber::NONE,
                     clamd: self.report(),
                     error: None,
                 });

@@ -2,6 +2,7 @@
 //! each message what it says.
 
 use super::*;
+use clamcast_proto::receipt::InstallNumber;
 
 /// How long a lie goes on at most: beyond every deadline.
 const LONGEST: Duration = Duration::from_secs(3 * 3600);
@@ -193,7 +194,7 @@ impl Host {
             epoch: position.epoch,
             generation: position.generation,
             manifest_sha256,
-            install: sight.random.random_range(0..5),
+            install: InstallNumber(sight.random.random_range(0..5)),
             outcome,
             files: files.collect(),
             foreign: Vec::new(),
