@@ -106,6 +106,8 @@ pub enum ClamdConfFile {
 #[serde(deny_unknown_fields)]
 struct Raw {
     master: OneOrMore,
+    #[serde(default)]
+    proxy: String,
     state: FilePath,
     tls: RawTls,
     trust: RawTrust,
@@ -184,6 +186,10 @@ impl Settings for Raw {
             "1 to 16 addresses of the master with their ports, such as [\"mirror.example.net:7310\"]",
         ),
         (
+            "proxy",
+            "an address with its port such as \"proxy.example.net:3128\", or \"\" for none",
+        ),
+        (
             "state",
             "a directory such as \"/var/lib/clamcast/agent\", neither within `database.path` nor around it",
         ),
@@ -230,12 +236,30 @@ impl Config {
         let beside = |other: FilePath| other.beside(path);
         let wrong = |key: [&str; 2]| file.wrong::<Raw>(&key, None);
 
-        let master = raw.master.into_vec();
+        let mut without_effect = Vec::new();
+        let mut master = raw.master.into_vec();
         if master.is_empty() || master.len() > MASTERS_MAX {
             return Err(file.wrong::<Raw>(&["master"], None));
         }
-        if let Some(address) = master.iter().find(|address| !is_host_and_port(address)) {
+        let bare = |address: &str| is_host_and_port(address.strip_prefix(TCP).unwrap_or(address));
+        if let Some(address) = master.iter().find(|address| !bare(address)) {
             return Err(file.wrong::<Raw>(&["master"], Some(address)));
+        }
+        let over_tcp: Vec<_> = master
+            .extract_if(.., |address| address.starts_with(TCP))
+            .collect();
+        if let Some(address) = over_tcp.first() {
+            if master.is_empty() {
+                return Err(file.wrong::<Raw>(&["master"], Some(address)));
+            }
+            without_effect.push("a tcp:// address of `master`");
+        }
+        if !raw.proxy.is_empty() {
+            let address = raw.proxy.strip_prefix("http://").unwrap_or(&raw.proxy);
+            if !is_host_and_port(address) {
+                return Err(file.wrong::<Raw>(&["proxy"], None));
+            }
+            without_effect.push("proxy");
         }
         let sockets = match raw.clamd.socket.map(OneOrMore::into_vec) {
             None => None,
@@ -301,7 +325,7 @@ impl Config {
             },
             drift: raw.database.drift,
             rescan,
-            without_effect: Vec::new(),
+            without_effect,
         })
     }
 }
@@ -315,6 +339,9 @@ const RESCAN: Duration = Duration::from_secs(3600);
 
 /// Shortest `[database] rescan`: every byte is read, and that often is no rest in between.
 const RESCAN_MIN: Duration = Duration::from_secs(1);
+
+/// What an address begins with that is reached over TCP.
+const TCP: &str = "tcp://";
 
 /// `host:port`, where an IPv6 address stands in brackets.
 fn is_host_and_port(text: &str) -> bool {
@@ -406,6 +433,66 @@ splay = "30s"
         assert_eq!(config.without_effect, Vec::<&str>::new());
     }
 
+    /// Every key of the documented file, those with a default behind `# `.
+    const DOCUMENTED: &str = r#"
+master = ["mirror.example.net:7310"]
+# proxy = ""
+state = "/var/lib/clamcast/agent"
+
+[tls]
+ca = "ca.pem"
+cert = "cert.pem"
+key = "key.pem"
+
+[trust]
+keys = "manifest.pub"
+# stale = "warn"
+
+[listen]
+# admin = "/run/clamcast/agent.sock"
+
+[database]
+path = "/var/lib/clamav"
+# drift = "repair"
+# rescan = "1h"
+
+[clamd]
+# config = "auto"
+# socket = ["/run/clamav/clamd.ctl"]
+# reload = "socket"
+# pid_file = "/run/clamav/clamd.pid"
+# proof = "canary"
+# deadline = "5m"
+# splay = "0s"
+"#;
+
+    #[test]
+    fn the_documented_file_parses_as_it_is_with_every_key_and_with_each_alone() {
+        load(DOCUMENTED).unwrap();
+        for (number, line) in DOCUMENTED.lines().enumerate() {
+            let Some(key) = line.strip_prefix("# ") else {
+                continue;
+            };
+            let lines = DOCUMENTED.lines().enumerate();
+            let one = lines.map(|(n, line)| if n == number { key } else { line });
+            load(&one.collect::<Vec<_>>().join("\n")).expect(key);
+        }
+        let config = load(&DOCUMENTED.replace("\n# ", "\n")).unwrap();
+        assert_eq!(config.without_effect, [""; 0]);
+    }
+
+    #[test]
+    fn keys_and_addresses_of_later_features_parse_and_are_named() {
+        let written = r#"["tcp://mirror.example.net:443", "mirror.example.net:7310"]"#;
+        let config = load(&with("master", written)).unwrap();
+        assert_eq!(config.master, ["mirror.example.net:7310"]);
+        assert_eq!(config.without_effect, ["a tcp:// address of `master`"]);
+        let config = load(&with("proxy", "\"http://proxy.example.net:3128\"")).unwrap();
+        assert_eq!(config.without_effect, ["proxy"]);
+        let error = load(&with("master", r#""tcp://mirror.example.net:443""#)).unwrap_err();
+        assert!(error.contains("`master` cannot be"), "{error}");
+    }
+
     #[test]
     fn a_socket_is_a_text_or_a_list_or_none() {
         let sockets = |value: &str| {
@@ -434,6 +521,15 @@ splay = "30s"
                 "[\"m:0\"]",
                 "[7310]",
                 "true",
+            ],
+        ),
+        (
+            "proxy",
+            &[
+                "3128",
+                "\"proxy\"",
+                "[\"proxy:3128\"]",
+                "\"https://proxy:3128\"",
             ],
         ),
         (
@@ -480,7 +576,10 @@ splay = "30s"
             let end = at + 1 + text[at + 1..].find('\n').expect("every line ends");
             text.replace_range(at + 1..end, &format!("{name} = {value}"));
         } else {
-            let header = format!("[{table}]\n");
+            let header = match table {
+                "" => "\n".to_owned(),
+                table => format!("[{table}]\n"),
+            };
             let at = text.find(&header).map(|at| at + header.len());
             let at = at.unwrap_or_else(|| {
                 text.push_str(&header);

@@ -9,7 +9,7 @@ use clamcast_daemon::admin::{Daemon, PATH_BYTES_MAX};
 use clamcast_daemon::config::{
     ConfigError, File, FilePath, Percent, Settings, Size, Span, overlap,
 };
-use clamcast_proto::{FleetName, GroupName};
+use clamcast_proto::{DatabaseName, FleetName, GroupName};
 use globset::{GlobBuilder, GlobMatcher};
 use serde::Deserialize;
 
@@ -170,6 +170,10 @@ struct Raw {
     mirror: RawMirror,
     #[serde(default)]
     listen: RawListen,
+    #[serde(default)]
+    mirror_http: RawMirrorHttp,
+    #[serde(default)]
+    audit: RawAudit,
     tls: RawTls,
     signing: RawSigning,
     #[serde(default)]
@@ -178,6 +182,8 @@ struct Raw {
     store: RawStore,
     #[serde(default)]
     push: RawPush,
+    #[serde(default)]
+    bulk: RawBulk,
     #[serde(default)]
     rollout: RawRollout,
 }
@@ -194,15 +200,56 @@ struct RawMirror {
     #[serde(default)]
     load_test: LoadTest,
     shrink_max: Option<Percent>,
+    on_bad_unit: Option<OnBadUnit>,
+    #[serde(default)]
+    units: BTreeMap<String, Vec<DatabaseName>>,
+    #[serde(default)]
+    cvd_certs: PathBuf,
+    age_alarm: Option<Span>,
+}
+
+/// What a unit that fails a check means for the others.
+#[derive(Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum OnBadUnit {
+    Hold,
+    Refuse,
 }
 
 #[derive(Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RawListen {
     quic: Option<SocketAddr>,
+    #[serde(default)]
+    tcp: OptionalAddress,
     admin: Option<FilePath>,
     admin_group: Option<String>,
-    http: Option<HttpAddress>,
+    http: Option<OptionalAddress>,
+    #[serde(default)]
+    audit_group: String,
+    #[serde(default)]
+    two_person: bool,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct RawMirrorHttp {
+    listen: OptionalAddress,
+    cert: PathBuf,
+    key: PathBuf,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawAudit {
+    keep: Option<Keep>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct RawBulk {
+    urls: BTreeMap<GroupName, Vec<String>>,
+    upload: String,
 }
 
 #[derive(Deserialize)]
@@ -248,12 +295,28 @@ struct RawRollout {
     windows: Option<BTreeMap<GroupName, Vec<String>>>,
 }
 
-/// Where HTTP is listened to; `None` for nowhere.
+/// How long records are kept, up to [`KEEP_MAX`], written like `"400d"`.
 #[derive(Deserialize)]
 #[serde(try_from = "String")]
-struct HttpAddress(Option<SocketAddr>);
+struct Keep;
 
-impl TryFrom<String> for HttpAddress {
+impl TryFrom<String> for Keep {
+    type Error = &'static str;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        match humantime::parse_duration(&text) {
+            Ok(keep) if keep <= KEEP_MAX => Ok(Self),
+            Ok(_) | Err(_) => Err("it is no such length of time"),
+        }
+    }
+}
+
+/// An address to listen at; `None` for nowhere.
+#[derive(Default, Deserialize)]
+#[serde(try_from = "String")]
+struct OptionalAddress(Option<SocketAddr>);
+
+impl TryFrom<String> for OptionalAddress {
     type Error = std::net::AddrParseError;
 
     fn try_from(text: String) -> Result<Self, Self::Error> {
@@ -294,9 +357,23 @@ impl Settings for Raw {
         ("mirror.unsigned", "\"allow\" or \"refuse\""),
         ("mirror.load_test", "\"auto\", \"always\" or \"never\""),
         ("mirror.shrink_max", PERCENT),
+        ("mirror.on_bad_unit", "\"hold\" or \"refuse\""),
+        (
+            "mirror.units.*",
+            "a list of file names such as [\"urlhaus.ndb\", \"urlhaus.ign2\"]",
+        ),
+        (
+            "mirror.cvd_certs",
+            "a directory such as \"/etc/clamav/certs\", or \"\" for none",
+        ),
+        ("mirror.age_alarm", "a length of time such as \"48h\""),
         (
             "listen.quic",
             "an IP address and a port such as \"192.0.2.1:7310\", or \"[::]:7310\" for every address",
+        ),
+        (
+            "listen.tcp",
+            "an IP address and a port such as \"[::]:443\", or \"\" for none",
         ),
         (
             "listen.admin",
@@ -309,6 +386,27 @@ impl Settings for Raw {
         (
             "listen.http",
             "an IP address and a port such as \"127.0.0.1:7311\", or \"\" for none",
+        ),
+        (
+            "listen.audit_group",
+            "the name of a group such as \"auditors\", or \"\" for none",
+        ),
+        ("listen.two_person", "true or false, without quotes"),
+        (
+            "mirror_http.listen",
+            "an IP address and a port such as \"[::]:8080\", or \"\" for none",
+        ),
+        (
+            "mirror_http.cert",
+            "a file such as \"/etc/clamcast/http/cert.pem\", or \"\" for none",
+        ),
+        (
+            "mirror_http.key",
+            "a file such as \"/etc/clamcast/http/key.pem\", or \"\" for none",
+        ),
+        (
+            "audit.keep",
+            "a length of time up to \"3650d\", such as \"400d\"",
         ),
         ("tls.ca", "a file such as \"/etc/clamcast/ca.pem\""),
         (
@@ -347,6 +445,14 @@ impl Settings for Raw {
             "a number of bytes a second such as \"500kB\" or \"64MiB\", or \"0\" for no limit",
         ),
         (
+            "bulk.urls.*",
+            "a list of URLs such as [\"https://cache.example.net/clamcast\"]",
+        ),
+        (
+            "bulk.upload",
+            "a bucket such as \"s3://BUCKET/PREFIX\", or \"\" for none",
+        ),
+        (
             "rollout.waves",
             "a list of groups, shares and counts such as [\"group:canary\", \"10%\", \"100%\"]",
         ),
@@ -370,6 +476,46 @@ impl Settings for Raw {
 
 const PERCENT: &str = "a whole percentage from \"0%\" to \"100%\"";
 
+impl Raw {
+    /// The keys with a value that asks for a feature which does not exist in this version.
+    fn without_effect(&self) -> Vec<&'static str> {
+        let mut without_effect = Vec::new();
+        let mut later = |key, written: bool| {
+            if written {
+                without_effect.push(key);
+            }
+        };
+        let (mirror, listen) = (&self.mirror, &self.listen);
+        match mirror.on_bad_unit {
+            // Today's answer to a bad file.
+            None | Some(OnBadUnit::Refuse) => {}
+            Some(OnBadUnit::Hold) => later("mirror.on_bad_unit", true),
+        }
+        later("mirror.units", !mirror.units.is_empty());
+        later("mirror.cvd_certs", !mirror.cvd_certs.as_os_str().is_empty());
+        later("mirror.age_alarm", mirror.age_alarm.is_some());
+        later("listen.tcp", listen.tcp.0.is_some());
+        later(
+            "listen.http",
+            listen.http.as_ref().is_some_and(|http| http.0.is_some()),
+        );
+        later("listen.audit_group", !listen.audit_group.is_empty());
+        later("listen.two_person", listen.two_person);
+        let http = &self.mirror_http;
+        later("mirror_http.listen", http.listen.0.is_some());
+        later("mirror_http.cert", !http.cert.as_os_str().is_empty());
+        later("mirror_http.key", !http.key.as_os_str().is_empty());
+        later("audit.keep", self.audit.keep.is_some());
+        later(
+            "push.bandwidth",
+            self.push.bandwidth.is_some_and(|size| size.0 != 0),
+        );
+        later("bulk.urls", !self.bulk.urls.is_empty());
+        later("bulk.upload", !self.bulk.upload.is_empty());
+        without_effect
+    }
+}
+
 /// Shortest freshness: below it the agents' clocks and a restart of the master would make hosts
 /// stale.
 const FRESH_MIN: Duration = Duration::from_secs(60);
@@ -383,6 +529,9 @@ const RESCAN_MIN: Duration = Duration::from_secs(1);
 
 /// Longest: an update whose file event was lost waits for as long, and Talos publishes daily.
 const RESCAN_MAX: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// Longest time that records are kept: ten years.
+const KEEP_MAX: Duration = Duration::from_secs(3650 * 24 * 60 * 60);
 
 /// Defaults.
 const QUIET: Duration = Duration::from_secs(3);
@@ -398,6 +547,7 @@ impl Config {
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
         let file = File::read(path)?;
         let raw: Raw = file.parse()?;
+        let without_effect = raw.without_effect();
         let beside = |other: FilePath| other.beside(path);
         let above_zero = |key: &[&str], span: Option<Span>, default: Duration| match span {
             Some(Span(Duration::ZERO)) => Err(file.wrong::<Raw>(key, None)),
@@ -446,21 +596,6 @@ impl Config {
         if !(RESCAN_MIN..=RESCAN_MAX).contains(&rescan) {
             return Err(file.wrong::<Raw>(&["mirror", "rescan"], None));
         }
-
-        let mut without_effect = Vec::new();
-        let mut later = |key, written: bool| {
-            if written {
-                without_effect.push(key);
-            }
-        };
-        later(
-            "listen.http",
-            raw.listen.http.is_some_and(|http| http.0.is_some()),
-        );
-        later(
-            "push.bandwidth",
-            raw.push.bandwidth.is_some_and(|size| size.0 != 0),
-        );
 
         let mut waves = Vec::new();
         let default = || WAVES.map(str::to_owned).to_vec();
@@ -588,15 +723,122 @@ keys = "manifest.pub"
         assert_eq!(config.without_effect, Vec::<&str>::new());
     }
 
+    /// Every key of the documented file, those with a default behind `# `.
+    const DOCUMENTED: &str = r#"
+fleet = "example"
+state = "/var/lib/clamcast/master"
+
+[mirror]
+path = "/var/lib/clamav-mirror"
+# quiet = "3s"
+# rescan = "5m"
+# require = ["daily"]
+# unsigned = "allow"
+# load_test = "auto"
+# shrink_max = "30%"
+# on_bad_unit = "hold"
+# units = { urlhaus = ["urlhaus.ndb", "urlhaus.ign2"] }
+# cvd_certs = ""
+# age_alarm = "48h"
+
+[listen]
+# quic = "[::]:7310"
+# tcp = ""
+# admin = "/run/clamcast/master.sock"
+# admin_group = "clamcast"
+# http = "127.0.0.1:7311"
+# audit_group = ""
+# two_person = false
+
+[mirror_http]
+# listen = ""
+# cert = ""
+# key = ""
+
+[audit]
+# keep = "400d"
+
+[tls]
+ca = "/etc/clamcast/ca.pem"
+cert = "/etc/clamcast/master/cert.pem"
+key = "/etc/clamcast/master/key.pem"
+# revoked = "/etc/clamcast/revoked.json"
+
+[signing]
+manifest_key = "/etc/clamcast/manifest.key"
+audit_key = "/etc/clamcast/audit.key"
+keys = "/etc/clamcast/manifest.pub"
+# fresh = "48h"
+
+[groups]
+# canary = ["web1", "db-*"]
+
+[store]
+# keep = 20
+
+[push]
+# concurrent = 64
+# bandwidth = "0"
+
+[bulk]
+# urls = {}
+# upload = ""
+
+[rollout]
+# waves = ["group:canary", "10%", "100%"]
+# settle = "0s"
+# refused_max = "2%"
+# unwell_max = "20%"
+# rollback_on_halt = true
+# deadline = "15m"
+# windows = { db = ["Mon-Fri 22:00-05:00"] }
+"#;
+
     #[test]
-    fn every_documented_key_parses_and_the_early_ones_are_named() {
+    fn the_documented_file_parses_as_it_is_with_every_key_and_with_each_alone() {
+        let mut warned = Vec::new();
+        load(DOCUMENTED).unwrap();
+        for (number, line) in DOCUMENTED.lines().enumerate() {
+            let Some(key) = line.strip_prefix("# ") else {
+                continue;
+            };
+            let lines = DOCUMENTED.lines().enumerate();
+            let one = lines.map(|(n, line)| if n == number { key } else { line });
+            let config = load(&one.collect::<Vec<_>>().join("\n")).expect(key);
+            warned.extend(config.without_effect);
+        }
+        let config = load(&DOCUMENTED.replace("\n# ", "\n")).unwrap();
+        assert_eq!(config.without_effect, warned);
+        assert_eq!(
+            warned,
+            [
+                "mirror.on_bad_unit",
+                "mirror.units",
+                "mirror.age_alarm",
+                "listen.http",
+                "audit.keep",
+            ]
+        );
+    }
+
+    #[test]
+    fn keys_of_later_features_parse_and_are_named() {
         let config = load(&format!(
             r#"{MINIMAL}fresh = "24h"
 [listen]
 quic = "127.0.0.1:0"
+tcp = "[::]:443"
 admin = "master.sock"
 admin_group = "wheel"
 http = "127.0.0.1:7311"
+audit_group = "auditors"
+two_person = true
+[mirror_http]
+listen = "[::]:8080"
+cert = "cert.pem"
+key = "key.pem"
+[audit]
+keep = "400d"
 [groups]
 canary = ["web1", "db-*"]
 [store]
@@ -604,6 +846,9 @@ keep = 3
 [push]
 concurrent = 2
 bandwidth = "10MiB"
+[bulk]
+urls = {{ site-a = ["https://cache.site-a/clamcast"] }}
+upload = "s3://BUCKET/PREFIX"
 [rollout]
 waves = ["group:canary", "10%", "100%"]
 settle = "0s"
@@ -615,7 +860,22 @@ windows = {{ db = ["Mon-Fri 22:00-05:00"] }}
 "#
         ))
         .unwrap();
-        assert_eq!(config.without_effect, ["listen.http", "push.bandwidth"]);
+        assert_eq!(
+            config.without_effect,
+            [
+                "listen.tcp",
+                "listen.http",
+                "listen.audit_group",
+                "listen.two_person",
+                "mirror_http.listen",
+                "mirror_http.cert",
+                "mirror_http.key",
+                "audit.keep",
+                "push.bandwidth",
+                "bulk.urls",
+                "bulk.upload",
+            ]
+        );
         let groups = |name| config.groups.of(name, &["eu".parse().unwrap()]);
         assert_eq!(
             groups("db-7")
@@ -690,12 +950,26 @@ windows = {{ db = ["Mon-Fri 22:00-05:00"] }}
                 "\"1.2.3.4:70000\"",
             ],
         ),
+        ("mirror.on_bad_unit", &["\"no\"", "true", "0"]),
+        (
+            "mirror.units.a",
+            &["\"a.ndb\"", "[1]", "[\"a/b.ndb\"]", "7"],
+        ),
+        ("mirror.cvd_certs", &["1", "[]", "false"]),
+        ("mirror.age_alarm", &["48", "\"\"", "\"soon\""]),
+        ("listen.tcp", &["443", "true", "\"localhost:443\""]),
         ("listen.admin", &["\"\"", "7", "[]"]),
         ("listen.admin_group", &["0", "[\"wheel\"]"]),
         (
             "listen.http",
             &["7311", "false", "\"localhost\"", "\"none\""],
         ),
+        ("listen.audit_group", &["0", "[\"wheel\"]"]),
+        ("listen.two_person", &["\"yes\"", "1"]),
+        ("mirror_http.listen", &["80", "\"80\"", "\"none\""]),
+        ("mirror_http.cert", &["1", "[]"]),
+        ("mirror_http.key", &["1", "true"]),
+        ("audit.keep", &["400", "\"\"", "\"3651d\""]),
         ("tls.ca", &["\"\"", "1"]),
         ("tls.cert", &["\"\"", "[]"]),
         ("tls.key", &["\"\"", "false"]),
@@ -714,6 +988,8 @@ windows = {{ db = ["Mon-Fri 22:00-05:00"] }}
             "push.bandwidth",
             &["0", "\"fast\"", "\"-1\"", "\"1.5MB\"", "\"99999999TiB\""],
         ),
+        ("bulk.urls.a", &["\"https://x\"", "[1]", "true"]),
+        ("bulk.upload", &["1", "[]", "false"]),
         ("rollout.waves", &["\"10%\"", "[10]", "true"]),
         ("rollout.settle", &["0", "\"soon\""]),
         ("rollout.refused_max", &["2", "\"2\"", "\"200%\""]),
@@ -726,18 +1002,27 @@ windows = {{ db = ["Mon-Fri 22:00-05:00"] }}
     /// The minimal file with one key set otherwise, or added.
     fn with(key: &str, value: &str) -> String {
         let (table, name) = key.rsplit_once('.').unwrap_or(("", key));
+        let header = match table {
+            "" => "\n".to_owned(),
+            table => format!("\n[{table}]\n"),
+        };
         let mut text = MINIMAL.to_owned();
-        if let Some(at) = text.find(&format!("\n{name} = ")) {
-            let end = at + 1 + text[at + 1..].find('\n').expect("every line ends");
-            text.replace_range(at + 1..end, &format!("{name} = {value}"));
-        } else {
-            let header = format!("[{table}]\n");
-            let at = text.find(&header).map(|at| at + header.len());
-            let at = at.unwrap_or_else(|| {
-                text.push_str(&header);
-                text.len()
-            });
-            text.insert_str(at, &format!("{name} = {value}\n"));
+        let begin = text.find(&header).unwrap_or_else(|| {
+            text.push_str(&header[1..]);
+            text.len() - header.len()
+        });
+        let begin = begin + header.len();
+        let end = text[begin..]
+            .find("\n[")
+            .map_or(text.len(), |at| begin + at);
+        let line = format!("{name} = {value}\n");
+        match text[begin - 1..end].find(&format!("\n{name} = ")) {
+            Some(at) => {
+                let at = begin + at;
+                let end = at + text[at..].find('\n').expect("every line ends") + 1;
+                text.replace_range(at..end, &line);
+            }
+            None => text.insert_str(begin, &line),
         }
         text
     }
@@ -829,7 +1114,17 @@ windows = {{ db = ["Mon-Fri 22:00-05:00"] }}
     fn every_key_has_words_for_what_is_expected_and_is_tried_with_wrong_values() {
         let mut known = Vec::new();
         for table in [
-            "", "mirror.", "listen.", "tls.", "signing.", "store.", "push.", "rollout.",
+            "",
+            "mirror.",
+            "listen.",
+            "mirror_http.",
+            "audit.",
+            "tls.",
+            "signing.",
+            "store.",
+            "push.",
+            "bulk.",
+            "rollout.",
         ] {
             let text = match table {
                 "" => format!("zzz = 1\n{MINIMAL}"),
