@@ -318,6 +318,8 @@ mod tests {
         }
         let kept: Vec<_> = (2..=RECEIPTS_PENDING_MAX as u64 + 1).collect();
         check(&receipts, &kept);
+        fs::copy(receipts.path(2), receipts.path(1)).unwrap();
+        check(&Receipts::open(dir.path()).unwrap(), &kept);
     }
 
     #[test]
