@@ -33,6 +33,22 @@ pub struct RawClamd {
     pub database_directory: PathBuf,
 }
 
+#[cfg(test)]
+impl RawClamd {
+    /// What a configuration says that leaves out everything.
+    pub(crate) fn unset() -> Self {
+        Self {
+            sockets: None,
+            reload: ReloadBy::Socket,
+            pid_file: None,
+            proof: ProofBy::Canary,
+            deadline: Duration::from_secs(300),
+            splay: Duration::ZERO,
+            database_directory: "/var/lib/clamav".into(),
+        }
+    }
+}
+
 /// How clamd is asked for a reload.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq)]
 #[serde(rename_all = "snake_case")]
@@ -241,12 +257,7 @@ mod tests {
         let address = |text: &&str| text.parse().expect("an address");
         RawClamd {
             sockets: sockets.map(|all| all.iter().map(address).collect()),
-            reload: ReloadBy::Socket,
-            pid_file: None,
-            proof: ProofBy::Canary,
-            deadline: Duration::from_secs(300),
-            splay: Duration::ZERO,
-            database_directory: "/var/lib/clamav".into(),
+            ..RawClamd::unset()
         }
     }
 

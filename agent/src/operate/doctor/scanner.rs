@@ -569,10 +569,9 @@ pub(super) fn judge_reload(
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
 
     use super::*;
-    use crate::clamd::{RawClamd, ReloadBy};
+    use crate::clamd::RawClamd;
     use crate::operate::doctor::testing;
 
     fn agent() -> User {
@@ -584,16 +583,7 @@ mod tests {
     }
 
     fn settings(conf: &ClamdConf, scanner: Option<&str>) -> Settings {
-        let raw = RawClamd {
-            sockets: None,
-            reload: ReloadBy::Socket,
-            pid_file: None,
-            proof: ProofBy::Canary,
-            deadline: Duration::from_secs(300),
-            splay: Duration::ZERO,
-            database_directory: "/var/lib/clamav".into(),
-        };
-        let (mut settings, _) = Settings::resolve(raw, Some(conf.clone()));
+        let (mut settings, _) = Settings::resolve(RawClamd::unset(), Some(conf.clone()));
         settings.scanner = scanner.map(Into::into);
         settings
     }
