@@ -1,4 +1,10 @@
-//! `master.toml`: as written, and checked.
+//! Decides whether the configuration can be used.
+//! Reads `master.toml` and checks every value in it, so that nothing else has to.
+//! Must not know what its values are used for.
+
+mod keys;
+mod rollout;
+mod window;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -13,7 +19,12 @@ use clamcast_proto::{DatabaseName, FleetName, GroupName};
 use globset::{GlobBuilder, GlobMatcher};
 use serde::Deserialize;
 
-use crate::rollout::{Rules, Wave, WaveError, WindowError};
+pub use keys::{
+    FILE_BYTES_MAX, KeyError, audit_origin, check_fleet, load_audit_key, load_keys,
+    load_manifest_key,
+};
+pub use rollout::{Rules, Wave, WaveError};
+pub use window::{Window, WindowError};
 
 /// Where `--config` points unless told otherwise.
 pub const DEFAULT_PATH: &str = "/etc/clamcast/master.toml";

@@ -11,12 +11,7 @@ use std::time::{Duration, Instant};
 use clamcast_daemon::admin::{AdminError, Listener};
 use clamcast_daemon::audit::{self, AuditError, Draft};
 use clamcast_daemon::durable;
-use clamcast_daemon::input::{self, InputError};
 use clamcast_daemon::service::Occasion;
-use clamcast_proto::dsse::{Envelope, PublicKey, Verified};
-use clamcast_proto::keys::{KeySet, KeySetError};
-use ed25519_dalek::SigningKey;
-use ed25519_dalek::pkcs8::DecodePrivateKey as _;
 use jiff::Timestamp;
 use quinn::{Endpoint, ServerConfig};
 use serde_json::json;
@@ -24,22 +19,24 @@ use tokio::sync::{Notify, mpsc};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 
-use crate::admin::{self, Commands, Life, Orders};
-use crate::archive::Archive;
-use crate::config::{self, Config, Signing};
-use crate::endpoint::{self, EndpointError, FILE_BYTES_MAX};
-use crate::fleet::Fleet;
-use crate::hub::{self, Event, Hub};
-use crate::link::{self, Shared};
-use crate::meter::Meters;
-use crate::mirror;
-use crate::pipeline::{self, Pipeline};
-use crate::publish::{self, Publisher, Rejected};
-use crate::push::Pusher;
-use crate::recorder::{self, Job, Places, Recorder};
-use crate::rejections::Rejections;
-use crate::revoked::{Look, Revocations};
-use crate::rollout::{Failed, Rollout};
+use crate::config::{
+    self, Config, KeyError, audit_origin, check_fleet, load_audit_key, load_keys, load_manifest_key,
+};
+use crate::fleet::agents::Fleet;
+use crate::fleet::hub::{self, Event, Hub};
+use crate::fleet::rollout::{Failed, Rollout};
+use crate::link::connection::{self, Shared};
+use crate::link::endpoint::{self, EndpointError};
+use crate::link::meter::Meters;
+use crate::link::push::Pusher;
+use crate::link::rejections::Rejections;
+use crate::link::revocations::{Look, Revocations};
+use crate::operate::admin::{self, Commands, Life, Orders};
+use crate::publish::mirror;
+use crate::publish::pipeline::{self, Pipeline};
+use crate::publish::publisher::{self, Publisher, Rejected};
+use crate::record::archive::Archive;
+use crate::record::recorder::{self, Job, Places, Recorder};
 use crate::store::{Store, StoreError};
 
 /// Time between looks at the revocation list; a revoked agent is cut off within 5 s.
@@ -75,52 +72,9 @@ pub enum StartError {
     /// The store.
     #[error("cannot open the store")]
     Store(#[from] StoreError),
-    /// A key or key set file cannot be read.
+    /// A key or key set.
     #[error(transparent)]
-    Read(#[from] InputError),
-    /// The key set is not one.
-    #[error("{key}: {path} is not a key set; {KEYS_ORIGIN}")]
-    Keys {
-        /// The configuration key, or the option.
-        key: &'static str,
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: KeysError,
-    },
-    /// A private key is not one.
-    #[error("{key}: {path} is not an Ed25519 key in PKCS#8 PEM; {SIGNING_ORIGIN}")]
-    PrivateKey {
-        /// The configuration key.
-        key: &'static str,
-        /// The file.
-        path: PathBuf,
-    },
-    /// A private key that nobody would believe.
-    #[error(
-        "{key}: {path} is not one of the keys for this in the key set {keys} (signing.keys), so \
-         agents would refuse what it signs; take both from one directory of `clamcast-certs`"
-    )]
-    ForeignKey {
-        /// The configuration key.
-        key: &'static str,
-        /// The key file.
-        path: PathBuf,
-        /// The key set file.
-        keys: PathBuf,
-    },
-    /// The key set of another fleet.
-    #[error(
-        "signing.keys: {path} is for fleet `{found}`, the configuration says fleet = \"{expected}\""
-    )]
-    Fleet {
-        /// The key set file.
-        path: PathBuf,
-        /// Its fleet.
-        found: String,
-        /// The configured fleet.
-        expected: String,
-    },
+    Key(#[from] KeyError),
     /// TLS or the socket.
     #[error(transparent)]
     Endpoint(#[from] EndpointError),
@@ -132,101 +86,7 @@ pub enum StartError {
     Audit(#[from] AuditError),
     /// What was published, and the key that signs it.
     #[error("cannot publish")]
-    Publish(#[from] publish::StartError),
-}
-
-/// A file is not a key set.
-#[derive(Debug, thiserror::Error)]
-pub enum KeysError {
-    /// Not an envelope.
-    #[error("it is not a signed statement in JSON")]
-    Json(#[from] serde_json::Error),
-    /// Not to be believed.
-    #[error(transparent)]
-    Set(#[from] KeySetError),
-}
-
-const KEYS_ORIGIN: &str = "copy manifest.pub from the directory of `clamcast-certs init --dir DIR`";
-const SIGNING_ORIGIN: &str =
-    "copy manifest.key and audit.key from the directory of `clamcast-certs init --dir DIR`";
-
-/// Reads the key set file that `key`, a configuration key or an option, names; it must be signed by
-/// the root that it names.
-pub fn load_keys(key: &'static str, path: &Path) -> Result<Verified<KeySet>, StartError> {
-    let text = input::read(key, path, FILE_BYTES_MAX, KEYS_ORIGIN)?;
-    let parse = || -> Result<_, KeysError> {
-        let envelope: Envelope = serde_json::from_slice(&text)?;
-        Ok(KeySet::verify(&envelope)?)
-    };
-    parse().map_err(|source| StartError::Keys {
-        key,
-        path: path.to_owned(),
-        source,
-    })
-}
-
-/// Reads a private key that must be one of `among`.
-fn load_key(
-    key: &'static str,
-    path: &Path,
-    among: &[PublicKey],
-    keys: &Path,
-) -> Result<SigningKey, StartError> {
-    let pem = input::read(key, path, FILE_BYTES_MAX, SIGNING_ORIGIN)?;
-    let path = path.to_owned();
-    let Ok(private) = SigningKey::from_pkcs8_pem(&String::from_utf8_lossy(&pem)) else {
-        return Err(StartError::PrivateKey { key, path });
-    };
-    if !among.contains(&PublicKey::of(&private)) {
-        let keys = keys.to_owned();
-        return Err(StartError::ForeignKey { key, path, keys });
-    }
-    Ok(private)
-}
-
-fn load_manifest_key(signing: &Signing, keys: &KeySet) -> Result<SigningKey, StartError> {
-    let (key, path) = ("signing.manifest_key", &signing.manifest_key);
-    load_key(key, path, &keys.manifest, &signing.keys)
-}
-
-fn load_audit_key(signing: &Signing, keys: &KeySet) -> Result<SigningKey, StartError> {
-    let (key, path) = ("signing.audit_key", &signing.audit_key);
-    load_key(key, path, &keys.audit, &signing.keys)
-}
-
-/// Reads every key and certificate that the daemon needs, and returns all that is wrong with them.
-pub fn check_files(config: &Config) -> Vec<StartError> {
-    let signing = &config.signing;
-    let mut errors = Vec::new();
-    match load_keys("signing.keys", &signing.keys) {
-        Err(error) => errors.push(error),
-        Ok(keys) => {
-            errors.extend(check_fleet(config, &keys).err());
-            errors.extend(load_manifest_key(signing, &keys).err());
-            errors.extend(load_audit_key(signing, &keys).err());
-        }
-    }
-    let tls = endpoint::server_config(&config.tls, &config.fleet);
-    errors.extend(tls.err().map(StartError::from));
-    errors
-}
-
-fn check_fleet(config: &Config, keys: &KeySet) -> Result<(), StartError> {
-    if keys.fleet == config.fleet {
-        return Ok(());
-    }
-    let path = config.signing.keys.clone();
-    let (found, expected) = (keys.fleet.to_string(), config.fleet.to_string());
-    Err(StartError::Fleet {
-        path,
-        found,
-        expected,
-    })
-}
-
-/// The name of the audit log in its checkpoints.
-pub fn audit_origin(fleet: &clamcast_proto::FleetName) -> String {
-    format!("clamcast/{fleet}")
+    Publish(#[from] publisher::StartError),
 }
 
 /// A running master.
@@ -410,7 +270,7 @@ impl Master {
             recorder: recorder.clone(),
             rejections: Rejections::new(recorder.clone()),
         };
-        tasks.spawn(link::serve(endpoint, Arc::new(shared), stop.clone()));
+        tasks.spawn(connection::serve(endpoint, Arc::new(shared), stop.clone()));
         let life = Life::default();
         tasks.spawn(watch_revocations(
             revocations,

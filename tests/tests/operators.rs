@@ -615,7 +615,7 @@ fn no_wait_names_the_offline_and_holds_no_session_and_orders_are_bounded() {
         .wait()
         .unwrap();
     let mut refused = 0;
-    for _ in 1..=clamcast_master::admin::ORDERS_MAX {
+    for _ in 1..=clamcast_master::operate::admin::ORDERS_MAX {
         let output = master.command(&["force-sync", "web1", "--no-wait"]);
         if output.status.code() != Some(0) {
             exits(&output, 5, "too many force-syncs");

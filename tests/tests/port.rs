@@ -4,7 +4,7 @@ use std::net::UdpSocket;
 use std::time::Duration;
 
 use clamcast_agent::link::endpoint::Credentials;
-use clamcast_master::endpoint;
+use clamcast_master::link::endpoint;
 use clamcast_tests::lab::Fleet;
 use jiff::Timestamp;
 use quinn::VarInt;

@@ -2,8 +2,8 @@
 //! wanted at and clamd scans with it, or clamd refused it; or the rollout waits and says for what.
 
 use clamcast_agent::install::Set;
-use clamcast_master::fleet::{Fleet, Standing};
-use clamcast_master::rollout::Run;
+use clamcast_master::fleet::agents::{Fleet, Standing};
+use clamcast_master::fleet::rollout::Run;
 
 use super::host::Host;
 use super::rules::sketch;

@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use clamcast_daemon::config::Percent;
-use clamcast_master::rollout::{Order, Rules};
+use clamcast_master::config::Rules;
+use clamcast_master::fleet::rollout::Order;
 use clamcast_proto::GroupName;
 use clamcast_proto::identity::Serial;
 use clamcast_proto::revocation::{RevocationList, Revoked};

@@ -7,11 +7,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clamcast_daemon::admin::Operator;
-use clamcast_master::dispatch::{
+use clamcast_master::config::Rules;
+use clamcast_master::fleet::agents::{Fleet, LinkId, Record};
+use clamcast_master::fleet::dispatch::{
     Action, Bounds, Closing, Dispatcher, Entry, Forcing, Newcomer, Now, Order, Progress, Word,
 };
-use clamcast_master::fleet::{Fleet, LinkId, Record};
-use clamcast_master::rollout::{self, OrderError, Owed, Rollout, Rules, Target};
+use clamcast_master::fleet::rollout::{self, OrderError, Owed, Rollout, Target};
 use clamcast_proto::dsse::{PublicKey, Verified, sign};
 use clamcast_proto::identity::Serial;
 use clamcast_proto::manifest::{Manifest, Publisher, content_digest};

@@ -6,8 +6,9 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Duration;
 
-use clamcast_master::fleet::Fleet;
-use clamcast_master::rollout::{Rules, Run};
+use clamcast_master::config::Rules;
+use clamcast_master::fleet::agents::Fleet;
+use clamcast_master::fleet::rollout::Run;
 use clamcast_proto::dsse::Verified;
 use clamcast_proto::manifest::Manifest;
 use clamcast_proto::receipt::Outcome;

@@ -4,11 +4,10 @@ use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 
 use clamcast_daemon::audit::Draft;
-use clamcast_master::events::EVENTS;
-use clamcast_master::fleet::Fleet;
-use clamcast_master::rollout::{
-    Answer, Begun, Member, Rollout, Rules, Run, Target, Wave, Weighing,
-};
+use clamcast_master::config::{Rules, Wave};
+use clamcast_master::fleet::agents::Fleet;
+use clamcast_master::fleet::rollout::{Answer, Begun, Member, Rollout, Run, Target, Weighing};
+use clamcast_master::record::events::EVENTS;
 use clamcast_proto::dsse::Verified;
 use clamcast_proto::manifest::Manifest;
 use clamcast_proto::receipt::Receipt;

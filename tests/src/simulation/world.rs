@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use clamcast_master::dispatch::Now;
+use clamcast_master::fleet::dispatch::Now;
 use clamcast_proto::Epoch;
 use clamcast_proto::dsse::{PublicKey, Verified, sign};
 use clamcast_proto::keys::KeySet;

@@ -1,0 +1,878 @@
+//! Decides who is offered what, what is said to whom, and what is written down before.
+//!
+//! Pure: no sockets, no disk, no clock. `hub.rs` tells it what happens and carries out the
+//! [`Action`]s that come of it, in their order. Invariants: what follows from a change stands behind
+//! the [`Entry`] that writes the change down; nothing that is the answer to a receipt is said before
+//! the receipt is on disk.
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use clamcast_daemon::admin::Operator;
+use clamcast_daemon::audit::Draft;
+use clamcast_proto::dsse::{Envelope, Verified};
+use clamcast_proto::identity::Serial;
+use clamcast_proto::manifest::Manifest;
+use clamcast_proto::receipt::{ClamdReport, Outcome, Receipt};
+use clamcast_proto::revocation::RevocationList;
+use clamcast_proto::wire::{self, OfferId, Phase};
+use clamcast_proto::{AgentName, Digest, GroupName, Position};
+use jiff::Timestamp;
+use serde_json::{Value, json};
+
+use crate::fleet::agents::{Arrival, Fleet, Link, LinkId, Record, Standing};
+use crate::fleet::rollout::{self, Effect, Ending, OrderError, Owed, Rollout, Target};
+use crate::publish::publisher::Rejected;
+
+/// Events that end a rollout: agents are told the head of the log that has them.
+const ENDS: [&str; 5] = [
+    "abort",
+    "halt",
+    "rollback",
+    "rolled-back",
+    "rollout-complete",
+];
+
+/// Events that somebody should look at.
+const ALARMING: [&str; 7] = [
+    "abort",
+    "halt",
+    "rolled-back",
+    "rollout-paused",
+    "set-aside",
+    "weighing",
+    "withheld",
+];
+
+/// Time between two tries of what did not go at first: to have a rollback published or the mirror
+/// looked at, or to remember what the disk refused.
+pub const TRY_AGAIN: Duration = Duration::from_secs(10);
+
+/// Decides for the whole fleet.
+#[derive(Debug)]
+pub struct Dispatcher {
+    fleet: Fleet,
+    revoked: Option<RevocationList>,
+    bounds: Bounds,
+    links_made: u64,
+    offers_made: u64,
+    /// Whether some agent has taken a generation since the start.
+    accepted: bool,
+    /// Agents that an operator has forced and that have not answered yet: one that loses its
+    /// connection is to look at its disk all the same when it is back.
+    forced: HashMap<AgentName, Ordered>,
+    /// The state of the rollout that was written down last.
+    kept: Rollout,
+    /// When the rollout is to be looked at, and when it was.
+    look_at: Option<Instant>,
+    looked: Instant,
+    /// When the rollback that is owed was tried last.
+    tried: Option<Instant>,
+    actions: Vec<Action>,
+}
+
+/// What one master does at most.
+#[derive(Clone, Copy, Debug)]
+pub struct Bounds {
+    /// Agents that it knows.
+    pub agents: usize,
+    /// Shortest time between two looks at the rollout.
+    pub looks_apart: Duration,
+}
+
+/// What an operator has forced on an agent.
+#[derive(Clone, Debug)]
+struct Ordered {
+    manner: Manner,
+    manifest: Arc<Verified<Manifest>>,
+    /// It is not current and does not become so.
+    taken_back: bool,
+}
+
+/// A moment, on both clocks: signed and kept is the one that may be set, measured is the other.
+#[derive(Clone, Copy, Debug)]
+pub struct Now {
+    /// What the clock on the wall shows.
+    pub clock: Timestamp,
+    /// What only goes forward.
+    pub at: Instant,
+}
+
+/// What is to be done.
+#[derive(Debug)]
+pub enum Action {
+    /// Say this, if the connection is still there.
+    Tell(LinkId, Word),
+    /// Write this down.
+    Write(Box<Entry>),
+    /// End a connection.
+    Close(LinkId, Closing),
+    /// Keep a content from being published again.
+    Reject(Rejected),
+    /// Publish what the mirror has now.
+    Publish,
+    /// Publish a rollback, once all that was to be written before is on disk.
+    RollBack(Owed),
+    /// Some agent has taken this generation of ours.
+    Accepted(Digest),
+    /// An agent has a generation that may be newer than all of ours: the master was restored.
+    Ahead(Envelope),
+    /// Tell everybody the head of the audit log soon.
+    Checkpoint,
+}
+
+/// What an agent is told.
+#[derive(Clone, Debug)]
+pub enum Word {
+    /// First words.
+    Welcome,
+    /// Take this generation.
+    Offer {
+        /// Names the offer.
+        offer: OfferId,
+        /// The generation.
+        manifest: Arc<Verified<Manifest>>,
+        /// How.
+        manner: Manner,
+    },
+    /// What it has is still current.
+    Fresh(Arc<Verified<Manifest>>),
+    /// A receipt is in the audit log.
+    Acknowledge(u64),
+}
+
+/// How a generation is offered.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Manner {
+    /// The agent hashes what is really on its disk first.
+    pub rehash: bool,
+    /// No delta is used.
+    pub full: bool,
+}
+
+/// One thing to write, in this order, and what is said to an agent when it is on disk.
+#[derive(Debug, Default)]
+pub struct Entry {
+    /// A line for the audit log.
+    pub draft: Option<Draft>,
+    /// An agent's record to keep.
+    pub keep: Option<Record>,
+    /// An agent to forget.
+    pub forget: Option<AgentName>,
+    /// The state of the rollout to keep.
+    pub rollout: Option<Rollout>,
+    /// What is said, and on which connection.
+    pub then: Option<(LinkId, Word)>,
+}
+
+/// Why a connection is ended.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Closing {
+    /// Its agent has a newer one.
+    Replaced,
+    /// Its certificate was revoked.
+    Revoked,
+}
+
+/// An agent whose certificate was checked.
+#[derive(Clone, Debug)]
+pub struct Newcomer {
+    /// Its name.
+    pub name: AgentName,
+    /// Its groups, of the certificate and of the configuration.
+    pub groups: Vec<GroupName>,
+    /// Where it comes from.
+    pub address: SocketAddr,
+    /// Its certificate's number.
+    pub serial: Serial,
+    /// When that ends.
+    pub certificate_ends: Timestamp,
+    /// SHA-256 of it.
+    pub fingerprint: Digest,
+}
+
+/// A sign of progress.
+#[derive(Clone, Copy, Debug)]
+pub struct Progress {
+    /// With which offer.
+    pub offer: OfferId,
+    /// What the agent is doing.
+    pub phase: Phase,
+    /// Until when it means to be silent.
+    pub until: Option<Timestamp>,
+    /// Bytes of files that its connection has carried so far.
+    pub sent: u64,
+}
+
+/// Why a verified agent is not let in.
+#[derive(Debug, thiserror::Error)]
+pub enum Unwanted {
+    /// Its certificate was revoked.
+    #[error("the certificate of `{name}` with serial {serial} is revoked")]
+    Revoked {
+        /// Whose it was.
+        name: AgentName,
+        /// Its serial number.
+        serial: Serial,
+    },
+    /// There are so many already.
+    #[error("the fleet is full: {0} agents")]
+    Full(usize),
+}
+
+/// What is forced.
+#[derive(Clone, Debug)]
+pub enum Forcing {
+    /// What is current, if it still is the one at this position.
+    Current(Position),
+    /// One that was taken back, on the word of an operator.
+    TakenBack(Arc<Verified<Manifest>>),
+}
+
+impl Forcing {
+    /// Where it stands.
+    pub fn position(&self) -> Position {
+        match self {
+            Self::Current(position) => *position,
+            Self::TakenBack(manifest) => manifest.position(),
+        }
+    }
+}
+
+/// What came of forcing at first.
+#[derive(Debug, Default)]
+pub struct Forced {
+    /// The offers made.
+    pub offers: Vec<(AgentName, OfferId)>,
+    /// Agents that are not connected.
+    pub offline: Vec<AgentName>,
+    /// Agents that took a higher one and do not have it, and which they took.
+    pub past: Vec<(AgentName, Position)>,
+}
+
+/// An order about the rollout; generations are given by their manifests.
+#[derive(Debug)]
+pub enum Order {
+    /// Without a generation.
+    Plain(rollout::Order),
+    /// Publish its databases again.
+    RollBack(Arc<Verified<Manifest>>, String),
+    /// Keep a group at it.
+    Pin(GroupName, Arc<Verified<Manifest>>, Option<String>),
+}
+
+impl Dispatcher {
+    /// The fleet as it was kept, at the start of the master: nobody is connected yet.
+    pub fn new(mut fleet: Fleet, bounds: Bounds, now: Now) -> Self {
+        fleet.resumed(now.clock);
+        Self {
+            kept: fleet.rollout().clone(),
+            fleet,
+            revoked: None,
+            bounds,
+            links_made: 0,
+            offers_made: 0,
+            accepted: false,
+            forced: HashMap::new(),
+            look_at: Some(now.at),
+            looked: now.at,
+            tried: None,
+            actions: Vec::new(),
+        }
+    }
+
+    /// The fleet as it is now.
+    pub fn fleet(&self) -> &Fleet {
+        &self.fleet
+    }
+
+    /// What came of all that was told since the last call, to be carried out in this order.
+    pub fn actions(&mut self) -> Vec<Action> {
+        std::mem::take(&mut self.actions)
+    }
+
+    /// When [`Dispatcher::look`] is due.
+    pub fn look_at(&self) -> Option<Instant> {
+        self.look_at
+    }
+
+    /// To be called every second or so: silence is no event, and neither is a window that opens.
+    pub fn tick(&mut self) {
+        if self.fleet.is_timed() || self.kept.owed().is_some() {
+            self.look_soon();
+        }
+    }
+
+    /// Has the rollout looked at as soon as what waits with this was heard: each look goes through
+    /// the whole fleet.
+    fn look_soon(&mut self) {
+        self.look_at
+            .get_or_insert(self.looked + self.bounds.looks_apart);
+    }
+
+    /// Looks at the rollout, and offers what follows. Returns whether anything did.
+    pub fn look(&mut self, now: Now) -> bool {
+        self.look_at = None;
+        let effects = self.fleet.step(now.clock);
+        let mut changed = *self.fleet.rollout() != self.kept;
+        self.carry_out(effects, None, now);
+        for (name, id, manifest) in self.fleet.due(now.clock) {
+            if !self.is_forced(&name, &manifest) {
+                self.forced.remove(&name);
+                self.offer(&name, id, manifest, Manner::default(), now);
+                changed = true;
+            }
+        }
+        self.looked = now.at;
+        changed
+    }
+
+    /// What came of a look is carried out: the time to the next one begins.
+    pub fn has_looked(&mut self, at: Instant) {
+        self.looked = at;
+    }
+
+    /// Whether an agent is being driven past the waves to what is still current, or to what was
+    /// taken back, and so is not offered this, which is not newer.
+    fn is_forced(&self, name: &AgentName, instead_of: &Manifest) -> bool {
+        self.forced.get(name).is_some_and(|order| {
+            let open = order.taken_back || self.fleet.is_open(&order.manifest.payload_sha256());
+            open && order.manifest.position() >= instead_of.position()
+        })
+    }
+
+    /// Has done what a change of the rollout brings. Its new state is written before every offer
+    /// that follows from it.
+    fn carry_out(&mut self, effects: Vec<Effect>, operator: Option<&Operator>, now: Now) {
+        let actor = operator.map_or_else(|| "master".to_owned(), Operator::to_string);
+        let (mut looks, mut ended) = (false, false);
+        for effect in effects {
+            match effect {
+                Effect::Note {
+                    event,
+                    position,
+                    host,
+                    reason,
+                } => {
+                    let subject = host.map_or_else(|| "fleet".to_owned(), |host| host.to_string());
+                    let about = position.map(tracing::field::display);
+                    if ALARMING.contains(&event) {
+                        tracing::warn!(position = about, subject, event, "{reason}");
+                    } else {
+                        tracing::info!(position = about, subject, event, "{reason}");
+                    }
+                    ended |= ENDS.contains(&event);
+                    let mut detail = json!({ "reason": reason });
+                    if let Some(operator) = operator {
+                        detail["login_uid"] = json!(operator.login_uid);
+                    }
+                    self.write(Entry {
+                        draft: Some(Draft {
+                            event: event.to_owned(),
+                            actor: actor.clone(),
+                            subject,
+                            position,
+                            outcome: None,
+                            detail,
+                        }),
+                        ..Entry::default()
+                    });
+                }
+                Effect::Reject { target, how } => {
+                    let rejected = rejected(&target, how, now.clock);
+                    self.actions.push(Action::Reject(rejected));
+                    self.forced.clear(); // what takes it back must come through
+                }
+                Effect::Look => looks = true,
+            }
+        }
+        let rollout = self.fleet.rollout();
+        if *rollout != self.kept {
+            if rollout.owed() != self.kept.owed() {
+                self.tried = None;
+            }
+            self.kept = rollout.clone();
+            self.write(Entry {
+                rollout: Some(self.kept.clone()),
+                ..Entry::default()
+            });
+        }
+        if ended {
+            self.actions.push(Action::Checkpoint);
+        }
+        if looks {
+            self.actions.push(Action::Publish);
+        }
+        let tried = self.tried.is_some_and(|tried| now.at < tried + TRY_AGAIN);
+        if let Some(owed) = self.kept.owed().filter(|_| !tried) {
+            self.tried = Some(now.at);
+            self.actions.push(Action::RollBack(owed.clone()));
+        }
+    }
+
+    // What the publisher says.
+
+    /// A generation was published. `supersede`: it takes the place of what is on its way.
+    pub fn published(&mut self, manifest: &Arc<Verified<Manifest>>, supersede: bool, now: Now) {
+        let effects = self.fleet.published(manifest, supersede, now.clock);
+        self.carry_out(effects, None, now);
+        self.look_soon();
+    }
+
+    /// The rollback that was owed was published.
+    pub fn went_back(&mut self, manifest: &Arc<Verified<Manifest>>, now: Now) {
+        let effects = self.fleet.went_back(manifest);
+        self.carry_out(effects, None, now);
+        self.look_soon();
+    }
+
+    /// What was current is not to be offered any more; the next publication is.
+    pub fn withdrawn(&mut self, now: Now) {
+        self.fleet.withdrawn();
+        self.carry_out(Vec::new(), None, now);
+        self.look_soon();
+    }
+
+    // What operators order.
+
+    /// Carries out an order about the rollout. `newest`: the newest generation that was published,
+    /// where nothing newer is about to be; it goes through the fleet, if it is not known how far it
+    /// came.
+    pub fn order(
+        &mut self,
+        order: Order,
+        newest: Option<&Arc<Verified<Manifest>>>,
+        operator: &Operator,
+        now: Now,
+    ) -> Result<(), OrderError> {
+        let order = match order {
+            Order::Plain(order) => order,
+            Order::RollBack(to, reason) => {
+                rollout::Order::RollBack(self.fleet.remember(&to), reason)
+            }
+            Order::Pin(group, to, reason) => {
+                rollout::Order::Pin(group, Some(self.fleet.remember(&to)), reason)
+            }
+        };
+        let mut effects = self.fleet.order(order, now.clock)?;
+        if let Some(newest) = newest.filter(|_| effects.contains(&Effect::Look)) {
+            effects.extend(self.fleet.published(newest, false, now.clock));
+        }
+        self.carry_out(effects, Some(operator), now);
+        self.look(now);
+        self.look_soon();
+        Ok(())
+    }
+
+    /// Drives these agents to a generation, whatever they say they have. Nothing comes of it if it
+    /// is not current any more.
+    pub fn force(
+        &mut self,
+        what: &Forcing,
+        agents: Vec<AgentName>,
+        full: bool,
+        now: Now,
+    ) -> Option<Forced> {
+        let manifest = match what {
+            Forcing::Current(position) => {
+                let newest = self.fleet.newest();
+                newest.filter(|it| it.position() == *position)?.clone()
+            }
+            Forcing::TakenBack(manifest) => manifest.clone(),
+        };
+        let mut forced = Forced::default();
+        let manner = Manner { rehash: true, full };
+        for name in agents {
+            let pinned = self.fleet.pinned(&name);
+            let manifest = pinned.unwrap_or(&manifest).clone();
+            if let Some(at) = self.fleet.past(&name, &manifest) {
+                forced.past.push((name, at));
+                continue;
+            }
+            let Some(id) = self.fleet.link_of(&name) else {
+                forced.offline.push(name);
+                continue;
+            };
+            let offer = self.offer(&name, id, manifest.clone(), manner, now);
+            let order = Ordered {
+                manner,
+                manifest,
+                taken_back: matches!(what, Forcing::TakenBack(_)),
+            };
+            self.forced.insert(name.clone(), order);
+            forced.offers.push((name, offer));
+        }
+        self.look_soon();
+        Some(forced)
+    }
+
+    /// A newer revocation list is in force.
+    pub fn revoked(&mut self, list: RevocationList) {
+        let revoked = self.fleet.revoked(&list);
+        // First of all: what is written may have to wait for the disk.
+        for id in revoked.iter().filter_map(|(_, link)| *link) {
+            self.actions.push(Action::Close(id, Closing::Revoked));
+        }
+        for (name, _) in revoked {
+            self.forced.remove(&name);
+            let detail = json!({ "list": list.version });
+            let draft = draft("revoked", "master", &name, None, None, detail);
+            self.write(Entry {
+                draft: Some(draft),
+                forget: Some(name),
+                ..Entry::default()
+            });
+        }
+        self.revoked = Some(list);
+        self.look_soon();
+    }
+
+    // What agents say.
+
+    /// An agent's certificate was checked. Returns the name of its connection.
+    pub fn connected(&mut self, newcomer: Newcomer, now: Now) -> Result<LinkId, Unwanted> {
+        let Newcomer {
+            name,
+            groups,
+            address,
+            serial,
+            certificate_ends,
+            fingerprint,
+        } = newcomer;
+        let list = self.revoked.as_ref().map(|list| &list.revoked);
+        let revoked = list.into_iter().flatten().find(|it| it.serial == serial);
+        if let Some(revoked) = revoked {
+            let (name, serial) = (revoked.name.clone(), revoked.serial.clone());
+            return Err(Unwanted::Revoked { name, serial });
+        }
+        let known = self.fleet.record(&name).is_some();
+        if !known && self.fleet.names().len() >= self.bounds.agents {
+            return Err(Unwanted::Full(self.bounds.agents));
+        }
+        self.links_made += 1;
+        let id = LinkId(self.links_made);
+        let link = Link::new(id, now.clock, address, serial, certificate_ends);
+        let Arrival {
+            new,
+            changed,
+            replaced,
+        } = self.fleet.connected(&name, groups, link);
+        if let Some(old) = replaced {
+            self.actions.push(Action::Close(old, Closing::Replaced));
+        }
+        if new {
+            tracing::info!(agent = %name, %address, "enrolled");
+            let detail = json!({ "address": address.to_string(), "certificate": fingerprint });
+            self.note("enrolled", &name, None, None, detail);
+        }
+        tracing::debug!(agent = %name, %address, "connected");
+        self.actions.push(Action::Tell(id, Word::Welcome));
+        if changed {
+            self.keep(&name);
+        }
+        self.look_soon();
+        Ok(id)
+    }
+
+    /// A connection ended.
+    pub fn disconnected(&mut self, name: &AgentName, id: LinkId, now: Now) {
+        if self.fleet.disconnected(name, id, now.clock) {
+            self.keep(name); // a start waits for the agents that were connected
+        }
+        self.look_soon();
+    }
+
+    /// An agent said Hello.
+    #[expect(clippy::too_many_arguments, reason = "each is a field of Hello")]
+    pub fn hello(
+        &mut self,
+        name: &AgentName,
+        id: LinkId,
+        clamd: ClamdReport,
+        foreign: Vec<String>,
+        installed: Option<&Envelope>,
+        outcome: Option<Outcome>,
+        now: Now,
+    ) {
+        if self.fleet.first_wave_waits() {
+            self.look(now); // else it would be offered the generation before first
+        }
+        let Some(news) = self.fleet.hello(name, id, clamd, foreign) else {
+            return; // replaced meanwhile
+        };
+        self.look_soon();
+        if news {
+            self.keep(name);
+        }
+        if let Some(installed) = installed {
+            self.actions.push(Action::Ahead(installed.clone()));
+        }
+        let forced = self.forced.get(name).cloned();
+        let manner = forced.as_ref().map(|order| order.manner);
+        let wanted = self.fleet.wanted(name, now.clock).cloned();
+        let ordered = forced.map(|order| order.manifest).filter(|ordered| {
+            let instead_of = wanted.as_ref().unwrap_or(ordered);
+            self.is_forced(name, instead_of)
+        });
+        let Some(manifest) = ordered.or(wanted) else {
+            return self.vouch_to(name, id, now);
+        };
+        let has_it = installed.is_some_and(|it| it.payload == manifest.envelope().payload);
+        // Also a host that is there already hears of the offer when the master lacks its receipt
+        // (a restored master): the answer is a receipt and costs nothing.
+        let deadline = self.fleet.rules().deadline;
+        let standing = self.fleet.standing(name, now.clock, deadline);
+        if has_it && standing == Standing::Conformant && manner.is_none() {
+            let says_live = outcome == Some(Outcome::Live);
+            self.fleet
+                .has_it(name, id, manifest.payload_sha256(), says_live);
+            self.vouch_to(name, id, now);
+        } else {
+            self.offer(name, id, manifest, manner.unwrap_or_default(), now);
+        }
+    }
+
+    /// An agent gave a sign of progress with an offer.
+    pub fn progress(&mut self, name: &AgentName, id: LinkId, progress: Progress, now: Now) {
+        let Progress {
+            offer,
+            phase,
+            until,
+            sent,
+        } = progress;
+        if self.fleet.offer(name) == Some(offer) {
+            let now = now.clock;
+            self.fleet.progress(name, id, phase, until, sent, now);
+            self.look_soon();
+        }
+    }
+
+    /// An agent lacks files of what it has. `kept`: a generation whose files are still there.
+    pub fn reoffer(
+        &mut self,
+        name: &AgentName,
+        id: LinkId,
+        kept: impl Fn(Position) -> Option<Arc<Verified<Manifest>>>,
+        now: Now,
+    ) {
+        let installed = self.fleet.record(name).and_then(|it| it.installed.as_ref());
+        if let Some(manifest) = installed.and_then(|installed| kept(installed.position)) {
+            self.fleet.remember(&manifest); // its receipt may have come after that was forgotten
+        }
+        let is_kept = |position| kept(position).is_some();
+        if let Some(manifest) = self.fleet.mending(name, is_kept, now.clock).cloned()
+            && self.fleet.link_of(name) == Some(id)
+        {
+            tracing::info!(agent = %name, "lacks files, offered anew");
+            self.offer(name, id, manifest, Manner::default(), now);
+        }
+        self.look_soon();
+    }
+
+    /// An agent does not take an offer. Said twice of one it is nothing new, and of one that another
+    /// has taken the place of it is no answer.
+    pub fn declined(&mut self, name: &AgentName, id: LinkId, offer: OfferId, message: String) {
+        if self.fleet.offer(name) != Some(offer) {
+            return;
+        }
+        if let Some(position) = self.fleet.declined(name, id, message.clone()) {
+            self.forced.remove(name);
+            tracing::warn!(agent = %name, said = message, "an agent does not take its offer");
+            let detail = json!({ "said": message });
+            self.note("declined", name, Some(position), None, detail);
+        }
+        self.look_soon();
+    }
+
+    /// An agent sent a receipt whose signature was checked.
+    pub fn receipt(&mut self, id: LinkId, receipt: &Verified<Receipt>, now: Now) {
+        let (name, position) = (&receipt.agent, receipt.position());
+        if self.fleet.link_of(name) != Some(id) {
+            return; // it comes again on the new connection
+        }
+        self.look_soon();
+        let then = Some((id, Word::Acknowledge(receipt.seq)));
+        if !self.fleet.receipt(receipt, now.clock) {
+            // Known is not yet on disk: the entry of its first arrival may still wait before this one.
+            return self.write(Entry {
+                then,
+                ..Entry::default()
+            });
+        }
+        if self.fleet.offer(name).is_none() {
+            self.forced.remove(name);
+        }
+        let ours = self.fleet.is_open(&receipt.manifest_sha256);
+        if !self.accepted && ours && matches!(receipt.outcome, Outcome::Live | Outcome::Installed) {
+            self.accepted = true;
+            let accepted = Action::Accepted(receipt.manifest_sha256);
+            self.actions.push(accepted);
+        }
+        let outcome = receipt.outcome.to_string();
+        tracing::info!(agent = %name, %position, outcome, error = receipt.error, "receipt");
+        self.drift(receipt); // before the acknowledgement
+        let (actor, outcome) = (format!("agent:{name}"), Some(outcome));
+        let detail = json!({ "receipt": receipt.envelope() });
+        let draft = draft("receipt", &actor, name, Some(position), outcome, detail);
+        self.write(Entry {
+            draft: Some(draft),
+            keep: self.fleet.record(name).cloned(),
+            then,
+            ..Entry::default()
+        });
+        if let Some(manifest) = self.fleet.doubted(name, now.clock).cloned() {
+            self.offer(name, id, manifest, Manner::default(), now);
+        }
+        let running = self.fleet.rollout().running();
+        if receipt.outcome == Outcome::Refused
+            && running.is_some_and(|run| run.target.position == position)
+            && !self.fleet.is_weighed(name)
+        {
+            self.look(now); // before it is offered to anybody else
+        }
+    }
+
+    /// Writes what a receipt says of changed files into the audit log.
+    fn drift(&mut self, receipt: &Receipt) {
+        let name = &receipt.agent;
+        for (event, mended) in [("drift", false), ("repair", true)] {
+            let files = receipt.drift.iter().filter(|file| file.mended == mended);
+            let files: Vec<_> = files
+                .map(|file| json!({ "name": file.name, "found": file.found }))
+                .collect();
+            if files.is_empty() {
+                continue;
+            }
+            tracing::warn!(agent = %name, files = files.len(), error = receipt.error, "{event}");
+            let detail = json!({ "files": files, "error": receipt.error });
+            let outcome = Some(receipt.outcome.to_string());
+            self.note(event, name, Some(receipt.position()), outcome, detail);
+        }
+    }
+
+    // What agents are told.
+
+    /// Tells all agents anew that what they are wanted at is current.
+    pub fn renew(&mut self, now: Now) {
+        let greeted = self.fleet.greeted();
+        let greeted: Vec<_> = greeted.map(|(name, id)| (name.clone(), id)).collect();
+        for (name, id) in greeted {
+            self.vouch_to(&name, id, now);
+        }
+    }
+
+    /// Tells one agent that what it is wanted at is current.
+    fn vouch_to(&mut self, name: &AgentName, id: LinkId, now: Now) {
+        if let Some(manifest) = self.fleet.vouched(name, now.clock) {
+            let fresh = Word::Fresh(manifest.clone());
+            self.actions.push(Action::Tell(id, fresh));
+        }
+    }
+
+    /// Offers the generation on one connection, once the audit log has it.
+    fn offer(
+        &mut self,
+        name: &AgentName,
+        id: LinkId,
+        manifest: Arc<Verified<Manifest>>,
+        manner: Manner,
+        now: Now,
+    ) -> OfferId {
+        self.offers_made += 1;
+        let (offer, position) = (OfferId(self.offers_made), manifest.position());
+        self.fleet.offered(name, id, offer, &manifest, now.clock);
+        if manner.rehash {
+            self.fleet.forced(name, id);
+        }
+        let keep = self.fleet.record(name).cloned(); // a start finds who was there
+        let detail = json!({ "forced": manner.rehash });
+        let draft = draft("offer", "master", name, Some(position), None, detail);
+        let word = Word::Offer {
+            offer,
+            manifest,
+            manner,
+        };
+        self.write(Entry {
+            draft: Some(draft),
+            keep,
+            then: Some((id, word)),
+            ..Entry::default()
+        });
+        offer
+    }
+
+    // What is written.
+
+    /// Keeps what is known of an agent on disk.
+    fn keep(&mut self, name: &AgentName) {
+        let keep = self.fleet.record(name).cloned();
+        self.write(Entry {
+            keep,
+            ..Entry::default()
+        });
+    }
+
+    /// Writes what an agent did into the audit log.
+    fn note(
+        &mut self,
+        event: &str,
+        name: &AgentName,
+        position: Option<Position>,
+        outcome: Option<String>,
+        detail: Value,
+    ) {
+        let actor = format!("agent:{name}");
+        let draft = draft(event, &actor, name, position, outcome, detail);
+        self.write(Entry {
+            draft: Some(draft),
+            ..Entry::default()
+        });
+    }
+
+    fn write(&mut self, entry: Entry) {
+        self.actions.push(Action::Write(Box::new(entry)));
+    }
+}
+
+impl Closing {
+    /// The code that the connection is closed with, and why, in words.
+    pub fn code(self) -> (u32, &'static str) {
+        match self {
+            Self::Replaced => (wire::close::REPLACED, "a newer connection"),
+            Self::Revoked => (wire::close::REVOKED, "certificate revoked"),
+        }
+    }
+}
+
+fn rejected(target: &Target, how: Ending, now: Timestamp) -> Rejected {
+    Rejected {
+        content: target.content,
+        position: target.position,
+        outcome: how.word().to_owned(),
+        since: now,
+    }
+}
+
+fn draft(
+    event: &str,
+    actor: &str,
+    subject: &AgentName,
+    position: Option<Position>,
+    outcome: Option<String>,
+    detail: Value,
+) -> Draft {
+    let (event, actor, subject) = (event.to_owned(), actor.to_owned(), subject.to_string());
+    Draft {
+        event,
+        actor,
+        subject,
+        position,
+        outcome,
+        detail,
+    }
+}

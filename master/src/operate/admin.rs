@@ -1,0 +1,532 @@
+//! What operators ask of the running daemon.
+
+mod force;
+mod publish;
+mod rollout;
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::Duration;
+
+use clamcast_daemon::admin::{AdminError, Finish, Listener, Session};
+use clamcast_daemon::audit;
+use clamcast_daemon::exit;
+use clamcast_daemon::service::Occasion;
+use clamcast_proto::FleetName;
+use clamcast_proto::dsse::Verified;
+use clamcast_proto::manifest::Manifest;
+use jiff::{SignedDuration, Timestamp};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
+
+use crate::config::Groups;
+use crate::fleet::agents::AWAY;
+use crate::fleet::force::{Meant, Selection};
+use crate::fleet::hub::{Hub, Stopping, View};
+use crate::fleet::rollout::PINS_MAX;
+use crate::link::rejections::Rejections;
+use crate::operate::preflight::{CERTIFICATE_ENDS_SOON, Running};
+use crate::operate::report;
+use crate::publish::pipeline::Pipeline;
+use crate::record::events::Filter;
+use crate::record::recorder::Recorder;
+use crate::store::{RECORD_BYTES_MAX, Store};
+
+pub use force::{ForceRequest, ORDERS_MAX, Orders};
+pub use rollout::Change;
+
+/// Commands served at a time. A waiting `publish` is one of them.
+const SESSIONS_MAX: usize = 64;
+
+/// Longest reason in bytes: a long sentence. A record of the audit log holds it as well as the state
+/// of the rollout.
+pub const REASON_BYTES_MAX: usize = 1000;
+
+/// The state of the rollout, with as many pins as may be and the longest reasons, in which each byte may
+/// need six in JSON, has half of what a record may have for the rest.
+const _: () = assert!(PINS_MAX * (6 * REASON_BYTES_MAX + 1000) < RECORD_BYTES_MAX as usize / 2);
+
+/// Longest time that a `force-sync` follows its agents: a weekend.
+const TIMEOUT_MAX: Duration = Duration::from_secs(72 * 3600);
+
+/// While it waits, `publish` looks again at least this often, for silence is no event.
+const LOOK: Duration = Duration::from_secs(5);
+
+/// Signatures older than this are an alarm: Talos publishes daily, so the mirror is stuck.
+const SIGNATURES_OLD: SignedDuration = SignedDuration::from_hours(24);
+
+/// Signatures older than this break the rule that auditors apply.
+const SIGNATURES_AUDITED: SignedDuration = SignedDuration::from_hours(7 * 24);
+
+/// Time between looks for new records by `audit show --follow`.
+const FOLLOW: Duration = Duration::from_millis(300);
+
+/// After a change others follow within moments. One look serves them all.
+const CHANGES_SETTLE: Duration = Duration::from_millis(50);
+
+/// Records of the audit log sent with one line of progress.
+const AUDIT_CHUNK: usize = 500;
+
+/// A command.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(tag = "command", rename_all = "kebab-case")]
+pub enum Request {
+    /// Capture and publish now.
+    Publish {
+        /// Return only when the connected agents have settled.
+        wait: bool,
+        /// Publish also what is held, for this reason.
+        accept: Option<String>,
+        /// In the place of what is on its way.
+        supersede: bool,
+    },
+    /// The fleet in numbers.
+    Status,
+    /// The table of agents.
+    Agents,
+    /// The generations that are kept.
+    Generations,
+    /// Drive these agents to the current generation, re-hashing what they have.
+    ForceSync(ForceRequest),
+    /// Where the rollout is.
+    RolloutStatus {
+        /// How long to wait until it is complete or halted, and who is there is where it leads.
+        timeout: Option<Duration>,
+    },
+    /// Order something about it.
+    Rollout {
+        /// What.
+        change: Change,
+        /// Why.
+        reason: Option<String>,
+    },
+    /// Records of the audit log.
+    AuditShow {
+        /// Which ones.
+        filter: Filter,
+        /// Go on with those that are still to come.
+        follow: bool,
+    },
+}
+
+impl Request {
+    /// The command, as it is typed.
+    fn word(&self) -> &'static str {
+        match self {
+            Self::Publish { .. } => "publish",
+            Self::Status => "status",
+            Self::Agents => "agents",
+            Self::Generations => "generations",
+            Self::ForceSync(_) => "force-sync",
+            Self::RolloutStatus { .. } => "rollout status",
+            Self::Rollout { change, .. } => change.word(),
+            Self::AuditShow { .. } => "audit show",
+        }
+    }
+
+    /// Why, in the operator's words.
+    fn reason(&self) -> Option<&str> {
+        match self {
+            Self::Publish { accept: reason, .. } | Self::Rollout { reason, .. } => {
+                reason.as_deref()
+            }
+            Self::ForceSync(request) => request.accept.as_deref(),
+            Self::Status
+            | Self::Agents
+            | Self::Generations
+            | Self::RolloutStatus { .. }
+            | Self::AuditShow { .. } => None,
+        }
+    }
+}
+
+/// What commands are answered from.
+#[derive(Clone, Debug)]
+pub struct Commands {
+    /// The fleet's name.
+    pub fleet: FleetName,
+    /// The fleet.
+    pub hub: Hub,
+    /// Publishes.
+    pub pipeline: Pipeline,
+    /// What was published.
+    pub store: Arc<Store>,
+    /// Groups of the configuration.
+    pub groups: Groups,
+    /// Says whether the log can be written.
+    pub recorder: Recorder,
+    /// The audit log's directory.
+    pub audit: PathBuf,
+    /// Whether it ends, and with which configuration it runs.
+    pub life: Life,
+    /// Ends what is under way.
+    pub stop: CancellationToken,
+    /// What was ordered.
+    pub orders: Orders,
+    /// Notes the commands of those who may give none.
+    pub denials: Arc<Rejections>,
+    /// When the master's own certificate ends.
+    pub certificate_ends: Timestamp,
+    /// Where this daemon is.
+    pub daemon: Running,
+}
+
+/// What the operators of a running daemon have to know of its life.
+#[derive(Clone, Debug, Default)]
+pub struct Life(Arc<Shared>);
+
+#[derive(Debug, Default)]
+struct Shared {
+    unused: Mutex<Option<String>>,
+    revocations: Mutex<Option<String>>,
+    ending: OnceLock<Occasion>,
+}
+
+impl Life {
+    /// The configuration on disk is not in use, for this reason.
+    pub fn configuration_is_unused(&self, reason: String) {
+        *self.0.unused.lock().expect("nothing panics with it") = Some(reason);
+    }
+
+    /// Why the revocation list on disk does not count, if it does not.
+    pub fn revocations_are(&self, alarm: Option<&str>) {
+        *self.0.revocations.lock().expect("nothing panics with it") = alarm.map(str::to_owned);
+    }
+
+    fn revocations(&self) -> Option<String> {
+        self.0
+            .revocations
+            .lock()
+            .expect("nothing panics with it")
+            .clone()
+    }
+
+    /// Commands that are still served end soon, for this reason.
+    pub fn ends(&self, occasion: Occasion) {
+        let _ = self.0.ending.set(occasion); // it ends once
+    }
+
+    fn unused(&self) -> Option<String> {
+        let unused = self.0.unused.lock().expect("nothing panics with it");
+        let reason = unused.as_ref()?;
+        Some(format!("configuration on disk is not in use: {reason}"))
+    }
+
+    fn ending(&self) -> Occasion {
+        self.0.ending.get().copied().unwrap_or(Occasion::Exit)
+    }
+
+    /// What ended a command that was under way.
+    fn word(&self) -> &'static str {
+        match self.ending() {
+            Occasion::Exit => "the daemon stopped",
+            Occasion::Reload => "the daemon read its configuration again",
+        }
+    }
+}
+
+/// Serves operators until the daemon stops, and lets the sessions and orders that saw it end. Returns
+/// the socket.
+pub async fn serve(mut listener: Listener, commands: Commands) -> Listener {
+    let (stop, orders) = (commands.stop.clone(), commands.orders.tasks.clone());
+    let answer = move |session| {
+        let commands = commands.clone();
+        async move { commands.answer(session).await }
+    };
+    let mut sessions = listener.serve(SESSIONS_MAX, &stop, answer).await;
+    while sessions.join_next().await.is_some() {}
+    orders.close();
+    orders.wait().await;
+    listener
+}
+
+impl Commands {
+    async fn answer(&self, mut session: Session) -> Result<(), AdminError> {
+        if !session.operator.may_act {
+            let request = session.request::<Request>();
+            let command = request.as_ref().map_or("unknown", Request::word);
+            self.denials.denied(&session.operator, command).await;
+            let who = session.operator.name.clone();
+            let message = format!(
+                "user `{who}` may not command this master; it takes root or a member of its admin_group"
+            );
+            return session
+                .finish(Finish::because(exit::REFUSED, message))
+                .await;
+        }
+        let request: Request = match session.request() {
+            Ok(request) => request,
+            Err(error) => {
+                let message = crate::chain(&error);
+                return session.finish(Finish::because(exit::USAGE, message)).await;
+            }
+        };
+        let stopping = |_: Stopping| self.life.ending().finish();
+        if request
+            .reason()
+            .is_some_and(|it| it.len() > REASON_BYTES_MAX)
+        {
+            let message = format!("a reason may have {REASON_BYTES_MAX} bytes");
+            return session.finish(Finish::because(exit::USAGE, message)).await;
+        }
+        let finish = match request {
+            // Nothing that changes anything begins when the end has begun.
+            Request::Publish { .. } | Request::ForceSync(_) | Request::Rollout { .. }
+                if self.stop.is_cancelled() =>
+            {
+                stopping(Stopping)
+            }
+            Request::Publish {
+                wait,
+                accept,
+                supersede,
+            } => self.publish(&mut session, wait, accept, supersede).await?,
+            Request::Status => self.status().await.unwrap_or_else(stopping),
+            Request::Agents => self
+                .hub
+                .view()
+                .await
+                .map_or_else(stopping, |view| Finish::done(view.rows)),
+            Request::Generations => self.generations().await.unwrap_or_else(stopping),
+            Request::ForceSync(request) => return self.force_sync(session, request).await,
+            Request::RolloutStatus { timeout } => {
+                self.rollout_status(&mut session, timeout).await?
+            }
+            Request::Rollout { change, reason } => self.change(&session, change, reason).await,
+            Request::AuditShow { filter, follow } => {
+                self.audit_show(&mut session, filter, follow).await?
+            }
+        };
+        session.finish(finish).await
+    }
+
+    /// No order is taken that would be in nobody's log.
+    fn can_write(&self) -> Result<(), Finish> {
+        let Some(alarm) = self.recorder.alarm() else {
+            return Ok(());
+        };
+        let message = format!("no order is taken while it cannot be written down: {alarm}");
+        Err(Finish::because(exit::FAILED, message))
+    }
+
+    /// What the fleet is at.
+    fn complete(&self, view: &View) -> Option<Arc<Verified<Manifest>>> {
+        let target = view.rollout.complete()?;
+        self.store.manifest(target.position)
+    }
+
+    /// The generation that an operator means, if it is still kept.
+    fn kept(&self, generation: Meant) -> Result<Arc<Verified<Manifest>>, Finish> {
+        let mut manifests = self.store.manifests().into_iter().rev();
+        let manifest = manifests.find(|manifest| generation.is(manifest.position()));
+        manifest.ok_or_else(|| {
+            let message = "there is no such generation; `generations` lists those that are kept";
+            Finish::because(exit::USAGE, message.to_owned())
+        })
+    }
+
+    /// The three questions of a morning: what is the fleet at, who is not there and why, and how
+    /// old are its signatures; and what will be a question of some morning soon.
+    async fn status(&self) -> Result<Finish, Stopping> {
+        let view = self.hub.view().await?;
+        let now = Timestamp::now();
+        let mut result = json!({
+            "fleet": self.fleet, "generation": null, "daemon": self.daemon,
+        });
+        let fields = result.as_object_mut().expect("made as one");
+        // Before the first one is through: what is on its way.
+        let complete = self.complete(&view);
+        if let Some(manifest) = complete.as_ref().or(view.current.as_ref()) {
+            describe(fields, manifest);
+            fields.insert("signatures".to_owned(), signatures(manifest, now));
+        }
+        if let Some(refusal) = self.pipeline.refusal() {
+            let refused = json!({
+                "reason": refusal.reason, "since": refusal.since, "kind": refusal.kind,
+            });
+            fields.insert("refused".to_owned(), refused);
+        }
+        let alarms = [
+            report::lost(&view.rollout),
+            self.recorder.alarm(),
+            self.pipeline.trouble(),
+            self.pipeline.rollback_trouble(),
+            self.life.unused(),
+            self.life.revocations(),
+        ];
+        let alarms: Vec<_> = alarms.into_iter().flatten().collect();
+        if !alarms.is_empty() {
+            fields.insert("alarm".to_owned(), alarms.join("; ").into());
+        }
+        fields.insert("alarms".to_owned(), json!(report::alarms(&view.rollout)));
+        fields.insert("rollout".to_owned(), report::rollout(&view));
+        fields.insert("agents".to_owned(), json!(view.counts));
+        // A host that is away is not at fault and yet a question of the morning.
+        let lagging = view
+            .rows
+            .iter()
+            .filter(|row| !row.conformant || !row.connected);
+        let lagging = lagging.map(|row| {
+            let away = (!row.connected).then(|| AWAY.to_owned());
+            json!({
+                "name": row.name, "connected": row.connected, "outcome": row.outcome,
+                "since": row.since, "error": row.error.clone().or(away),
+            })
+        });
+        fields.insert("lagging".to_owned(), lagging.collect());
+        let soon = |ends: Timestamp| ends.duration_since(now) < CERTIFICATE_ENDS_SOON;
+        let own = soon(self.certificate_ends)
+            .then(|| json!({ "name": "master", "ends": self.certificate_ends }));
+        let agents = view.rows.iter().filter(|row| soon(row.certificate_ends));
+        let agents = agents.map(|row| json!({ "name": row.name, "ends": row.certificate_ends }));
+        fields.insert(
+            "certificates".to_owned(),
+            own.into_iter().chain(agents).collect(),
+        );
+        Ok(Finish::done(result))
+    }
+
+    async fn generations(&self) -> Result<Finish, Stopping> {
+        let rollout = self.hub.view().await?.rollout;
+        let rejected = self.pipeline.rejected();
+        let row = |manifest: &Manifest| {
+            let state = report::state_of(manifest, &rollout, &rejected);
+            json!({
+                "epoch": manifest.epoch,
+                "generation": manifest.generation,
+                "published": manifest.created,
+                "content": manifest.content,
+                "files": manifest.files,
+                "state": state,
+            })
+        };
+        let manifests = self.store.manifests();
+        let rows: Value = manifests.iter().map(|manifest| row(manifest)).collect();
+        Ok(Finish::done(rows))
+    }
+
+    async fn audit_show(
+        &self,
+        session: &mut Session,
+        filter: Filter,
+        follow: bool,
+    ) -> Result<Finish, AdminError> {
+        // Read in a thread, sent in pieces: the log of years does not fit in memory. What is there
+        // now ends with an empty piece.
+        let (pieces, mut read) = tokio::sync::mpsc::channel(2);
+        let directory = self.audit.clone();
+        let wanted = filter.clone();
+        let reading = tokio::task::spawn_blocking(move || {
+            let mut records = audit::read(&directory)?;
+            let mut told = false;
+            while !pieces.is_closed() {
+                let mut piece = Vec::new();
+                let mut failure = None;
+                // The records before one that cannot be read are told of, too.
+                for record in records.by_ref() {
+                    match record {
+                        Ok(record) if wanted.matches(&record) => piece.push(record),
+                        Ok(_) => {}
+                        Err(error) => failure = Some(error),
+                    }
+                    if piece.len() == AUDIT_CHUNK || failure.is_some() || pieces.is_closed() {
+                        break;
+                    }
+                }
+                let end = piece.is_empty();
+                if !(end && (told || failure.is_some())) && pieces.blocking_send(piece).is_err() {
+                    break; // nobody reads any more
+                }
+                if let Some(error) = failure {
+                    return Err(error);
+                }
+                if end {
+                    told = true;
+                    if !follow {
+                        break;
+                    }
+                    std::thread::sleep(FOLLOW);
+                }
+            }
+            Ok::<_, audit::AuditError>(())
+        });
+        let mut any = false;
+        let mut cut_off = false;
+        loop {
+            tokio::select! {
+                biased;
+                () = self.stop.cancelled() => {
+                    cut_off = true;
+                    break;
+                }
+                () = session.gone() => break,
+                piece = read.recv() => match piece {
+                    Some(piece) if !piece.is_empty() => {
+                        any = true;
+                        session.progress(&piece).await?;
+                    }
+                    Some(_) if any => {}
+                    Some(_) => session.progress(&self.nothing(&filter).await).await?,
+                    None => break,
+                },
+            }
+        }
+        drop(read);
+        Ok(match reading.await.expect("reading does not panic") {
+            Ok(()) if cut_off => {
+                let message = format!("{}; there may be more records", self.life.word());
+                Finish::because(exit::UNREACHABLE, message)
+            }
+            Ok(()) => Finish::done(Value::Null),
+            Err(error) => Finish::because(exit::FAILED, crate::chain(&error)),
+        })
+    }
+
+    /// Says that `filter` matches no record so far, and that it may be for a slip.
+    async fn nothing(&self, filter: &Filter) -> String {
+        let mut text = "no records match".to_owned();
+        if let (Some(agent), Ok(view)) = (&filter.agent, self.hub.view().await) {
+            let names = vec![agent.to_string()];
+            let selection = Selection {
+                names,
+                ..Selection::default()
+            };
+            if let Err(slip) = selection.resolve(&view.rows) {
+                text += &format!("; {slip}");
+            }
+        }
+        text
+    }
+}
+
+/// The age of what changes daily: the database `daily`, or the one that was built last.
+fn signatures(manifest: &Manifest, now: Timestamp) -> Value {
+    let built = manifest.files.iter().filter_map(|file| {
+        let container = file.container.as_ref()?;
+        Some((
+            file.name.base() == "daily",
+            container.built?,
+            container.version,
+            &file.name,
+        ))
+    });
+    let Some((_, built, version, name)) = built.max() else {
+        return Value::Null;
+    };
+    let age = now.duration_since(built);
+    let alarm = match age {
+        age if age > SIGNATURES_AUDITED => Some("7d"),
+        age if age > SIGNATURES_OLD => Some("24h"),
+        _ => None,
+    };
+    json!({ "name": name, "version": version, "built": built, "alarm": alarm })
+}
+
+/// What `status` and `publish` say of a generation.
+fn describe(fields: &mut serde_json::Map<String, Value>, manifest: &Manifest) {
+    fields.insert("epoch".to_owned(), json!(manifest.epoch));
+    fields.insert("generation".to_owned(), json!(manifest.generation));
+    fields.insert("content".to_owned(), json!(manifest.content));
+    fields.insert("published".to_owned(), json!(manifest.created));
+}

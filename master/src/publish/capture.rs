@@ -1,0 +1,392 @@
+//! Captures: immutable copies of the mirror's databases, taken when the set is whole.
+//!
+//! The directory is listed, every file copied into the store, and the directory listed again. If
+//! anything differs, some program was at work in between and the set may be a mixture: start over.
+//! Files are always copied and hashed anew, also those that look unchanged. That costs a fifth of
+//! a second for 200 MB, a few times a day, and what is published never depends on the honesty of
+//! time stamps.
+
+use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use clamcast_proto::container::{ContainerError, HEADER_BYTES, Header};
+use clamcast_proto::manifest::{DATABASE_BYTES_MAX, content_digest};
+use clamcast_proto::{DatabaseName, Digest};
+use nix::fcntl::OFlag;
+
+use crate::publish::mirror::listing::{Kind, Listing, Stamp};
+use crate::store::{Store, StoreError};
+
+/// Databases in one capture. Their manifest entries fit into a manifest, and no mirror has a tenth
+/// of it.
+pub const FILES_MAX: usize = 2000;
+
+/// How often a capture starts over before it leaves the mirror alone until it is quiet again.
+const TRIES_MAX: u32 = 3;
+
+/// A consistent set of databases, all of it in the store.
+#[derive(Clone, Debug)]
+pub struct Capture {
+    /// The databases, sorted by name.
+    pub files: Vec<Captured>,
+    /// [`content_digest`] of the files.
+    pub content: Digest,
+    /// Names that clamd would load, and that were left out: hidden, in capitals, clamcast's own.
+    pub ignored: Vec<String>,
+}
+
+/// One database of a capture.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Captured {
+    /// Its name in the mirror.
+    pub name: DatabaseName,
+    /// Length in bytes.
+    pub size: u64,
+    /// Its object in the store.
+    pub sha256: Digest,
+}
+
+/// Why there is no capture.
+#[derive(Debug, thiserror::Error)]
+pub enum CaptureError {
+    /// The mirror changes faster than it can be copied. It is worth another try when it is quiet.
+    #[error("the mirror kept changing while it was copied")]
+    Changing,
+    /// freshclam is not done. It is worth another try when it is.
+    #[error("a freshclam run is open in the mirror ({run}/ is there and changed {age_secs} s ago)")]
+    RunOpen {
+        /// Its working directory.
+        run: String,
+        /// Since its newest change.
+        age_secs: u64,
+    },
+    /// The mirror directory cannot be listed.
+    #[error("cannot list the mirror {}", path.display())]
+    List {
+        /// As configured.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// There is nothing to publish.
+    #[error("the mirror {} has no databases", path.display())]
+    Empty {
+        /// As configured.
+        path: PathBuf,
+    },
+    /// More than any mirror has.
+    #[error("the mirror has {found} databases, at most {FILES_MAX} are published")]
+    TooMany {
+        /// How many.
+        found: usize,
+    },
+    /// A name of a database on something else than a file.
+    #[error("{name} is {what}, expected a regular file")]
+    NotAFile {
+        /// Its name.
+        name: DatabaseName,
+        /// What it is.
+        what: &'static str,
+    },
+    /// Larger than clamd loads.
+    #[error("{name} has {size} bytes, clamd loads at most {DATABASE_BYTES_MAX}")]
+    TooLarge {
+        /// Its name.
+        name: DatabaseName,
+        /// Its length.
+        size: u64,
+    },
+    /// A file cannot be read.
+    #[error("cannot read {name} in the mirror")]
+    Read {
+        /// Its name.
+        name: DatabaseName,
+        /// Why.
+        source: io::Error,
+    },
+    /// Both forms of a database are there, and one of them is not a database.
+    #[error("{name} stands beside its other form, and which one counts cannot be told")]
+    Header {
+        /// Its name.
+        name: DatabaseName,
+        /// What is wrong.
+        source: ContainerError,
+    },
+    /// Ours, not the mirror's.
+    #[error("cannot keep a capture")]
+    Store(#[from] StoreError),
+}
+
+/// Captures the mirror at `path` into the store.
+pub fn capture(path: &Path, store: &Store) -> Result<Capture, CaptureError> {
+    capture_interrupted(path, store, || {})
+}
+
+/// The same; `copied` runs after each copy, so that a test can be the program that gets in between.
+fn capture_interrupted(
+    path: &Path,
+    store: &Store,
+    mut copied: impl FnMut(),
+) -> Result<Capture, CaptureError> {
+    for _ in 0..TRIES_MAX {
+        let before = list(path)?;
+        let Some(files) = copy(&before, store, &mut copied)? else {
+            continue;
+        };
+        let after = list(path)?;
+        if (after.identity, &after.files) == (before.identity, &before.files) {
+            let content = content_digest(files.iter().map(|f| (&f.name, f.size, &f.sha256)));
+            let ignored = after.ignored;
+            return Ok(Capture {
+                files,
+                content,
+                ignored,
+            });
+        }
+    }
+    Err(CaptureError::Changing)
+}
+
+/// Lists the mirror and refuses what cannot be captured whatever it contains.
+fn list(path: &Path) -> Result<Listing, CaptureError> {
+    let listing = Listing::of(path, SystemTime::now()).map_err(|source| CaptureError::List {
+        path: path.to_owned(),
+        source,
+    })?;
+    if let Some(run) = listing.open_run() {
+        return Err(CaptureError::RunOpen {
+            run: run.name.clone(),
+            age_secs: run.age.as_secs(),
+        });
+    }
+    if listing.files.is_empty() {
+        let path = path.to_owned();
+        return Err(CaptureError::Empty { path });
+    }
+    if listing.files.len() > FILES_MAX {
+        let found = listing.files.len();
+        return Err(CaptureError::TooMany { found });
+    }
+    for (name, stamp) in &listing.files {
+        let what = match stamp.kind() {
+            Kind::File => continue,
+            Kind::Symlink => "a symbolic link",
+            Kind::Special => "a pipe, socket or device",
+        };
+        let name = name.clone();
+        return Err(CaptureError::NotAFile { name, what });
+    }
+    Ok(listing)
+}
+
+/// Copies what was listed; `None` if it is not what was listed any more.
+fn copy(
+    listing: &Listing,
+    store: &Store,
+    copied: &mut impl FnMut(),
+) -> Result<Option<Vec<Captured>>, CaptureError> {
+    let mut opened = BTreeMap::new();
+    for (name, stamp) in &listing.files {
+        if stamp.size() > DATABASE_BYTES_MAX {
+            let (name, size) = (name.clone(), stamp.size());
+            return Err(CaptureError::TooLarge { name, size });
+        }
+        match open(&listing.directory, name) {
+            Ok(file) => opened.insert(name.clone(), file),
+            // Gone, or a link by now: listed again, it is told.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) if error.raw_os_error() == Some(nix::libc::ELOOP) => return Ok(None),
+            Err(source) => {
+                let name = name.clone();
+                return Err(CaptureError::Read { name, source });
+            }
+        };
+    }
+    drop_lower_forms(&mut opened)?;
+    let mut files = Vec::new();
+    for (name, file) in &opened {
+        let unchanged = || {
+            let metadata = file.metadata().map_err(|source| CaptureError::Read {
+                name: name.clone(),
+                source,
+            })?;
+            Ok::<_, CaptureError>(Some(&Stamp::of(&metadata)) == listing.files.get(name))
+        };
+        if !unchanged()? {
+            return Ok(None);
+        }
+        let (sha256, size) = store.import(file)?;
+        copied();
+        if !unchanged()? {
+            return Ok(None);
+        }
+        let name = name.clone();
+        files.push(Captured { name, size, sha256 });
+    }
+    Ok(Some(files))
+}
+
+/// Opens a file of the mirror, and neither follows a link nor waits for the writer of a pipe.
+fn open(directory: &Path, name: &DatabaseName) -> io::Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .custom_flags((OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK).bits())
+        .open(directory.join(name.as_str()))
+}
+
+/// Of `x.cvd` and `x.cld` the one with the higher version counts, on a tie `x.cld`, as clamd has
+/// it. Both are there while freshclam is between a rename and an unlink, or was killed there.
+fn drop_lower_forms(files: &mut BTreeMap<DatabaseName, File>) -> Result<(), CaptureError> {
+    let names: Vec<_> = files.keys().cloned().collect();
+    for cld in names.iter().filter(|name| name.as_str().ends_with(".cld")) {
+        let Some(cvd) = cld.other_form().filter(|cvd| files.contains_key(cvd)) else {
+            continue;
+        };
+        let version = |name: &DatabaseName| header(name, &files[name]).map(|head| head.version);
+        let lower = if version(&cvd)? > version(cld)? {
+            cld
+        } else {
+            &cvd
+        };
+        files.remove(lower);
+    }
+    Ok(())
+}
+
+fn header(name: &DatabaseName, file: &File) -> Result<Header, CaptureError> {
+    let mut bytes = [0; HEADER_BYTES];
+    let read = file.read_at(&mut bytes, 0);
+    let length = read.map_err(|source| CaptureError::Read {
+        name: name.clone(),
+        source,
+    })?;
+    Header::read(&bytes[..length]).map_err(|source| CaptureError::Header {
+        name: name.clone(),
+        source,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::publish::publisher::tests::container;
+    use crate::store::tests::open_store;
+    use std::fs;
+
+    /// Captures a directory in which `change` is made after each copy, with the directory and how
+    /// many copies there were.
+    fn capture_while(
+        files: &[(&str, Vec<u8>)],
+        mut change: impl FnMut(&Path, usize),
+    ) -> Result<Vec<(String, Digest)>, CaptureError> {
+        let root = tempfile::tempdir().unwrap();
+        let mirror = root.path().join("mirror");
+        fs::create_dir(&mirror).unwrap();
+        for (name, content) in files {
+            fs::write(mirror.join(name), content).unwrap();
+        }
+        let store = open_store(&root.path().join("state"));
+        let mut copies = 0;
+        let capture = capture_interrupted(&mirror, &store, || {
+            copies += 1;
+            change(&mirror, copies);
+        })?;
+        for file in &capture.files {
+            let object = fs::read(store.object(&file.sha256)).unwrap();
+            assert_eq!(
+                (object.len() as u64, Digest::of(&object)),
+                (file.size, file.sha256)
+            );
+        }
+        let files = capture.files.into_iter();
+        Ok(files.map(|it| (it.name.to_string(), it.sha256)).collect())
+    }
+
+    fn names(files: &[(&str, Vec<u8>)]) -> Vec<String> {
+        let captured = capture_while(files, |_, _| {}).unwrap();
+        captured.into_iter().map(|(name, _)| name).collect()
+    }
+
+    #[test]
+    fn of_both_forms_the_higher_version_counts_and_on_a_tie_the_cld() {
+        let form = |version| container("daily", version, 3);
+        let other = ("main.cvd", container("main", 1, 1));
+        for (cvd, cld, expected) in [
+            (7, 6, "daily.cvd"),
+            (6, 7, "daily.cld"),
+            (7, 7, "daily.cld"),
+        ] {
+            let files = [
+                ("daily.cvd", form(cvd)),
+                ("daily.cld", form(cld)),
+                other.clone(),
+            ];
+            assert_eq!(names(&files), [expected, "main.cvd"]);
+        }
+        let broken = [("daily.cvd", b"short".to_vec()), ("daily.cld", form(7))];
+        let error = capture_while(&broken, |_, _| {}).unwrap_err();
+        assert!(
+            error.to_string().starts_with("daily.cvd stands beside"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_file_that_changes_during_a_capture_is_captured_again() {
+        let files = [("a.ndb", b"1".to_vec()), ("b.ndb", b"1".to_vec())];
+        // The first file changes after it was copied, and the second one while it is.
+        for (name, at) in [("a.ndb", 2), ("b.ndb", 2), ("b.ndb", 1)] {
+            let captured = capture_while(&files, |mirror, copies| {
+                if copies == at {
+                    fs::write(mirror.join(name), "22").unwrap();
+                }
+            });
+            let mut expected = [Digest::of(b"1"), Digest::of(b"1")];
+            expected[usize::from(name == "b.ndb")] = Digest::of(b"22");
+            let digests: Vec<_> = captured.unwrap().into_iter().map(|it| it.1).collect();
+            assert_eq!(digests, expected, "{name} after copy {at}");
+        }
+    }
+
+    #[test]
+    fn a_rename_and_an_unlink_during_a_capture_are_noticed() {
+        let files = [
+            ("daily.cvd", container("daily", 1, 1)),
+            ("z.ndb", b"1".to_vec()),
+        ];
+        let captured = capture_while(&files, |mirror, copies| {
+            if copies == 2 {
+                fs::write(mirror.join("part"), container("daily", 2, 1)).unwrap();
+                fs::rename(mirror.join("part"), mirror.join("daily.cld")).unwrap();
+                fs::remove_file(mirror.join("daily.cvd")).unwrap();
+            }
+        });
+        let captured = captured.unwrap();
+        let names: Vec<_> = captured.into_iter().map(|(name, _)| name).collect();
+        assert_eq!(names, ["daily.cld", "z.ndb"]);
+    }
+
+    #[test]
+    fn a_mirror_that_never_rests_is_left_alone() {
+        let files = [("a.ndb", b"1".to_vec())];
+        let captured = capture_while(&files, |mirror, copies| {
+            fs::write(mirror.join("a.ndb"), vec![b'x'; copies + 1]).unwrap();
+        });
+        assert!(matches!(captured, Err(CaptureError::Changing)));
+    }
+
+    #[test]
+    fn the_limit_of_files_fits_a_manifest() {
+        let entry = r#"{"name":"","size":2147483648,"sha256":"","version":99999,"signatures":9999999,"built":"2026-11-22T00:00:00Z"},"#;
+        let usual_name = 40;
+        let bytes = FILES_MAX * (entry.len() + usual_name + 64);
+        assert!(
+            bytes < clamcast_proto::manifest::MANIFEST_BYTES_MAX,
+            "{bytes}"
+        );
+    }
+}

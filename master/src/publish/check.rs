@@ -1,0 +1,271 @@
+//! The checks that a capture must pass before anything is signed.
+
+mod load_test;
+
+use std::collections::{BTreeMap, HashMap};
+
+use clamcast_proto::container::{self, ContainerError, Summary};
+use clamcast_proto::manifest::{ContainerFacts, Manifest, ManifestFile};
+use clamcast_proto::names::DatabaseKind;
+use clamcast_proto::{DatabaseName, Digest};
+use tokio_util::sync::CancellationToken;
+
+use crate::config::{Mirror, Unsigned};
+use crate::publish::capture::{Capture, Captured};
+use crate::store::{Store, StoreError};
+
+pub use load_test::{LoadTestError, TIME_MAX};
+
+/// A capture that may be signed.
+#[derive(Debug)]
+pub struct Checked {
+    /// The databases as the manifest lists them, sorted by name.
+    pub files: Vec<ManifestFile>,
+    /// What would have been held, had an operator not accepted it.
+    pub accepted: Vec<Objection>,
+}
+
+/// Why a capture is not published.
+#[derive(Debug, thiserror::Error)]
+pub enum Objection {
+    /// One name on a file system that folds case.
+    #[error("{one} and {other} differ in capitals only")]
+    Names {
+        /// One.
+        one: DatabaseName,
+        /// The other.
+        other: DatabaseName,
+    },
+    /// A base that must be there.
+    #[error("{base} is not in the mirror, and the configuration requires it")]
+    Required {
+        /// The base name.
+        base: String,
+    },
+    /// A container that is not whole, or not a container.
+    #[error("{name} is not a whole database")]
+    Container {
+        /// Its name.
+        name: DatabaseName,
+        /// What is wrong.
+        source: ContainerError,
+    },
+    /// Not signed by Talos, where only that is published.
+    #[error("{name} is not signed by Talos, and the configuration has `unsigned = \"refuse\"`")]
+    Unsigned {
+        /// Its name.
+        name: DatabaseName,
+    },
+    /// Older than published.
+    #[error("{name} has version {found}, version {published} is published")]
+    Version {
+        /// Its name.
+        name: DatabaseName,
+        /// Its version.
+        found: u64,
+        /// The highest version of that base in the current generation.
+        published: u64,
+    },
+    /// Much smaller than published.
+    #[error(
+        "{name} shrank from {published} to {found} {unit}; `publish --accept REASON` if that is right"
+    )]
+    Shrunk {
+        /// Its name.
+        name: DatabaseName,
+        /// What it has.
+        found: u64,
+        /// What the current generation has.
+        published: u64,
+        /// Of what.
+        unit: &'static str,
+    },
+    /// A signed database that is published and not in the mirror any more.
+    #[error(
+        "{name} is published and no longer in the mirror; `publish --accept REASON` if that is right"
+    )]
+    Withdrawn {
+        /// Its name.
+        name: DatabaseName,
+    },
+    /// `clamscan` could not load it.
+    #[error("the load test failed")]
+    LoadTest(#[from] LoadTestError),
+    /// Ours, not the capture's.
+    #[error("cannot check the capture")]
+    Store(#[from] StoreError),
+}
+
+impl Objection {
+    /// Whether an operator may overrule it.
+    pub fn may_be_accepted(&self) -> bool {
+        matches!(self, Self::Shrunk { .. } | Self::Withdrawn { .. })
+    }
+}
+
+/// Checks a capture against the rules and the current generation. `accept`: an operator overrules
+/// what may be overruled. `stop` breaks the load test off.
+///
+/// The cheap checks come first. The load test is the last, so that `clamscan` never sees what is
+/// known to be broken.
+pub fn check(
+    capture: &Capture,
+    store: &Store,
+    rules: &Mirror,
+    published: Option<&Manifest>,
+    accept: bool,
+    stop: &CancellationToken,
+) -> Result<Checked, Objection> {
+    names(&capture.files)?;
+    required(&capture.files, &rules.require)?;
+    let mut files = Vec::new();
+    for captured in &capture.files {
+        files.push(file(captured, store, rules.unsigned)?);
+    }
+    let mut accepted = Vec::new();
+    if let Some(published) = published {
+        versions(&files, published)?;
+        for objection in losses(&files, published, rules) {
+            if !accept {
+                return Err(objection);
+            }
+            accepted.push(objection);
+        }
+    }
+    let objects: Vec<(&DatabaseName, &Digest)> = files
+        .iter()
+        .map(|file| (&file.name, &file.sha256))
+        .collect();
+    load_test::run(&objects, store, rules.load_test, stop)?;
+    Ok(Checked { files, accepted })
+}
+
+/// Agents may have a file system that folds case.
+fn names(files: &[Captured]) -> Result<(), Objection> {
+    let mut folded = HashMap::new();
+    for Captured { name: one, .. } in files {
+        if let Some(other) = folded.insert(one.as_str().to_ascii_lowercase(), one) {
+            let (one, other) = (one.clone(), other.clone());
+            return Err(Objection::Names { one, other });
+        }
+    }
+    Ok(())
+}
+
+fn required(files: &[Captured], require: &[String]) -> Result<(), Objection> {
+    let there = |base: &String| {
+        files
+            .iter()
+            .any(|file| file.name.kind() != DatabaseKind::Sign && file.name.base() == base)
+    };
+    match require.iter().find(|base| !there(base)) {
+        Some(base) => Err(Objection::Required { base: base.clone() }),
+        None => Ok(()),
+    }
+}
+
+/// Checks one database by itself.
+fn file(captured: &Captured, store: &Store, unsigned: Unsigned) -> Result<ManifestFile, Objection> {
+    let Captured { name, size, sha256 } = captured;
+    let summary = if name.is_container() {
+        let object = store.open_object(sha256)?;
+        let summary = container::check(name.kind(), object);
+        Some(summary.map_err(|source| Objection::Container {
+            name: name.clone(),
+            source,
+        })?)
+    } else {
+        None
+    };
+    if unsigned == Unsigned::Refuse && !carries_signature(name, summary.as_ref()) {
+        return Err(Objection::Unsigned { name: name.clone() });
+    }
+    Ok(ManifestFile {
+        name: name.clone(),
+        size: *size,
+        sha256: *sha256,
+        container: summary.map(|Summary { header, .. }| ContainerFacts {
+            version: header.version,
+            signatures: header.signatures,
+            built: Some(header.built),
+            signed_by: None,
+        }),
+    })
+}
+
+/// Whether Talos might have signed it: its kind can be, and it has a signature. That the signature
+/// is right, clamd finds out.
+fn carries_signature(name: &DatabaseName, summary: Option<&Summary>) -> bool {
+    match name.kind() {
+        DatabaseKind::Cvd | DatabaseKind::Cld => {
+            summary.is_some_and(|summary| summary.info.signature().is_some())
+        }
+        DatabaseKind::Sign => true, // is itself a signature, and never loaded
+        DatabaseKind::Cud | DatabaseKind::Loose => false,
+    }
+}
+
+/// No base has a lower version than it has in the current generation, under whatever extension.
+fn versions(files: &[ManifestFile], published: &Manifest) -> Result<(), Objection> {
+    let highest = bases(&published.files);
+    for file in files {
+        let (Some(facts), Some(published)) = (&file.container, highest.get(file.name.base()))
+        else {
+            continue;
+        };
+        if facts.version < *published {
+            return Err(Objection::Version {
+                name: file.name.clone(),
+                found: facts.version,
+                published: *published,
+            });
+        }
+    }
+    Ok(())
+}
+
+/// The highest container version of every base.
+fn bases(files: &[ManifestFile]) -> BTreeMap<&str, u64> {
+    let mut highest = BTreeMap::new();
+    for file in files {
+        if let Some(facts) = &file.container {
+            let version = highest.entry(file.name.base()).or_default();
+            *version = facts.version.max(*version);
+        }
+    }
+    highest
+}
+
+/// What the current generation has and this one has not, or has much less of.
+///
+/// The signatures of a container count, since its length also depends on whether it is compressed.
+/// A loose file counts by its bytes. That a loose file or a `.cud` is gone is no objection: only
+/// whoever looks after the mirror removes those.
+fn losses(files: &[ManifestFile], published: &Manifest, rules: &Mirror) -> Vec<Objection> {
+    let mut objections = Vec::new();
+    for old in &published.files {
+        let name = &old.name;
+        let same = |file: &&ManifestFile| {
+            file.name == *name || Some(&file.name) == name.other_form().as_ref()
+        };
+        let Some(new) = files.iter().find(same) else {
+            if matches!(name.kind(), DatabaseKind::Cvd | DatabaseKind::Cld) {
+                objections.push(Objection::Withdrawn { name: name.clone() });
+            }
+            continue;
+        };
+        let (before, now, unit) = match (&old.container, &new.container) {
+            (Some(old), Some(new)) => (old.signatures, new.signatures, "signatures"),
+            (Some(_) | None, _) => (old.size, new.size, "bytes"),
+        };
+        if before.saturating_sub(now) > rules.shrink_max.of(before) {
+            objections.push(Objection::Shrunk {
+                name: new.name.clone(),
+                found: now,
+                published: before,
+                unit,
+            });
+        }
+    }
+    objections
+}

@@ -1,0 +1,473 @@
+//! From the mirror to the fleet: publishes when a capture is due, publishes what the rollout takes
+//! back, and tells the hub. One publication at a time, whoever asks.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use clamcast_daemon::audit::Draft;
+use clamcast_proto::dsse::Envelope;
+use clamcast_proto::manifest::Manifest;
+use jiff::Timestamp;
+use serde_json::json;
+use tokio::sync::{Mutex, Notify, mpsc, oneshot};
+use tokio::time::{Instant, sleep_until};
+use tokio_util::sync::CancellationToken;
+
+use crate::fleet::hub::{Event, Hub};
+use crate::fleet::rollout::Owed;
+use crate::publish::publisher::{
+    Adoption, Announcement, PublishError, Published, Publisher, Refusal, RefusalKind, Rejected,
+    Request,
+};
+use crate::record::recorder::{Job, Recorder};
+
+/// Time until another try after a failure of our own (a full disk, no memory for the load test).
+/// It doubles with each failure that follows.
+const RETRY_MIN: Duration = Duration::from_secs(10);
+
+/// And so long at most: a load test that always fails keeps a core busy for minutes.
+const RETRY_MAX: Duration = Duration::from_secs(10 * 60);
+
+/// What the rollout wants published.
+#[derive(Debug)]
+pub enum Wish {
+    /// What the mirror has now.
+    Look,
+    /// What was there before.
+    RollBack(Owed),
+}
+
+/// Publishes.
+#[derive(Clone, Debug)]
+pub struct Pipeline {
+    publisher: Arc<Publisher>,
+    hub: Hub,
+    recorder: Recorder,
+    /// The last refusal that the audit log has, so that it has each once.
+    told: Arc<Mutex<Option<String>>>,
+    /// Why the last publication failed through no fault of the mirror's.
+    trouble: Arc<std::sync::Mutex<Option<String>>>,
+    /// Why the rollback that is owed could not be published.
+    rollback_trouble: Arc<std::sync::Mutex<Option<String>>>,
+    stop: CancellationToken,
+}
+
+impl Pipeline {
+    /// Publishes with `publisher` until `stop`, which ends a publication that is under way.
+    pub fn new(
+        publisher: Arc<Publisher>,
+        hub: Hub,
+        recorder: Recorder,
+        stop: CancellationToken,
+    ) -> Self {
+        let told = publisher.refusal().map(|refusal| refusal.to_string());
+        Self {
+            publisher,
+            hub,
+            recorder,
+            told: Arc::new(Mutex::new(told)),
+            trouble: Arc::default(),
+            rollback_trouble: Arc::default(),
+            stop,
+        }
+    }
+
+    /// Captures and publishes now. The audit log has it before any agent hears of it: a crash in
+    /// between loses nothing, for a restarted master writes what is missing there ([`recover`])
+    /// and then offers what its store has.
+    pub async fn publish(&self, request: Request, actor: &str) -> Result<Published, PublishError> {
+        // Held to the end, so that the hub hears of generations in their order.
+        let mut told = self.told.lock().await;
+        let (publisher, stop) = (self.publisher.clone(), self.stop.clone());
+        let (asked, by) = (request.clone(), actor.to_owned());
+        let publishing = tokio::task::spawn_blocking(move || {
+            publisher.publish(&asked, &by, Timestamp::now(), &stop)
+        });
+        let published = publishing.await.expect("publishing does not panic");
+        *self.trouble.lock().expect("nothing panics with it") =
+            published.as_ref().err().map(|error| crate::chain(error));
+        match &published {
+            Ok(Published::New {
+                manifest,
+                announcement,
+            }) => {
+                let position = manifest.position();
+                tracing::info!(%position, content = %manifest.content.short(), files = manifest.files.len(), "published");
+                self.announce(manifest, announcement).await;
+                *told = None;
+                let (manifest, supersede) = (manifest.clone(), request.supersede);
+                let event = Event::Published {
+                    manifest,
+                    supersede,
+                };
+                let _ = self.hub.tell(event).await; // if it has stopped, so has the daemon
+            }
+            Ok(Published::Refused(refusal) | Published::Held(refusal)) => {
+                let text = refusal.to_string();
+                if told.as_ref() != Some(&text) {
+                    tracing::warn!("{text}; the last generation stays");
+                    let event = match refusal.kind {
+                        RefusalKind::Held => "held",
+                        RefusalKind::Refused => "refused",
+                    };
+                    self.note(event, actor, None, json!({ "reason": refusal.reason }))
+                        .await;
+                    *told = Some(text);
+                }
+            }
+            Ok(Published::Unchanged) => {
+                tracing::debug!("the mirror holds what is published");
+                *told = None;
+            }
+            Ok(Published::Busy { reason }) => tracing::debug!(reason, "the mirror is busy"),
+            Err(_) => {} // for the caller to tell
+        }
+        published
+    }
+
+    /// Why the mirror's content is not published at the moment.
+    pub fn refusal(&self) -> Option<Refusal> {
+        self.publisher.refusal()
+    }
+
+    /// Contents that are not published again.
+    pub fn rejected(&self) -> Vec<Rejected> {
+        self.publisher.rejected()
+    }
+
+    /// Why the last publication failed, if it did: a full disk, a load test that could not run.
+    pub fn trouble(&self) -> Option<String> {
+        self.trouble.lock().expect("nothing panics with it").clone()
+    }
+
+    /// Why the rollback that is owed could not be published, if so.
+    pub fn rollback_trouble(&self) -> Option<String> {
+        let trouble = self.rollback_trouble.lock();
+        trouble.expect("nothing panics with it").clone()
+    }
+
+    /// Publishes whenever `wake` says so, or the rollout does, and adopts what a restored master has
+    /// forgotten.
+    pub async fn run(
+        self,
+        mut wake: mpsc::Receiver<()>,
+        again: Arc<Notify>,
+        mut forgotten: mpsc::Receiver<Envelope>,
+        mut wishes: mpsc::Receiver<Wish>,
+    ) {
+        let mut retry = Retry::default();
+        if self.publisher.is_due() {
+            self.publish_or_retry(&again, &mut retry).await; // the epoch was raised
+        }
+        loop {
+            tokio::select! {
+                biased;
+                () = self.stop.cancelled() => return,
+                Some(()) = wake.recv() => self.publish_or_retry(&again, &mut retry).await,
+                Some(envelope) = forgotten.recv() => self.adopt(envelope, &again, &mut retry).await,
+                () = until(retry.at) => self.publish_or_retry(&again, &mut retry).await,
+                Some(wish) = wishes.recv() => match wish {
+                    Wish::Look => self.publish_or_retry(&again, &mut retry).await,
+                    Wish::RollBack(owed) => self.roll_back(owed).await,
+                },
+            }
+        }
+    }
+
+    async fn publish_or_retry(&self, again: &Notify, retry: &mut Retry) {
+        match self.publish(Request::default(), "master").await {
+            Ok(published) => {
+                *retry = Retry::default();
+                if let Published::Busy { .. } = published {
+                    again.notify_one();
+                }
+            }
+            Err(PublishError::Stopping) => {}
+            Err(error) => {
+                let wait = retry.after_failure(Instant::now());
+                tracing::error!(
+                    error = crate::chain(&error),
+                    "cannot publish; trying again in {wait:?}"
+                );
+            }
+        }
+    }
+
+    async fn adopt(&self, envelope: Envelope, again: &Notify, retry: &mut Retry) {
+        let publisher = self.publisher.clone();
+        let adopting = tokio::task::spawn_blocking(move || publisher.adopt(&envelope));
+        match adopting.await.expect("adopting does not panic") {
+            Ok(Adoption::Known) => {}
+            Ok(Adoption::Restored {
+                position,
+                publisher,
+            }) => {
+                tracing::warn!(%position, "an agent has a newer generation than this master knows; going on above it");
+                // What was current is no longer to be offered: hosts that took it would refuse what
+                // follows, or were ahead of it already. If the hub has stopped, so has the daemon.
+                let _ = self.hub.tell(Event::Withdrawn).await;
+                self.note(
+                    "restored",
+                    "master",
+                    Some(position),
+                    json!({ "publisher_taken_over": publisher }),
+                )
+                .await;
+                self.publish_or_retry(again, retry).await;
+            }
+            Ok(Adoption::OtherPublisher {
+                position,
+                publisher,
+            }) => {
+                tracing::error!(%position, publisher = publisher.0, "another master publishes with this fleet's manifest key; find it, or raise the epoch with a new key");
+                self.note(
+                    "alarm",
+                    "master",
+                    Some(position),
+                    json!({ "other_publisher": publisher }),
+                )
+                .await;
+            }
+            Err(error) => tracing::warn!(
+                error = crate::chain(&error),
+                "an agent's manifest moves nothing"
+            ),
+        }
+    }
+
+    /// Publishes what the rollout owes those who took what was taken back.
+    async fn roll_back(&self, owed: Owed) {
+        let _one_at_a_time = self.told.lock().await;
+        let view = self.hub.view().await;
+        if !view.is_ok_and(|view| view.rollout.owed() == Some(&owed)) {
+            return; // an operator ordered another one meanwhile, or the daemon stops
+        }
+        let publisher = self.publisher.clone();
+        let publishing = tokio::task::spawn_blocking(move || {
+            publisher.roll_back(owed.to.position, owed.of.position, Timestamp::now())
+        });
+        let published = publishing.await.expect("publishing does not panic");
+        let trouble = published.as_ref().err().map(|error| {
+            let error = crate::chain(error);
+            format!("the rollback cannot be published: {error}")
+        });
+        *self
+            .rollback_trouble
+            .lock()
+            .expect("nothing panics with it") = trouble;
+        match published {
+            Ok((manifest, announcement)) => {
+                tracing::info!(position = %manifest.position(), "published as a rollback");
+                if let Some(announcement) = announcement {
+                    self.announce(&manifest, &announcement).await;
+                }
+                let _ = self.hub.tell(Event::WentBack(manifest)).await; // as above
+            }
+            // The hub asks again.
+            Err(error) => {
+                tracing::error!(error = crate::chain(&error), "cannot publish the rollback");
+            }
+        }
+    }
+
+    async fn announce(&self, manifest: &Manifest, announcement: &Announcement) {
+        let (publisher, recorder) = (&self.publisher, &self.recorder);
+        announce(publisher, recorder, manifest, announcement, false).await;
+    }
+
+    async fn note(
+        &self,
+        event: &str,
+        actor: &str,
+        position: Option<clamcast_proto::Position>,
+        detail: serde_json::Value,
+    ) {
+        let subject = "mirror".to_owned();
+        let (event, actor) = (event.to_owned(), actor.to_owned());
+        self.recorder
+            .note(Draft {
+                event,
+                actor,
+                subject,
+                position,
+                outcome: None,
+                detail,
+            })
+            .await;
+    }
+}
+
+/// Writes into the audit log what a process before this one published and did not live to write
+/// down. To be called before anything is offered.
+pub async fn recover(publisher: &Arc<Publisher>, recorder: &Recorder) {
+    if let Some((manifest, announcement)) = publisher.unannounced() {
+        tracing::warn!(position = %manifest.position(), "published before the last end, which the audit log did not have");
+        announce(publisher, recorder, &manifest, &announcement, true).await;
+    }
+}
+
+async fn announce(
+    publisher: &Arc<Publisher>,
+    recorder: &Recorder,
+    manifest: &Manifest,
+    announcement: &Announcement,
+    recovered: bool,
+) {
+    let files: Vec<_> = manifest
+        .files
+        .iter()
+        .map(|file| file.name.as_str())
+        .collect();
+    let mut detail = json!({ "content": manifest.content, "files": files });
+    if !announcement.accepted.is_empty() {
+        detail["accepted"] = json!(announcement.accepted);
+        detail["reason"] = json!(announcement.reason);
+    }
+    if let Some(of) = manifest.rollback_of {
+        detail["rollback_of"] = json!(of);
+    }
+    if recovered {
+        detail["recovered"] = json!(true);
+    }
+    let (done, written) = oneshot::channel();
+    let job = Job {
+        draft: Some(Draft {
+            event: "published".to_owned(),
+            actor: announcement.actor.clone(),
+            subject: "mirror".to_owned(),
+            position: Some(manifest.position()),
+            outcome: None,
+            detail,
+        }),
+        done: Some(done),
+        ..Job::default()
+    };
+    recorder.write(job).await;
+    if written.await.is_err() {
+        return; // the daemon stops and the disk refuses: for the next process to write
+    }
+    let publisher = publisher.clone();
+    let marking = tokio::task::spawn_blocking(move || publisher.announced());
+    if let Err(error) = marking.await.expect("announcing does not panic") {
+        tracing::warn!(
+            error = crate::chain(&error),
+            "cannot mark a generation as written down; the audit log may say twice that it was published"
+        );
+    }
+}
+
+/// When a publication that failed is tried again.
+#[derive(Debug, Default)]
+struct Retry {
+    at: Option<Instant>,
+    /// Failures in a row.
+    failures: u32,
+}
+
+impl Retry {
+    fn after_failure(&mut self, now: Instant) -> Duration {
+        let wait = RETRY_MIN.saturating_mul(2u32.saturating_pow(self.failures));
+        let wait = wait.min(RETRY_MAX);
+        self.failures = self.failures.saturating_add(1);
+        self.at = Some(now + wait);
+        wait
+    }
+}
+
+async fn until(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => sleep_until(deadline).await,
+        None => std::future::pending().await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::publish::publisher::tests::{Lab, container, key};
+    use clamcast_daemon::audit;
+    use std::fs;
+
+    /// What the audit log says of publications after a master started on the state directory, and
+    /// before it offers anything: `1.2 by tester, recovered, because ...`.
+    async fn recovered(lab: &Lab) -> Vec<String> {
+        let directory = lab.root.path().join("audit");
+        fs::create_dir_all(&directory).unwrap();
+        let log = audit::Log::open(&directory, key(3), "clamcast/bank".to_owned()).unwrap();
+        let places = crate::record::recorder::Places {
+            agents: directory.clone(),
+            certificates: directory.clone(),
+            rollout: directory.join("rollout.json"),
+        };
+        let (recorder, thread) = Recorder::start(log, places);
+        recover(&Arc::new(lab.publisher("state")), &recorder).await;
+        drop(recorder);
+        thread.join().unwrap();
+        let records = audit::read(&directory).unwrap();
+        let text = |record: audit::Record| {
+            let position = record.position().unwrap();
+            let mut text = format!("{} {position} by {}", record.event, record.actor);
+            for (field, value) in record.detail.as_object().unwrap() {
+                if !["content", "files"].contains(&field.as_str()) {
+                    text += &format!(", {field} {value}");
+                }
+            }
+            text
+        };
+        records.map(|record| text(record.unwrap())).collect()
+    }
+
+    fn publish(lab: &Lab, accept: Option<&str>) {
+        let request = Request {
+            accept: accept.map(str::to_owned),
+            supersede: false,
+        };
+        let (now, stop) = (Timestamp::now(), CancellationToken::new());
+        let published = lab
+            .publisher("state")
+            .publish(&request, "user alice", now, &stop);
+        assert!(
+            matches!(published, Ok(Published::New { .. })),
+            "{published:?}"
+        );
+    }
+
+    #[tokio::test]
+    async fn a_master_killed_between_publishing_and_writing_it_down_writes_it_at_its_next_start() {
+        let lab = Lab::with_daily(7);
+        publish(&lab, None); // and then it is killed
+        let first = "published 1.1 by user alice, recovered true";
+        assert_eq!(recovered(&lab).await, [first]);
+        assert_eq!(recovered(&lab).await, [first], "once");
+
+        lab.put("daily.cud", &container("daily", 8, 1));
+        publish(&lab, Some("it is right"));
+        let records = recovered(&lab).await;
+        let second = &records[1];
+        assert!(
+            second.starts_with("published 1.2 by user alice, accepted [\"daily.cud shrank")
+                && second.ends_with(", reason \"it is right\", recovered true"),
+            "{second}"
+        );
+    }
+
+    #[tokio::test]
+    async fn a_master_killed_before_the_generation_was_on_disk_has_nothing_to_say() {
+        let lab = Lab::with_daily(7);
+        publish(&lab, None);
+        fs::remove_file(lab.root.path().join("state/generations/1-1.json")).unwrap();
+        assert_eq!(recovered(&lab).await, [""; 0]);
+        publish(&lab, None);
+        assert_eq!(recovered(&lab).await.len(), 1);
+    }
+
+    #[test]
+    fn tries_come_ever_later_but_never_end() {
+        let (mut retry, now) = (Retry::default(), Instant::now());
+        let waits: Vec<_> = (0..9).map(|_| retry.after_failure(now).as_secs()).collect();
+        assert_eq!(waits, [10, 20, 40, 80, 160, 320, 600, 600, 600]);
+        retry.failures = u32::MAX;
+        assert_eq!(retry.after_failure(now), RETRY_MAX);
+        assert_eq!(retry.at, Some(now + RETRY_MAX));
+    }
+}

@@ -1,0 +1,7 @@
+//! Decides nothing but the order in which entries reach the disk.
+//! Writes the audit log, the agents' records and certificates, and the state of the rollout.
+//! Must not know connections, offers or generations.
+
+pub mod archive;
+pub mod events;
+pub mod recorder;
