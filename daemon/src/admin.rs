@@ -22,6 +22,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use clamcast_proto::audit::Operator;
 use nix::unistd::{Gid, Group, Uid, User, chown, getgrouplist};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -111,27 +112,6 @@ impl Answer {
         let mut line = serde_json::to_vec(self).expect("our own answers serialise");
         line.push(b'\n');
         line
-    }
-}
-
-/// Who gives an order.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Operator {
-    /// The user id of the command's process.
-    pub uid: u32,
-    /// Its name in the user database, or the number again.
-    pub name: String,
-    /// Who logged in, before `sudo` and the like, where the kernel's audit keeps it. Read by process
-    /// id, so it is evidence for the log and nothing is decided by it.
-    pub login_uid: Option<u32>,
-    /// Whether this is root, the daemon's own user or a member of the admin group.
-    pub may_act: bool,
-}
-
-/// As the audit log names its actor.
-impl fmt::Display for Operator {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "operator:{}/{}", self.uid, self.name)
     }
 }
 
@@ -423,9 +403,12 @@ impl Caller {
         stop: CancellationToken,
     ) -> Result<Session, AdminError> {
         // The user database may be on the network.
-        let operator = spawn_blocking(move || Operator::at(self.peer, admins)).await;
+        let looked_up = spawn_blocking(move || look_up(self.peer, admins)).await;
+        let (operator, may_act) =
+            looked_up.map_err(|error| AdminError::Gone(io::Error::other(error)))?;
         Ok(Session {
-            operator: operator.map_err(|error| AdminError::Gone(io::Error::other(error)))?,
+            operator,
+            may_act,
             line: self.line,
             stream: self.stream,
             stop,
@@ -563,24 +546,23 @@ fn give_to_group(path: &Path, name: &str) -> Option<Gid> {
     Some(group)
 }
 
-impl Operator {
-    /// Looks up who `peer` is. Blocking.
-    fn at(peer: UCred, admins: Option<Gid>) -> Self {
-        let uid = Uid::from_raw(peer.uid());
-        let user = User::from_uid(uid).ok().flatten();
-        let mut groups = vec![Gid::from_raw(peer.gid())];
-        if let Some(user) = &user
-            && let Ok(name) = std::ffi::CString::new(user.name.as_str())
-        {
-            groups.extend(getgrouplist(&name, user.gid).unwrap_or_default());
-        }
-        Self {
-            uid: uid.as_raw(),
-            name: user.map_or_else(|| uid.to_string(), |user| user.name),
-            login_uid: peer.pid().and_then(login_uid),
-            may_act: may_act(uid, &groups, Uid::effective(), admins),
-        }
+/// Looks up who `peer` is, and whether that is root, the daemon's own user or a member of the group
+/// of `admins`. Blocking.
+fn look_up(peer: UCred, admins: Option<Gid>) -> (Operator, bool) {
+    let uid = Uid::from_raw(peer.uid());
+    let user = User::from_uid(uid).ok().flatten();
+    let mut groups = vec![Gid::from_raw(peer.gid())];
+    if let Some(user) = &user
+        && let Ok(name) = std::ffi::CString::new(user.name.as_str())
+    {
+        groups.extend(getgrouplist(&name, user.gid).unwrap_or_default());
     }
+    let operator = Operator {
+        uid: uid.as_raw(),
+        name: user.map_or_else(|| uid.to_string(), |user| user.name),
+        login_uid: peer.pid().and_then(login_uid),
+    };
+    (operator, may_act(uid, &groups, Uid::effective(), admins))
 }
 
 /// Who may give orders: root, the daemon's own user, and members of the admin group.
@@ -604,6 +586,8 @@ fn login_uid(pid: i32) -> Option<u32> {
 pub struct Session {
     /// Who is there.
     pub operator: Operator,
+    /// Whether this is root, the daemon's own user or a member of the admin group.
+    pub may_act: bool,
     line: Vec<u8>,
     stream: BufReader<UnixStream>,
     stop: CancellationToken,
@@ -886,7 +870,7 @@ mod tests {
             async |mut session| {
                 let operator = session.operator.clone();
                 assert_eq!(operator.uid, Uid::effective().as_raw());
-                assert!(operator.may_act);
+                assert!(session.may_act);
                 let name = User::from_uid(Uid::effective()).unwrap().unwrap().name;
                 assert_eq!(
                     operator.to_string(),

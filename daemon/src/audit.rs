@@ -804,6 +804,7 @@ fn cannot_write(path: &Path) -> impl Fn(io::Error) -> AuditError + use<> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use clamcast_proto::AuditEvent;
 
     const ORIGIN: &str = "clamcast/bank/master";
 
@@ -816,12 +817,7 @@ mod tests {
     }
 
     fn draft(subject: &str) -> Draft {
-        Draft {
-            event: "published".into(),
-            actor: "master".into(),
-            subject: subject.into(),
-            ..Draft::default()
-        }
+        Draft::new(AuditEvent::Published, "master", subject)
     }
 
     fn append(log: &mut Log, subject: &str) -> Result<Record, AuditError> {

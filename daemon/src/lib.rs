@@ -11,6 +11,7 @@ pub mod input;
 pub mod logging;
 pub mod service;
 pub mod table;
+pub mod values;
 
 /// An error with its sources, as one line: `cannot start: cannot read /srv/m.toml: Permission
 /// denied`.

@@ -6,4 +6,5 @@ pub mod agents;
 pub mod dispatch;
 pub mod force;
 pub mod hub;
+pub mod recovery;
 pub mod rollout;

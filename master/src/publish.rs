@@ -7,3 +7,4 @@ pub mod check;
 pub mod mirror;
 pub mod pipeline;
 pub mod publisher;
+pub mod withdrawn;

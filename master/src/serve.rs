@@ -1,21 +1,24 @@
-//! The daemon: puts the parts together, and takes them apart in order.
+//! Decides in which order the parts of the daemon start and stop.
+//! Opens files, sockets and tasks, and joins them at the end.
+//! Must not know what the parts say to each other.
 
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use clamcast_daemon::admin::{AdminError, Listener};
-use clamcast_daemon::audit::{self, AuditError, Draft};
+use clamcast_daemon::audit::{self, AuditError};
 use clamcast_daemon::durable;
 use clamcast_daemon::service::Occasion;
+use clamcast_proto::AuditEvent;
+use clamcast_proto::audit::Draft;
 use jiff::Timestamp;
 use quinn::{Endpoint, ServerConfig};
 use serde_json::json;
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 
@@ -24,7 +27,8 @@ use crate::config::{
 };
 use crate::fleet::agents::Fleet;
 use crate::fleet::hub::{self, Event, Hub};
-use crate::fleet::rollout::{Failed, Rollout};
+use crate::fleet::recovery;
+use crate::fleet::rollout::Rollout;
 use crate::link::connection::{self, Shared};
 use crate::link::endpoint::{self, EndpointError};
 use crate::link::meter::Meters;
@@ -34,9 +38,10 @@ use crate::link::revocations::{Look, Revocations};
 use crate::operate::admin::{self, Commands, Life, Orders};
 use crate::publish::mirror;
 use crate::publish::pipeline::{self, Pipeline};
-use crate::publish::publisher::{self, Publisher, Rejected};
+use crate::publish::publisher::{self, Publisher};
+use crate::publish::withdrawn::Withdrawn;
 use crate::record::archive::Archive;
-use crate::record::recorder::{self, Job, Places, Recorder};
+use crate::record::recorder::{self, Entry, Places, ROLLOUT, Recorder, WITHDRAWN};
 use crate::store::{Store, StoreError};
 
 /// Time between looks at the revocation list; a revoked agent is cut off within 5 s.
@@ -55,8 +60,8 @@ const FORGOTTEN_MAX: usize = 16;
 /// What the rollout wants published and waits for it: it asks again for what it still lacks.
 const WISHES_MAX: usize = 4;
 
-/// Where the rollout is, in the state directory.
-const ROLLOUT: &str = "rollout.json";
+/// News of publications that wait for the hub.
+const NEWS_MAX: usize = 16;
 
 /// The daemon does not start.
 #[derive(Debug, thiserror::Error)]
@@ -137,21 +142,22 @@ impl Master {
         // The store's lock on the state directory comes before anything is written there.
         let store = Arc::new(Store::open(&config.state, &keys)?);
         let log = audit::Log::open(&audit_dir, audit_key, audit_origin(&config.fleet))?;
-        let path = config.state.join(ROLLOUT);
-        let (mut rollout, lost) = load_rollout(&store, Timestamp::now())?;
+        let saved = load_rollout(&store)?;
+        let lost = saved.as_ref().err().cloned();
+        let withdrawn = store.load::<Withdrawn>(WITHDRAWN)?.unwrap_or_default();
+        let rollout = recovery::rollout(saved, &withdrawn, Timestamp::now());
+        if *rollout.withdrawn() != withdrawn {
+            store.save(WITHDRAWN, rollout.withdrawn())?;
+        }
         store.need(hub::needed(&rollout, &store));
+        let (directives, directed) = watch::channel(rollout.directives());
         let publisher = Arc::new(Publisher::new(
             &config,
             store.clone(),
             manifest_key,
             keys.clone(),
+            directed,
         )?);
-        if lost.is_some() {
-            rollout.are_taken_back(publisher.rejected().iter().map(|it| it.position));
-        }
-        if let Some(rejected) = unremembered(&rollout, &publisher) {
-            publisher.reject(rejected)?;
-        }
         // A copy of the key set for `audit verify` on a disk that was taken out.
         let envelope = serde_json::to_vec(keys.envelope()).expect("an envelope serialises");
         let copy = config.state.join("keys.json");
@@ -172,13 +178,12 @@ impl Master {
         let places = Places {
             agents: agents.clone(),
             certificates,
-            rollout: path,
+            state: config.state.clone(),
         };
         // From here on nothing fails: a start that came to nothing must not leave a task behind that
         // holds the state directory.
         let (recorder, recorder_thread) = Recorder::start(log, places);
         let keys = Arc::new(keys);
-        publisher.hold(rollout.held().map(|held| held.reason.clone()));
         let mut revocations = Revocations::open(
             config.tls.revoked.clone(),
             &config.state,
@@ -186,71 +191,61 @@ impl Master {
             ca.key.clone(),
         );
         let look = revocations.look();
-        note_look(&look, &revocations, &recorder).await;
+        note_look(&look, &revocations, &recorder);
         let fleet = Fleet::new(
             records,
             rollout,
             config.rollout.clone(),
             publisher.offerable(),
         );
-        let replay = replay(&fleet, &publisher);
+        let replay = recovery::replay(fleet.rollout(), &publisher.offerable());
         let hub_stop = CancellationToken::new();
         let (forget, forgotten) = mpsc::channel(FORGOTTEN_MAX);
         let (wishes, wished) = mpsc::channel(WISHES_MAX);
+        let (news, heard) = mpsc::channel(NEWS_MAX);
         let means = hub::Means {
             keys: keys.clone(),
             recorder: recorder.clone(),
             ahead: forget,
             publisher: publisher.clone(),
             fresh: config.signing.fresh,
+            news: heard,
             wishes,
+            directives,
         };
         let (hub, hub_task) = hub::start(fleet, means, hub_stop.clone());
         if let Some(list) = revocations.list() {
             let _ = hub.tell(Event::Revoked(list.clone())).await;
         }
 
-        if let Some(event) = replay {
-            let _ = hub.tell(event).await;
+        if let Some(replay) = replay {
+            let _ = news.send(replay).await;
         }
 
-        let started = Job {
-            draft: Some(Draft {
-                event: "started".to_owned(),
-                actor: "master".to_owned(),
-                subject: config.fleet.to_string(),
-                position: None,
-                outcome: None,
-                detail: json!({
-                    "version": env!("CARGO_PKG_VERSION"),
-                    "mirror": config.mirror.path,
-                    "state": config.state,
-                    "quic": address.to_string(),
-                    "keys": keys.version,
-                    "epoch": keys.epoch,
-                    "certificate": own.fingerprint,
-                    "certificate_ends": own.not_after,
-                }),
+        let started = Draft {
+            detail: json!({
+                "version": env!("CARGO_PKG_VERSION"),
+                "mirror": config.mirror.path,
+                "state": config.state,
+                "quic": address.to_string(),
+                "keys": keys.version,
+                "epoch": keys.epoch,
+                "certificate": own.fingerprint,
+                "certificate_ends": own.not_after,
             }),
-            ..Job::default()
+            ..Draft::new(AuditEvent::Started, "master", &config.fleet)
         };
-        recorder.write(started).await; // without waiting for the disk, which may be full
+        recorder.write(Entry::line(started));
         if let Some(reason) = lost {
-            let mut draft = own_draft("alarm", None, json!({ "reason": reason }));
-            draft.subject = ROLLOUT.to_owned();
-            let draft = Some(draft);
-            recorder
-                .write(Job {
-                    draft,
-                    ..Job::default()
-                })
-                .await;
+            let draft = Draft::new(AuditEvent::Alarm, "master", ROLLOUT);
+            let detail = json!({ "reason": reason });
+            recorder.write(Entry::line(Draft { detail, ..draft }));
         }
         pipeline::recover(&publisher, &recorder).await;
 
         let stop = CancellationToken::new();
         let mut tasks = JoinSet::new();
-        let pipeline = Pipeline::new(publisher, hub.clone(), recorder.clone(), stop.clone());
+        let pipeline = Pipeline::new(publisher.clone(), news, recorder.clone(), stop.clone());
         let (wake, woken) = mpsc::channel(1);
         let again = Arc::new(Notify::new());
         tasks.spawn(mirror::watch(
@@ -263,6 +258,8 @@ impl Master {
         let shared = Shared {
             fleet: config.fleet.clone(),
             hub: hub.clone(),
+            keys: keys.clone(),
+            publisher,
             pusher: Pusher::new(store.clone(), config.push_concurrent),
             groups: config.groups.clone(),
             meters: Meters::default(),
@@ -333,20 +330,17 @@ impl Master {
                 )
             }
         };
-        let job = Job {
-            draft: Some(own_draft("reload", Some(word), detail)),
-            ..Job::default()
-        };
-        self.recorder.write(job).await;
+        let draft = own_draft(AuditEvent::Reload, Some(word), detail);
+        self.recorder.write(Entry::line(draft));
     }
 
     /// Stops in order: no new agents, open connections and commands end, then the fleet's state, then
     /// the log. Returns the operators' socket, unless its task has died.
     pub async fn stop(mut self, occasion: Occasion) -> Option<Listener> {
-        let give_up = self.recorder.give_up();
+        let recorder = self.recorder.clone();
         let patience = tokio::spawn(async move {
             tokio::time::sleep(DISK_PATIENCE).await;
-            give_up.store(true, Ordering::Relaxed);
+            recorder.give_up();
         });
         self.life.ends(occasion);
         let died = self.admin.is_finished(); // as `failed` reported
@@ -361,9 +355,8 @@ impl Master {
             }
         }
         let reload = (occasion == Occasion::Reload).then_some("reload");
-        self.recorder
-            .note(own_draft("stopped", reload, json!({})))
-            .await;
+        let stopped = own_draft(AuditEvent::Stopped, reload, json!({}));
+        let _ = self.recorder.note(stopped).await; // an error: the disk refuses
         self.hub_stop.cancel();
         if let Err(error) = self.hub_task.await {
             tracing::error!(%error, "the hub panicked; this is a bug");
@@ -398,28 +391,23 @@ impl Master {
 }
 
 /// What the audit log says of the master itself.
-fn own_draft(event: &str, outcome: Option<&str>, detail: serde_json::Value) -> Draft {
+fn own_draft(event: AuditEvent, outcome: Option<&str>, detail: serde_json::Value) -> Draft {
     Draft {
-        event: event.to_owned(),
-        actor: "master".to_owned(),
-        subject: "master".to_owned(),
-        position: None,
         outcome: outcome.map(str::to_owned),
         detail,
+        ..Draft::new(event, "master", "master")
     }
 }
 
-/// Where the rollout stood; and why that is not known, if so. Then nobody is offered anything and
-/// nothing is published or removed until an operator says so: what was halted, pinned or held must
-/// not come through because a file is gone.
-fn load_rollout(store: &Store, now: Timestamp) -> Result<(Rollout, Option<String>), StoreError> {
+/// The rollout as it was saved; or why that is not known.
+fn load_rollout(store: &Store) -> Result<Result<Rollout, String>, StoreError> {
     let reason = match store.load(ROLLOUT) {
-        Ok(Some(rollout)) => return Ok((rollout, None)),
+        Ok(Some(rollout)) => return Ok(Ok(rollout)),
         Ok(None) if store.taken().is_none() => {
             // From now on there is one for as long as there are generations.
             let rollout = Rollout::default();
             store.save(ROLLOUT, &rollout)?;
-            return Ok((rollout, None));
+            return Ok(Ok(rollout));
         }
         Ok(None) => format!("{} is gone", store.directory().join(ROLLOUT).display()),
         Err(error) => {
@@ -438,47 +426,7 @@ fn load_rollout(store: &Store, now: Timestamp) -> Result<(Rollout, Option<String
          known, so nothing is offered; `pin` again what was pinned"
     );
     tracing::error!("{reason}, and then `rollout resume`");
-    Ok((Rollout::lost(reason.clone(), now), Some(reason)))
-}
-
-/// What ended badly and was not remembered before the last end: the disk may have refused it.
-fn unremembered(rollout: &Rollout, publisher: &Publisher) -> Option<Rejected> {
-    let Failed {
-        target, how, since, ..
-    } = rollout.failed()?;
-    let manifests = publisher.store().manifests();
-    let again = manifests
-        .iter()
-        .any(|it| it.content == target.content && it.position() > target.position);
-    let known = publisher.rejected();
-    let known = known.iter().any(|it| it.content == target.content);
-    // Published again it was on the word of an operator.
-    (!known && !again).then(|| Rejected {
-        content: target.content,
-        position: target.position,
-        outcome: how.word().to_owned(),
-        since: *since,
-    })
-}
-
-/// What the rollout may not have heard before the last end: the generation published last.
-fn replay(fleet: &Fleet, publisher: &Publisher) -> Option<Event> {
-    let rollout = fleet.rollout();
-    if let (Some(owed), Some(manifest)) = (rollout.owed(), publisher.current())
-        && manifest.rollback_of == Some(owed.of.position)
-        && manifest.content == owed.to.content
-    {
-        return Some(Event::WentBack(manifest));
-    }
-    if rollout.held().is_some() {
-        return None; // nothing was published since, and where that stood may not be known
-    }
-    let manifest = publisher.newest()?;
-    let supersede = false;
-    Some(Event::Published {
-        manifest,
-        supersede,
-    })
+    Ok(Err(reason))
 }
 
 /// Opens the endpoint. After a reload the port may still be the last endpoint's for a moment.
@@ -517,12 +465,12 @@ async fn watch_revocations(
         if let (Look::Newer, Some(list)) = (&look, revocations.list()) {
             let _ = hub.tell(Event::Revoked(list.clone())).await; // if it has stopped, so do we
         }
-        note_look(&look, &revocations, &recorder).await;
+        note_look(&look, &revocations, &recorder);
     }
 }
 
 /// Writes down what a look at the list brought.
-async fn note_look(look: &Look, revocations: &Revocations, recorder: &Recorder) {
+fn note_look(look: &Look, revocations: &Revocations, recorder: &Recorder) {
     let (event, detail) = match look {
         Look::Same => return,
         Look::Newer => {
@@ -530,26 +478,18 @@ async fn note_look(look: &Look, revocations: &Revocations, recorder: &Recorder) 
             let (version, revoked) = (list.version, list.revoked.len());
             tracing::info!(version, revoked, "revocation list");
             (
-                "revocation_list",
+                AuditEvent::RevocationList,
                 json!({ "version": version, "revoked": revoked }),
             )
         }
         Look::Alarm(reason) => {
             tracing::error!("{reason}");
-            ("alarm", json!({ "reason": reason }))
+            (AuditEvent::Alarm, json!({ "reason": reason }))
         }
     };
     let draft = Draft {
-        event: event.to_owned(),
-        actor: "master".to_owned(),
-        subject: "revoked.json".to_owned(),
-        position: None,
-        outcome: None,
         detail,
+        ..Draft::new(event, "master", "revoked.json")
     };
-    let job = Job {
-        draft: Some(draft),
-        ..Job::default()
-    };
-    recorder.write(job).await;
+    recorder.write(Entry::line(draft));
 }

@@ -1,5 +1,7 @@
-//! The master's state directory: captured files by their digest, published generations by their
-//! position, and the encodings in which files travel.
+//! Decides which objects, generations and encodings are kept.
+//! Keeps captured files by their digest and published generations by their position, and makes the
+//! encodings in which files travel.
+//! Must not know who publishes or who fetches.
 //!
 //! ```text
 //! lock                        held while a master runs: there is one at a time
@@ -9,6 +11,7 @@
 //! deltas/FROM-TO.vVERSION     how to make one object from another
 //! fulls/SHA256.zst            an object, compressed
 //! rollout.json                where the rollout stands; there is one as long as there are generations
+//! rejected.json               the generations that were withdrawn, a second time
 //! rollout.json.damaged        the last one that could not be read, for people to look at
 //! tmp/                        files in the making; emptied at start
 //! ```
@@ -29,6 +32,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use clamcast_daemon::durable::{self, LockError, LockGuard};
+use clamcast_daemon::input;
 use clamcast_proto::dsse::{Envelope, PublicKey, Verified};
 use clamcast_proto::keys::KeySet;
 use clamcast_proto::manifest::{DATABASE_BYTES_MAX, Manifest};
@@ -47,6 +51,9 @@ pub(crate) use encode::Pair;
 /// fleet (`hub::AGENTS_MAX`) twice, in a wave and among the hosts that are set aside, with a reason.
 /// The envelope of the largest manifest is shorter.
 pub(crate) const RECORD_BYTES_MAX: u64 = 24 << 20;
+
+/// Most entries in one of the store's directories: thousands of generations of a hundred databases.
+const ENTRIES_MAX: usize = 1 << 20;
 
 /// How much of a file is read at a time.
 const BUFFER_BYTES: usize = 256 << 10;
@@ -522,9 +529,8 @@ fn copy_hashed(mut source: &File, target: &mut impl io::Write) -> io::Result<(Di
 }
 
 fn entries(directory: &Path) -> Result<Vec<PathBuf>, StoreError> {
-    let listed = fs::read_dir(directory)
-        .and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect());
-    listed.map_err(io_error("list", directory))
+    let names = input::names(directory, ENTRIES_MAX).map_err(io_error("list", directory))?;
+    Ok(names.iter().map(|name| directory.join(name)).collect())
 }
 
 fn generation_name(position: Position) -> String {

@@ -18,7 +18,7 @@ use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 
 use crate::dsse::PublicKey;
-use crate::{Digest, Epoch, Generation, Position};
+use crate::{AuditEvent, Digest, Epoch, Generation, Position};
 
 /// Longest line in bytes, without the newline: what one control message can tell fits. It bounds
 /// what reading a hostile log takes.
@@ -32,10 +32,10 @@ pub const CHECKPOINT_BYTES_MAX: usize = 64 << 10;
 pub const ORIGIN_BYTES_MAX: usize = 255;
 
 /// What is to be recorded. The log adds number and time.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Draft {
-    /// What happened, one word: `published`, `receipt`, `force_sync`.
-    pub event: String,
+    /// What happened.
+    pub event: AuditEvent,
     /// Who did it: `operator:uid/name`, `agent:NAME`, `master`.
     pub actor: String,
     /// What it was done to; may be empty.
@@ -72,13 +72,44 @@ pub struct Record {
     pub detail: Value,
 }
 
+/// Who gave an order at the admin socket.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Operator {
+    /// The user id of the command's process.
+    pub uid: u32,
+    /// Its name in the user database, or the number again.
+    pub name: String,
+    /// Who logged in, before `sudo` and the like, where the kernel's audit keeps it. It is read by
+    /// process id, so it is evidence for the log, and nothing is decided by it.
+    pub login_uid: Option<u32>,
+}
+
+/// As the audit log names its actor.
+impl fmt::Display for Operator {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "operator:{}/{}", self.uid, self.name)
+    }
+}
+
 impl Draft {
+    /// The draft of an event, with no position, no outcome and no detail.
+    pub fn new(event: AuditEvent, actor: impl fmt::Display, subject: impl fmt::Display) -> Self {
+        Self {
+            event,
+            actor: actor.to_string(),
+            subject: subject.to_string(),
+            position: None,
+            outcome: None,
+            detail: Value::Null,
+        }
+    }
+
     /// The record of this.
     pub fn record(self, seq: u64, time: Timestamp) -> Record {
         Record {
             seq,
             time,
-            event: self.event,
+            event: self.event.name().to_owned(),
             actor: self.actor,
             subject: self.subject,
             epoch: self.position.map(|position| position.epoch),
@@ -386,7 +417,7 @@ mod tests {
 
     fn record(seq: u64) -> Record {
         let draft = Draft {
-            event: "published".into(),
+            event: AuditEvent::Published,
             actor: "operator:1000/operator".into(),
             subject: "agent:web1".into(),
             position: Some(Position {
@@ -409,10 +440,11 @@ mod tests {
 
     #[test]
     fn the_fields_stand_in_the_order_of_the_format() {
-        let line = Draft::default().record(1, Timestamp::UNIX_EPOCH).line();
+        let draft = Draft::new(AuditEvent::Wave, "", "");
+        let line = draft.record(1, Timestamp::UNIX_EPOCH).line();
         assert_eq!(
             line,
-            r#"{"seq":1,"time":"1970-01-01T00:00:00Z","event":"","actor":"","subject":"","epoch":null,"generation":null,"outcome":null,"detail":null}"#
+            r#"{"seq":1,"time":"1970-01-01T00:00:00Z","event":"wave","actor":"","subject":"","epoch":null,"generation":null,"outcome":null,"detail":null}"#
         );
     }
 

@@ -9,6 +9,7 @@ pub mod container;
 pub mod delta;
 pub mod digest;
 pub mod dsse;
+pub mod event;
 pub mod fresh;
 pub mod identity;
 pub mod keys;
@@ -21,5 +22,6 @@ pub mod trust;
 pub mod wire;
 
 pub use digest::Digest;
+pub use event::AuditEvent;
 pub use names::{AgentName, DatabaseName, FleetName, GroupName};
 pub use position::{Epoch, Generation, Position};

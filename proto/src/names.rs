@@ -5,9 +5,11 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-/// Longest fleet, agent or group name. A DNS name fits, and so does the URI around it in a
-/// certificate.
+/// Longest fleet or group name. A DNS name fits, and so does the URI around it in a certificate.
 pub const NAME_BYTES_MAX: usize = 253;
+
+/// Longest agent name: `NAME.json` is a file on the master, and a file name has at most 255 bytes.
+pub const AGENT_NAME_BYTES_MAX: usize = 255 - ".json".len();
 
 /// Longest database file name: NAME_MAX of every Linux file system.
 pub const DATABASE_NAME_BYTES_MAX: usize = 255;
@@ -35,6 +37,13 @@ impl NameError {
 
 const NAME_RULE: &str = "expected letters, digits, `.`, `_` and `-`, first and last a letter or \
                          digit, at most 253 bytes";
+
+const AGENT_NAME_RULE: &str = "expected letters, digits, `.`, `_` and `-`, first and last a letter \
+                               or digit, at most 250 bytes";
+
+fn is_agent_name(text: &str) -> bool {
+    is_name(text) && text.len() <= AGENT_NAME_BYTES_MAX
+}
 
 fn is_name(text: &str) -> bool {
     let ends = |b: Option<&u8>| b.is_some_and(u8::is_ascii_alphanumeric);
@@ -107,7 +116,7 @@ name! {
 }
 name! {
     /// The name of an agent, as its certificate has it; also a file name on the master.
-    AgentName, "an agent name", NAME_RULE, is_name
+    AgentName, "an agent name", AGENT_NAME_RULE, is_agent_name
 }
 name! {
     /// The name of a group of agents.

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use clamcast_daemon::audit::{AuditError, Draft, Log};
 use clamcast_daemon::{durable, input};
 use clamcast_proto::dsse::PublicKey;
-use clamcast_proto::{AgentName, FleetName, Position};
+use clamcast_proto::{AgentName, AuditEvent, FleetName, Position};
 use ed25519_dalek::SigningKey;
 use ed25519_dalek::pkcs8::spki::der::pem::LineEnding;
 use ed25519_dalek::pkcs8::{DecodePrivateKey as _, EncodePrivateKey as _};
@@ -85,14 +85,14 @@ impl AuditLog {
     /// Notes what happened.
     pub fn note(
         &mut self,
-        event: &str,
+        event: AuditEvent,
         position: Option<Position>,
         outcome: Option<&str>,
         detail: Value,
     ) {
         let Some(log) = &mut self.log else { return };
         let draft = Draft {
-            event: event.to_owned(),
+            event,
             actor: format!("agent:{}", self.agent),
             subject: self.agent.to_string(),
             position,
@@ -101,7 +101,7 @@ impl AuditLog {
         };
         if let Err(error) = log.append(draft, Timestamp::now()) {
             let error = &error as &dyn std::error::Error;
-            tracing::error!(error, event, "not in the local audit log");
+            tracing::error!(error, %event, "not in the local audit log");
         }
     }
 }
@@ -168,7 +168,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         for start in 1..=3 {
             // Randomness counts only at the first start.
-            open(dir.path(), start).note("started", None, None, Value::Null);
+            open(dir.path(), start).note(AuditEvent::Started, None, None, Value::Null);
             assert_eq!(verify(dir.path()), u64::from(start));
         }
     }
@@ -176,11 +176,11 @@ mod tests {
     #[test]
     fn an_edited_log_is_kept_aside_and_a_new_one_begun() {
         let dir = tempfile::tempdir().unwrap();
-        open(dir.path(), 1).note("refused", None, None, Value::Null);
+        open(dir.path(), 1).note(AuditEvent::Refused, None, None, Value::Null);
         let path = dir.path().join("audit/log.jsonl");
         let text = fs::read_to_string(&path).unwrap();
         fs::write(&path, text.replace("refused", "adopted")).unwrap();
-        open(dir.path(), 1).note("started", None, None, Value::Null);
+        open(dir.path(), 1).note(AuditEvent::Started, None, None, Value::Null);
         assert_eq!(verify(dir.path()), 1);
         assert!(dir.path().join("audit-damaged-0/log.jsonl").exists());
     }

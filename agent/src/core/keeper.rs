@@ -23,7 +23,7 @@ use clamcast_proto::trust::TrustError;
 use clamcast_proto::wire::{
     FrameError, Hello, NeedFile, Offer, OfferId, Part, Phase, ToAgent, ToMaster, Welcome, close,
 };
-use clamcast_proto::{DatabaseName, Digest, FleetName, Position};
+use clamcast_proto::{AuditEvent, DatabaseName, Digest, FleetName, Position};
 use jiff::Timestamp;
 use quinn::{RecvStream, VarInt};
 use serde::{Deserialize, Serialize};
@@ -333,7 +333,8 @@ impl Keeper {
     ) {
         let detail = json!({ "version": env!("CARGO_PKG_VERSION") });
         let installed = self.installed_position();
-        self.audit.note("started", installed, None, detail);
+        self.audit
+            .note(AuditEvent::Started, installed, None, detail);
         self.watch_over();
         self.resume();
         self.look();
@@ -361,7 +362,8 @@ impl Keeper {
             self.workers.detach_all(); // what is on the disk's side cannot be cut short anyway
         }
         let installed = self.installed_position();
-        self.audit.note("stopped", installed, None, json!({}));
+        self.audit
+            .note(AuditEvent::Stopped, installed, None, json!({}));
     }
 
     fn asked(&mut self, question: Question) {
@@ -369,11 +371,13 @@ impl Keeper {
             // Whoever asked may have gone.
             Question::Status(answer) => drop(answer.send(self.status())),
             Question::Reloaded(Ok(())) => {
-                self.audit.note("reload", None, Some("done"), json!({}));
+                self.audit
+                    .note(AuditEvent::Reload, None, Some("done"), json!({}));
             }
             Question::Reloaded(Err(reason)) => {
                 let detail = json!({ "reason": reason, "in_use": "the old configuration" });
-                self.audit.note("reload", None, Some("failed"), detail);
+                self.audit
+                    .note(AuditEvent::Reload, None, Some("failed"), detail);
                 self.unused_configuration = Some(reason);
             }
         }
@@ -508,7 +512,7 @@ impl Keeper {
                 let (version, epoch) = (keys.version, keys.epoch);
                 tracing::info!(version, %epoch, "newer key set");
                 let detail = json!({ "version": version, "epoch": epoch });
-                self.audit.note("keys", None, None, detail);
+                self.audit.note(AuditEvent::Keys, None, None, detail);
                 Ok(())
             }
             Err(RefusedKeys::Trust(TrustError::Keys(old @ KeySetError::Old { .. }))) => {
@@ -654,7 +658,8 @@ impl Keeper {
             let detail = json!({
                 "manifest_sha256": manifest.payload_sha256(), "forced": offer.rehash,
             });
-            self.audit.note("accepted", Some(position), None, detail);
+            self.audit
+                .note(AuditEvent::Accepted, Some(position), None, detail);
         }
         let installed = self.installer.installed();
         let has_it = installed.is_some_and(|i| i.set.sha256() == manifest.payload_sha256());
@@ -761,7 +766,7 @@ impl Keeper {
         }
         self.refusal = Some(why.to_owned());
         let detail = json!({ "what": what, "error": why });
-        self.audit.note("refused", position, None, detail);
+        self.audit.note(AuditEvent::Refused, position, None, detail);
     }
 
     // What the slot wants.
@@ -1056,11 +1061,11 @@ impl Keeper {
         let outcome = Some(completed.outcome.as_str());
         let detail = json!({ "install": completed.install, "error": error, "took": took });
         self.audit
-            .note("installed", Some(position), outcome, detail);
+            .note(AuditEvent::Installed, Some(position), outcome, detail);
         let back = self.installed_position().filter(|back| *back != position);
         if completed.outcome == Outcome::Refused && back.is_some() {
             let detail = json!({ "refused": position.to_string() });
-            self.audit.note("rolled back", back, None, detail);
+            self.audit.note(AuditEvent::RolledBack, back, None, detail);
         }
         let drift = self.mended_by(completed, forced);
         self.send_receipt(completed, took, drift);

@@ -7,7 +7,7 @@ use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
-use clamcast_daemon::config::Percent;
+use clamcast_daemon::values::Percent;
 use clamcast_proto::GroupName;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};

@@ -26,6 +26,7 @@ use crate::config::{Rules, Wave};
 use crate::fleet::rollout::{
     Agents, Effect, Ending, Member, Order, OrderError, Rollout, Tally, Target, Wanted,
 };
+use crate::publish::withdrawn::Withdrawal;
 
 pub use agent::{
     Answered, Declined, Failed, Installed, Link, LinkId, Offered, Record, Standing, Taken,
@@ -151,8 +152,9 @@ impl Fleet {
         self.rollout.went_back(target)
     }
 
-    /// What was wanted is not to be offered any more; the next publication is.
-    pub fn withdrawn(&mut self) {
+    /// The fleet is past what was wanted, which is not to be offered any more; the next publication
+    /// is.
+    pub fn passed(&mut self) {
         self.unsaid.extend(self.rollout.retain(|_| false));
     }
 
@@ -172,7 +174,7 @@ impl Fleet {
         let rules = &self.rules;
         let effects = self.rollout.order(order, &self.agents, rules, now)?;
         for effect in &effects {
-            if let Effect::Reject {
+            if let Effect::Withdrawn {
                 target,
                 how: Ending::RolledBack,
             } = effect
@@ -180,8 +182,13 @@ impl Fleet {
                 // The same databases under an older number are no better.
                 let known = self.manifests.values();
                 let same = known.filter(|manifest| manifest.content == target.content);
-                self.rollout
-                    .are_taken_back(same.map(|manifest| manifest.position()));
+                let since = now;
+                self.rollout.were_withdrawn(same.map(|manifest| Withdrawal {
+                    content: manifest.content,
+                    position: manifest.position(),
+                    outcome: Ending::RolledBack,
+                    since,
+                }));
             }
         }
         Ok(effects)

@@ -1,56 +1,42 @@
 //! Decides who is offered what, what is said to whom, and what is written down before.
 //!
 //! Pure: no sockets, no disk, no clock. `hub.rs` tells it what happens and carries out the
-//! [`Action`]s that come of it, in their order. Invariants: what follows from a change stands behind
-//! the [`Entry`] that writes the change down; nothing that is the answer to a receipt is said before
-//! the receipt is on disk.
+//! [`Action`]s that come of it, in their order. What follows from a change is held until the
+//! [`Entry`] that writes the change down is on disk ([`Dispatcher::durable`]). An offer that was held
+//! is dropped if its generation was withdrawn meanwhile.
 
 #[cfg(test)]
 mod tests;
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use clamcast_daemon::admin::Operator;
-use clamcast_daemon::audit::Draft;
+use clamcast_proto::audit::{Draft, Operator};
 use clamcast_proto::dsse::{Envelope, Verified};
 use clamcast_proto::identity::Serial;
 use clamcast_proto::manifest::Manifest;
-use clamcast_proto::receipt::{ClamdReport, Outcome, Receipt};
+use clamcast_proto::receipt::{Outcome, Receipt};
 use clamcast_proto::revocation::RevocationList;
-use clamcast_proto::wire::{self, OfferId, Phase};
-use clamcast_proto::{AgentName, Digest, GroupName, Position};
+use clamcast_proto::wire::{self, Hello, OfferId, Phase};
+use clamcast_proto::{AgentName, AuditEvent, Digest, GroupName, Position};
 use jiff::Timestamp;
+use serde::Serialize;
 use serde_json::{Value, json};
 
-use crate::fleet::agents::{Arrival, Fleet, Link, LinkId, Record, Standing};
-use crate::fleet::rollout::{self, Effect, Ending, OrderError, Owed, Rollout, Target};
-use crate::publish::publisher::Rejected;
+use crate::fleet::agents::{Arrival, Fleet, Link, LinkId, Standing};
+use crate::fleet::rollout::{self, Effect, OrderError, Owed, Rollout};
+use crate::record::recorder::{Entry, FileName};
 
-/// Events that end a rollout: agents are told the head of the log that has them.
-const ENDS: [&str; 5] = [
-    "abort",
-    "halt",
-    "rollback",
-    "rolled-back",
-    "rollout-complete",
-];
+/// Time between checkpoints that agents are told of, beside those at the end of a rollout.
+const CHECKPOINTS: Duration = Duration::from_secs(3600);
 
-/// Events that somebody should look at.
-const ALARMING: [&str; 7] = [
-    "abort",
-    "halt",
-    "rolled-back",
-    "rollout-paused",
-    "set-aside",
-    "weighing",
-    "withheld",
-];
+/// Shortest time between two of them.
+const CHECKPOINTS_MIN: Duration = Duration::from_secs(60);
 
 /// Time between two tries of what did not go at first: to have a rollback published or the mirror
-/// looked at, or to remember what the disk refused.
+/// looked at.
 pub const TRY_AGAIN: Duration = Duration::from_secs(10);
 
 /// Decides for the whole fleet.
@@ -73,7 +59,30 @@ pub struct Dispatcher {
     looked: Instant,
     /// When the rollback that is owed was tried last.
     tried: Option<Instant>,
+    /// When agents are told the head of the audit log next, and when they were last.
+    checkpoint_at: Instant,
+    checkpointed: Option<Instant>,
+    /// Entries that were made, and how many of them are on disk.
+    written: u64,
+    durable: u64,
+    /// The signed head of the audit log.
+    checkpoint: Arc<str>,
+    /// What follows from entries that are not on disk yet, each with the number of its entry.
+    held: VecDeque<(u64, Held)>,
+    /// Agents whose records are to be kept when fewer entries wait for the disk.
+    unkept: BTreeSet<AgentName>,
+    /// Whether offers wait for that, too.
+    offers_wait: bool,
     actions: Vec<Action>,
+}
+
+/// What is done when an entry is on disk.
+#[derive(Debug)]
+enum Held {
+    Tell(LinkId, Message),
+    RollBack(Owed),
+    /// Everybody is told the head of the audit log.
+    Checkpoint,
 }
 
 /// What one master does at most.
@@ -83,6 +92,8 @@ pub struct Bounds {
     pub agents: usize,
     /// Shortest time between two looks at the rollout.
     pub looks_apart: Duration,
+    /// Entries of its own that wait for the disk. From there on nothing new is offered.
+    pub backlog: u64,
 }
 
 /// What an operator has forced on an agent.
@@ -107,29 +118,25 @@ pub struct Now {
 #[derive(Debug)]
 pub enum Action {
     /// Say this, if the connection is still there.
-    Tell(LinkId, Word),
-    /// Write this down.
-    Write(Box<Entry>),
+    Tell(LinkId, Message),
+    /// Write this down. [`Dispatcher::durable`] hears how many of these are on disk.
+    Write(Entry),
     /// End a connection.
     Close(LinkId, Closing),
-    /// Keep a content from being published again.
-    Reject(Rejected),
     /// Publish what the mirror has now.
     Publish,
-    /// Publish a rollback, once all that was to be written before is on disk.
+    /// Publish a rollback.
     RollBack(Owed),
     /// Some agent has taken this generation of ours.
     Accepted(Digest),
     /// An agent has a generation that may be newer than all of ours: the master was restored.
     Ahead(Envelope),
-    /// Tell everybody the head of the audit log soon.
-    Checkpoint,
 }
 
 /// What an agent is told.
 #[derive(Clone, Debug)]
-pub enum Word {
-    /// First words.
+pub enum Message {
+    /// The first message of a connection.
     Welcome,
     /// Take this generation.
     Offer {
@@ -142,8 +149,10 @@ pub enum Word {
     },
     /// What it has is still current.
     Fresh(Arc<Verified<Manifest>>),
-    /// A receipt is in the audit log.
+    /// The receipt with this number is in the audit log.
     Acknowledge(u64),
+    /// The signed head of the audit log.
+    Checkpoint(Arc<str>),
 }
 
 /// How a generation is offered.
@@ -153,21 +162,6 @@ pub struct Manner {
     pub rehash: bool,
     /// No delta is used.
     pub full: bool,
-}
-
-/// One thing to write, in this order, and what is said to an agent when it is on disk.
-#[derive(Debug, Default)]
-pub struct Entry {
-    /// A line for the audit log.
-    pub draft: Option<Draft>,
-    /// An agent's record to keep.
-    pub keep: Option<Record>,
-    /// An agent to forget.
-    pub forget: Option<AgentName>,
-    /// The state of the rollout to keep.
-    pub rollout: Option<Rollout>,
-    /// What is said, and on which connection.
-    pub then: Option<(LinkId, Word)>,
 }
 
 /// Why a connection is ended.
@@ -282,6 +276,14 @@ impl Dispatcher {
             look_at: Some(now.at),
             looked: now.at,
             tried: None,
+            checkpoint_at: now.at + CHECKPOINTS,
+            checkpointed: None,
+            written: 0,
+            durable: 0,
+            checkpoint: Arc::from(""),
+            held: VecDeque::new(),
+            unkept: BTreeSet::new(),
+            offers_wait: false,
             actions: Vec::new(),
         }
     }
@@ -301,8 +303,61 @@ impl Dispatcher {
         self.look_at
     }
 
+    /// The first `number` entries are on disk. `checkpoint`: the signed head of the audit log.
+    pub fn durable(&mut self, number: u64, checkpoint: &Arc<str>) {
+        (self.durable, self.checkpoint) = (number, checkpoint.clone());
+        while let Some((_, held)) = self.held.pop_front_if(|(after, _)| *after <= number) {
+            self.release(held);
+        }
+        if !self.is_busy() {
+            for name in std::mem::take(&mut self.unkept) {
+                self.keep(&name);
+            }
+            if std::mem::take(&mut self.offers_wait) {
+                self.look_soon();
+            }
+        }
+    }
+
+    /// Does what an entry held up.
+    fn release(&mut self, held: Held) {
+        let rollout = self.fleet.rollout();
+        match held {
+            Held::Tell(
+                _,
+                Message::Offer {
+                    manifest, manner, ..
+                },
+            ) if !manner.rehash && rollout.is_taken_back(manifest.position()) => {}
+            Held::Tell(id, message) => self.actions.push(Action::Tell(id, message)),
+            Held::RollBack(owed) if rollout.owed() == Some(&owed) => {
+                self.actions.push(Action::RollBack(owed));
+            }
+            Held::RollBack(_) => {} // an operator ordered another one meanwhile
+            Held::Checkpoint => {
+                let links: Vec<_> = self.fleet.greeted().map(|(_, id)| id).collect();
+                for id in links {
+                    let message = Message::Checkpoint(self.checkpoint.clone());
+                    self.actions.push(Action::Tell(id, message));
+                }
+            }
+        }
+    }
+
+    /// Whether as many entries wait for the disk as may.
+    fn is_busy(&self) -> bool {
+        self.written - self.durable >= self.bounds.backlog
+    }
+
     /// To be called every second or so: silence is no event, and neither is a window that opens.
-    pub fn tick(&mut self) {
+    pub fn tick(&mut self, now: Now) {
+        if now.at >= self.checkpoint_at {
+            self.checkpoint_at = now.at + CHECKPOINTS;
+            if self.fleet.greeted().next().is_some() {
+                self.checkpointed = Some(now.at);
+                self.hold(Held::Checkpoint);
+            }
+        }
         if self.fleet.is_timed() || self.kept.owed().is_some() {
             self.look_soon();
         }
@@ -322,6 +377,10 @@ impl Dispatcher {
         let mut changed = *self.fleet.rollout() != self.kept;
         self.carry_out(effects, None, now);
         for (name, id, manifest) in self.fleet.due(now.clock) {
+            if self.is_busy() {
+                self.offers_wait = true;
+                break;
+            }
             if !self.is_forced(&name, &manifest) {
                 self.forced.remove(&name);
                 self.offer(&name, id, manifest, Manner::default(), now);
@@ -349,7 +408,6 @@ impl Dispatcher {
     /// Has done what a change of the rollout brings. Its new state is written before every offer
     /// that follows from it.
     fn carry_out(&mut self, effects: Vec<Effect>, operator: Option<&Operator>, now: Now) {
-        let actor = operator.map_or_else(|| "master".to_owned(), Operator::to_string);
         let (mut looks, mut ended) = (false, false);
         for effect in effects {
             match effect {
@@ -361,33 +419,25 @@ impl Dispatcher {
                 } => {
                     let subject = host.map_or_else(|| "fleet".to_owned(), |host| host.to_string());
                     let about = position.map(tracing::field::display);
-                    if ALARMING.contains(&event) {
-                        tracing::warn!(position = about, subject, event, "{reason}");
+                    if event.is_alarming() {
+                        tracing::warn!(position = about, subject, %event, "{reason}");
                     } else {
-                        tracing::info!(position = about, subject, event, "{reason}");
+                        tracing::info!(position = about, subject, %event, "{reason}");
                     }
-                    ended |= ENDS.contains(&event);
+                    ended |= event.ends_a_rollout();
                     let mut detail = json!({ "reason": reason });
-                    if let Some(operator) = operator {
-                        detail["login_uid"] = json!(operator.login_uid);
-                    }
-                    self.write(Entry {
-                        draft: Some(Draft {
-                            event: event.to_owned(),
-                            actor: actor.clone(),
-                            subject,
-                            position,
-                            outcome: None,
-                            detail,
-                        }),
-                        ..Entry::default()
-                    });
+                    let mut draft = match operator {
+                        Some(operator) => {
+                            detail["login_uid"] = json!(operator.login_uid);
+                            Draft::new(event, operator, subject)
+                        }
+                        None => Draft::new(event, "master", subject),
+                    };
+                    (draft.position, draft.detail) = (position, detail);
+                    self.write(Entry::line(draft));
                 }
-                Effect::Reject { target, how } => {
-                    let rejected = rejected(&target, how, now.clock);
-                    self.actions.push(Action::Reject(rejected));
-                    self.forced.clear(); // what takes it back must come through
-                }
+                // What takes it back must come through.
+                Effect::Withdrawn { .. } => self.forced.clear(),
                 Effect::Look => looks = true,
             }
         }
@@ -396,14 +446,18 @@ impl Dispatcher {
             if rollout.owed() != self.kept.owed() {
                 self.tried = None;
             }
+            let mut files = Vec::new();
+            if rollout.withdrawn() != self.kept.withdrawn() {
+                files.push((FileName::Withdrawn, Some(json_of(rollout.withdrawn()))));
+            }
+            files.push((FileName::Rollout, Some(json_of(rollout))));
             self.kept = rollout.clone();
-            self.write(Entry {
-                rollout: Some(self.kept.clone()),
-                ..Entry::default()
-            });
+            self.write(Entry { draft: None, files });
         }
         if ended {
-            self.actions.push(Action::Checkpoint);
+            let last = self.checkpointed.map(|last| last + CHECKPOINTS_MIN);
+            let earliest = now.at.max(last.unwrap_or(now.at));
+            self.checkpoint_at = self.checkpoint_at.min(earliest);
         }
         if looks {
             self.actions.push(Action::Publish);
@@ -411,7 +465,8 @@ impl Dispatcher {
         let tried = self.tried.is_some_and(|tried| now.at < tried + TRY_AGAIN);
         if let Some(owed) = self.kept.owed().filter(|_| !tried) {
             self.tried = Some(now.at);
-            self.actions.push(Action::RollBack(owed.clone()));
+            let owed = owed.clone();
+            self.hold(Held::RollBack(owed));
         }
     }
 
@@ -431,9 +486,10 @@ impl Dispatcher {
         self.look_soon();
     }
 
-    /// What was current is not to be offered any more; the next publication is.
-    pub fn withdrawn(&mut self, now: Now) {
-        self.fleet.withdrawn();
+    /// The fleet is past what was current, which is not to be offered any more; the next publication
+    /// is.
+    pub fn passed(&mut self, now: Now) {
+        self.fleet.passed();
         self.carry_out(Vec::new(), None, now);
         self.look_soon();
     }
@@ -521,11 +577,11 @@ impl Dispatcher {
         for (name, _) in revoked {
             self.forced.remove(&name);
             let detail = json!({ "list": list.version });
-            let draft = draft("revoked", "master", &name, None, None, detail);
+            let draft = Draft::new(AuditEvent::Revoked, "master", &name);
+            self.unkept.remove(&name);
             self.write(Entry {
-                draft: Some(draft),
-                forget: Some(name),
-                ..Entry::default()
+                draft: Some(Draft { detail, ..draft }),
+                files: vec![(FileName::Agent(name), None)],
             });
         }
         self.revoked = Some(list);
@@ -568,10 +624,10 @@ impl Dispatcher {
         if new {
             tracing::info!(agent = %name, %address, "enrolled");
             let detail = json!({ "address": address.to_string(), "certificate": fingerprint });
-            self.note("enrolled", &name, None, None, detail);
+            self.note(AuditEvent::Enrolled, &name, None, None, detail);
         }
         tracing::debug!(agent = %name, %address, "connected");
-        self.actions.push(Action::Tell(id, Word::Welcome));
+        self.actions.push(Action::Tell(id, Message::Welcome));
         if changed {
             self.keep(&name);
         }
@@ -588,17 +644,15 @@ impl Dispatcher {
     }
 
     /// An agent said Hello.
-    #[expect(clippy::too_many_arguments, reason = "each is a field of Hello")]
-    pub fn hello(
-        &mut self,
-        name: &AgentName,
-        id: LinkId,
-        clamd: ClamdReport,
-        foreign: Vec<String>,
-        installed: Option<&Envelope>,
-        outcome: Option<Outcome>,
-        now: Now,
-    ) {
+    pub fn hello(&mut self, name: &AgentName, id: LinkId, hello: Hello, now: Now) {
+        let Hello {
+            clamd,
+            foreign,
+            installed,
+            outcome,
+            ..
+        } = hello;
+        let installed = installed.as_ref();
         if self.fleet.first_wave_waits() {
             self.look(now); // else it would be offered the generation before first
         }
@@ -684,7 +738,7 @@ impl Dispatcher {
             self.forced.remove(name);
             tracing::warn!(agent = %name, said = message, "an agent does not take its offer");
             let detail = json!({ "said": message });
-            self.note("declined", name, Some(position), None, detail);
+            self.note(AuditEvent::Declined, name, Some(position), None, detail);
         }
         self.look_soon();
     }
@@ -696,13 +750,10 @@ impl Dispatcher {
             return; // it comes again on the new connection
         }
         self.look_soon();
-        let then = Some((id, Word::Acknowledge(receipt.seq)));
+        let acknowledgement = Held::Tell(id, Message::Acknowledge(receipt.seq));
         if !self.fleet.receipt(receipt, now.clock) {
-            // Known is not yet on disk: the entry of its first arrival may still wait before this one.
-            return self.write(Entry {
-                then,
-                ..Entry::default()
-            });
+            // Known is not yet on disk: the entry of its first arrival may still wait.
+            return self.hold(acknowledgement);
         }
         if self.fleet.offer(name).is_none() {
             self.forced.remove(name);
@@ -716,15 +767,17 @@ impl Dispatcher {
         let outcome = receipt.outcome.to_string();
         tracing::info!(agent = %name, %position, outcome, error = receipt.error, "receipt");
         self.drift(receipt); // before the acknowledgement
-        let (actor, outcome) = (format!("agent:{name}"), Some(outcome));
-        let detail = json!({ "receipt": receipt.envelope() });
-        let draft = draft("receipt", &actor, name, Some(position), outcome, detail);
+        let draft = Draft {
+            position: Some(position),
+            outcome: Some(outcome),
+            detail: json!({ "receipt": receipt.envelope() }),
+            ..Draft::new(AuditEvent::Receipt, by(name), name)
+        };
         self.write(Entry {
             draft: Some(draft),
-            keep: self.fleet.record(name).cloned(),
-            then,
-            ..Entry::default()
+            files: self.record(name),
         });
+        self.hold(acknowledgement);
         if let Some(manifest) = self.fleet.doubted(name, now.clock).cloned() {
             self.offer(name, id, manifest, Manner::default(), now);
         }
@@ -740,7 +793,7 @@ impl Dispatcher {
     /// Writes what a receipt says of changed files into the audit log.
     fn drift(&mut self, receipt: &Receipt) {
         let name = &receipt.agent;
-        for (event, mended) in [("drift", false), ("repair", true)] {
+        for (event, mended) in [(AuditEvent::Drift, false), (AuditEvent::Repair, true)] {
             let files = receipt.drift.iter().filter(|file| file.mended == mended);
             let files: Vec<_> = files
                 .map(|file| json!({ "name": file.name, "found": file.found }))
@@ -769,7 +822,7 @@ impl Dispatcher {
     /// Tells one agent that what it is wanted at is current.
     fn vouch_to(&mut self, name: &AgentName, id: LinkId, now: Now) {
         if let Some(manifest) = self.fleet.vouched(name, now.clock) {
-            let fresh = Word::Fresh(manifest.clone());
+            let fresh = Message::Fresh(manifest.clone());
             self.actions.push(Action::Tell(id, fresh));
         }
     }
@@ -789,53 +842,71 @@ impl Dispatcher {
         if manner.rehash {
             self.fleet.forced(name, id);
         }
-        let keep = self.fleet.record(name).cloned(); // a start finds who was there
-        let detail = json!({ "forced": manner.rehash });
-        let draft = draft("offer", "master", name, Some(position), None, detail);
-        let word = Word::Offer {
+        let draft = Draft {
+            position: Some(position),
+            detail: json!({ "forced": manner.rehash }),
+            ..Draft::new(AuditEvent::Offer, "master", name)
+        };
+        self.write(Entry {
+            draft: Some(draft),
+            files: self.record(name), // a start finds who was there
+        });
+        let message = Message::Offer {
             offer,
             manifest,
             manner,
         };
-        self.write(Entry {
-            draft: Some(draft),
-            keep,
-            then: Some((id, word)),
-            ..Entry::default()
-        });
+        self.hold(Held::Tell(id, message));
         offer
     }
 
     // What is written.
 
-    /// Keeps what is known of an agent on disk.
+    /// Keeps what is known of an agent on disk: later, if too much waits for the disk.
     fn keep(&mut self, name: &AgentName) {
-        let keep = self.fleet.record(name).cloned();
-        self.write(Entry {
-            keep,
-            ..Entry::default()
-        });
+        if self.is_busy() {
+            self.unkept.insert(name.clone());
+            return;
+        }
+        let files = self.record(name);
+        self.write(Entry { draft: None, files });
+    }
+
+    /// The file that says what is known of an agent.
+    fn record(&self, name: &AgentName) -> Vec<(FileName, Option<Vec<u8>>)> {
+        let record = self.fleet.record(name);
+        let file = |record| (FileName::Agent(name.clone()), Some(json_of(record)));
+        record.map(file).into_iter().collect()
     }
 
     /// Writes what an agent did into the audit log.
     fn note(
         &mut self,
-        event: &str,
+        event: AuditEvent,
         name: &AgentName,
         position: Option<Position>,
         outcome: Option<String>,
         detail: Value,
     ) {
-        let actor = format!("agent:{name}");
-        let draft = draft(event, &actor, name, position, outcome, detail);
-        self.write(Entry {
-            draft: Some(draft),
-            ..Entry::default()
-        });
+        self.write(Entry::line(Draft {
+            position,
+            outcome,
+            detail,
+            ..Draft::new(event, by(name), name)
+        }));
     }
 
     fn write(&mut self, entry: Entry) {
-        self.actions.push(Action::Write(Box::new(entry)));
+        self.written += 1;
+        self.actions.push(Action::Write(entry));
+    }
+
+    /// Does this when all that was written so far is on disk.
+    fn hold(&mut self, held: Held) {
+        match self.written == self.durable {
+            true => self.release(held),
+            false => self.held.push_back((self.written, held)),
+        }
     }
 }
 
@@ -849,30 +920,11 @@ impl Closing {
     }
 }
 
-fn rejected(target: &Target, how: Ending, now: Timestamp) -> Rejected {
-    Rejected {
-        content: target.content,
-        position: target.position,
-        outcome: how.word().to_owned(),
-        since: now,
-    }
+/// An agent, as the actor of a record.
+fn by(name: &AgentName) -> String {
+    format!("agent:{name}")
 }
 
-fn draft(
-    event: &str,
-    actor: &str,
-    subject: &AgentName,
-    position: Option<Position>,
-    outcome: Option<String>,
-    detail: Value,
-) -> Draft {
-    let (event, actor, subject) = (event.to_owned(), actor.to_owned(), subject.to_string());
-    Draft {
-        event,
-        actor,
-        subject,
-        position,
-        outcome,
-        detail,
-    }
+fn json_of(state: &impl Serialize) -> Vec<u8> {
+    serde_json::to_vec(state).expect("our own state serialises")
 }

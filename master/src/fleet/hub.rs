@@ -1,40 +1,38 @@
 //! The one task that owns the fleet: connections tell it what agents say, publishing tells it what
-//! is wanted, and it carries out what `dispatch.rs` decides.
+//! is wanted, the recorder tells it what is on disk, and it carries out what `dispatch.rs` decides.
 //!
-//! Nothing here waits for a peer. What it learns is on disk before the agent hears that it was
-//! taken: a receipt is acknowledged after the audit log has it, and a crash in between makes the
-//! agent send it again, which is harmless because it is known by its digest.
+//! It waits for no peer and for no disk, so it answers at once whatever they do.
 
-use std::collections::{HashMap, HashSet};
-use std::net::SocketAddr;
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use clamcast_daemon::admin::Operator;
+use clamcast_proto::audit::Operator;
 use clamcast_proto::dsse::{Envelope, Verified};
-use clamcast_proto::fresh::Freshness;
-use clamcast_proto::identity::Certificate;
 use clamcast_proto::keys::KeySet;
 use clamcast_proto::manifest::Manifest;
 use clamcast_proto::receipt::Receipt;
 use clamcast_proto::revocation::RevocationList;
-use clamcast_proto::wire::{self, Hello, OfferId, Welcome};
-use clamcast_proto::{AgentName, Digest, GroupName, Position};
+use clamcast_proto::wire::{self, Hello, OfferId};
+use clamcast_proto::{AgentName, Position};
 use jiff::Timestamp;
 use quinn::{Connection, VarInt};
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, sleep_until};
 use tokio_util::sync::CancellationToken;
 
-use crate::fleet::agents::{Counts, Fleet, LinkId, Row, ThinVersion};
-use crate::fleet::dispatch::{
-    Action, Bounds, Dispatcher, Entry, Forced, Forcing, Manner, Newcomer, Now, Order, Progress,
-    TRY_AGAIN, Unwanted, Word,
+use super::agents::{Counts, Fleet, LinkId, Row, ThinVersion};
+use super::dispatch::{
+    Action, Bounds, Dispatcher, Forced, Forcing, Message, Newcomer, Now, Order, Progress,
+    TRY_AGAIN, Unwanted,
 };
-use crate::fleet::rollout::{OrderError, Rollout, Run, Tally};
-use crate::publish::pipeline::Wish;
-use crate::publish::publisher::{Publisher, Rejected};
-use crate::record::recorder::{Job, Recorder};
+use super::recovery;
+use super::rollout::{OrderError, Rollout, Run, Tally};
+use crate::publish::pipeline::{News, Wish};
+use crate::publish::publisher::{FRESH_PARTS, Publisher};
+use crate::publish::withdrawn::Directives;
+use crate::record::recorder::{Durable, ENTRIES_MAX, Entry, FileName, Recorder};
 use crate::store::Store;
 
 /// Messages that wait for the hub; senders wait when it is full, and with them their agents.
@@ -43,17 +41,7 @@ const EVENTS_MAX: usize = 1024;
 /// Messages that wait for one connection: acknowledgements of all receipts that an agent may hold,
 /// and as much again. Its task writes them as fast as the agent reads; an agent with this many
 /// unread ones is disconnected and starts over.
-const COMMANDS_MAX: usize = 2 * wire::RECEIPTS_PENDING_MAX;
-
-/// Time between checkpoints that agents are told of, beside those at the end of a rollout.
-const CHECKPOINTS: Duration = Duration::from_secs(3600);
-
-/// Shortest time between two of them.
-const CHECKPOINTS_MIN: Duration = Duration::from_secs(60);
-
-/// Agents hear that their generation is current this many times in the time that the word holds,
-/// so that a few lost ones do not make a host stale.
-const FRESH_PARTS: u32 = 4;
+const MESSAGES_MAX: usize = 2 * wire::RECEIPTS_PENDING_MAX;
 
 /// Time between looks at a rollout when nothing happens, for silence is no event.
 const LOOK: Duration = Duration::from_secs(1);
@@ -66,13 +54,21 @@ pub const AGENTS_MAX: usize = 20_000;
 const BOUNDS: Bounds = Bounds {
     agents: AGENTS_MAX,
     looks_apart: Duration::from_millis(50),
+    backlog: ENTRIES_MAX,
 };
 
 /// What happens to the fleet.
 #[derive(Debug)]
 pub enum Event {
     /// An agent's certificate was checked.
-    Connected(Box<Connected>),
+    Connected {
+        /// Which agent.
+        newcomer: Box<Newcomer>,
+        /// The connection, to end it.
+        connection: Connection,
+        /// Gets the connection's name and what is said on it.
+        reply: oneshot::Sender<Result<(LinkId, mpsc::Receiver<Message>), Unwanted>>,
+    },
     /// It said Hello.
     Hello {
         /// Who.
@@ -123,17 +119,6 @@ pub enum Event {
         /// Which connection.
         id: LinkId,
     },
-    /// A generation was published.
-    Published {
-        /// Its manifest.
-        manifest: Arc<Verified<Manifest>>,
-        /// Whether it takes the place of what is on its way.
-        supersede: bool,
-    },
-    /// A rollback was published.
-    WentBack(Arc<Verified<Manifest>>),
-    /// What was current is not to be offered any more; the next publication is.
-    Withdrawn,
     /// An operator wants these agents at a generation, whatever they say they have.
     Force {
         /// Which one.
@@ -151,63 +136,13 @@ pub enum Event {
         order: Order,
         /// Who.
         operator: Operator,
-        /// Gets why it cannot be carried out, or what tells when it is on disk that it is.
-        reply: oneshot::Sender<Result<oneshot::Receiver<()>, OrderError>>,
+        /// Gets why it cannot be carried out, or the number of the entry that has to be on disk first.
+        reply: oneshot::Sender<Result<u64, OrderError>>,
     },
     /// A newer revocation list is in force.
     Revoked(RevocationList),
     /// Somebody asks.
     Query(oneshot::Sender<View>),
-}
-
-/// An agent whose certificate was checked.
-#[derive(Debug)]
-pub struct Connected {
-    /// Its name.
-    pub name: AgentName,
-    /// Its certificate.
-    pub certificate: Certificate,
-    /// Its groups, of the certificate and of the configuration.
-    pub groups: Vec<GroupName>,
-    /// Where it comes from.
-    pub address: SocketAddr,
-    /// The connection, to end it.
-    pub connection: Connection,
-    /// Gets the connection's name and its commands.
-    pub reply: oneshot::Sender<Result<(LinkId, mpsc::Receiver<Command>), Unwanted>>,
-}
-
-/// A generation that somebody is wanted at, with the word that it is current.
-#[derive(Clone, Debug)]
-pub struct Current {
-    /// The generation.
-    pub manifest: Arc<Verified<Manifest>>,
-    /// The statement that it is current.
-    pub fresh: Verified<Freshness>,
-}
-
-/// What the hub tells a connection's task.
-#[derive(Clone, Debug)]
-pub enum Command {
-    /// First words.
-    Welcome(Box<Welcome>),
-    /// Offer this generation.
-    Offer {
-        /// Names the offer.
-        offer: OfferId,
-        /// The generation.
-        current: Box<Current>,
-        /// The key set.
-        keys: Arc<Verified<KeySet>>,
-        /// How.
-        manner: Manner,
-    },
-    /// The generation is still current.
-    Fresh(Envelope),
-    /// A receipt is in the audit log.
-    Acknowledge(u64),
-    /// The signed head of the audit log.
-    Checkpoint(String),
 }
 
 /// The fleet at one moment, for whoever asks.
@@ -301,12 +236,16 @@ pub struct Means {
     pub recorder: Recorder,
     /// Takes manifests of agents that are ahead of this master.
     pub ahead: mpsc::Sender<Envelope>,
-    /// Vouches for what agents are wanted at.
+    /// Keeps what was published.
     pub publisher: Arc<Publisher>,
-    /// How long that holds.
+    /// For how long an agent may rely on a generation.
     pub fresh: Duration,
+    /// Brings what was published.
+    pub news: mpsc::Receiver<News>,
     /// Takes what the rollout wants published.
     pub wishes: mpsc::Sender<Wish>,
+    /// Takes what the publisher is to know.
+    pub directives: watch::Sender<Directives>,
 }
 
 /// Starts the task. It ends when `stop` fires.
@@ -317,16 +256,16 @@ pub fn start(
 ) -> (Hub, tokio::task::JoinHandle<()>) {
     let (events, inbox) = mpsc::channel(EVENTS_MAX);
     let (tick, changed) = watch::channel(0);
+    let mut dispatcher = Dispatcher::new(fleet, BOUNDS, Now::get());
+    dispatcher.durable(0, &means.recorder.watch().borrow().checkpoint);
     let running = Running {
-        dispatcher: Dispatcher::new(fleet, BOUNDS, Now::get()),
+        dispatcher,
+        numbers: VecDeque::new(),
+        durable: 0,
         means,
-        lines: HashMap::new(),
-        told: None,
-        checkpoint: None,
-        vouched: HashMap::new(),
-        unrejected: Vec::new(),
-        unlooked: false,
-        tried: Instant::now(),
+        links: HashMap::new(),
+        tasks: JoinSet::new(),
+        unlooked: None,
         tick,
     };
     let handle = tokio::spawn(running.run(inbox, stop));
@@ -335,34 +274,30 @@ pub fn start(
 
 struct Running {
     dispatcher: Dispatcher,
+    /// The recorder's numbers of the dispatcher's entries that are not on disk, and how many are.
+    numbers: VecDeque<u64>,
+    durable: u64,
     means: Means,
-    lines: HashMap<LinkId, Line>,
-    /// When agents were last told the audit log's head, and when they are to be.
-    told: Option<Instant>,
-    checkpoint: Option<Instant>,
-    /// Words that a generation is current, until they are made anew.
-    vouched: HashMap<Digest, Verified<Freshness>>,
-    /// Contents that could not be kept from being published again yet.
-    unrejected: Vec<Rejected>,
-    /// The mirror is to be looked at, for which there was no room yet.
-    unlooked: bool,
-    /// When these two were tried last.
-    tried: Instant,
+    links: HashMap<LinkId, Line>,
+    /// What waits for the store.
+    tasks: JoinSet<()>,
+    /// The mirror is to be looked at, for which there was no room at this time.
+    unlooked: Option<Instant>,
     tick: watch::Sender<u64>,
 }
 
 /// The way to one connection's task.
-#[derive(Clone, Debug)]
-pub struct Line {
+#[derive(Debug)]
+struct Line {
     name: AgentName,
     connection: Connection,
-    commands: mpsc::Sender<Command>,
+    messages: mpsc::Sender<Message>,
 }
 
 impl Line {
-    /// Queues a command; never waits for a peer.
-    pub fn send(&self, command: Command) {
-        if let Err(mpsc::error::TrySendError::Full(_)) = self.commands.try_send(command) {
+    /// Queues a message; never waits for a peer.
+    fn send(&self, message: Message) {
+        if let Err(mpsc::error::TrySendError::Full(_)) = self.messages.try_send(message) {
             tracing::warn!(agent = %self.name, "reads nothing, connection closed");
             self.close(wire::close::TIMEOUT, "reads nothing");
         }
@@ -376,85 +311,122 @@ impl Line {
 
 impl Running {
     async fn run(mut self, mut inbox: mpsc::Receiver<Event>, stop: CancellationToken) {
-        let mut checkpoints = tokio::time::interval(CHECKPOINTS);
         let mut renewals = tokio::time::interval(self.means.fresh / FRESH_PARTS);
         let mut looks = tokio::time::interval(LOOK);
         for interval in [&mut renewals, &mut looks] {
             interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
         }
+        let mut disk = self.means.recorder.watch();
         loop {
-            let event = tokio::select! {
+            tokio::select! {
                 biased;
                 () = stop.cancelled() => break,
-                () = until(self.dispatcher.look_at()) => {
-                    self.look().await;
-                    continue;
+                () = until(self.dispatcher.look_at()) => self.look(),
+                Ok(()) = disk.changed() => {
+                    let durable = disk.borrow_and_update().clone();
+                    self.durable(&durable);
                 }
-                () = until(self.checkpoint) => {
-                    self.checkpoint().await;
-                    continue;
-                }
+                Some(ended) = self.tasks.join_next() => report(ended),
                 _ = looks.tick() => {
-                    self.dispatcher.tick();
-                    self.try_again().await;
-                    continue;
+                    self.dispatcher.tick(Now::get());
+                    self.carry_out();
+                    self.look_again();
                 }
                 _ = renewals.tick() => {
-                    self.vouched.clear();
                     self.dispatcher.renew(Now::get());
-                    self.carry_out().await;
-                    continue;
+                    self.carry_out();
                 }
-                _ = checkpoints.tick() => {
-                    self.checkpoint_soon();
-                    continue;
+                Some(news) = self.means.news.recv() => {
+                    self.heard(news, Now::get());
+                    self.carry_out();
+                    self.changed();
                 }
-                event = inbox.recv() => event,
-            };
-            match event {
-                None => break,
-                Some(Event::Query(reply)) => {
-                    // What is told takes in what happened.
-                    if self.dispatcher.look_at().is_some() {
-                        self.look().await;
+                event = inbox.recv() => match event {
+                    None => break,
+                    Some(Event::Query(reply)) => {
+                        // What is told takes in what happened.
+                        if self.dispatcher.look_at().is_some() {
+                            self.look();
+                        }
+                        // Nobody may be waiting any more.
+                        let _ = reply.send(View::of(self.dispatcher.fleet(), Timestamp::now()));
                     }
-                    // Nobody may be waiting any more.
-                    let _ = reply.send(View::of(self.dispatcher.fleet(), Timestamp::now()));
-                }
-                Some(event) => {
-                    self.handle(event, Now::get()).await;
-                    self.carry_out().await;
-                    self.tick.send_modify(|tick| *tick += 1);
-                }
+                    Some(event) => {
+                        self.handle(event, Now::get());
+                        self.carry_out();
+                        self.changed();
+                    }
+                },
             }
         }
+        while let Some(ended) = self.tasks.join_next().await {
+            report(ended);
+        }
+    }
+
+    fn changed(&self) {
+        self.tick.send_modify(|tick| *tick += 1);
     }
 
     /// Looks at the rollout. Whoever waits is not woken every second for nothing.
-    async fn look(&mut self) {
+    fn look(&mut self) {
         let changed = self.dispatcher.look(Now::get());
-        self.carry_out().await;
+        self.carry_out();
         self.dispatcher.has_looked(Instant::now());
         if changed {
-            self.tick.send_modify(|tick| *tick += 1);
+            self.changed();
         }
     }
 
-    async fn handle(&mut self, event: Event, now: Now) {
+    /// The disk has more than before.
+    fn durable(&mut self, durable: &Durable) {
+        while self
+            .numbers
+            .pop_front_if(|number| *number <= durable.number)
+            .is_some()
+        {
+            self.durable += 1;
+        }
+        self.dispatcher.durable(self.durable, &durable.checkpoint);
+        self.carry_out();
+    }
+
+    fn heard(&mut self, news: News, now: Now) {
+        let dispatcher = &mut self.dispatcher;
+        match news {
+            News::Published {
+                manifest,
+                supersede,
+            } => dispatcher.published(&manifest, supersede, now),
+            News::WentBack(manifest) => dispatcher.went_back(&manifest, now),
+            News::Passed => dispatcher.passed(now),
+        }
+    }
+
+    fn handle(&mut self, event: Event, now: Now) {
         let dispatcher = &mut self.dispatcher;
         match event {
             Event::Query(_) => {} // answered above, and changes nothing
-            Event::Connected(connected) => self.connected(*connected, now).await,
-            Event::Hello { name, id, hello } => {
-                let Hello {
-                    clamd,
-                    foreign,
-                    installed,
-                    outcome,
-                    ..
-                } = *hello;
-                dispatcher.hello(&name, id, clamd, foreign, installed.as_ref(), outcome, now);
+            Event::Connected {
+                newcomer,
+                connection,
+                reply,
+            } => {
+                let name = newcomer.name.clone();
+                let answer = dispatcher.connected(*newcomer, now).map(|id| {
+                    let (messages, inbox) = mpsc::channel(MESSAGES_MAX);
+                    let line = Line {
+                        name,
+                        connection,
+                        messages,
+                    };
+                    self.links.insert(id, line);
+                    (id, inbox)
+                });
+                // The task may have ended meanwhile; then its end is the next event.
+                let _ = reply.send(answer);
             }
+            Event::Hello { name, id, hello } => dispatcher.hello(&name, id, *hello, now),
             Event::Progress { name, id, progress } => {
                 dispatcher.progress(&name, id, progress, now);
             }
@@ -471,15 +443,9 @@ impl Running {
                 dispatcher.reoffer(&name, id, kept, now);
             }
             Event::Disconnected { name, id } => {
-                self.lines.remove(&id);
+                self.links.remove(&id);
                 dispatcher.disconnected(&name, id, now);
             }
-            Event::Published {
-                manifest,
-                supersede,
-            } => dispatcher.published(&manifest, supersede, now),
-            Event::WentBack(manifest) => dispatcher.went_back(&manifest, now),
-            Event::Withdrawn => dispatcher.withdrawn(now),
             Event::Revoked(list) => dispatcher.revoked(list),
             Event::Force {
                 what,
@@ -499,241 +465,86 @@ impl Running {
             } => {
                 let publisher = &self.means.publisher;
                 let newest = publisher.newest().filter(|_| !publisher.is_due());
-                let answer = match dispatcher.order(order, newest.as_ref(), &operator, now) {
-                    Ok(()) => {
-                        self.carry_out().await;
-                        Ok(self.written().await)
-                    }
-                    Err(error) => Err(error),
-                };
-                let _ = reply.send(answer); // the operator may have gone
+                let done = dispatcher.order(order, newest.as_ref(), &operator, now);
+                self.carry_out();
+                // The operator may have gone.
+                let _ = reply.send(done.map(|()| self.means.recorder.last()));
             }
         }
     }
 
-    async fn connected(&mut self, connected: Connected, now: Now) {
-        let Connected {
-            name,
-            certificate,
-            groups,
-            address,
-            connection,
-            reply,
-        } = connected;
-        let newcomer = Newcomer {
-            name: name.clone(),
-            groups,
-            address,
-            serial: certificate.serial,
-            certificate_ends: certificate.not_after,
-            fingerprint: certificate.fingerprint,
-        };
-        let answer = match self.dispatcher.connected(newcomer, now) {
-            Ok(id) => {
-                let (commands, inbox) = mpsc::channel(COMMANDS_MAX);
-                let line = Line {
-                    name,
-                    connection,
-                    commands,
-                };
-                self.lines.insert(id, line);
-                self.carry_out().await;
-                Ok((id, inbox))
-            }
-            Err(unwanted) => Err(unwanted),
-        };
-        // The task may have ended meanwhile; then its end is the next event.
-        let _ = reply.send(answer);
-    }
-
     /// Carries out what was decided.
-    async fn carry_out(&mut self) {
+    fn carry_out(&mut self) {
         for action in self.dispatcher.actions() {
             match action {
-                Action::Tell(id, word) => {
-                    let command = self.command(word);
-                    if let Some(line) = self.lines.get(&id) {
-                        line.send(command);
+                Action::Tell(id, message) => {
+                    if let Some(line) = self.links.get(&id) {
+                        line.send(message);
                     }
                 }
-                Action::Write(entry) => self.write(*entry).await,
+                Action::Write(entry) => self.write(entry),
                 Action::Close(id, closing) => {
-                    if let Some(line) = self.lines.remove(&id) {
+                    if let Some(line) = self.links.remove(&id) {
                         let (code, reason) = closing.code();
                         tracing::debug!(agent = %line.name, reason, "connection closed");
                         line.close(code, reason);
                     }
                 }
-                Action::Reject(rejected) => {
-                    self.means.recorder.take_back(rejected.position);
-                    self.reject(rejected).await;
-                }
-                Action::Publish => {
-                    self.unlooked = self.means.wishes.try_send(Wish::Look).is_err();
-                }
+                Action::Publish => self.publish(),
                 Action::RollBack(owed) => {
-                    let (written, wishes) = (self.written().await, self.means.wishes.clone());
-                    tokio::spawn(async move {
-                        if written.await.is_ok() {
-                            // Full: it is tried again.
-                            let _ = wishes.try_send(Wish::RollBack(owed));
-                        }
-                    });
+                    // Full: it is tried again.
+                    let _ = self.means.wishes.try_send(Wish::RollBack(owed.rollback()));
                 }
                 Action::Accepted(manifest) => {
                     let publisher = self.means.publisher.clone();
-                    tokio::task::spawn_blocking(move || {
+                    self.tasks.spawn_blocking(move || {
                         if let Err(error) = publisher.accepted(&manifest) {
                             let error = crate::chain(&error);
                             tracing::error!(error, "cannot keep the publisher id");
                         }
                     });
                 }
-                Action::Ahead(installed) => self.is_ahead(&installed),
-                Action::Checkpoint => self.checkpoint_soon(),
-            }
-        }
-    }
-
-    async fn write(&mut self, entry: Entry) {
-        let Entry {
-            draft,
-            keep,
-            forget,
-            rollout,
-            then,
-        } = entry;
-        if let Some(rollout) = &rollout {
-            let publisher = &self.means.publisher;
-            publisher.hold(rollout.held().map(|held| held.reason.clone()));
-            let store = publisher.store();
-            store.need(needed(rollout, store));
-        }
-        let then = then.and_then(|(id, word)| {
-            let command = self.command(word);
-            Some((self.lines.get(&id)?.clone(), command))
-        });
-        let job = Job {
-            draft,
-            keep,
-            forget,
-            rollout,
-            then,
-            ..Job::default()
-        };
-        self.means.recorder.write(job).await;
-    }
-
-    /// What a word is on the wire.
-    fn command(&mut self, word: Word) -> Command {
-        let keys = &self.means.keys;
-        match word {
-            Word::Welcome => Command::Welcome(Box::new(Welcome {
-                fleet: keys.fleet.clone(),
-                master_version: env!("CARGO_PKG_VERSION").to_owned(),
-                time: Timestamp::now(),
-                keep_alive: wire::KEEP_ALIVE_SECS,
-                keys: Some(keys.envelope().clone()),
-            })),
-            Word::Offer {
-                offer,
-                manifest,
-                manner,
-            } => {
-                let keys = keys.clone();
-                let fresh = self.fresh(&manifest);
-                let current = Box::new(Current { manifest, fresh });
-                Command::Offer {
-                    offer,
-                    current,
-                    keys,
-                    manner,
+                Action::Ahead(installed) => {
+                    let ours = self.dispatcher.fleet().current();
+                    if recovery::is_ahead(&installed, ours, &self.means.keys) {
+                        // Full: others wait that say the same, and the agents come again.
+                        let _ = self.means.ahead.try_send(installed);
+                    }
                 }
             }
-            Word::Fresh(manifest) => Command::Fresh(self.fresh(&manifest).envelope().clone()),
-            Word::Acknowledge(seq) => Command::Acknowledge(seq),
         }
     }
 
-    fn fresh(&mut self, manifest: &Verified<Manifest>) -> Verified<Freshness> {
-        let vouch = || self.means.publisher.vouch(manifest, Timestamp::now());
-        let digest = manifest.payload_sha256();
-        self.vouched.entry(digest).or_insert_with(vouch).clone()
-    }
-
-    /// Tells when all that was queued so far is on disk.
-    async fn written(&self) -> oneshot::Receiver<()> {
-        let (done, written) = oneshot::channel();
-        let job = Job {
-            done: Some(done),
-            ..Job::default()
-        };
-        self.means.recorder.write(job).await;
-        written
-    }
-
-    /// Keeps a content from being published again; later, if the disk refuses.
-    async fn reject(&mut self, rejected: Rejected) {
-        let (publisher, entry) = (self.means.publisher.clone(), rejected.clone());
-        let rejecting = tokio::task::spawn_blocking(move || publisher.reject(entry));
-        if let Err(error) = rejecting.await.expect("rejecting does not panic") {
-            let (position, error) = (rejected.position, crate::chain(&error));
-            tracing::error!(%position, error, "cannot remember that its databases must not be published again");
-            self.unrejected.push(rejected);
-        }
-    }
-
-    /// Tries what did not go at first.
-    async fn try_again(&mut self) {
-        if self.tried.elapsed() < TRY_AGAIN {
-            return;
-        }
-        self.tried = Instant::now();
-        if self.unlooked {
-            self.unlooked = self.means.wishes.try_send(Wish::Look).is_err();
-        }
-        for rejected in std::mem::take(&mut self.unrejected) {
-            self.reject(rejected).await;
-        }
-    }
-
-    /// A master that was restored from a backup learns from its agents what it has forgotten. Only
-    /// a signature moves it.
-    fn is_ahead(&self, installed: &Envelope) {
-        let ours = self.dispatcher.fleet().current();
-        if let Ok(manifest) = Manifest::verify(installed, &self.means.keys.manifest)
-            // Of its number there may be another one here, which was made after the restoration.
-            && ours.is_none_or(|ours| {
-                manifest.position() >= ours.position()
-                    && manifest.payload_sha256() != ours.payload_sha256()
-            })
+    fn write(&mut self, entry: Entry) {
+        if entry
+            .files
+            .iter()
+            .any(|(file, _)| *file == FileName::Rollout)
         {
-            // Full: others wait that say the same, and the agents come again.
-            let _ = self.means.ahead.try_send(installed.clone());
+            let rollout = self.dispatcher.fleet().rollout();
+            self.means.directives.send_replace(rollout.directives());
+            let store = self.means.publisher.store();
+            store.need(needed(rollout, store));
         }
+        self.numbers.push_back(self.means.recorder.write(entry));
     }
 
-    /// Has every agent told the head of the audit log, so that a log that is rewritten later can be
-    /// told from the one they saw; later, if they were told just now.
-    fn checkpoint_soon(&mut self) {
-        let now = Instant::now();
-        let at = self
-            .told
-            .map_or(now, |told| now.max(told + CHECKPOINTS_MIN));
-        self.checkpoint.get_or_insert(at);
+    /// Has the mirror looked at; later, if there is no room for that now.
+    fn publish(&mut self) {
+        let full = self.means.wishes.try_send(Wish::Look).is_err();
+        self.unlooked = full.then(Instant::now);
     }
 
-    async fn checkpoint(&mut self) {
-        self.checkpoint = None;
-        if self.lines.is_empty() {
-            return; // nobody to be told
+    fn look_again(&mut self) {
+        if self.unlooked.is_some_and(|at| at.elapsed() >= TRY_AGAIN) {
+            self.publish();
         }
-        self.told = Some(Instant::now());
-        let job = Job {
-            checkpoint_to: self.lines.values().cloned().collect(),
-            ..Job::default()
-        };
-        self.means.recorder.write(job).await;
+    }
+}
+
+fn report(ended: Result<(), tokio::task::JoinError>) {
+    if let Err(error) = ended {
+        tracing::error!(%error, "a task of the hub panicked; this is a bug");
     }
 }
 

@@ -13,7 +13,7 @@ mod weigh;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 
-use clamcast_proto::{AgentName, Digest, GroupName, Position};
+use clamcast_proto::{AgentName, AuditEvent, Digest, GroupName, Position};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
@@ -24,11 +24,9 @@ pub use wave::Begun;
 pub use weigh::SetAside;
 
 use crate::config::{Rules, Wave};
+pub use crate::publish::withdrawn::Ending;
+use crate::publish::withdrawn::{Directives, Rollback, Withdrawal, Withdrawn};
 use run::{Participant, Regard, Turn};
-
-/// Generations that are remembered as taken back. A host that still has an older one of them was
-/// away for so many bad updates; then it is told to go on from there like any other.
-const TAKEN_BACK_MAX: usize = 256;
 
 /// Generations that are remembered as passed over: more than any store keeps.
 const PASSED_OVER_MAX: usize = 256;
@@ -145,9 +143,9 @@ pub struct Rollout {
     pins: BTreeMap<GroupName, Pin>,
     /// How the last one ended that did not go through.
     failed: Option<Failed>,
-    /// All that were halted, aborted or rolled back: nobody is offered them any more.
+    /// All that were halted, aborted or rolled back.
     #[serde(default)]
-    taken_back: BTreeSet<Position>,
+    withdrawn: Withdrawn,
     /// Those that something newer took the place of before they went through: nobody is rolled back
     /// to what no wave has proven.
     #[serde(default)]
@@ -184,29 +182,6 @@ pub struct Failed {
     pub since: Timestamp,
 }
 
-/// How a rollout ended that did not go through.
-#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Ending {
-    /// By itself: clamds refused it.
-    Halted,
-    /// By an operator.
-    Aborted,
-    /// By an operator, after it was complete.
-    RolledBack,
-}
-
-impl Ending {
-    /// What was done to it, as in `was halted`.
-    pub fn word(self) -> &'static str {
-        match self {
-            Self::Halted => "halted",
-            Self::Aborted => "aborted",
-            Self::RolledBack => "rolled back",
-        }
-    }
-}
-
 /// A group that is kept where it is.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 pub struct Pin {
@@ -227,6 +202,16 @@ pub struct Owed {
     pub of: Target,
 }
 
+impl Owed {
+    /// As the publisher knows it.
+    pub fn rollback(&self) -> Rollback {
+        Rollback {
+            to: self.to.position,
+            of: self.of.position,
+        }
+    }
+}
+
 /// Why nothing is published.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 pub struct Held {
@@ -242,7 +227,7 @@ pub enum Effect {
     /// For the audit log.
     Note {
         /// The event.
-        event: &'static str,
+        event: AuditEvent,
         /// The generation, if it is about one.
         position: Option<Position>,
         /// The host that it is about; none: the fleet.
@@ -250,8 +235,8 @@ pub enum Effect {
         /// Why, or what.
         reason: String,
     },
-    /// This content must not be published again unless an operator accepts it.
-    Reject {
+    /// A generation was taken back.
+    Withdrawn {
         /// What had it.
         target: Target,
         /// How it ended.
@@ -271,11 +256,27 @@ impl Rollout {
         }
     }
 
-    /// Where it stood is not known, but these must not be published again: whoever has one of them
-    /// is not told that it is current, and nobody is pinned to it.
-    pub fn are_taken_back(&mut self, positions: impl IntoIterator<Item = Position>) {
-        for position in positions {
-            self.take_back(position);
+    /// Adds to what was withdrawn: whoever has one of these is not told that it is current, and
+    /// nobody is pinned to it.
+    pub fn were_withdrawn(&mut self, withdrawals: impl IntoIterator<Item = Withdrawal>) {
+        for withdrawal in withdrawals {
+            if !self.withdrawn.has(withdrawal.position) {
+                self.withdrawn.insert(withdrawal);
+            }
+        }
+    }
+
+    /// The generations that were taken back.
+    pub fn withdrawn(&self) -> &Withdrawn {
+        &self.withdrawn
+    }
+
+    /// What the publisher is to know.
+    pub fn directives(&self) -> Directives {
+        Directives {
+            held: self.held.as_ref().map(|held| held.reason.clone()),
+            owed: self.owed.as_ref().map(|owed| owed.rollback()),
+            withdrawn: self.withdrawn.clone(),
         }
     }
 
@@ -306,7 +307,7 @@ impl Rollout {
 
     /// Whether a generation was halted, aborted or rolled back.
     pub fn is_taken_back(&self, position: Position) -> bool {
-        self.taken_back.contains(&position)
+        self.withdrawn.has(position)
     }
 
     /// The rollback that is to be published now.
@@ -445,7 +446,7 @@ impl Rollout {
         let reason = format!("waits for {}", run.target.position);
         let before = self.waiting.replace(target);
         self.pass_over(before);
-        vec![note("rollout-waits", target, reason)]
+        vec![note(AuditEvent::RolloutWaits, target, reason)]
     }
 
     /// The rollback that was [`Rollout::owed`] was published: everybody is wanted at it at once.
@@ -461,7 +462,7 @@ impl Rollout {
             "the databases of {} instead of those of {}",
             owed.to.position, owed.of.position
         );
-        let mut effects = vec![note("rollback", target, reason)];
+        let mut effects = vec![note(AuditEvent::Rollback, target, reason)];
         if self.held.is_none() {
             effects.push(Effect::Look); // what waited has a lower number now
         }
@@ -486,8 +487,13 @@ impl Rollout {
     /// Lets go the groups of some pins.
     fn unpin_all(&mut self, of: impl Fn(&Pin) -> bool, why: &str) -> Vec<Effect> {
         let gone = self.pins.extract_if(.., |_, pin| of(pin));
-        let unpinned =
-            gone.map(|(group, pin)| note("unpin", pin.target, format!("group {group}: {why}")));
+        let unpinned = gone.map(|(group, pin)| {
+            note(
+                AuditEvent::Unpin,
+                pin.target,
+                format!("group {group}: {why}"),
+            )
+        });
         unpinned.collect()
     }
 
@@ -500,7 +506,7 @@ impl Rollout {
         let before = self.running.replace(run);
         self.pass_over(before.map(|run| run.target));
         vec![note(
-            "rollout",
+            AuditEvent::Rollout,
             target,
             format!("waves {}", waves.join(", ")),
         )]
@@ -658,7 +664,7 @@ impl Rollout {
         }
         self.urgent = None;
         self.failed = None;
-        let mut effects = vec![note("rollout-complete", run.target, text)];
+        let mut effects = vec![note(AuditEvent::RolloutComplete, run.target, text)];
         if let Some(next) = self.waiting.take() {
             effects.extend(self.begin(next, rules, now));
         }
@@ -681,7 +687,7 @@ impl Rollout {
         // An operator may have brought it to hosts before their wave.
         let members = agents.members(Some(&target));
         let forced = members.iter().any(|it| it.at >= Some(target.position));
-        self.take_back(target.position);
+        self.withdraw(target, how, now);
         self.failed = Some(Failed {
             target,
             how,
@@ -689,11 +695,14 @@ impl Rollout {
             since: now,
         });
         let event = match how {
-            Ending::Halted => "halt",
-            Ending::Aborted => "abort",
-            Ending::RolledBack => "rolled-back",
+            Ending::Halted => AuditEvent::Halt,
+            Ending::Aborted => AuditEvent::Abort,
+            Ending::RolledBack => AuditEvent::RolledBack,
         };
-        let mut effects = vec![note(event, target, reason), Effect::Reject { target, how }];
+        let mut effects = vec![
+            note(event, target, reason),
+            Effect::Withdrawn { target, how },
+        ];
         let same = |it: &Target| it.content == target.content;
         effects.extend(self.unpin_all(|pin| same(&pin.target), "its generation was taken back"));
         if self.waiting.take_if(|waiting| same(waiting)).is_some() {
@@ -723,11 +732,13 @@ impl Rollout {
         }
     }
 
-    fn take_back(&mut self, position: Position) {
-        self.taken_back.insert(position);
-        if self.taken_back.len() > TAKEN_BACK_MAX {
-            self.taken_back.pop_first();
-        }
+    fn withdraw(&mut self, target: Target, outcome: Ending, since: Timestamp) {
+        self.withdrawn.insert(Withdrawal {
+            content: target.content,
+            position: target.position,
+            outcome,
+            since,
+        });
     }
 
     /// What became of the running generation so far, in all waves that have begun, and in the last.
@@ -764,7 +775,7 @@ impl Rollout {
     }
 }
 
-fn note(event: &'static str, target: Target, reason: String) -> Effect {
+fn note(event: AuditEvent, target: Target, reason: String) -> Effect {
     Effect::Note {
         event,
         position: Some(target.position),
@@ -775,7 +786,7 @@ fn note(event: &'static str, target: Target, reason: String) -> Effect {
 
 /// A host's refusals do not count any more.
 fn set_aside(host: &AgentName, position: Option<Position>, reason: String) -> Effect {
-    let (event, host) = ("set-aside", Some(host.clone()));
+    let (event, host) = (AuditEvent::SetAside, Some(host.clone()));
     Effect::Note {
         event,
         position,
@@ -786,7 +797,7 @@ fn set_aside(host: &AgentName, position: Option<Position>, reason: String) -> Ef
 
 /// A host's refusals count again.
 fn counted_again(host: &AgentName, position: Option<Position>, reason: String) -> Effect {
-    let (event, host) = ("counted-again", Some(host.clone()));
+    let (event, host) = (AuditEvent::CountedAgain, Some(host.clone()));
     Effect::Note {
         event,
         position,

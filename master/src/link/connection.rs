@@ -8,12 +8,14 @@ use std::time::{Duration, Instant};
 
 use clamcast_proto::dsse::{EnvelopeError, Verified};
 use clamcast_proto::identity::{Certificate, CertificateError, Role};
+use clamcast_proto::keys::KeySet;
 use clamcast_proto::manifest::Manifest;
 use clamcast_proto::receipt::Receipt;
 use clamcast_proto::wire::{
-    self, FRAME_BYTES_MAX, FrameError, NeedFile, Offer, OfferId, ToAgent, ToMaster,
+    self, FRAME_BYTES_MAX, FrameError, NeedFile, Offer, OfferId, ToAgent, ToMaster, Welcome,
 };
 use clamcast_proto::{AgentName, FleetName};
+use jiff::Timestamp;
 use quinn::{Connecting, Connection, Endpoint, RecvStream, SendStream, VarInt};
 use rustls_pki_types::CertificateDer;
 use tokio::sync::{mpsc, oneshot};
@@ -25,13 +27,14 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::Groups;
 use crate::fleet::agents::LinkId;
-use crate::fleet::dispatch::{Progress, Unwanted};
-use crate::fleet::hub::{AGENTS_MAX, Command, Connected, Event, Hub};
+use crate::fleet::dispatch::{Message, Newcomer, Progress, Unwanted};
+use crate::fleet::hub::{AGENTS_MAX, Event, Hub};
 use crate::link::meter::{Meters, Talk};
 use crate::link::push::Pusher;
 use crate::link::rejections::Rejections;
+use crate::publish::publisher::Publisher;
 use crate::record::archive::Archive;
-use crate::record::recorder::{Job, Recorder};
+use crate::record::recorder::{Entry, FileName, Recorder};
 
 /// A handshake, and then a Hello, must be done within this time.
 const HANDSHAKE: Duration = Duration::from_secs(10);
@@ -65,6 +68,10 @@ pub struct Shared {
     pub fleet: FleetName,
     /// Who tells whom what.
     pub hub: Hub,
+    /// The key set.
+    pub keys: Arc<Verified<KeySet>>,
+    /// Signs that a generation is current.
+    pub publisher: Arc<Publisher>,
     /// Sends files.
     pub pusher: Pusher,
     /// Groups by name patterns.
@@ -263,14 +270,14 @@ async fn converse(
         Err(error) => Err(error),
     };
     if let Err(error) = ended {
-        Box::pin(rejected(&shared, address, &error)).await;
+        rejected(&shared, address, &error);
     }
 }
 
-async fn rejected(shared: &Shared, address: SocketAddr, error: &LinkError) {
+fn rejected(shared: &Shared, address: SocketAddr, error: &LinkError) {
     let text = crate::chain(error);
     if error.is_rejection() {
-        shared.rejections.note(address, &text).await;
+        shared.rejections.note(address, &text);
     } else {
         tracing::debug!(%address, error = text, "a connection ended");
     }
@@ -289,7 +296,7 @@ async fn speak(
     shared: &Arc<Shared>,
     stop: &CancellationToken,
 ) -> Result<(), LinkError> {
-    let Admitted { name, id, commands } = Box::pin(admit(connection, shared)).await?;
+    let Admitted { name, id, messages } = Box::pin(admit(connection, shared)).await?;
     let converse = async {
         let opened = timeout(HANDSHAKE, connection.open_bi()).await;
         let (send, recv) = opened.map_err(|_| LinkError::NoHello)??;
@@ -304,7 +311,7 @@ async fn speak(
             sent: Arc::default(),
             talk: Talk::new(Instant::now()),
         };
-        link.run(recv, commands, stop).await
+        link.run(recv, messages, stop).await
     };
     let result = Box::pin(converse).await;
     // From here on the hub must hear of the end, whatever it was; but where the master stops, the
@@ -320,7 +327,7 @@ async fn speak(
 struct Admitted {
     name: AgentName,
     id: LinkId,
-    commands: mpsc::Receiver<Command>,
+    messages: mpsc::Receiver<Message>,
 }
 
 /// TLS has verified the chain and the dates. Here: is it an agent of this fleet, and not revoked?
@@ -344,31 +351,29 @@ async fn admit(connection: &Connection, shared: &Shared) -> Result<Admitted, Lin
     }
     if shared.archive.learn(name, &certificate) {
         // It stands in the recorder's queue before every receipt that its key signs.
-        let certificate = (certificate.fingerprint, der.to_vec());
-        let job = Job {
-            certificate: Some(certificate),
-            ..Job::default()
-        };
-        shared.recorder.write(job).await;
+        let file = FileName::Certificate(certificate.fingerprint);
+        shared.recorder.write(Entry::file(file, Some(der.to_vec())));
     }
 
     let (reply, admitted) = oneshot::channel();
-    let connected = Connected {
+    let newcomer = Newcomer {
         name: name.clone(),
         groups: shared.groups.of(name.as_str(), groups),
         address: connection.remote_address(),
+        serial: certificate.serial.clone(),
+        certificate_ends: certificate.not_after,
+        fingerprint: certificate.fingerprint,
+    };
+    let connected = Event::Connected {
+        newcomer: Box::new(newcomer),
         connection: connection.clone(),
-        certificate: certificate.clone(),
         reply,
     };
-    shared
-        .hub
-        .tell(Event::Connected(Box::new(connected)))
-        .await
-        .map_err(|_| LinkError::Stopping)?;
-    let (id, commands) = admitted.await.map_err(|_| LinkError::Stopping)??;
+    let told = shared.hub.tell(connected).await;
+    told.map_err(|_| LinkError::Stopping)?;
+    let (id, messages) = admitted.await.map_err(|_| LinkError::Stopping)??;
     let name = name.clone();
-    Ok(Admitted { name, id, commands })
+    Ok(Admitted { name, id, messages })
 }
 
 struct Link<'a> {
@@ -403,20 +408,21 @@ impl Link<'_> {
     async fn run(
         &mut self,
         recv: RecvStream,
-        mut commands: mpsc::Receiver<Command>,
+        mut messages: mpsc::Receiver<Message>,
         stop: &CancellationToken,
     ) -> Result<(), LinkError> {
         let codec = LengthDelimitedCodec::builder()
             .max_frame_length(FRAME_BYTES_MAX)
             .new_codec();
         let mut frames = FramedRead::with_capacity(recv, codec, READ_BYTES);
-        // The hub's first command is Welcome.
-        if let Some(welcome) = commands.recv().await {
-            self.obey(welcome).await?;
+        // The first message is Welcome.
+        if let Some(welcome) = messages.recv().await {
+            self.deliver(welcome).await?;
         }
         let hello = timeout(HANDSHAKE, self.next(&mut frames));
         match hello.await.map_err(|_| LinkError::NoHello)?? {
             Some(ToMaster::Hello(hello)) => {
+                self.room(stop).await?;
                 let (name, id) = (self.name.clone(), self.id);
                 self.tell(Event::Hello { name, id, hello }).await?;
             }
@@ -429,13 +435,13 @@ impl Link<'_> {
                 biased;
                 () = stop.cancelled() => return Ok(()),
                 Some(ended) = self.parts.join_next() => report(ended),
-                command = commands.recv() => match command {
-                    Some(command) => Box::pin(self.obey(command)).await?,
+                message = messages.recv() => match message {
+                    Some(message) => Box::pin(self.deliver(message)).await?,
                     None => return Ok(()), // replaced, revoked, or the daemon stops
                 },
                 // Cancel-safe: what was read of a frame stays in the codec's buffer.
                 frame = after(pause, frames.next()) => match Box::pin(self.read(frame)).await? {
-                    Heard::Message(message, bytes) => Box::pin(self.hear(message, bytes)).await?,
+                    Heard::Message(message, bytes) => Box::pin(self.hear(message, bytes, stop)).await?,
                     Heard::Unknown => {}
                     Heard::End => return Ok(()),
                 },
@@ -494,26 +500,40 @@ impl Link<'_> {
         }
     }
 
-    /// Does what the hub wants.
-    async fn obey(&mut self, command: Command) -> Result<(), LinkError> {
-        let message = match command {
-            Command::Welcome(welcome) => ToAgent::Welcome(*welcome),
-            Command::Fresh(fresh) => ToAgent::Fresh { fresh },
-            Command::Acknowledge(seq) => ToAgent::ReceiptAck { seq },
-            Command::Checkpoint(checkpoint) => ToAgent::Checkpoint { checkpoint },
-            Command::Offer {
+    /// Says what the agent is told.
+    async fn deliver(&mut self, message: Message) -> Result<(), LinkError> {
+        let Shared {
+            keys, publisher, ..
+        } = &**self.shared;
+        let message = match message {
+            Message::Welcome => ToAgent::Welcome(Welcome {
+                fleet: keys.fleet.clone(),
+                master_version: env!("CARGO_PKG_VERSION").to_owned(),
+                time: Timestamp::now(),
+                keep_alive: wire::KEEP_ALIVE_SECS,
+                keys: Some(keys.envelope().clone()),
+            }),
+            Message::Fresh(manifest) => {
+                let fresh = publisher.vouch(&manifest, Timestamp::now());
+                let fresh = fresh.envelope().clone();
+                ToAgent::Fresh { fresh }
+            }
+            Message::Acknowledge(seq) => ToAgent::ReceiptAck { seq },
+            Message::Checkpoint(checkpoint) => ToAgent::Checkpoint {
+                checkpoint: checkpoint.to_string(),
+            },
+            Message::Offer {
                 offer,
-                current,
-                keys,
+                manifest,
                 manner,
             } => {
                 // The newest offer counts; what was on its way for an older one is reset.
                 self.parts.shutdown().await;
-                let manifest = current.manifest;
+                let fresh = publisher.vouch(&manifest, Timestamp::now());
                 let message = ToAgent::Offer(Box::new(Offer {
                     offer,
                     manifest: manifest.envelope().clone(),
-                    fresh: current.fresh.envelope().clone(),
+                    fresh: fresh.envelope().clone(),
                     keys: Some(keys.envelope().clone()),
                     rehash: manner.rehash,
                     full: manner.full,
@@ -529,8 +549,28 @@ impl Link<'_> {
         self.say(&message).await
     }
 
+    /// Waits until there is room for what an agent's message makes the master write. Nothing else
+    /// waits with it: the agent is not read from until the disk takes it.
+    async fn room(&self, stop: &CancellationToken) -> Result<(), LinkError> {
+        let recorder = &self.shared.recorder;
+        if recorder.has_room() {
+            return Ok(());
+        }
+        tokio::select! {
+            biased;
+            () = stop.cancelled() => Err(LinkError::Stopping),
+            closed = self.connection.closed() => Err(closed.into()),
+            () = recorder.room() => Ok(()),
+        }
+    }
+
     /// Takes what the agent says, in so many bytes.
-    async fn hear(&mut self, message: ToMaster, bytes: usize) -> Result<(), LinkError> {
+    async fn hear(
+        &mut self,
+        message: ToMaster,
+        bytes: usize,
+        stop: &CancellationToken,
+    ) -> Result<(), LinkError> {
         let name = self.name.clone();
         let event = match message {
             ToMaster::Hello(_) => return Err(LinkError::Order("a second Hello")),
@@ -612,6 +652,9 @@ impl Link<'_> {
                 return Ok(());
             }
         };
+        if !matches!(event, Event::Progress { .. }) {
+            self.room(stop).await?; // all the others are written down
+        }
         self.tell(event).await
     }
 

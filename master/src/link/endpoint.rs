@@ -1,6 +1,5 @@
 //! The master's QUIC endpoint: TLS 1.3 with the fleet's own CA on both sides, and the socket.
 
-use std::fs;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::path::{Path, PathBuf};
@@ -434,7 +433,8 @@ impl QuicKeys {
             path: path.to_owned(),
             source,
         };
-        let bytes: [u8; 72] = match fs::read(path).map(|bytes| bytes.try_into()) {
+        let bytes: [u8; 72] = match input::whole(path, FILE_BYTES_MAX).map(|bytes| bytes.try_into())
+        {
             Ok(Ok(bytes)) => bytes,
             // A damaged file costs one slow reconnect, so it is made again like a missing one.
             Ok(Err(_)) => Self::create(path).map_err(failed)?,
@@ -484,7 +484,7 @@ mod tests {
 
     #[test]
     fn the_receive_buffer_is_as_large_as_the_kernel_allows() {
-        let largest = fs::read_to_string("/proc/sys/net/core/rmem_max").unwrap();
+        let largest = std::fs::read_to_string("/proc/sys/net/core/rmem_max").unwrap();
         let largest: usize = largest.trim().parse().unwrap();
         let (_, bytes) = sized_socket(Domain::IPV4).unwrap();
         assert!(bytes >= largest.min(RECEIVE_BUFFER), "{bytes} of {largest}");

@@ -1,4 +1,6 @@
-//! What one agent may cost the others. Pure: the clock is an argument.
+//! What one agent may cost the others.
+//!
+//! Pure: the clock is an argument.
 
 use std::collections::HashMap;
 use std::sync::Mutex;

@@ -4,12 +4,12 @@
 use std::net::SocketAddr;
 use std::sync::Mutex;
 
-use clamcast_daemon::admin::Operator;
-use clamcast_daemon::audit::Draft;
+use clamcast_proto::AuditEvent;
+use clamcast_proto::audit::{Draft, Operator};
 use jiff::{SignedDuration, Timestamp};
 use serde_json::json;
 
-use crate::record::recorder::{Job, Recorder};
+use crate::record::recorder::{Entry, Recorder};
 
 /// Rejections written into the audit log in one [`WINDOW`]; the rest are counted in the next one.
 const PER_WINDOW: u64 = 10;
@@ -26,13 +26,14 @@ struct Window {
 }
 
 impl Window {
-    /// Whether the one at `now` is written, and how many were not since the last that was.
-    fn admit(&mut self, now: Timestamp) -> Option<u64> {
+    /// Whether the one at `now` is written, and how many were not since the last that was. None is
+    /// while the recorder has no room.
+    fn admit(&mut self, now: Timestamp, has_room: bool) -> Option<u64> {
         if now.duration_since(self.start) >= WINDOW || now < self.start {
             self.start = now;
             self.written = 0;
         }
-        if self.written == PER_WINDOW {
+        if self.written == PER_WINDOW || !has_room {
             self.unwritten += 1;
             return None;
         }
@@ -63,54 +64,39 @@ impl Rejections {
     }
 
     /// Somebody was not let in.
-    pub async fn note(&self, address: SocketAddr, reason: &str) {
+    pub fn note(&self, address: SocketAddr, reason: &str) {
         let Some(unwritten) = self.admit() else {
             return;
         };
         tracing::warn!(%address, reason, "connection rejected");
         let draft = Draft {
-            event: "rejected".to_owned(),
-            actor: "master".to_owned(),
-            subject: address.ip().to_string(),
-            position: None,
-            outcome: None,
             detail: json!({ "reason": reason, "not_logged_before": unwritten }),
+            ..Draft::new(AuditEvent::Rejected, "master", address.ip())
         };
-        self.write(draft).await;
+        self.recorder.write(Entry::line(draft));
     }
 
     /// A user who reached the admin socket gave a command that only operators may give.
-    pub async fn denied(&self, user: &Operator, command: &str) {
+    pub fn denied(&self, user: &Operator, command: &str) {
         let Some(unwritten) = self.admit() else {
             return;
         };
         tracing::warn!(%user, login_uid = user.login_uid, command, "command denied");
-        self.write(denial(user, command, unwritten)).await;
+        let draft = denial(user, command, unwritten);
+        self.recorder.write(Entry::line(draft));
     }
 
     fn admit(&self) -> Option<u64> {
+        let has_room = self.recorder.has_room();
         let mut window = self.window.lock().expect("nothing panics with it");
-        window.admit(Timestamp::now())
-    }
-
-    async fn write(&self, draft: Draft) {
-        let draft = Some(draft);
-        let job = Job {
-            draft,
-            ..Job::default()
-        };
-        self.recorder.write(job).await;
+        window.admit(Timestamp::now(), has_room)
     }
 }
 
 fn denial(user: &Operator, command: &str, unwritten: u64) -> Draft {
     Draft {
-        event: "denied".to_owned(),
-        actor: user.to_string(),
-        subject: command.to_owned(),
-        position: None,
-        outcome: None,
         detail: json!({ "login_uid": user.login_uid, "not_logged_before": unwritten }),
+        ..Draft::new(AuditEvent::Denied, user, command)
     }
 }
 
@@ -124,10 +110,8 @@ mod tests {
             uid: 1000,
             name: "mallory".to_owned(),
             login_uid: Some(7),
-            may_act: false,
         };
         let draft = denial(&user, "force-sync", 3);
-        assert!(crate::record::events::EVENTS.contains(&draft.event.as_str()));
         assert_eq!(draft.actor, "operator:1000/mallory");
         assert_eq!(draft.subject, "force-sync");
         assert_eq!(
@@ -144,9 +128,12 @@ mod tests {
             written: 0,
             unwritten: 0,
         };
-        let written = (0..1000).filter(|_| window.admit(at(5)).is_some()).count();
+        let written = (0..1000)
+            .filter(|_| window.admit(at(5), true).is_some())
+            .count();
         assert_eq!(written, 10);
-        assert_eq!(window.admit(at(65)), Some(990));
-        assert_eq!(window.admit(at(66)), Some(0));
+        assert_eq!(window.admit(at(65), true), Some(990));
+        assert_eq!(window.admit(at(66), false), None);
+        assert_eq!(window.admit(at(67), true), Some(1));
     }
 }

@@ -243,10 +243,10 @@ pub async fn serve(mut listener: Listener, commands: Commands) -> Listener {
 
 impl Commands {
     async fn answer(&self, mut session: Session) -> Result<(), AdminError> {
-        if !session.operator.may_act {
+        if !session.may_act {
             let request = session.request::<Request>();
             let command = request.as_ref().map_or("unknown", Request::word);
-            self.denials.denied(&session.operator, command).await;
+            self.denials.denied(&session.operator, command);
             let who = session.operator.name.clone();
             let message = format!(
                 "user `{who}` may not command this master; it takes root or a member of its admin_group"
@@ -355,7 +355,8 @@ impl Commands {
             self.life.unused(),
             self.life.revocations(),
         ];
-        let alarms: Vec<_> = alarms.into_iter().flatten().collect();
+        let unwritable = self.recorder.unwritable();
+        let alarms: Vec<_> = alarms.into_iter().flatten().chain(unwritable).collect();
         if !alarms.is_empty() {
             fields.insert("alarm".to_owned(), alarms.join("; ").into());
         }
@@ -389,9 +390,9 @@ impl Commands {
 
     async fn generations(&self) -> Result<Finish, Stopping> {
         let rollout = self.hub.view().await?.rollout;
-        let rejected = self.pipeline.rejected();
+        let withdrawn = self.pipeline.withdrawn();
         let row = |manifest: &Manifest| {
-            let state = report::state_of(manifest, &rollout, &rejected);
+            let state = report::state_of(manifest, &rollout, &withdrawn);
             json!({
                 "epoch": manifest.epoch,
                 "generation": manifest.generation,

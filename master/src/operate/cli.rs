@@ -6,8 +6,8 @@ use std::time::Duration;
 use crate::config;
 use crate::fleet::force::Meant;
 use crate::operate::admin::REASON_BYTES_MAX;
-use crate::record::events::{self, AgentPattern, EVENTS};
-use clamcast_proto::{AgentName, GroupName};
+use crate::record::events::{self, AgentPattern};
+use clamcast_proto::{AgentName, AuditEvent, GroupName};
 use clap::builder::{PossibleValuesParser, TypedValueParser as _};
 use clap::{ArgAction, Args, Parser, Subcommand};
 use jiff::Timestamp;
@@ -300,7 +300,7 @@ pub(crate) struct Filter {
     pub(crate) agent: Option<AgentPattern>,
     /// Only this event
     #[arg(long, value_name = "EVENT", ignore_case = true,
-        value_parser = PossibleValuesParser::new(EVENTS).map(|event| event.to_lowercase()))]
+        value_parser = PossibleValuesParser::new(AuditEvent::of_master().map(AuditEvent::name)).map(|event| event.to_lowercase()))]
     pub(crate) event: Option<String>,
     /// Only what this operator did: a user name or id
     #[arg(long, value_name = "USER")]

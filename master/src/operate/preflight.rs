@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use clamcast_daemon::clamscan;
-use clamcast_daemon::input::{this_user, user_name};
+use clamcast_daemon::input::{self, this_user, user_name};
 use clamcast_proto::identity::Certificate;
 use clamcast_proto::names::looks_like_a_database;
 use jiff::{SignedDuration, Timestamp};
@@ -19,6 +19,7 @@ use crate::config::{self, Config, LoadTest, Wave};
 use crate::fleet::agents::{CANARIES_MIN, Record, ThinVersion, thin_versions};
 use crate::link::endpoint::{self, EndpointError};
 use crate::link::revocations;
+use crate::publish::mirror::listing::ENTRIES_MAX;
 use crate::record::recorder;
 
 /// A certificate that ends sooner than this is to be renewed.
@@ -258,10 +259,10 @@ fn canary_doubts(config: &Config) -> Vec<String> {
 fn mirror_doubts(config: &Config) -> Vec<String> {
     let mirror = &config.mirror.path;
     let shown = mirror.display();
-    let names: Vec<String> = match fs::read_dir(mirror) {
-        Ok(entries) => entries
-            .flatten()
-            .map(|entry| entry.file_name().to_string_lossy().into_owned())
+    let names: Vec<String> = match input::names(mirror, ENTRIES_MAX) {
+        Ok(names) => names
+            .into_iter()
+            .map(|name| name.to_string_lossy().into_owned())
             .filter(|name| looks_like_a_database(name))
             .collect(),
         Err(error) => {

@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use crate::fleet::agents::Row;
 use crate::fleet::hub::View;
 use crate::fleet::rollout::{Ending, Rollout, Run};
-use crate::publish::publisher::Rejected;
+use crate::publish::withdrawn::Withdrawn;
 
 /// Where the rollout is, in one word.
 pub(super) fn state(rollout: &Rollout) -> &'static str {
@@ -193,7 +193,7 @@ fn row_of<'a>(view: &'a View, name: &AgentName) -> Option<&'a Row> {
 pub(super) fn state_of(
     manifest: &Manifest,
     rollout: &Rollout,
-    rejected: &[Rejected],
+    withdrawn: &Withdrawn,
 ) -> &'static str {
     let position = manifest.position();
     let is = |target: Option<Position>| target == Some(position);
@@ -206,11 +206,10 @@ pub(super) fn state_of(
     if is(rollout.waiting().map(|target| target.position)) {
         return "waiting";
     }
-    let rejected = rejected.iter().find(|it| it.position == position);
-    match rejected.map(|it| it.outcome.as_str()) {
-        Some("halted") => "halted",
-        Some("aborted") => "aborted",
-        Some(_) => "rolled_back",
+    match withdrawn.of(position).map(|it| it.outcome) {
+        Some(Ending::Halted) => "halted",
+        Some(Ending::Aborted) => "aborted",
+        Some(Ending::RolledBack) => "rolled_back",
         None => "superseded",
     }
 }
@@ -223,7 +222,7 @@ pub(super) fn obstacle(view: &View, position: Position) -> Option<String> {
     let rollout = &view.rollout;
     let failed = rollout.failed();
     if let Some(failed) = failed.filter(|failed| failed.target.position == position) {
-        let how = failed.how.word();
+        let how = failed.how;
         return Some(format!("{position} was {how}: {}", failed.reason));
     }
     let running = rollout.running();

@@ -106,7 +106,7 @@ fn report(path: &Path, error: Option<&io::Error>, trouble: &mut Option<String>) 
 mod tests {
     use super::*;
     use crate::config::{LoadTest, Unsigned};
-    use clamcast_daemon::config::Percent;
+    use clamcast_daemon::values::Percent;
     use std::fs;
     use std::os::unix::fs::symlink;
     use std::path::PathBuf;

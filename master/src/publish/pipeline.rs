@@ -1,25 +1,24 @@
-//! From the mirror to the fleet: publishes when a capture is due, publishes what the rollout takes
-//! back, and tells the hub. One publication at a time, whoever asks.
+//! From the mirror to the fleet: publishes when a capture is due, publishes rollbacks, and sends
+//! [`News`] of both. One publication at a time, whoever asks.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use clamcast_daemon::audit::Draft;
-use clamcast_proto::dsse::Envelope;
+use clamcast_proto::audit::Draft;
+use clamcast_proto::dsse::{Envelope, Verified};
 use clamcast_proto::manifest::Manifest;
+use clamcast_proto::{AuditEvent, Digest};
 use jiff::Timestamp;
 use serde_json::json;
-use tokio::sync::{Mutex, Notify, mpsc, oneshot};
+use tokio::sync::{Mutex, Notify, mpsc};
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
-use crate::fleet::hub::{Event, Hub};
-use crate::fleet::rollout::Owed;
-use crate::publish::publisher::{
-    Adoption, Announcement, PublishError, Published, Publisher, Refusal, RefusalKind, Rejected,
-    Request,
+use super::publisher::{
+    Adoption, Announcement, PublishError, Published, Publisher, Refusal, RefusalKind, Request,
 };
-use crate::record::recorder::{Job, Recorder};
+use super::withdrawn::{Rollback, Withdrawal, Withdrawn};
+use crate::record::recorder::{Entry, Recorder};
 
 /// Time until another try after a failure of our own (a full disk, no memory for the load test).
 /// It doubles with each failure that follows.
@@ -34,14 +33,30 @@ pub enum Wish {
     /// What the mirror has now.
     Look,
     /// What was there before.
-    RollBack(Owed),
+    RollBack(Rollback),
+}
+
+/// What the fleet hears of publications, in their order.
+#[derive(Debug)]
+pub enum News {
+    /// A generation was published.
+    Published {
+        /// Its manifest.
+        manifest: Arc<Verified<Manifest>>,
+        /// Whether it takes the place of what is on its way.
+        supersede: bool,
+    },
+    /// A rollback was published.
+    WentBack(Arc<Verified<Manifest>>),
+    /// The fleet is past what was current: the master was restored from a backup.
+    Passed,
 }
 
 /// Publishes.
 #[derive(Clone, Debug)]
 pub struct Pipeline {
     publisher: Arc<Publisher>,
-    hub: Hub,
+    news: mpsc::Sender<News>,
     recorder: Recorder,
     /// The last refusal that the audit log has, so that it has each once.
     told: Arc<Mutex<Option<String>>>,
@@ -56,14 +71,14 @@ impl Pipeline {
     /// Publishes with `publisher` until `stop`, which ends a publication that is under way.
     pub fn new(
         publisher: Arc<Publisher>,
-        hub: Hub,
+        news: mpsc::Sender<News>,
         recorder: Recorder,
         stop: CancellationToken,
     ) -> Self {
         let told = publisher.refusal().map(|refusal| refusal.to_string());
         Self {
             publisher,
-            hub,
+            news,
             recorder,
             told: Arc::new(Mutex::new(told)),
             trouble: Arc::default(),
@@ -96,19 +111,19 @@ impl Pipeline {
                 self.announce(manifest, announcement).await;
                 *told = None;
                 let (manifest, supersede) = (manifest.clone(), request.supersede);
-                let event = Event::Published {
+                let news = News::Published {
                     manifest,
                     supersede,
                 };
-                let _ = self.hub.tell(event).await; // if it has stopped, so has the daemon
+                self.tell(news).await;
             }
             Ok(Published::Refused(refusal) | Published::Held(refusal)) => {
                 let text = refusal.to_string();
                 if told.as_ref() != Some(&text) {
                     tracing::warn!("{text}; the last generation stays");
                     let event = match refusal.kind {
-                        RefusalKind::Held => "held",
-                        RefusalKind::Refused => "refused",
+                        RefusalKind::Held => AuditEvent::Held,
+                        RefusalKind::Refused => AuditEvent::Refused,
                     };
                     self.note(event, actor, None, json!({ "reason": refusal.reason }))
                         .await;
@@ -130,9 +145,14 @@ impl Pipeline {
         self.publisher.refusal()
     }
 
-    /// Contents that are not published again.
-    pub fn rejected(&self) -> Vec<Rejected> {
-        self.publisher.rejected()
+    /// The withdrawal that keeps a content from being published, if one does.
+    pub fn rejection(&self, content: Digest) -> Option<Withdrawal> {
+        self.publisher.rejection(content)
+    }
+
+    /// The generations that were taken back.
+    pub fn withdrawn(&self) -> Withdrawn {
+        self.publisher.withdrawn()
     }
 
     /// Why the last publication failed, if it did: a full disk, a load test that could not run.
@@ -168,7 +188,7 @@ impl Pipeline {
                 () = until(retry.at) => self.publish_or_retry(&again, &mut retry).await,
                 Some(wish) = wishes.recv() => match wish {
                     Wish::Look => self.publish_or_retry(&again, &mut retry).await,
-                    Wish::RollBack(owed) => self.roll_back(owed).await,
+                    Wish::RollBack(rollback) => self.roll_back(rollback).await,
                 },
             }
         }
@@ -204,10 +224,10 @@ impl Pipeline {
             }) => {
                 tracing::warn!(%position, "an agent has a newer generation than this master knows; going on above it");
                 // What was current is no longer to be offered: hosts that took it would refuse what
-                // follows, or were ahead of it already. If the hub has stopped, so has the daemon.
-                let _ = self.hub.tell(Event::Withdrawn).await;
+                // follows, or were ahead of it already.
+                self.tell(News::Passed).await;
                 self.note(
-                    "restored",
+                    AuditEvent::Restored,
                     "master",
                     Some(position),
                     json!({ "publisher_taken_over": publisher }),
@@ -221,7 +241,7 @@ impl Pipeline {
             }) => {
                 tracing::error!(%position, publisher = publisher.0, "another master publishes with this fleet's manifest key; find it, or raise the epoch with a new key");
                 self.note(
-                    "alarm",
+                    AuditEvent::Alarm,
                     "master",
                     Some(position),
                     json!({ "other_publisher": publisher }),
@@ -236,16 +256,14 @@ impl Pipeline {
     }
 
     /// Publishes what the rollout owes those who took what was taken back.
-    async fn roll_back(&self, owed: Owed) {
+    async fn roll_back(&self, rollback: Rollback) {
         let _one_at_a_time = self.told.lock().await;
-        let view = self.hub.view().await;
-        if !view.is_ok_and(|view| view.rollout.owed() == Some(&owed)) {
-            return; // an operator ordered another one meanwhile, or the daemon stops
+        if !self.publisher.owes(rollback) {
+            return; // an operator ordered another one meanwhile
         }
         let publisher = self.publisher.clone();
-        let publishing = tokio::task::spawn_blocking(move || {
-            publisher.roll_back(owed.to.position, owed.of.position, Timestamp::now())
-        });
+        let publishing =
+            tokio::task::spawn_blocking(move || publisher.roll_back(rollback, Timestamp::now()));
         let published = publishing.await.expect("publishing does not panic");
         let trouble = published.as_ref().err().map(|error| {
             let error = crate::chain(error);
@@ -261,7 +279,7 @@ impl Pipeline {
                 if let Some(announcement) = announcement {
                     self.announce(&manifest, &announcement).await;
                 }
-                let _ = self.hub.tell(Event::WentBack(manifest)).await; // as above
+                self.tell(News::WentBack(manifest)).await;
             }
             // The hub asks again.
             Err(error) => {
@@ -275,25 +293,23 @@ impl Pipeline {
         announce(publisher, recorder, manifest, announcement, false).await;
     }
 
+    async fn tell(&self, news: News) {
+        let _ = self.news.send(news).await; // if the hub has stopped, so has the daemon
+    }
+
     async fn note(
         &self,
-        event: &str,
+        event: AuditEvent,
         actor: &str,
         position: Option<clamcast_proto::Position>,
         detail: serde_json::Value,
     ) {
-        let subject = "mirror".to_owned();
-        let (event, actor) = (event.to_owned(), actor.to_owned());
-        self.recorder
-            .note(Draft {
-                event,
-                actor,
-                subject,
-                position,
-                outcome: None,
-                detail,
-            })
-            .await;
+        let draft = Draft {
+            position,
+            detail,
+            ..Draft::new(event, actor, "mirror")
+        };
+        let _ = self.recorder.note(draft).await; // an error: the daemon stops
     }
 }
 
@@ -329,21 +345,13 @@ async fn announce(
     if recovered {
         detail["recovered"] = json!(true);
     }
-    let (done, written) = oneshot::channel();
-    let job = Job {
-        draft: Some(Draft {
-            event: "published".to_owned(),
-            actor: announcement.actor.clone(),
-            subject: "mirror".to_owned(),
-            position: Some(manifest.position()),
-            outcome: None,
-            detail,
-        }),
-        done: Some(done),
-        ..Job::default()
+    let draft = Draft {
+        position: Some(manifest.position()),
+        detail,
+        ..Draft::new(AuditEvent::Published, &announcement.actor, "mirror")
     };
-    recorder.write(job).await;
-    if written.await.is_err() {
+    let number = recorder.write(Entry::line(draft));
+    if recorder.durable(number).await.is_err() {
         return; // the daemon stops and the disk refuses: for the next process to write
     }
     let publisher = publisher.clone();
@@ -397,7 +405,7 @@ mod tests {
         let places = crate::record::recorder::Places {
             agents: directory.clone(),
             certificates: directory.clone(),
-            rollout: directory.join("rollout.json"),
+            state: directory.clone(),
         };
         let (recorder, thread) = Recorder::start(log, places);
         recover(&Arc::new(lab.publisher("state")), &recorder).await;

@@ -4,6 +4,7 @@ mod record;
 #[cfg(test)]
 pub(crate) mod tests;
 
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -14,16 +15,22 @@ use clamcast_proto::manifest::{Manifest, ManifestError, Publisher as PublisherId
 use clamcast_proto::{Digest, Epoch, FleetName, Generation, Position};
 use ed25519_dalek::SigningKey;
 use jiff::{SignedDuration, Timestamp};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::chain;
 use crate::config::{Config, Mirror};
 use crate::publish::capture::{CaptureError, capture};
 use crate::publish::check::{Checked, LoadTestError, Objection, check};
+use crate::publish::withdrawn::{Directives, Rollback, Withdrawal, Withdrawn, newest};
 use crate::store::{Store, StoreError};
 
 use record::Records;
-pub use record::{Announcement, REJECTED_MAX, Refusal, RefusalKind, Rejected};
+pub use record::{Announcement, Refusal, RefusalKind};
+
+/// Agents hear that their generation is current this many times in the time that the statement
+/// holds, so that a few lost ones do not make a host stale.
+pub const FRESH_PARTS: u32 = 4;
 
 /// Turns captures into generations, and remembers what became of them.
 ///
@@ -36,8 +43,9 @@ pub struct Publisher {
     key: SigningKey,
     keys: Verified<KeySet>,
     records: Mutex<Records>,
-    /// Why nothing is published although the mirror changes.
-    hold: Mutex<Option<String>>,
+    directives: watch::Receiver<Directives>,
+    /// Statements that a generation is current, until they are made anew.
+    vouched: Mutex<HashMap<Digest, Verified<Freshness>>>,
     publishing: Mutex<()>,
 }
 
@@ -219,6 +227,7 @@ impl Publisher {
         store: Arc<Store>,
         key: SigningKey,
         keys: Verified<KeySet>,
+        directives: watch::Receiver<Directives>,
     ) -> Result<Self, StartError> {
         let settings = settings.into();
         let id = PublicKey::of(&key).id();
@@ -242,7 +251,8 @@ impl Publisher {
             key,
             keys,
             records: Mutex::new(records),
-            hold: Mutex::default(),
+            directives,
+            vouched: Mutex::default(),
             publishing: Mutex::new(()),
         })
     }
@@ -268,10 +278,7 @@ impl Publisher {
     /// The highest of them that the fleet did not reject: what everybody is wanted at, as far as
     /// this knows.
     pub fn newest(&self) -> Option<Arc<Verified<Manifest>>> {
-        let offerable = self.offerable().into_iter().rev();
-        let records = self.records();
-        let mut good = offerable.filter(|it| records.rejection(it.content).is_none());
-        good.next()
+        newest(&self.offerable(), &self.directives.borrow().withdrawn)
     }
 
     fn may_be_offered(&self, manifest: &Verified<Manifest>, id: &PublisherId) -> bool {
@@ -355,8 +362,8 @@ impl Publisher {
         now: Timestamp,
         stop: &CancellationToken,
     ) -> Result<Published, PublishError> {
-        let hold = lock(&self.hold).clone();
-        if let Some(reason) = hold {
+        let held = self.directives.borrow().held.clone();
+        if let Some(reason) = held {
             return self.not_published(RefusalKind::Held, reason, now);
         }
         let accept = request.accept.is_some();
@@ -379,7 +386,7 @@ impl Publisher {
         }
         let current = self.store.current();
         let same = current.is_some_and(|current| current.content == capture.content);
-        let rejected = self.records().rejection(capture.content);
+        let rejected = self.rejection(capture.content);
         if same && rejected.is_none() && !self.is_due() {
             self.records().clear_refusal(&self.store)?;
             return Ok(Published::Unchanged);
@@ -446,10 +453,7 @@ impl Publisher {
         // The generation is published. What is said of former captures is cleared the next time if
         // it cannot be now.
         let mut records = self.records();
-        let cleared = records
-            .clear_refusal(&self.store)
-            .and_then(|()| records.clear_rejection(capture.content, &self.store));
-        if let Err(error) = cleared {
+        if let Err(error) = records.clear_refusal(&self.store) {
             tracing::warn!(
                 error = chain(&error),
                 "cannot clear what was held or refused before"
@@ -462,17 +466,24 @@ impl Publisher {
         })
     }
 
-    /// Publishes nothing more from the mirror, for this reason; or publishes again.
-    pub fn hold(&self, reason: Option<String>) {
-        *lock(&self.hold) = reason;
+    /// The withdrawal that keeps a content from being published, if one does.
+    pub fn rejection(&self, content: Digest) -> Option<Withdrawal> {
+        let manifests = self.store.manifests();
+        let published = manifests.iter().map(|it| (it.position(), it.content));
+        let directives = self.directives.borrow();
+        directives.withdrawn.rejection(content, published).cloned()
     }
 
-    /// Publishes the databases of `to` again, under a number above `of`, which they replace. What
-    /// was published so before is returned again: a repeat changes nothing.
+    /// Whether this rollback still has to be published.
+    pub fn owes(&self, rollback: Rollback) -> bool {
+        self.directives.borrow().owed == Some(rollback)
+    }
+
+    /// Publishes the databases of one generation again, under a number above the one that they
+    /// replace. What was published so before is returned again: a repeat changes nothing.
     pub fn roll_back(
         &self,
-        to: Position,
-        of: Position,
+        Rollback { to, of }: Rollback,
         now: Timestamp,
     ) -> Result<(Arc<Verified<Manifest>>, Option<Announcement>), PublishError> {
         let _one_at_a_time = lock(&self.publishing);
@@ -550,8 +561,21 @@ impl Publisher {
     }
 
     /// Signs that a generation is what its agents are wanted at, from now on for as long as
-    /// configured.
+    /// configured. What was signed shortly before is returned again.
     pub fn vouch(&self, manifest: &Verified<Manifest>, now: Timestamp) -> Verified<Freshness> {
+        let young = self.settings.fresh / (2 * FRESH_PARTS);
+        let is_young = |it: &Verified<Freshness>| {
+            let age = now.duration_since(it.issued);
+            !age.is_negative() && age.unsigned_abs() < young
+        };
+        let mut vouched = lock(&self.vouched);
+        vouched.retain(|_, it| is_young(it));
+        let sign = || self.sign_freshness(manifest, now);
+        let digest = manifest.payload_sha256();
+        vouched.entry(digest).or_insert_with(sign).clone()
+    }
+
+    fn sign_freshness(&self, manifest: &Verified<Manifest>, now: Timestamp) -> Verified<Freshness> {
         let fresh = SignedDuration::try_from(self.settings.fresh).unwrap_or(SignedDuration::MAX);
         let freshness = Freshness {
             fleet: manifest.fleet.clone(),
@@ -625,15 +649,9 @@ impl Publisher {
         Ok(())
     }
 
-    /// Remembers a content that the fleet did not want: it is held until the mirror changes, or an
-    /// operator accepts it. Of more than [`REJECTED_MAX`] the oldest are forgotten.
-    pub fn reject(&self, rejected: Rejected) -> Result<(), StoreError> {
-        self.records().reject(rejected, &self.store)
-    }
-
-    /// Contents that are not published again.
-    pub fn rejected(&self) -> Vec<Rejected> {
-        self.records().rejected.clone()
+    /// The generations that were taken back.
+    pub fn withdrawn(&self) -> Withdrawn {
+        self.directives.borrow().withdrawn.clone()
     }
 
     fn records(&self) -> MutexGuard<'_, Records> {

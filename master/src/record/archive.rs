@@ -2,11 +2,11 @@
 //! audit log is kept.
 
 use std::collections::HashMap;
-use std::fs;
 use std::io;
 use std::path::Path;
 use std::sync::Mutex;
 
+use clamcast_daemon::input;
 use clamcast_proto::dsse::PublicKey;
 use clamcast_proto::identity::{Certificate, Role};
 use clamcast_proto::{AgentName, Digest};
@@ -14,6 +14,12 @@ use clamcast_proto::{AgentName, Digest};
 /// Keys of one agent that its receipts are tried with: those of its last certificates. A receipt
 /// is older than its agent's certificate only for as long as it waits to be sent.
 const KEYS_TRIED_MAX: usize = 8;
+
+/// Certificates that are kept: those of a full fleet, renewed fifty times.
+const CERTIFICATES_MAX: usize = 1 << 20;
+
+/// Longest certificate in bytes of DER: ours have some hundred.
+const CERTIFICATE_BYTES_MAX: u64 = 64 << 10;
 
 /// What is known of the directory of certificates, `FINGERPRINT.der` each.
 #[derive(Debug, Default)]
@@ -23,14 +29,17 @@ impl Archive {
     /// Reads the directory, which exists.
     pub fn load(directory: &Path) -> io::Result<Self> {
         let mut certificates = Vec::new();
-        for entry in fs::read_dir(directory)? {
-            let path = entry?.path();
-            if path.extension().is_some_and(|extension| extension == "der") {
-                match Certificate::from_der(&fs::read(&path)?) {
-                    Ok(certificate) => certificates.push(certificate),
-                    Err(error) => {
-                        tracing::warn!(path = %path.display(), %error, "left out of the archive");
-                    }
+        for name in input::names(directory, CERTIFICATES_MAX)? {
+            let path = directory.join(name);
+            if path.extension().is_none_or(|extension| extension != "der") {
+                continue;
+            }
+            let der = input::whole(&path, CERTIFICATE_BYTES_MAX);
+            let read = der.and_then(|der| Certificate::from_der(&der).map_err(io::Error::other));
+            match read {
+                Ok(certificate) => certificates.push(certificate),
+                Err(error) => {
+                    tracing::warn!(path = %path.display(), %error, "left out of the archive");
                 }
             }
         }

@@ -3,67 +3,12 @@
 use std::fmt;
 use std::str::FromStr;
 
-use clamcast_daemon::audit::Record;
+use clamcast_proto::AuditEvent;
+use clamcast_proto::audit::Record;
+use clamcast_proto::event::Subject;
 use globset::{Glob, GlobMatcher};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
-
-/// Every event that the master records.
-pub const EVENTS: [&str; 40] = [
-    "abort",
-    "alarm",
-    "counted-again",
-    "declined",
-    "denied",
-    "drift",
-    "enrolled",
-    "force-sync",
-    "force-sync-end",
-    "halt",
-    "held",
-    "offer",
-    "pin",
-    "promoted",
-    "published",
-    "receipt",
-    "refused",
-    "rejected",
-    "released",
-    "reload",
-    "repair",
-    "restored",
-    "revocation_list",
-    "revoked",
-    "rollback",
-    "rolled-back",
-    "rollout",
-    "rollout-complete",
-    "rollout-paused",
-    "rollout-resumed",
-    "rollout-waits",
-    "set-aside",
-    "started",
-    "stopped",
-    "stragglers",
-    "unpin",
-    "wave",
-    "wave-skipped",
-    "weighing",
-    "withheld",
-];
-
-/// Those whose subject is an agent; that of the others only looks like one, if at all.
-const ABOUT_AN_AGENT: [&str; 9] = [
-    "counted-again",
-    "declined",
-    "drift",
-    "enrolled",
-    "offer",
-    "receipt",
-    "repair",
-    "revoked",
-    "set-aside",
-];
 
 /// Lists in the detail of an order to several agents, which name them.
 const NAMING_AGENTS: [&str; 2] = ["agents", "failed"];
@@ -112,9 +57,9 @@ fn by_operator(record: &Record, operator: &str) -> bool {
 
 fn concerns(record: &Record, agent: &AgentPattern) -> bool {
     let actor = record.actor.strip_prefix("agent:");
-    let subject = ABOUT_AN_AGENT
-        .contains(&record.event.as_str())
-        .then_some(record.subject.as_str());
+    let event = AuditEvent::named(&record.event);
+    let is_about_one = event.is_some_and(|event| event.subject() == Subject::Agent);
+    let subject = is_about_one.then_some(record.subject.as_str());
     let listed = NAMING_AGENTS
         .iter()
         .filter_map(|list| record.detail[list].as_array())
@@ -175,19 +120,17 @@ impl fmt::Display for AgentPattern {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clamcast_daemon::audit::Draft;
+    use clamcast_proto::audit::Draft;
     use serde_json::{Value, json};
 
     /// Whether the filter of `arguments`, like `agent=web*`, wants a record of the time 0 by `actor`.
     #[track_caller]
     fn check(record: [&str; 3], detail: &Value, arguments: &str, expected: bool) {
-        let [actor, event, subject] = record.map(str::to_owned);
+        let [actor, event, subject] = record;
+        let event = AuditEvent::named(event).unwrap();
         let draft = Draft {
-            actor,
-            event,
-            subject,
             detail: detail.clone(),
-            ..Draft::default()
+            ..Draft::new(event, actor, subject)
         };
         let mut filter = Filter::default();
         for argument in arguments.split_whitespace() {

@@ -1,35 +1,35 @@
-//! Writes what must last: the audit log, what is known of each agent, the certificates it came with,
-//! and where the rollout is.
+//! Writes what must last: the audit log, what is known of each agent, the certificates that agents
+//! came with, the state of the rollout, and what was withdrawn.
 //!
-//! One thread of its own, because every write ends in an fsync. Jobs that wait together are
-//! written together, so that a whole fleet's receipts cost a few fsyncs and not thousands. What a
-//! job wants said to an agent is said after it is on disk.
+//! One thread of its own, because every write ends in an fsync. Entries that wait together are
+//! written together, so that a whole fleet's receipts cost a few fsyncs and not thousands. Nobody
+//! waits in order to hand an entry over: whoever needs it on disk waits for its number
+//! ([`Recorder::durable`]), and whoever makes many entries waits for room ([`Recorder::room`]).
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
+use std::fmt;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::mpsc as std_mpsc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clamcast_daemon::audit::{self, Draft};
 use clamcast_daemon::durable;
-use clamcast_proto::{AgentName, Digest, Position};
+use clamcast_daemon::input;
+use clamcast_proto::{AgentName, Digest};
 use jiff::Timestamp;
 use serde_json::json;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::watch;
 
-use crate::fleet::agents::Record;
-use crate::fleet::hub::{Command, Line};
-use crate::fleet::rollout::Rollout;
-use crate::record::events::EVENTS;
+/// From this many entries that wait for the disk on there is no room for more, but for those that
+/// nobody can make many of.
+pub const ENTRIES_MAX: u64 = 4096;
 
-/// Jobs that wait; senders wait when it is full.
-const JOBS_MAX: usize = 4096;
-
-/// Jobs written together: what the audit log syncs at once.
+/// Entries written together: what the audit log syncs at once.
 const BATCH_MAX: usize = audit::BATCH_MAX;
 
 /// Longest detail of a record in bytes of JSON: with the rest it fits a line of the audit log. Of a
@@ -39,131 +39,237 @@ const DETAIL_BYTES_MAX: usize = 1_000_000;
 /// Time between two tries when the disk refuses.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// One thing to write, in this order: the certificate, the audit log, the agent's record, the
-/// rollout's state, then the word to the agent.
-#[derive(Debug, Default)]
-pub struct Job {
-    /// A certificate to archive, in DER, by its fingerprint.
-    pub certificate: Option<(Digest, Vec<u8>)>,
+/// A write that takes longer is an alarm: the disk neither takes it nor refuses it.
+const SLOW: Duration = Duration::from_secs(10);
+
+/// Longest file in bytes that is read at a start: a record holds what one Hello can tell.
+const FILE_BYTES_MAX: u64 = 1 << 20;
+
+/// Most files in the directory of the agents' records, with those that a crash left behind.
+const FILES_MAX: usize = 100_000;
+
+/// What a file is written as to see whether its directory takes it.
+const PROBE: &str = ".probe";
+
+/// What is written as one: the certificates first, then the line of the audit log, then the records
+/// of agents, what was withdrawn, and the state of the rollout.
+#[derive(Clone, Debug, Default)]
+pub struct Entry {
     /// A line for the audit log.
     pub draft: Option<Draft>,
-    /// An agent's record to keep.
-    pub keep: Option<Record>,
-    /// An agent to forget.
-    pub forget: Option<AgentName>,
-    /// The state of the rollout to keep.
-    pub rollout: Option<Rollout>,
-    /// What is said, and to whom, once all that is on disk.
-    pub then: Option<(Line, Command)>,
-    /// Who is told the signed head of the audit log, once all that is on disk.
-    pub checkpoint_to: Vec<Line>,
-    /// Told once all that is on disk.
-    pub done: Option<oneshot::Sender<()>>,
+    /// Files, each with its new content; `None` removes it.
+    pub files: Vec<(FileName, Option<Vec<u8>>)>,
 }
 
-/// Where it is written, beside the audit log.
+/// A file of the state directory that the recorder writes.
+#[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
+pub enum FileName {
+    /// A certificate in DER, by its fingerprint.
+    Certificate(Digest),
+    /// What is known of an agent.
+    Agent(AgentName),
+    /// The generations that were withdrawn.
+    Withdrawn,
+    /// Where the rollout is.
+    Rollout,
+}
+
+/// Where the files are, beside the audit log.
 #[derive(Clone, Debug)]
 pub struct Places {
     /// The directory of the agents' records.
     pub agents: PathBuf,
     /// The directory of their certificates.
     pub certificates: PathBuf,
-    /// The file that says where the rollout is.
-    pub rollout: PathBuf,
+    /// The directory of the rest.
+    pub state: PathBuf,
 }
+
+/// The file that says where the rollout is, in the state directory.
+pub const ROLLOUT: &str = "rollout.json";
+
+/// The file that says what was withdrawn, in the state directory.
+pub const WITHDRAWN: &str = "rejected.json";
+
+/// How far the disk is.
+#[derive(Clone, Debug)]
+pub struct Durable {
+    /// The number of the last entry that is on disk, with all before it.
+    pub number: u64,
+    /// The signed head of the audit log.
+    pub checkpoint: Arc<str>,
+}
+
+/// The daemon stops before the entry is on disk.
+#[derive(Debug, thiserror::Error)]
+#[error("the daemon stops, and the disk refuses")]
+pub struct NotDurable;
 
 /// The way to the writing thread.
 #[derive(Clone, Debug)]
 pub struct Recorder {
-    jobs: mpsc::Sender<Job>,
-    alarm: Arc<Mutex<Option<String>>>,
-    give_up: Arc<AtomicBool>,
-    taken_back: Arc<Mutex<BTreeSet<Position>>>,
+    queue: Arc<Mutex<Queue>>,
+    durable: watch::Receiver<Durable>,
+    trouble: Arc<Trouble>,
+}
+
+#[derive(Debug)]
+struct Queue {
+    /// The number of the last entry that was handed over.
+    last: u64,
+    entries: std_mpsc::Sender<(u64, Entry)>,
+}
+
+/// What is wrong with the disk.
+#[derive(Debug, Default)]
+struct Trouble {
+    /// Why nothing can be written at the moment.
+    refused: Mutex<Option<String>>,
+    /// Since when the present write is under way.
+    since: Mutex<Option<Instant>>,
+    /// Files that cannot be written although others can, and why.
+    unwritable: Mutex<BTreeMap<FileName, String>>,
+    give_up: AtomicBool,
+}
+
+impl Entry {
+    /// A line of the audit log alone.
+    pub fn line(draft: Draft) -> Self {
+        Self {
+            draft: Some(draft),
+            files: Vec::new(),
+        }
+    }
+
+    /// One file alone; `None` removes it.
+    pub fn file(name: FileName, content: Option<Vec<u8>>) -> Self {
+        Self {
+            draft: None,
+            files: vec![(name, content)],
+        }
+    }
 }
 
 impl Recorder {
-    /// Starts the thread. It ends when the last clone is dropped and all jobs are written.
+    /// Starts the thread. It ends when the last clone is dropped and all entries are written.
     pub fn start(log: audit::Log, places: Places) -> (Self, thread::JoinHandle<()>) {
-        let (jobs, inbox) = mpsc::channel(JOBS_MAX);
-        let alarm = Arc::new(Mutex::new(None));
-        let give_up = Arc::new(AtomicBool::new(false));
-        let taken_back = Arc::new(Mutex::new(BTreeSet::new()));
+        let (entries, inbox) = std_mpsc::channel();
+        let start = Durable {
+            number: 0,
+            checkpoint: log.checkpoint().into(),
+        };
+        let (written, durable) = watch::channel(start);
+        let trouble = Arc::<Trouble>::default();
         let writer = Writer {
             log,
             places,
-            alarm: alarm.clone(),
-            give_up: give_up.clone(),
-            taken_back: taken_back.clone(),
+            trouble: trouble.clone(),
+            retry: Files::new(),
         };
         let thread = thread::Builder::new()
             .name("recorder".to_owned())
-            .spawn(move || writer.run(inbox))
+            .spawn(move || writer.run(&inbox, &written))
             .expect("a thread can be started");
         let recorder = Self {
-            jobs,
-            alarm,
-            give_up,
-            taken_back,
+            queue: Arc::new(Mutex::new(Queue { last: 0, entries })),
+            durable,
+            trouble,
         };
         (recorder, thread)
     }
 
-    /// Queues a job.
-    pub async fn write(&self, job: Job) {
-        if let Some(draft) = &job.draft {
-            let event = draft.event.as_str();
-            debug_assert!(EVENTS.contains(&event), "`{event}` is missing in EVENTS");
-        }
-        // The thread outlives every sender, unless it panicked, which its owner reports.
-        let _ = self.jobs.send(job).await;
+    /// Hands an entry over. Returns its number, which is above all that were given before.
+    pub fn write(&self, entry: Entry) -> u64 {
+        // Numbers are given and entries queued in one order.
+        let mut queue = lock(&self.queue);
+        queue.last += 1;
+        // The thread outlives every sender, unless it gave up or panicked, which its owner reports.
+        let _ = queue.entries.send((queue.last, entry));
+        queue.last
+    }
+
+    /// The number of the last entry that was handed over.
+    pub fn last(&self) -> u64 {
+        lock(&self.queue).last
+    }
+
+    /// Returns when the entry with this number and all before it are on disk.
+    pub async fn durable(&self, number: u64) -> Result<(), NotDurable> {
+        let mut durable = self.durable.clone();
+        let reached = durable.wait_for(|durable| durable.number >= number);
+        reached.await.map(drop).map_err(|_| NotDurable)
     }
 
     /// Writes a line into the audit log and returns when it is there.
-    pub async fn note(&self, draft: Draft) {
-        let (done, written) = oneshot::channel();
-        self.write(Job {
-            draft: Some(draft),
-            done: Some(done),
-            ..Job::default()
-        })
-        .await;
-        let _ = written.await;
+    pub async fn note(&self, draft: Draft) -> Result<(), NotDurable> {
+        self.durable(self.write(Entry::line(draft))).await
+    }
+
+    /// How far the disk is, to be waited on.
+    pub fn watch(&self) -> watch::Receiver<Durable> {
+        self.durable.clone()
+    }
+
+    /// Whether fewer than [`ENTRIES_MAX`] entries wait for the disk.
+    pub fn has_room(&self) -> bool {
+        self.last() < self.durable.borrow().number + ENTRIES_MAX
+    }
+
+    /// Returns when there is room for more entries.
+    pub async fn room(&self) {
+        let mut durable = self.durable.clone();
+        while !self.has_room() {
+            if durable.changed().await.is_err() {
+                return; // the daemon stops
+            }
+        }
     }
 
     /// Returns when the thread has ended, which it does before its last sender only by a panic.
     pub async fn ended(&self) {
-        self.jobs.closed().await;
+        let _ = self.durable.clone().wait_for(|_| false).await; // an error: it is gone
     }
 
-    /// To be set when the daemon stops and has waited long enough: what the disk refuses from then
-    /// on is not tried again. Nobody was told of it, so the agents will send it again.
-    pub fn give_up(&self) -> Arc<AtomicBool> {
-        self.give_up.clone()
-    }
-
-    /// From now on nobody is offered this generation but by force: also not by an offer that still
-    /// waits for the disk.
-    pub fn take_back(&self, position: Position) {
-        let mut taken_back = self.taken_back.lock().expect("nothing panics with it");
-        taken_back.insert(position);
+    /// To be called when the daemon stops and has waited long enough: what the disk refuses from
+    /// then on is not tried again. Nobody was told of it, so the agents will send it again.
+    pub fn give_up(&self) {
+        self.trouble.give_up.store(true, Ordering::Relaxed);
     }
 
     /// Why nothing can be written at the moment.
     pub fn alarm(&self) -> Option<String> {
-        self.alarm.lock().expect("nothing panics with it").clone()
+        let refused = lock(&self.trouble.refused).clone();
+        let since = *lock(&self.trouble.since);
+        let slow = since.map(|since| since.elapsed()).filter(|it| *it > SLOW);
+        let slow = slow.map(|it| format!("the disk has not taken a write for {} s", it.as_secs()));
+        let reason = refused.or(slow)?;
+        let waiting = self.last() - self.durable.borrow().number;
+        Some(format!("{reason}; {waiting} entries wait for the disk"))
     }
+
+    /// The files that cannot be written although the disk takes others, each with the reason.
+    pub fn unwritable(&self) -> Vec<String> {
+        lock(&self.trouble.unwritable).values().cloned().collect()
+    }
+}
+
+/// What is read here is whole after a panic, too.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Reads the records of all agents. A damaged one is reported and left out: the agent says Hello
 /// again.
-pub fn load(agents: &Path) -> io::Result<Vec<Record>> {
+pub fn load<T: serde::de::DeserializeOwned>(agents: &Path) -> io::Result<Vec<T>> {
     let mut records = Vec::new();
-    for entry in fs::read_dir(agents)? {
-        let path = entry?.path();
+    for name in input::names(agents, FILES_MAX)? {
+        let path = agents.join(name);
         if path.extension().is_none_or(|extension| extension != "json") {
             continue;
         }
-        match serde_json::from_slice(&fs::read(&path)?) {
+        let text = input::whole(&path, FILE_BYTES_MAX);
+        let record = text.and_then(|text| Ok(serde_json::from_slice(&text)?));
+        match record {
             Ok(record) => records.push(record),
             Err(error) => {
                 tracing::warn!(path = %path.display(), %error, "an agent's record is damaged and left out");
@@ -176,113 +282,159 @@ pub fn load(agents: &Path) -> io::Result<Vec<Record>> {
 struct Writer {
     log: audit::Log,
     places: Places,
-    alarm: Arc<Mutex<Option<String>>>,
-    give_up: Arc<AtomicBool>,
-    taken_back: Arc<Mutex<BTreeSet<Position>>>,
+    trouble: Arc<Trouble>,
+    /// Files that could not be written although others could, until they can.
+    retry: Files,
 }
 
+/// Files with their new content, in the order in which they are written.
+type Files = BTreeMap<FileName, Option<Vec<u8>>>;
+
 impl Writer {
-    fn run(mut self, mut inbox: mpsc::Receiver<Job>) {
-        let mut batch = Vec::new();
-        while let Some(first) = inbox.blocking_recv() {
-            batch.push(first);
-            while batch.len() < BATCH_MAX {
-                let Ok(next) = inbox.try_recv() else { break };
-                batch.push(next);
-            }
+    fn run(mut self, inbox: &std_mpsc::Receiver<(u64, Entry)>, written: &watch::Sender<Durable>) {
+        let mut number = 0;
+        while let Some((last, mut batch)) = self.next(inbox) {
+            number = last.unwrap_or(number);
+            *lock(&self.trouble.since) = Some(Instant::now());
             if !self.write(&mut batch) {
-                batch.clear(); // not on disk, and so nobody is told
+                return; // nobody is told of it
             }
-            for job in batch.drain(..) {
-                if let Some((line, command)) = job.then
-                    && !self.is_taken_back(&command)
-                {
-                    line.send(command);
+            *lock(&self.trouble.since) = None;
+            let checkpoint = self.log.checkpoint();
+            written.send_modify(|durable| {
+                durable.number = number;
+                if *durable.checkpoint != *checkpoint {
+                    durable.checkpoint = checkpoint.into();
                 }
-                for line in job.checkpoint_to {
-                    line.send(Command::Checkpoint(self.log.checkpoint()));
-                }
-                if let Some(done) = job.done {
-                    let _ = done.send(()); // whoever asked may have gone
-                }
-            }
+            });
         }
     }
 
-    fn is_taken_back(&self, command: &Command) -> bool {
-        let Command::Offer {
-            current, manner, ..
-        } = command
-        else {
-            return false;
+    /// Waits for entries and takes those that wait together, with the number of the last one; or
+    /// none, if there is a file to be tried again. `None` at the end.
+    fn next(&self, inbox: &std_mpsc::Receiver<(u64, Entry)>) -> Option<(Option<u64>, Vec<Entry>)> {
+        let first = match self.retry.is_empty() {
+            true => inbox.recv().ok()?,
+            false => match inbox.recv_timeout(RETRY) {
+                Ok(first) => first,
+                Err(std_mpsc::RecvTimeoutError::Timeout) => return Some((None, Vec::new())),
+                Err(std_mpsc::RecvTimeoutError::Disconnected) => return None,
+            },
         };
-        let taken_back = self.taken_back.lock().expect("nothing panics with it");
-        !manner.rehash && taken_back.contains(&current.manifest.position())
+        let (mut number, mut batch) = (first.0, vec![first.1]);
+        while batch.len() < BATCH_MAX
+            && let Ok((next, entry)) = inbox.try_recv()
+        {
+            number = next;
+            batch.push(entry);
+        }
+        Some((Some(number), batch))
     }
 
-    /// Tries until the disk takes it: nothing is said that is not in the log. Returns whether it did.
-    fn write(&mut self, batch: &mut [Job]) -> bool {
-        let drafts = batch.iter_mut().filter_map(|job| job.draft.take());
+    /// Tries until the disk takes it. Returns whether it did.
+    fn write(&mut self, batch: &mut [Entry]) -> bool {
+        let drafts = batch.iter_mut().filter_map(|entry| entry.draft.take());
         let mut drafts: Vec<_> = drafts.map(shortened).collect();
-        let rollouts = batch.iter_mut().filter_map(|job| job.rollout.take());
-        let rollout = rollouts.last();
-        let certificates = batch.iter_mut().filter_map(|job| job.certificate.take());
-        let named = |(fingerprint, der): (Digest, _)| (format!("{fingerprint}.der"), der);
-        let certificates: Vec<_> = certificates.map(named).collect();
-        let mut records = BTreeMap::new(); // of several jobs about one agent the last one counts
-        for job in &mut *batch {
-            if let Some(record) = job.keep.take() {
-                records.insert(record.name.clone(), Some(record));
-            }
-            if let Some(name) = job.forget.take() {
-                records.insert(name, None);
-            }
-        }
-        let mut kept = certificates.is_empty()
-            || self.until_written("the agents' certificates", |writer| {
-                durable::write_all(&writer.places.certificates, &certificates, 0o600)
-            });
-        let logged = self.until_written("the audit log", |writer| {
-            let before = writer.log.records();
-            let written = writer.log.append_all(drafts.clone(), Timestamp::now());
-            if writer.log.records() > before {
-                drafts.clear(); // in the log; what may be left to do is to sign it
-            }
-            written
-                .map(|_| ())
-                .map_err(|error| io::Error::other(crate::chain(&error)))
-        });
-        let (mut keep, mut forget) = (Vec::new(), Vec::new());
-        for (name, record) in records {
-            match record {
-                Some(record) => {
-                    let text = serde_json::to_vec(&record).expect("a record serialises");
-                    keep.push((format!("{name}.json"), text));
+        // Of several contents of one file the last one counts.
+        let mut files = std::mem::take(&mut self.retry);
+        files.extend(batch.iter_mut().flat_map(|entry| entry.files.drain(..)));
+        let of = |files: &mut Files, which: fn(&FileName) -> bool| -> Files {
+            files.extract_if(.., |name, _| which(name)).collect()
+        };
+        let certificates = of(&mut files, |it| matches!(it, FileName::Certificate(_)));
+        let agents = of(&mut files, |it| matches!(it, FileName::Agent(_)));
+        self.write_each(&certificates, "the agents' certificates")
+            && self.until_written("the audit log", |writer| {
+                let before = writer.log.records();
+                let written = writer.log.append_all(drafts.clone(), Timestamp::now());
+                if writer.log.records() > before {
+                    drafts.clear(); // in the log; what may be left to do is to sign it
                 }
-                None => forget.push(format!("{name}.json")),
-            }
-        }
-        if !keep.is_empty() || !forget.is_empty() {
-            kept &= self.until_written("the agents' records", |writer| {
-                for name in &forget {
-                    match fs::remove_file(writer.places.agents.join(name)) {
-                        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-                        Ok(()) | Err(_) => {}
-                    }
-                }
-                durable::write_all(&writer.places.agents, &keep, 0o600)
-            });
-        }
-        if let Some(rollout) = rollout {
-            kept &= self.until_written("the state of the rollout", |writer| {
-                let text = serde_json::to_vec(&rollout).expect("a rollout serialises");
-                durable::write(&writer.places.rollout, &text, 0o600)
-            });
-        }
-        *self.alarm.lock().expect("nothing panics with it") = None;
-        logged && kept
+                written
+                    .map(drop)
+                    .map_err(|error| io::Error::other(crate::chain(&error)))
+            })
+            && self.write_each(&agents, "the agents' records")
+            && self.until_written("the state of the rollout", |writer| {
+                files.iter().try_for_each(|(name, content)| match content {
+                    Some(content) => durable::write(&writer.places.of(name), content, 0o600),
+                    None => Ok(()), // the two are never removed
+                })
+            })
     }
 
+    /// Writes files that concern one agent each. One that cannot be written although its directory
+    /// takes its content under another name is put aside with an alarm, and holds up nothing else.
+    fn write_each(&mut self, files: &Files, what: &str) -> bool {
+        let Some(first) = files.keys().next() else {
+            return true;
+        };
+        let directory = self.places.directory(first).to_owned();
+        let named = |(name, content): (&FileName, &Option<Vec<u8>>)| {
+            Some((name.to_string(), content.clone()?))
+        };
+        let keep: Vec<_> = files.iter().filter_map(named).collect();
+        let removed = files.iter().filter(|(_, content)| content.is_none());
+        let failed: Vec<_> = removed
+            .filter_map(|(name, _)| {
+                let failed = fs::remove_file(self.places.of(name)).err()?;
+                (failed.kind() != io::ErrorKind::NotFound).then_some((name, failed))
+            })
+            .collect();
+        for (name, error) in failed {
+            self.put_aside(name, None, &error);
+        }
+        let mut single = Vec::new();
+        let written = self.until_written(what, |writer| {
+            if durable::write_all(&directory, &keep, 0o600).is_ok() {
+                return Ok(());
+            }
+            single = writer.one_by_one(files)?;
+            Ok(())
+        });
+        for (name, error) in &single {
+            self.put_aside(name, files[name].clone(), error);
+        }
+        let aside = &self.retry;
+        let healed =
+            |name: &FileName, _: &mut String| files.contains_key(name) && !aside.contains_key(name);
+        lock(&self.trouble.unwritable)
+            .extract_if(.., healed)
+            .for_each(drop);
+        written
+    }
+
+    /// Writes each file by itself. Returns those whose name is at fault; or an error, if the disk is.
+    fn one_by_one(&self, files: &Files) -> io::Result<Vec<(FileName, io::Error)>> {
+        let mut single = Vec::new();
+        for (name, content) in files {
+            let Some(content) = content else { continue };
+            let path = self.places.of(name);
+            if let Err(error) = durable::write(&path, content, 0o600) {
+                let probe = self.places.directory(name).join(PROBE);
+                durable::write(&probe, content, 0o600)?;
+                fs::remove_file(&probe)?;
+                single.push((name.clone(), error));
+            }
+        }
+        Ok(single)
+    }
+
+    fn put_aside(&mut self, name: &FileName, content: Option<Vec<u8>>, error: &io::Error) {
+        let path = self.places.of(name);
+        let reason = format!(
+            "cannot write {}, although its directory takes other files: {error}; remove what is in \
+             its place",
+            path.display()
+        );
+        let known = lock(&self.trouble.unwritable).insert(name.clone(), reason.clone());
+        if known.as_ref() != Some(&reason) {
+            tracing::error!("{reason}");
+        }
+        self.retry.insert(name.clone(), content);
+    }
+
+    /// Tries until `write` succeeds. Returns whether it did.
     fn until_written(
         &mut self,
         what: &str,
@@ -290,14 +442,39 @@ impl Writer {
     ) -> bool {
         while let Err(error) = write(self) {
             tracing::error!(%error, "cannot write {what}; nothing is offered or acknowledged until it works");
-            *self.alarm.lock().expect("nothing panics with it") =
-                Some(format!("cannot write {what}: {error}"));
-            if self.give_up.load(Ordering::Relaxed) {
+            *lock(&self.trouble.refused) = Some(format!("cannot write {what}: {error}"));
+            if self.trouble.give_up.load(Ordering::Relaxed) {
                 return false;
             }
             thread::sleep(RETRY);
         }
+        *lock(&self.trouble.refused) = None;
         true
+    }
+}
+
+impl Places {
+    fn directory(&self, name: &FileName) -> &Path {
+        match name {
+            FileName::Certificate(_) => &self.certificates,
+            FileName::Agent(_) => &self.agents,
+            FileName::Withdrawn | FileName::Rollout => &self.state,
+        }
+    }
+
+    fn of(&self, name: &FileName) -> PathBuf {
+        self.directory(name).join(name.to_string())
+    }
+}
+
+impl fmt::Display for FileName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Certificate(fingerprint) => write!(f, "{fingerprint}.der"),
+            Self::Agent(name) => write!(f, "{name}.json"),
+            Self::Withdrawn => f.write_str(WITHDRAWN),
+            Self::Rollout => f.write_str(ROLLOUT),
+        }
     }
 }
 
@@ -315,16 +492,13 @@ fn shortened(draft: Draft) -> Draft {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use clamcast_proto::AuditEvent;
     use ed25519_dalek::SigningKey;
 
     fn draft(detail: serde_json::Value) -> Draft {
         Draft {
-            event: "offer".to_owned(),
-            actor: "master".to_owned(),
-            subject: "test".to_owned(),
-            position: None,
-            outcome: None,
             detail,
+            ..Draft::new(AuditEvent::Offer, "master", "test")
         }
     }
 
@@ -334,9 +508,14 @@ mod tests {
         let places = Places {
             agents: dir.to_owned(),
             certificates: dir.to_owned(),
-            rollout: dir.join("rollout.json"),
+            state: dir.to_owned(),
         };
         Recorder::start(log, places)
+    }
+
+    fn record(name: &str, content: &str) -> Entry {
+        let name = FileName::Agent(name.parse().unwrap());
+        Entry::file(name, Some(content.as_bytes().to_vec()))
     }
 
     #[tokio::test]
@@ -344,7 +523,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (recorder, thread) = start(dir.path());
         for detail in [json!({ "long": "x".repeat(2_000_000) }), json!({})] {
-            recorder.note(draft(detail)).await;
+            recorder.note(draft(detail)).await.unwrap();
         }
         drop(recorder);
         thread.join().unwrap();
@@ -367,8 +546,49 @@ mod tests {
         while recorder.alarm().is_none() {
             tokio::task::yield_now().await;
         }
-        recorder.give_up().store(true, Ordering::Relaxed);
-        noting.await.unwrap();
+        recorder.give_up();
+        assert!(noting.await.unwrap().is_err());
+        drop(recorder);
+        thread.join().unwrap();
+    }
+
+    #[tokio::test]
+    async fn entries_are_handed_over_at_once_and_are_durable_in_their_order() {
+        let dir = tempfile::tempdir().unwrap();
+        let (recorder, thread) = start(dir.path());
+        let numbers: Vec<_> = (0..1000)
+            .map(|_| recorder.write(Entry::line(draft(json!({})))))
+            .collect();
+        assert!(numbers.is_sorted_by(|one, next| one < next));
+        recorder.durable(numbers[999]).await.unwrap();
+        assert!(recorder.watch().borrow().number >= numbers[999]);
+        drop(recorder);
+        thread.join().unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_file_whose_name_is_taken_by_a_directory_is_put_aside_until_it_can_be_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let in_its_place = dir.path().join("web1.json");
+        fs::create_dir_all(in_its_place.join("inner")).unwrap();
+        let (recorder, thread) = start(dir.path());
+        recorder.write(record("web1", "one"));
+        let number = recorder.write(record("web2", "two"));
+        recorder.durable(number).await.unwrap();
+        assert_eq!(fs::read(dir.path().join("web2.json")).unwrap(), b"two");
+        assert_eq!(recorder.alarm(), None);
+        let [reason] = &recorder.unwritable()[..] else {
+            panic!("one file is at fault");
+        };
+        assert!(reason.contains("web1.json"), "{reason}");
+        // A newer content takes the place of the one that waits.
+        let number = recorder.write(record("web1", "new"));
+        recorder.durable(number).await.unwrap();
+        fs::remove_dir_all(&in_its_place).unwrap();
+        while !recorder.unwritable().is_empty() {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(fs::read(&in_its_place).unwrap(), b"new");
         drop(recorder);
         thread.join().unwrap();
     }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use clamcast_daemon::config::Percent;
+use clamcast_daemon::values::Percent;
 use clamcast_master::config::Rules;
 use clamcast_master::fleet::rollout::Order;
 use clamcast_proto::GroupName;
@@ -344,7 +344,7 @@ impl World {
             0 => None,
             many => Some(target(&published[self.random.random_range(0..many)])),
         };
-        let may_return = any.filter(|any| !self.master.disk.rejected.contains(&any.content));
+        let may_return = any.filter(|any| !self.master.is_rejected(&any.content));
         let host = || self.hosts[number].name.clone();
         let order = match (self.random.random_range(0..32), any, may_return) {
             (0..3, ..) => Order::Pause(why()),

@@ -1,28 +1,34 @@
 //! The master: the real dispatcher with its fleet and rollout. What the hub, the recorder and the
 //! publisher do around it is done here in the same order, on a disk that is made up.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use clamcast_daemon::admin::Operator;
 use clamcast_master::config::Rules;
-use clamcast_master::fleet::agents::{Fleet, LinkId, Record};
+use clamcast_master::fleet::agents::{Fleet, LinkId};
 use clamcast_master::fleet::dispatch::{
-    Action, Bounds, Closing, Dispatcher, Entry, Forcing, Newcomer, Now, Order, Progress, Word,
+    Action, Bounds, Closing, Dispatcher, Forcing, Message, Newcomer, Now, Order, Progress,
 };
+use clamcast_master::fleet::recovery;
 use clamcast_master::fleet::rollout::{self, OrderError, Owed, Rollout, Target};
+use clamcast_master::publish::pipeline::News;
+use clamcast_master::publish::withdrawn::Withdrawn;
+use clamcast_master::record::recorder::{Entry, FileName};
+use clamcast_proto::audit::Operator;
 use clamcast_proto::dsse::{PublicKey, Verified, sign};
 use clamcast_proto::identity::Serial;
 use clamcast_proto::manifest::{Manifest, Publisher, content_digest};
 use clamcast_proto::receipt::{Outcome, Receipt};
 use clamcast_proto::revocation::RevocationList;
-use clamcast_proto::{AgentName, Digest, Epoch, Generation, GroupName};
+use clamcast_proto::wire::Hello;
+use clamcast_proto::{AgentName, AuditEvent, Digest, Epoch, Generation, GroupName, Position};
 use ed25519_dalek::SigningKey;
 use jiff::Timestamp;
 use rand::Rng as _;
 use rand::rngs::StdRng;
+use serde::de::DeserializeOwned;
 
 use super::Size;
 use super::contents::files;
@@ -31,6 +37,9 @@ use super::rules::Witness;
 
 /// Entries that are written together.
 const BATCH_MAX: usize = 256;
+
+/// Entries that wait for the disk when nothing more is offered.
+const BACKLOG: u64 = 4096;
 
 /// The master, with its disk and without its process where that has crashed.
 pub(super) struct Master {
@@ -48,11 +57,9 @@ pub(super) struct Master {
 /// What outlives the process.
 #[derive(Default)]
 pub(super) struct MasterDisk {
-    records: BTreeMap<AgentName, Record>,
-    rollout: Rollout,
+    /// What the recorder wrote.
+    files: BTreeMap<FileName, Vec<u8>>,
     pub(super) published: Vec<Arc<Verified<Manifest>>>,
-    /// Contents that are not published again.
-    pub(super) rejected: Vec<Digest>,
     revoked: Option<RevocationList>,
     /// The state of the databases in the mirror.
     pub(super) mirror: u64,
@@ -64,18 +71,26 @@ pub(super) struct Running {
     /// The connections by the names that the world and the dispatcher have for them.
     links: BTreeMap<LinkNumber, (LinkId, AgentName)>,
     numbers: BTreeMap<LinkId, LinkNumber>,
-    /// The rollout as the witness saw it last.
+    /// The rollout as the witness saw it last, and what was withdrawn.
     seen: Rollout,
-    queue: VecDeque<Job>,
+    withdrawn: BTreeSet<Position>,
+    /// The receipt that the dispatcher is told of.
+    receipt: Option<(AgentName, u64)>,
+    queue: VecDeque<Waiting>,
+    /// Entries that are on disk.
+    durable: u64,
     writing: bool,
     /// The look that is on the agenda.
     look_at: Option<Instant>,
 }
 
-/// What waits for the disk.
-enum Job {
-    Write(Box<Entry>),
-    RollBack(Owed),
+/// An entry that waits for the disk.
+struct Waiting {
+    entry: Entry,
+    /// The receipt that the audit log has then.
+    receipt: Option<(AgentName, u64)>,
+    /// The rollout that the disk has then.
+    rollout: Option<Rollout>,
 }
 
 /// What happens in the master by itself.
@@ -137,23 +152,39 @@ impl Master {
     }
 
     pub(super) fn start(&mut self, sight: &mut MasterSight<'_>) {
-        let text = serde_json::to_vec(&self.disk.rollout).expect("it serialises");
-        let rollout: Rollout = serde_json::from_slice(&text).expect("it is what was written");
-        let records = self.disk.records.values().cloned().collect();
+        let files = &self.disk.files;
+        let agents = files
+            .iter()
+            .filter(|(name, _)| matches!(name, FileName::Agent(_)));
+        let records = agents.map(|(_, text)| read(text)).collect();
+        let saved = match files.get(&FileName::Rollout) {
+            Some(text) => Ok(read(text)),
+            None => Ok(Rollout::default()),
+        };
+        // The loss of this file brings nothing back.
+        let lost = sight.random.random_bool(0.2);
+        let withdrawn = files.get(&FileName::Withdrawn).filter(|_| !lost);
+        let withdrawn: Withdrawn = withdrawn.map(|text| read(text)).unwrap_or_default();
+        let rollout = recovery::rollout(saved, &withdrawn, sight.now.clock);
         let manifests = self.disk.published.clone();
         let fleet = Fleet::new(records, rollout, self.rules.clone(), manifests);
         sight.witness.started(&fleet);
         let seen = fleet.rollout().clone();
+        let withdrawn = seen.withdrawn().iter().map(|it| it.position).collect();
         let bounds = Bounds {
             agents: usize::MAX,
             looks_apart: self.looks.0,
+            backlog: BACKLOG,
         };
         self.running = Some(Running {
             dispatcher: Dispatcher::new(fleet, bounds, sight.now),
             links: BTreeMap::new(),
             numbers: BTreeMap::new(),
             seen,
+            withdrawn,
+            receipt: None,
             queue: VecDeque::new(),
+            durable: 0,
             writing: false,
             look_at: None,
         });
@@ -177,18 +208,14 @@ impl Master {
     /// The hub hears again of the newest generation: it may have been published shortly before the
     /// end.
     fn replay(&mut self, sight: &mut MasterSight<'_>) {
-        let Some(newest) = self.disk.published.last().cloned() else {
-            return;
-        };
-        let owed = self.process().dispatcher.fleet().rollout().owed();
-        let is_owed = owed.is_some_and(|owed| {
-            newest.rollback_of == Some(owed.of.position) && newest.content == owed.to.content
-        });
-        match is_owed {
-            true => self.on(MasterEvent::WentBack(newest), sight),
-            // It was taken back since.
-            false if self.disk.rejected.contains(&newest.content) => {}
-            false => self.on(MasterEvent::Published(newest, false), sight),
+        let rollout = self.process().dispatcher.fleet().rollout().clone();
+        match recovery::replay(&rollout, &self.disk.published) {
+            Some(News::WentBack(manifest)) => self.on(MasterEvent::WentBack(manifest), sight),
+            Some(News::Published {
+                manifest,
+                supersede,
+            }) => self.on(MasterEvent::Published(manifest, supersede), sight),
+            Some(News::Passed) | None => {}
         }
     }
 
@@ -206,12 +233,12 @@ impl Master {
         } else {
             0
         };
-        for (at, job) in running.queue.drain(..audited).enumerate() {
-            let Job::Write(entry) = job else { continue };
-            witness.receipts_on_disk.extend(receipt_of(&entry));
-            if let Some(record) = entry.keep.filter(|_| at < kept) {
-                self.disk.records.insert(record.name.clone(), record);
-            }
+        for (at, waiting) in running.queue.drain(..audited).enumerate() {
+            witness.receipts_on_disk.extend(waiting.receipt);
+            let of_agents = |name: &FileName| matches!(name, FileName::Agent(_));
+            let files = waiting.entry.files.into_iter();
+            let files = files.filter(|(name, content)| of_agents(name) && content.is_some());
+            self.disk.write(files.filter(|_| at < kept));
         }
     }
 
@@ -230,7 +257,7 @@ impl Master {
                 }
             }
             MasterEvent::Idle => {
-                self.process().dispatcher.tick();
+                self.process().dispatcher.tick(sight.now);
                 sight.later(self.looks.1, MasterEvent::Idle);
             }
             MasterEvent::Written => self.written(sight),
@@ -253,10 +280,10 @@ impl Master {
         let actions = self.process().dispatcher.actions();
         for action in actions {
             match action {
-                Action::Tell(id, word) => self.tell(id, word, sight),
+                Action::Tell(id, message) => self.tell(id, message, sight),
                 Action::Write(entry) => {
-                    self.witnesses(&entry, sight);
-                    self.record(Job::Write(entry), sight);
+                    let waiting = self.witnesses(entry, sight);
+                    self.record(waiting, sight);
                 }
                 Action::Close(id, closing) => {
                     let running = self.process();
@@ -268,10 +295,6 @@ impl Master {
                         sight.deeds.push(MasterDeed::Close(link, rejected));
                     }
                 }
-                Action::Reject(rejected) => {
-                    sight.witness.rejected(&rejected.content);
-                    self.disk.rejected.push(rejected.content);
-                }
                 Action::Publish => {
                     let event = MasterEvent::Publish {
                         accept: false,
@@ -280,9 +303,12 @@ impl Master {
                     let after = Duration::from_millis(sight.random.random_range(10..5000));
                     sight.later(after, event);
                 }
-                Action::RollBack(owed) => self.record(Job::RollBack(owed), sight),
-                // Neither audit logs nor restored masters are part of this world.
-                Action::Accepted(_) | Action::Ahead(_) | Action::Checkpoint => {}
+                Action::RollBack(owed) => {
+                    let takes = Duration::from_millis(sight.random.random_range(1..3000));
+                    sight.later(takes, MasterEvent::RollBack(owed));
+                }
+                // Restored masters are not part of this world.
+                Action::Accepted(_) | Action::Ahead(_) => {}
             }
         }
         let running = self.process();
@@ -297,40 +323,58 @@ impl Master {
     }
 
     /// The witness sees what was decided.
-    fn witnesses(&mut self, entry: &Entry, sight: &mut MasterSight<'_>) {
+    fn witnesses(&mut self, entry: Entry, sight: &mut MasterSight<'_>) -> Waiting {
         let running = self.running.as_mut().expect("it runs");
         let (fleet, witness) = (running.dispatcher.fleet(), &mut *sight.witness);
+        let mut receipt = None;
         if let Some(draft) = &entry.draft {
             witness.decided(draft);
+            if draft.event == AuditEvent::Receipt {
+                receipt = running.receipt.take();
+            }
+            if draft.event == AuditEvent::Offer {
+                let name = draft.subject.parse().expect("the subject is the agent");
+                let mut published = self.disk.published.iter();
+                let offered = published.find(|it| Some(it.position()) == draft.position);
+                let forced = draft.detail["forced"] == true;
+                let offered = offered.expect("all are kept");
+                witness.offered(fleet, &name, offered, forced, sight.now.clock);
+            }
         }
-        if let Some(name) = &entry.forget {
-            witness.revoked(name);
+        let mut rollout = None;
+        for (name, content) in &entry.files {
+            match (name, content) {
+                (FileName::Agent(name), None) => witness.revoked(name),
+                (FileName::Rollout, Some(_)) => {
+                    rollout = Some(fleet.rollout().clone());
+                    for withdrawal in fleet.rollout().withdrawn().iter() {
+                        if running.withdrawn.insert(withdrawal.position) {
+                            witness.rejected(&withdrawal.content);
+                        }
+                    }
+                    if running.seen != *fleet.rollout() {
+                        witness.changed(&running.seen, fleet, sight.now.clock);
+                        running.seen = fleet.rollout().clone();
+                    }
+                }
+                _ => {}
+            }
         }
-        if entry.rollout.is_some() && running.seen != *fleet.rollout() {
-            witness.changed(&running.seen, fleet, sight.now.clock);
-            running.seen = fleet.rollout().clone();
-        }
-        if let Some((
-            id,
-            Word::Offer {
-                manifest, manner, ..
-            },
-        )) = &entry.then
-            && let Some(number) = running.numbers.get(id)
-            && let Some((_, name)) = running.links.get(number)
-        {
-            witness.offered(fleet, name, manifest, manner.rehash, sight.now.clock);
+        Waiting {
+            entry,
+            receipt,
+            rollout,
         }
     }
 
-    fn tell(&mut self, id: LinkId, word: Word, sight: &mut MasterSight<'_>) {
+    fn tell(&mut self, id: LinkId, message: Message, sight: &mut MasterSight<'_>) {
         let running = self.process();
         let Some(link) = running.numbers.get(&id).copied() else {
             return; // it has ended
         };
-        let told = match word {
-            Word::Welcome => Told::Welcome,
-            Word::Offer {
+        let told = match message {
+            Message::Welcome => Told::Welcome,
+            Message::Offer {
                 offer,
                 manifest,
                 manner,
@@ -339,8 +383,9 @@ impl Master {
                 manifest,
                 rehash: manner.rehash,
             },
-            Word::Acknowledge(seq) => Told::Acknowledge(seq),
-            Word::Fresh(_) => return, // nobody here looks how old its word is
+            Message::Acknowledge(seq) => Told::Acknowledge(seq),
+            // Nobody here looks how old its statement is, or keeps heads of logs.
+            Message::Fresh(_) | Message::Checkpoint(_) => return,
         };
         if let Some((_, name)) = running.links.get(&link) {
             let fleet = running.dispatcher.fleet();
@@ -405,8 +450,16 @@ impl Master {
                 outcome,
                 clamd,
             } => {
-                let installed = installed.as_ref();
-                dispatcher.hello(&name, id, clamd, Vec::new(), installed, outcome, now);
+                let hello = Hello {
+                    agent_version: String::new(),
+                    clamd,
+                    installed,
+                    outcome,
+                    files: Vec::new(),
+                    foreign: Vec::new(),
+                    labels: BTreeMap::new(),
+                };
+                dispatcher.hello(&name, id, hello, now);
             }
             Said::Need { offer, files } => {
                 for name in files {
@@ -444,7 +497,9 @@ impl Master {
     }
 
     fn receipt(&mut self, id: LinkId, receipt: &Verified<Receipt>, sight: &mut MasterSight<'_>) {
-        let dispatcher = &mut self.process().dispatcher;
+        let running = self.process();
+        running.receipt = Some((receipt.agent.clone(), receipt.seq));
+        let dispatcher = &mut running.dispatcher;
         let refused = match receipt.outcome {
             Outcome::Refused => sight.witness.learns_of(receipt, dispatcher.fleet()),
             Outcome::Live | Outcome::Installed | Outcome::HostFault => None,
@@ -464,7 +519,6 @@ impl Master {
             uid: 0,
             name: "root".to_owned(),
             login_uid: None,
-            may_act: true,
         };
         let published = |of: Target| {
             let mut published = self.disk.published.iter();
@@ -521,7 +575,7 @@ impl Master {
         }
         let files = files(self.disk.mirror);
         let content = content_digest(files.iter().map(|f| (&f.name, f.size, &f.sha256)));
-        let rejected = self.disk.rejected.contains(&content);
+        let rejected = self.is_rejected(&content);
         let same = self
             .disk
             .published
@@ -532,7 +586,6 @@ impl Master {
         }
         if rejected {
             sight.witness.accepted(&content);
-            self.disk.rejected.retain(|it| *it != content);
         }
         let manifest = self.add(content, files, None, sight);
         self.announce(MasterEvent::Published(manifest, supersede), sight);
@@ -555,6 +608,15 @@ impl Master {
             false => self.add(to.content, to.files.clone(), Some(of), sight),
         };
         self.announce(MasterEvent::WentBack(manifest), sight);
+    }
+
+    /// Whether a content is not to be published unless an operator accepts it.
+    pub(super) fn is_rejected(&self, content: &Digest) -> bool {
+        let published = self.disk.published.iter();
+        let published = published.map(|it| (it.position(), it.content));
+        let running = self.running.as_ref().expect("asked only while it runs");
+        let withdrawn = running.dispatcher.fleet().rollout().withdrawn();
+        withdrawn.rejection(*content, published).is_some()
     }
 
     fn add(
@@ -593,9 +655,9 @@ impl Master {
 
     // The recorder.
 
-    fn record(&mut self, job: Job, sight: &mut MasterSight<'_>) {
+    fn record(&mut self, waiting: Waiting, sight: &mut MasterSight<'_>) {
         let running = self.process();
-        running.queue.push_back(job);
+        running.queue.push_back(waiting);
         if !running.writing {
             running.writing = true;
             let slow = sight.random.random_bool(0.01);
@@ -613,32 +675,17 @@ impl Master {
             running.queue.drain(..many).collect()
         };
         running.writing = false;
-        let mut said = Vec::new();
-        for job in batch {
-            let entry = match job {
-                Job::Write(entry) => *entry,
-                Job::RollBack(owed) => {
-                    let takes = Duration::from_millis(sight.random.random_range(1..3000));
-                    sight.later(takes, MasterEvent::RollBack(owed));
-                    continue;
-                }
-            };
-            sight.witness.receipts_on_disk.extend(receipt_of(&entry));
-            if let Some(record) = entry.keep {
-                self.disk.records.insert(record.name.clone(), record);
+        running.durable += batch.len() as u64;
+        for waiting in batch {
+            sight.witness.receipts_on_disk.extend(waiting.receipt);
+            self.disk.write(waiting.entry.files.into_iter());
+            if let Some(rollout) = &waiting.rollout {
+                sight.witness.kept(rollout);
             }
-            if let Some(name) = entry.forget {
-                self.disk.records.remove(&name);
-            }
-            if let Some(rollout) = entry.rollout {
-                sight.witness.kept(&rollout);
-                self.disk.rollout = rollout;
-            }
-            said.extend(entry.then);
         }
-        for (id, word) in said {
-            self.tell(id, word, sight);
-        }
+        let durable = running.durable;
+        running.dispatcher.durable(durable, &"".into());
+        self.carry_out(sight);
         let running = self.process();
         if !running.queue.is_empty() && !running.writing {
             running.writing = true;
@@ -647,13 +694,19 @@ impl Master {
     }
 }
 
-/// The receipt that is in the audit log once this is written.
-fn receipt_of(entry: &Entry) -> Option<(AgentName, u64)> {
-    let draft = entry.draft.as_ref().filter(|it| it.event == "receipt")?;
-    match entry.then {
-        Some((_, Word::Acknowledge(seq))) => Some((draft.subject.parse().ok()?, seq)),
-        Some(_) | None => None,
+impl MasterDisk {
+    fn write(&mut self, files: impl Iterator<Item = (FileName, Option<Vec<u8>>)>) {
+        for (name, content) in files {
+            match content {
+                Some(content) => self.files.insert(name, content),
+                None => self.files.remove(&name),
+            };
+        }
     }
+}
+
+fn read<T: DeserializeOwned>(text: &[u8]) -> T {
+    serde_json::from_slice(text).expect("it is what was written")
 }
 
 /// Where a published manifest stands.

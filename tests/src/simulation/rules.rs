@@ -3,11 +3,11 @@
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 
-use clamcast_daemon::audit::Draft;
 use clamcast_master::config::{Rules, Wave};
 use clamcast_master::fleet::agents::Fleet;
 use clamcast_master::fleet::rollout::{Answer, Begun, Member, Rollout, Run, Target, Weighing};
-use clamcast_master::record::events::EVENTS;
+use clamcast_proto::AuditEvent;
+use clamcast_proto::audit::Draft;
 use clamcast_proto::dsse::Verified;
 use clamcast_proto::manifest::Manifest;
 use clamcast_proto::receipt::Receipt;
@@ -125,9 +125,8 @@ impl Witness {
     /// Something is about to be written into the audit log.
     pub(super) fn decided(&mut self, draft: &Draft) {
         let Draft { event, detail, .. } = draft;
-        assert!(EVENTS.contains(&event.as_str()), "{event} is no event");
-        self.receipts += u64::from(event == "receipt");
-        if ["receipt", "offer"].contains(&event.as_str()) {
+        self.receipts += u64::from(*event == AuditEvent::Receipt);
+        if [AuditEvent::Receipt, AuditEvent::Offer].contains(event) {
             return;
         }
         let position = draft.position;
@@ -141,15 +140,12 @@ impl Witness {
         let Some(position) = position.filter(|_| subject == "fleet") else {
             return;
         };
-        (event, position, detail.to_string()).hash(&mut self.trace);
-        match event.as_str() {
-            "halt" | "abort" | "rolled-back" => {
-                self.halted += u64::from(event == "halt");
-                self.ended.extend(self.manifests.get(&position));
-            }
-            "rollout-complete" => self.completed += 1,
-            _ => {}
+        (event.name(), position, detail.to_string()).hash(&mut self.trace);
+        if [AuditEvent::Halt, AuditEvent::Abort, AuditEvent::RolledBack].contains(event) {
+            self.halted += u64::from(*event == AuditEvent::Halt);
+            self.ended.extend(self.manifests.get(&position));
         }
+        self.completed += u64::from(*event == AuditEvent::RolloutComplete);
     }
 
     /// This content is not to be published again.

@@ -2,6 +2,7 @@
 //! [`crate::core::drift::Guard`] decides, one look or repair at a time, and none while an install
 //! is under way.
 
+use clamcast_proto::AuditEvent;
 use clamcast_proto::receipt::{Drift, InstallNumber, Outcome};
 use clamcast_proto::wire::{Phase, ToMaster};
 use jiff::Timestamp;
@@ -184,14 +185,14 @@ impl Keeper {
             return; // canary and gate are the host's own affair
         }
         let event = match drift.iter().all(|file| file.mended) {
-            true => "repair",
-            false => "drift",
+            true => AuditEvent::Repair,
+            false => AuditEvent::Drift,
         };
         let position = Some(installed.set.manifest.position());
         let files = json!({ "files": drift, "reason": reason });
         self.audit.note(event, position, None, files);
         let mut files = installed.set.files();
-        if event == "drift" {
+        if event == AuditEvent::Drift {
             for wrong in self.guard.wrong() {
                 match files
                     .iter()
@@ -295,7 +296,10 @@ impl Keeper {
         }
         if !drift.is_empty() {
             let detail = json!({ "files": drift, "error": completed.error });
-            let event = if whole { "repair" } else { "drift" };
+            let event = match whole {
+                true => AuditEvent::Repair,
+                false => AuditEvent::Drift,
+            };
             let position = Some(completed.set.manifest.position());
             self.audit
                 .note(event, position, Some(completed.outcome.as_str()), detail);

@@ -16,6 +16,15 @@ fn at(second: i64) -> Timestamp {
     Timestamp::from_second(second).unwrap()
 }
 
+pub(crate) fn withdrawal(manifest: &Manifest) -> Withdrawal {
+    Withdrawal {
+        content: manifest.content,
+        position: manifest.position(),
+        outcome: Ending::Halted,
+        since: at(0),
+    }
+}
+
 pub(crate) fn manifest(generation: u64) -> Arc<Verified<Manifest>> {
     let name = "daily.cld".parse().unwrap();
     let sha256 = Digest::of(&generation.to_be_bytes());
@@ -328,7 +337,7 @@ fn what_must_not_be_published_again_is_not_vouched_for_though_the_rollout_was_lo
     let mut fleet = fleet(7, &[(7, Outcome::Live)]);
     fleet.rollout = Rollout::lost("gone".to_owned(), at(100));
     check_offers(&fleet, &[7], [None, Some(7), Some(7)]);
-    fleet.rollout.are_taken_back([manifest(7).position()]);
+    fleet.rollout.were_withdrawn([withdrawal(&manifest(7))]);
     check_offers(&fleet, &[7], [None, None, None]);
 }
 
@@ -336,7 +345,7 @@ fn what_must_not_be_published_again_is_not_vouched_for_though_the_rollout_was_lo
 fn who_has_what_was_taken_back_is_not_where_it_should_be() {
     let mut fleet = fleet(7, &[(7, Outcome::Live)]);
     assert!(fleet.rows(at(200), DEADLINE)[0].conformant);
-    fleet.rollout.are_taken_back([manifest(7).position()]);
+    fleet.rollout.were_withdrawn([withdrawal(&manifest(7))]);
     let row = fleet.rows(at(200), DEADLINE).remove(0);
     assert_eq!(
         (row.conformant, row.error.as_deref()),

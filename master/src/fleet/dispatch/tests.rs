@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::fleet::agents::tests::{fleet_of, manifest, receipt};
+use clamcast_proto::receipt::ClamdReport;
 use clamcast_proto::revocation::Revoked;
 
 /// A master whose waves are these, with nobody connected.
@@ -16,6 +17,7 @@ impl Desk {
         let bounds = Bounds {
             agents: 2,
             looks_apart: Duration::ZERO,
+            backlog: 64,
         };
         let start = Instant::now();
         let now = Now {
@@ -50,10 +52,8 @@ impl Desk {
     }
 
     fn hello(&mut self, name: &str, id: LinkId) {
-        let (name, clamd) = (name.parse().unwrap(), ClamdReport::default());
-        let now = self.now();
-        self.dispatcher
-            .hello(&name, id, clamd, Vec::new(), None, None, now);
+        let (name, now) = (name.parse().unwrap(), self.now());
+        self.dispatcher.hello(&name, id, hello(None), now);
     }
 
     fn greeted(&mut self, name: &str, group: &str) -> LinkId {
@@ -87,8 +87,22 @@ impl Desk {
         self.dispatcher.progress(&name, id, progress, now);
     }
 
-    /// What is to be done, a word each.
+    /// What is to be done, a word each. The disk takes everything as soon as that was decided.
     fn done(&mut self) -> Vec<String> {
+        let mut done = self.refused();
+        loop {
+            let written = self.dispatcher.written;
+            self.dispatcher.durable(written, &"head".into());
+            let more = self.refused();
+            if more.is_empty() {
+                return done;
+            }
+            done.extend(more);
+        }
+    }
+
+    /// What is to be done while the disk takes nothing.
+    fn refused(&mut self) -> Vec<String> {
         self.dispatcher.actions().iter().map(word).collect()
     }
 
@@ -98,39 +112,54 @@ impl Desk {
     }
 }
 
+fn hello(installed: Option<&Envelope>) -> Hello {
+    Hello {
+        agent_version: String::new(),
+        clamd: ClamdReport::default(),
+        installed: installed.cloned(),
+        outcome: installed.map(|_| Outcome::Live),
+        files: Vec::new(),
+        foreign: Vec::new(),
+        labels: std::collections::BTreeMap::new(),
+    }
+}
+
 fn word(action: &Action) -> String {
-    let said = |(LinkId(id), word): &(LinkId, Word)| match word {
-        Word::Welcome => format!("{id}: welcome"),
-        Word::Offer {
+    let said = |LinkId(id): &LinkId, message: &Message| match message {
+        Message::Welcome => format!("{id}: welcome"),
+        Message::Offer {
             manifest, manner, ..
         } => {
             let how = if manner.rehash { "forced" } else { "offered" };
             format!("{id}: {how} {}", manifest.generation)
         }
-        Word::Fresh(manifest) => format!("{id}: {} is current", manifest.generation),
-        Word::Acknowledge(seq) => format!("{id}: acknowledged {seq}"),
+        Message::Fresh(manifest) => format!("{id}: {} is current", manifest.generation),
+        Message::Acknowledge(seq) => format!("{id}: acknowledged {seq}"),
+        Message::Checkpoint(head) => format!("{id}: {head}"),
     };
     match action {
-        Action::Tell(id, word) => said(&(*id, word.clone())),
+        Action::Tell(id, message) => said(id, message),
         Action::Write(entry) => {
-            let event = entry.draft.as_ref().map(|draft| draft.event.clone());
-            let parts = [
-                event,
-                entry.keep.as_ref().map(|it| format!("keep {}", it.name)),
-                entry.forget.as_ref().map(|name| format!("forget {name}")),
-                entry.rollout.as_ref().map(|_| "state".to_owned()),
-                entry.then.as_ref().map(said),
-            ];
-            let parts: Vec<_> = parts.into_iter().flatten().collect();
+            let event = entry.draft.as_ref().map(|draft| draft.event.to_string());
+            let files = entry
+                .files
+                .iter()
+                .map(|(name, content)| match (name, content.is_some()) {
+                    (FileName::Agent(name), true) => format!("keep {name}"),
+                    (FileName::Agent(name), false) => format!("forget {name}"),
+                    (FileName::Rollout, _) => "state".to_owned(),
+                    (name @ (FileName::Withdrawn | FileName::Certificate(_)), _) => {
+                        name.to_string()
+                    }
+                });
+            let parts: Vec<_> = event.into_iter().chain(files).collect();
             format!("write {}", parts.join(", "))
         }
         Action::Close(LinkId(id), closing) => format!("{id}: {closing:?}"),
-        Action::Reject(rejected) => format!("reject {}", rejected.position.generation),
         Action::Publish => "publish".to_owned(),
         Action::RollBack(owed) => format!("roll back to {}", owed.to.position.generation),
         Action::Accepted(_) => "accepted".to_owned(),
         Action::Ahead(_) => "ahead".to_owned(),
-        Action::Checkpoint => "checkpoint".to_owned(),
     }
 }
 
@@ -145,7 +174,8 @@ fn what_the_disk_does_not_know_is_behind_what_is_written_of_it() {
         "write state",
         "write wave",
         "write state",
-        "write offer, keep web1, 1: offered 7",
+        "write offer, keep web1",
+        "1: offered 7",
     ]);
 }
 
@@ -156,9 +186,12 @@ fn a_receipt_is_acknowledged_behind_its_line_in_the_log_also_when_it_comes_again
     desk.publish(7);
     desk.done();
     desk.receipt(id, 7, 1, Outcome::Live);
-    desk.check(&["accepted", "write receipt, keep web1, 1: acknowledged 1"]);
+    assert_eq!(desk.refused(), ["accepted", "write receipt, keep web1"]);
     desk.receipt(id, 7, 1, Outcome::Live);
-    desk.check(&["write 1: acknowledged 1"]);
+    assert_eq!(desk.refused(), [""; 0]);
+    desk.check(&["1: acknowledged 1", "1: acknowledged 1"]);
+    desk.receipt(id, 7, 1, Outcome::Live);
+    desk.check(&["1: acknowledged 1"]);
 }
 
 #[test]
@@ -173,11 +206,10 @@ fn a_refusal_ends_it_before_anybody_else_hears_of_it() {
     desk.done();
     desk.receipt(canary, 8, 2, Outcome::Refused);
     desk.check(&[
-        "write receipt, keep web1, 1: acknowledged 2",
+        "write receipt, keep web1",
         "write halt",
-        "reject 8",
-        "write state",
-        "checkpoint",
+        "write rejected.json, state",
+        "1: acknowledged 2",
         "roll back to 7",
     ]);
     desk.greeted("web2", "canary");
@@ -196,8 +228,8 @@ fn a_rollback_that_is_owed_is_asked_for_again_after_a_while() {
     let mut asked = Vec::new();
     for second in 1..=20 {
         desk.seconds = second;
-        desk.dispatcher.tick();
         let now = desk.now();
+        desk.dispatcher.tick(now);
         desk.dispatcher.look(now);
         if desk.done().contains(&"roll back to 7".to_owned()) {
             asked.push(second);
@@ -223,14 +255,11 @@ fn who_is_forced_and_comes_again_is_still_to_look_at_its_disk() {
         .force(&what, vec![name], false, now)
         .unwrap();
     assert_eq!(forced.offers.len(), 1);
-    desk.check(&["write offer, keep web1, 1: forced 7"]);
+    desk.check(&["write offer, keep web1", "1: forced 7"]);
     desk.greeted("web1", "canary");
     let done = desk.done();
     assert_eq!(done[0], "1: Replaced");
-    assert!(
-        done.contains(&"write offer, keep web1, 2: forced 7".to_owned()),
-        "{done:?}"
-    );
+    assert!(done.contains(&"2: forced 7".to_owned()), "{done:?}");
     desk.receipt(LinkId(1), 7, 2, Outcome::Live); // of the connection that was replaced
     desk.check(&[]);
     desk.begins("web1", LinkId(2));
@@ -253,10 +282,9 @@ fn an_agent_whose_last_receipt_a_crash_took_is_offered_again_what_it_has() {
     let id = desk.connect("web1", "canary").unwrap();
     let (name, now) = ("web1".parse().unwrap(), desk.now());
     let seven = manifest(7);
-    let (clamd, has) = (ClamdReport::default(), Some(seven.envelope()));
     desk.done();
-    desk.dispatcher
-        .hello(&name, id, clamd, Vec::new(), has, Some(Outcome::Live), now);
+    let hello = hello(Some(seven.envelope()));
+    desk.dispatcher.hello(&name, id, hello, now);
     assert!(!desk.done().iter().any(|it| it.contains("offered")));
     desk.receipt(id, 7, 2, Outcome::Installed);
     assert!(desk.done().iter().any(|it| it.contains("offered 7")));
@@ -282,10 +310,7 @@ fn who_does_not_answer_an_order_is_offered_what_is_newer() {
     desk.done();
     desk.publish(8);
     let done = desk.done();
-    assert!(
-        done.contains(&"write offer, keep web1, 1: offered 8".to_owned()),
-        "{done:?}"
-    );
+    assert!(done.contains(&"1: offered 8".to_owned()), "{done:?}");
 }
 
 #[test]
@@ -350,4 +375,75 @@ fn whoever_is_revoked_is_sent_away_forgotten_and_stays_out() {
     });
     desk.check(&["1: Revoked", "write revoked, forget web1"]);
     assert!(desk.connect("web1", "canary").is_err());
+}
+
+#[test]
+fn an_offer_that_waits_for_the_disk_is_dropped_when_its_generation_is_withdrawn() {
+    let mut desk = Desk::new(&["group:canary", "100%"]);
+    let canary = desk.greeted("web1", "canary");
+    desk.publish(7);
+    desk.receipt(canary, 7, 1, Outcome::Live);
+    desk.publish(8);
+    desk.done();
+    desk.greeted("web2", "canary");
+    let waits = desk.refused();
+    assert!(
+        waits.iter().any(|it| it.starts_with("write offer")),
+        "{waits:?}"
+    );
+    desk.receipt(canary, 8, 2, Outcome::Refused);
+    let done = desk.done();
+    assert!(done.contains(&"write halt".to_owned()), "{done:?}");
+    assert!(!done.iter().any(|it| it.contains("offered 8")), "{done:?}");
+}
+
+#[test]
+fn a_disk_that_takes_nothing_stops_offers_and_keeps_each_record_once() {
+    let mut desk = Desk::new(&["100%"]);
+    let now = desk.now();
+    let names = ["web1", "web2"];
+    let mut written = 0;
+    for _ in 0..100 {
+        for name in names {
+            let id = desk.greeted(name, "canary");
+            desk.dispatcher
+                .disconnected(&name.parse().unwrap(), id, now);
+        }
+        let writes = |it: &String| it.starts_with("write");
+        written += desk.refused().into_iter().filter(writes).count();
+    }
+    assert_eq!(written, 64);
+    for name in names {
+        desk.greeted(name, "canary");
+    }
+    desk.publish(7);
+    let refused = desk.refused();
+    assert!(
+        !refused.iter().any(|it| it.starts_with("write offer")),
+        "{refused:?}"
+    );
+    // The rollout is looked at again when the disk takes what waits.
+    desk.done();
+    desk.dispatcher.look(now);
+    let done = desk.done();
+    assert!(done.iter().any(|it| it.contains("offered 7")), "{done:?}");
+}
+
+#[test]
+fn agents_are_told_the_head_of_the_log_that_has_the_end_of_a_rollout() {
+    let mut desk = Desk::new(&["100%"]);
+    let id = desk.greeted("web1", "canary");
+    desk.publish(7);
+    desk.done();
+    desk.receipt(id, 7, 1, Outcome::Live);
+    let now = desk.now();
+    desk.dispatcher.look(now);
+    let done = desk.refused();
+    assert!(
+        done.contains(&"write rollout-complete".to_owned()),
+        "{done:?}"
+    );
+    desk.dispatcher.tick(now);
+    assert!(!desk.refused().contains(&"1: head".to_owned()));
+    assert!(desk.done().contains(&"1: head".to_owned()));
 }

@@ -1,6 +1,6 @@
 //! What operators order about a rollout.
 
-use clamcast_proto::{AgentName, GroupName, Position};
+use clamcast_proto::{AgentName, AuditEvent, GroupName, Position};
 use jiff::Timestamp;
 
 use super::{
@@ -175,7 +175,7 @@ impl Rollout {
             let known = self.complete.or(self.owed.as_ref().map(|owed| owed.to));
             let resumed = known.map(|known| {
                 let reason = format!("the mirror is published again: {reason}");
-                note("rollout-resumed", known, reason)
+                note(AuditEvent::RolloutResumed, known, reason)
             });
             return Ok(resumed.into_iter().chain([Effect::Look]).collect());
         }
@@ -186,7 +186,7 @@ impl Rollout {
         };
         run.unwell_seen = run.tally(&subject, run.begun.last(), rules, now).unwell;
         run.goes_on(&pause, now);
-        Ok(vec![note("rollout-resumed", run.target, reason)])
+        Ok(vec![note(AuditEvent::RolloutResumed, run.target, reason)])
     }
 
     /// Ends the running generation, as a halt does.
@@ -221,7 +221,7 @@ impl Rollout {
         self.is_not_frozen()?;
         let run = self.run()?;
         run.promote(now);
-        Ok(vec![note("promoted", run.target, reason)])
+        Ok(vec![note(AuditEvent::Promoted, run.target, reason)])
     }
 
     /// Takes the current generation away: the databases of `to` are to be published again, and
@@ -270,13 +270,13 @@ impl Rollout {
         let how = Ending::RolledBack;
         for target in [of, complete] {
             if target.content != to.content {
-                self.take_back(target.position);
-                effects.push(Effect::Reject { target, how });
+                self.withdraw(target, how, now);
+                effects.push(Effect::Withdrawn { target, how });
                 let same = |pin: &Pin| pin.target.content == target.content;
                 effects.extend(self.unpin_all(same, "its generation was taken back"));
             }
         }
-        self.take_back(of.position);
+        self.withdraw(of, how, now);
         let gone = |pin: &Pin| pin.target.position == of.position;
         effects.extend(self.unpin_all(gone, "its generation was taken back"));
         effects.dedup();
@@ -293,7 +293,7 @@ impl Rollout {
             since: now,
         });
         self.owed = Some(Owed { to, of });
-        effects.push(note("rolled-back", of, reason));
+        effects.push(note(AuditEvent::RolledBack, of, reason));
         Ok(effects)
     }
 
@@ -365,7 +365,7 @@ impl Rollout {
                 since: now,
             },
         );
-        Ok(vec![note("pin", target, text)])
+        Ok(vec![note(AuditEvent::Pin, target, text)])
     }
 
     /// Lets a group go with everybody else again.
@@ -382,7 +382,7 @@ impl Rollout {
             .map(|reason| format!(": {reason}"))
             .unwrap_or_default();
         Ok(vec![note(
-            "unpin",
+            AuditEvent::Unpin,
             pin.target,
             format!("group {group}{reason}"),
         )])

@@ -3,8 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use clamcast_daemon::config::Percent;
-use clamcast_proto::{AgentName, GroupName};
+use clamcast_daemon::values::Percent;
+use clamcast_proto::{AgentName, AuditEvent, GroupName};
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
@@ -267,7 +267,7 @@ impl Run {
         if resumes {
             self.paused = None;
             let reason = "what it was paused for is over".to_owned();
-            effects.push(note("rollout-resumed", self.target, reason));
+            effects.push(note(AuditEvent::RolloutResumed, self.target, reason));
         }
         if self.paused.is_some() {
             return Turn::Rest;
@@ -382,13 +382,13 @@ impl Run {
                         "{version}: {named} refused it; no further host is offered it until the \
                          others of that version have answered"
                     );
-                    notes.push(note("weighing", self.target, reason));
+                    notes.push(note(AuditEvent::Weighing, self.target, reason));
                 }
                 Judgement::Refused => {
                     self.weighing.remove(*version);
                     let reason = format!("{named} refused it, and too few hosts have proven it");
                     let said = format!("{version}: {reason}");
-                    notes.push(note("withheld", self.target, said));
+                    notes.push(note(AuditEvent::Withheld, self.target, said));
                     let withheld = Withheld {
                         cause: WithheldCause::Refused,
                         reason,
@@ -410,7 +410,7 @@ impl Run {
         self.weighing.remove(version);
         if self.withheld.remove(version).is_some() {
             let reason = format!("{version}: the hosts that proved it outweigh those that refused");
-            effects.push(note("released", self.target, reason));
+            effects.push(note(AuditEvent::Released, self.target, reason));
         }
         let reason = format!("refused what more hosts with {version} have proven");
         let refused = votes.refused.iter().map(|name| (*name).clone());
@@ -525,7 +525,7 @@ impl Run {
                 tally.live, tally.members
             );
             effects.push(note(
-                "withheld",
+                AuditEvent::Withheld,
                 self.target,
                 format!("{version}: {reason}"),
             ));
@@ -560,7 +560,11 @@ impl Run {
                 true => "its hosts in the first wave had twice the deadline to answer",
                 false => "its hosts in the first wave have proven it",
             };
-            effects.push(note("released", target, format!("{version}: {reason}")));
+            effects.push(note(
+                AuditEvent::Released,
+                target,
+                format!("{version}: {reason}"),
+            ));
         }
     }
 
@@ -696,7 +700,7 @@ impl Run {
                         let windows = rules.windows_of(|it| are_in(&closed, it)).join("; ");
                         let reason =
                             format!("{wave}: until a window of its members opens: {windows}");
-                        effects.push(note("rollout-waits", self.target, reason));
+                        effects.push(note(AuditEvent::RolloutWaits, self.target, reason));
                     }
                     self.ahead.insert(0, wave);
                     return Turn::Rest;
@@ -723,7 +727,11 @@ impl Run {
             }
             self.note_stragglers(subject, rules, now, effects);
             self.withhold_unproven(subject, rules, now, effects);
-            effects.push(note("wave", self.target, format!("{wave}: {new} agents")));
+            effects.push(note(
+                AuditEvent::Wave,
+                self.target,
+                format!("{wave}: {new} agents"),
+            ));
             begun.keep_new(|name| self.begun.iter().any(|before| before.has_drawn(name)));
             self.begun.push(begun);
             self.done = None;
@@ -762,7 +770,7 @@ impl Run {
         let since = *self.waits_for_group.get_or_insert(now);
         if is_new {
             let reason = format!("{wave}: until one of its {awaited} hosts connects");
-            effects.push(note("rollout-waits", self.target, reason));
+            effects.push(note(AuditEvent::RolloutWaits, self.target, reason));
         }
         !is_over(since, rules.deadline, now)
     }
@@ -793,7 +801,7 @@ impl Run {
         self.waits_for_window = false;
         self.waits_for_group = None;
         let reason = format!("{wave}: {why}");
-        effects.push(note("wave-skipped", self.target, reason));
+        effects.push(note(AuditEvent::WaveSkipped, self.target, reason));
         self.skipped.push(wave);
     }
 
@@ -843,7 +851,7 @@ impl Run {
         }
         let (named, wave) = (names(&wave.lacking), &self.begun[last].wave);
         let reason = format!("wave {wave} is settled without {behind} of its hosts: {named}");
-        effects.push(note("stragglers", self.target, reason));
+        effects.push(note(AuditEvent::Stragglers, self.target, reason));
     }
 
     /// Takes what is said to be in the future for now: the clock was set back.
@@ -881,7 +889,7 @@ impl Run {
     }
 
     pub(super) fn pause(&mut self, kind: PauseKind, reason: String, now: Timestamp) -> Vec<Effect> {
-        let effects = vec![note("rollout-paused", self.target, reason.clone())];
+        let effects = vec![note(AuditEvent::RolloutPaused, self.target, reason.clone())];
         let before = self.paused.take().map(Box::new);
         self.paused = Some(Pause {
             kind,

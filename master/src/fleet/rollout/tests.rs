@@ -135,7 +135,7 @@ impl Lab {
                     let about = host.or(generation).unwrap_or_default();
                     self.noted.push(format!("{event} {about}"));
                 }
-                Effect::Reject { target, .. } => {
+                Effect::Withdrawn { target, .. } => {
                     self.rejected.push(target.position.generation.number())
                 }
                 Effect::Look => self.noted.push("look".to_owned()),

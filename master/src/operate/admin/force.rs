@@ -2,9 +2,10 @@
 
 use std::time::Duration;
 
-use clamcast_daemon::admin::{AdminError, Finish, Operator, Place, Places, Session};
-use clamcast_daemon::audit::Draft;
+use clamcast_daemon::admin::{AdminError, Finish, Place, Places, Session};
 use clamcast_daemon::exit;
+use clamcast_proto::AuditEvent;
+use clamcast_proto::audit::{Draft, Operator};
 use clamcast_proto::manifest::Manifest;
 use clamcast_proto::{AgentName, Position};
 use serde::{Deserialize, Serialize};
@@ -105,7 +106,7 @@ impl Commands {
         detail.insert("full".to_owned(), full.into());
         detail.insert("reason".to_owned(), json!(accept));
         detail.insert("login_uid".to_owned(), json!(order.operator.login_uid));
-        order.note("force-sync", None, detail.into()).await;
+        order.note(AuditEvent::ForceSync, None, detail.into()).await;
         tracing::info!(operator = %order.operator, agents = agents.len(), full, "force-sync");
 
         let (reply, forced) = oneshot::channel();
@@ -119,7 +120,7 @@ impl Commands {
         let (Ok(()), Ok(forced)) = (told, forced.await) else {
             let detail = json!({ "done": 0, "reason": SUPERSEDED });
             order
-                .note("force-sync-end", Some(INTERRUPTED), detail)
+                .note(AuditEvent::ForceSyncEnd, Some(INTERRUPTED), detail)
                 .await;
             let finish = match self.stop.is_cancelled() {
                 true => self.life.ending().finish(),
@@ -181,8 +182,8 @@ impl Commands {
         accept: Option<&str>,
     ) -> Result<(), Finish> {
         let position = manifest.position();
-        let rejected = self.pipeline.rejected();
-        let Some(rejected) = rejected.iter().find(|it| it.position == position) else {
+        let withdrawn = self.pipeline.withdrawn();
+        let Some(withdrawal) = withdrawn.of(position) else {
             let message = format!(
                 "{position} is neither current nor was it halted: agents never go back to a lower \
                  number, and what waits has its turn (`rollout status`)"
@@ -193,7 +194,7 @@ impl Commands {
             let message = format!(
                 "{position} was {}; hosts get it all the same by their whole names, with --accept \
                  REASON, and never with a pattern, --group or --all",
-                rejected.outcome
+                withdrawal.outcome
             );
             return Err(Finish::because(exit::REFUSED, message));
         };
@@ -230,7 +231,7 @@ impl ForcedOrder {
             tell(&mut listener, &news).await;
         }
         let outcome = self.work.outcome();
-        self.note("force-sync-end", Some(outcome), self.work.detail())
+        self.note(AuditEvent::ForceSyncEnd, Some(outcome), self.work.detail())
             .await;
         if let Some(session) = listener {
             let mut finish = self.finish("failed");
@@ -292,17 +293,15 @@ impl ForcedOrder {
         }
     }
 
-    async fn note(&self, event: &str, outcome: Option<&str>, mut detail: Value) {
+    async fn note(&self, event: AuditEvent, outcome: Option<&str>, mut detail: Value) {
         detail["order"] = self.id.as_str().into();
         let draft = Draft {
-            event: event.to_owned(),
-            actor: self.operator.to_string(),
-            subject: "fleet".to_owned(),
             position: Some(self.position),
             outcome: outcome.map(str::to_owned),
             detail,
+            ..Draft::new(event, &self.operator, "fleet")
         };
-        self.commands.recorder.note(draft).await;
+        let _ = self.commands.recorder.note(draft).await; // an error: the daemon stops
     }
 }
 

@@ -149,11 +149,11 @@ impl Commands {
     /// The generation that an operator means, if it is kept and nobody took it back.
     fn good(&self, generation: Meant) -> Result<Arc<Verified<Manifest>>, Finish> {
         let manifest = self.kept(generation)?;
-        let rejected = self.pipeline.rejected();
-        let Some(rejected) = rejected.iter().find(|it| it.content == manifest.content) else {
+        let Some(withdrawal) = self.pipeline.rejection(manifest.content) else {
             return Ok(manifest);
         };
-        let (position, bad, outcome) = (manifest.position(), rejected.position, &rejected.outcome);
+        let (position, bad, outcome) =
+            (manifest.position(), withdrawal.position, withdrawal.outcome);
         let same = match bad == position {
             true => String::new(),
             false => format!(" has the databases of {bad}, which"),
@@ -182,9 +182,9 @@ impl Commands {
         let (Ok(()), Ok(answer)) = (told, answer.await) else {
             return Err(self.life.ending().finish().into());
         };
-        let mut written = answer.map_err(Undone::Refused)?;
+        let number = answer.map_err(Undone::Refused)?;
         loop {
-            match timeout(WRITING, &mut written).await {
+            match timeout(WRITING, self.recorder.durable(number)).await {
                 Ok(Ok(())) => return Ok(()),
                 Ok(Err(_)) => return Err(self.life.ending().finish().into()), // the disk refused to the end
                 Err(_) => {}

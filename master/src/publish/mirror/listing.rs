@@ -7,11 +7,15 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use clamcast_daemon::input;
 use clamcast_proto::DatabaseName;
 use clamcast_proto::names::looks_like_a_database;
 
 /// freshclam works in `tmp.<hex>/` and removes it at the end of its run.
 const RUN_PREFIX: &str = "tmp.";
+
+/// Most entries of a mirror directory. One with more is not published.
+pub const ENTRIES_MAX: usize = 100_000;
 
 /// A run in which nothing changed for this long was killed, or hangs.
 pub const ABANDONED_AFTER: Duration = Duration::from_secs(15 * 60);
@@ -92,18 +96,17 @@ impl Listing {
             ignored: Vec::new(),
             runs: Vec::new(),
         };
-        for entry in fs::read_dir(&directory)? {
-            let entry = entry?;
-            let name = entry.file_name();
+        for name in input::names(&directory, ENTRIES_MAX)? {
+            let path = directory.join(&name);
             let name = name.to_string_lossy();
-            let metadata = match entry.metadata() {
+            let metadata = match fs::symlink_metadata(&path) {
                 Ok(metadata) => metadata,
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue, // gone since
                 Err(error) => return Err(error),
             };
             if metadata.is_dir() {
                 if name.starts_with(RUN_PREFIX) {
-                    let newest = newest_change(&entry.path(), &metadata);
+                    let newest = newest_change(&path, &metadata);
                     let age = now.duration_since(newest).unwrap_or_default();
                     let name = name.into_owned();
                     listing.runs.push(Run { name, age });

@@ -4,23 +4,19 @@
 use std::fmt;
 use std::sync::Arc;
 
+use clamcast_proto::Position;
 use clamcast_proto::dsse::{Envelope, Verified};
 use clamcast_proto::keys::KeySet;
 use clamcast_proto::manifest::{Manifest, Publisher};
-use clamcast_proto::{Digest, Position};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::chain;
 use crate::store::{Store, StoreError};
 
-/// Rejected contents that are remembered. Only the newest can come back: a mirror goes forward.
-pub const REJECTED_MAX: usize = 100;
-
 const PUBLISHER: &str = "publisher";
 const ADOPTED: &str = "adopted.json";
 const REFUSED: &str = "refused.json";
-const REJECTED: &str = "rejected.json";
 const ANNOUNCEMENT: &str = "announcement.json";
 
 #[derive(Debug)]
@@ -29,7 +25,6 @@ pub(super) struct Records {
     /// The highest manifest that agents reported and that was not made here.
     pub(super) adopted: Option<Arc<Verified<Manifest>>>,
     pub(super) refusal: Option<Refusal>,
-    pub(super) rejected: Vec<Rejected>,
     /// What is about to be published, or is and may not be in the audit log yet.
     pub(super) announcement: Option<Announcement>,
 }
@@ -87,32 +82,6 @@ impl fmt::Display for Refusal {
     }
 }
 
-/// A content that the fleet did not want.
-#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
-pub struct Rejected {
-    /// The content digest.
-    pub content: Digest,
-    /// The generation that had it.
-    pub position: Position,
-    /// What became of that generation: `halted`, `aborted`, `rolled back`.
-    pub outcome: String,
-    /// When.
-    pub since: Timestamp,
-}
-
-impl fmt::Display for Rejected {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self {
-            position, outcome, ..
-        } = self;
-        write!(
-            f,
-            "the mirror has the databases of generation {position}, which was {outcome}; \
-             `publish --accept REASON` to publish them again"
-        )
-    }
-}
-
 impl Records {
     /// Reads them, or makes the first ones.
     pub(super) fn load(store: &Store, keys: &Verified<KeySet>) -> Result<Self, StoreError> {
@@ -144,7 +113,6 @@ impl Records {
             publisher,
             adopted,
             refusal: store.load(REFUSED)?,
-            rejected: store.load(REJECTED)?.unwrap_or_default(),
             announcement: store.load(ANNOUNCEMENT)?,
         })
     }
@@ -233,37 +201,6 @@ impl Records {
     pub(super) fn announced(&mut self, store: &Store) -> Result<(), StoreError> {
         store.forget(ANNOUNCEMENT)?;
         self.announcement = None;
-        Ok(())
-    }
-
-    pub(super) fn rejection(&self, content: Digest) -> Option<Rejected> {
-        let mut rejected = self.rejected.iter();
-        rejected.find(|it| it.content == content).cloned()
-    }
-
-    pub(super) fn reject(&mut self, new: Rejected, store: &Store) -> Result<(), StoreError> {
-        let mut rejected = self.rejected.clone();
-        rejected.retain(|known| known.content != new.content);
-        rejected.push(new);
-        let surplus = rejected.len().saturating_sub(REJECTED_MAX);
-        rejected.drain(..surplus);
-        // Also where the disk refuses: for as long as this process lives it is not published.
-        self.rejected.clone_from(&rejected);
-        store.save(REJECTED, &rejected)
-    }
-
-    /// Forgets that a content was rejected, once an operator had it published again.
-    pub(super) fn clear_rejection(
-        &mut self,
-        content: Digest,
-        store: &Store,
-    ) -> Result<(), StoreError> {
-        let mut rejected = self.rejected.clone();
-        rejected.retain(|known| known.content != content);
-        if rejected.len() != self.rejected.len() {
-            store.save(REJECTED, &rejected)?;
-            self.rejected = rejected;
-        }
         Ok(())
     }
 }

@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
-use clamcast_daemon::config::Percent;
+use clamcast_daemon::values::Percent;
 use clamcast_proto::delta::VERSION;
 use clamcast_proto::dsse::sign;
 use clamcast_proto::manifest::content_digest;
@@ -13,12 +13,14 @@ use sha2::{Digest as _, Sha256};
 
 use super::*;
 use crate::config::{LoadTest, Unsigned};
+use crate::publish::withdrawn::Ending;
 
 /// A mirror, a state directory and the keys of a fleet.
 pub(crate) struct Lab {
     pub(crate) root: tempfile::TempDir,
     settings: Settings,
     keys: Verified<KeySet>,
+    directives: watch::Sender<Directives>,
 }
 
 const ROOT: u8 = 1;
@@ -67,6 +69,7 @@ impl Lab {
             root,
             settings,
             keys,
+            directives: watch::Sender::default(),
         }
     }
 
@@ -104,8 +107,21 @@ impl Lab {
             store,
             key(MANIFEST),
             self.keys.clone(),
+            self.directives.subscribe(),
         )
         .unwrap()
+    }
+
+    /// The fleet took this generation back.
+    fn withdraw(&self, manifest: &Manifest) {
+        self.directives.send_modify(|directives| {
+            directives.withdrawn.insert(Withdrawal {
+                content: manifest.content,
+                position: manifest.position(),
+                outcome: Ending::Halted,
+                since: Timestamp::UNIX_EPOCH,
+            });
+        });
     }
 }
 
@@ -471,7 +487,14 @@ fn the_manifest_key_must_be_in_the_key_set() {
     let start = |lab: &Lab, seed| {
         let store = lab.store("state");
         let settings = lab.settings.clone();
-        Publisher::new(settings, store, key(seed), lab.keys.clone()).map(|_| ())
+        Publisher::new(
+            settings,
+            store,
+            key(seed),
+            lab.keys.clone(),
+            lab.directives.subscribe(),
+        )
+        .map(|_| ())
     };
     assert!(matches!(start(&lab, 9), Err(StartError::Key { .. })));
     lab.settings.fleet = "shop".parse().unwrap();
@@ -503,7 +526,13 @@ fn a_raised_epoch_is_published_at_once_from_number_one() {
 
     lab.keys = key_set(1, 1, MANIFEST);
     let (store, keys) = (lab.store("state"), lab.keys.clone());
-    let older = Publisher::new(lab.settings.clone(), store, key(MANIFEST), keys);
+    let older = Publisher::new(
+        lab.settings.clone(),
+        store,
+        key(MANIFEST),
+        keys,
+        lab.directives.subscribe(),
+    );
     assert!(matches!(older, Err(StartError::Epoch { .. })));
 }
 
@@ -515,7 +544,14 @@ fn a_new_manifest_key_signs_anew_and_the_old_generations_are_still_believed() {
     drop(publisher);
     lab.keys = key_set(2, 1, 8);
     let store = lab.store("state");
-    let publisher = Publisher::new(lab.settings.clone(), store, key(8), lab.keys.clone()).unwrap();
+    let publisher = Publisher::new(
+        lab.settings.clone(),
+        store,
+        key(8),
+        lab.keys.clone(),
+        lab.directives.subscribe(),
+    )
+    .unwrap();
     assert!(publisher.is_due());
     check(&publisher, "1.2 daily.cud=7");
     assert_eq!(publisher.store().manifests().len(), 2);
@@ -529,15 +565,7 @@ fn a_rejected_content_is_held_until_it_changes_or_is_accepted() {
     lab.put("daily.cud", &container("daily", 8, 10));
     publish(&publisher);
     let halted = publisher.current().unwrap();
-    let rejected = Rejected {
-        content: halted.content,
-        position: halted.position(),
-        outcome: "halted".to_owned(),
-        since: Timestamp::UNIX_EPOCH,
-    };
-    publisher.reject(rejected).unwrap();
-    drop(publisher);
-    let publisher = lab.publisher("state");
+    lab.withdraw(&halted);
     lab.put("daily.cud", &container("daily", 8, 11));
     check(&publisher, "1.3 daily.cud=8");
 
@@ -549,7 +577,7 @@ fn a_rejected_content_is_held_until_it_changes_or_is_accepted() {
         accepted.starts_with("1.4 daily.cud=8 in spite of: the mirror has"),
         "{accepted}"
     );
-    assert_eq!(publisher.rejected(), []);
+    assert_eq!(publish(&publisher), "unchanged");
 }
 
 /// A manifest of this fleet, signed with its key by some master.
@@ -759,7 +787,11 @@ fn a_rollback_is_published_once_also_when_the_mirror_was_published_since() {
     lab.put("daily.cud", &container("daily", 8, 11));
     publish(&publisher);
     let [to, of] = [0, 1].map(|index| publisher.store().manifests()[index].position());
-    let roll_back = || publisher.roll_back(to, of, Timestamp::now()).unwrap();
+    let roll_back = || {
+        publisher
+            .roll_back(Rollback { to, of }, Timestamp::now())
+            .unwrap()
+    };
     let (first, announcement) = roll_back();
     assert!(announcement.is_some() && first.rollback_of == Some(of));
     lab.put("daily.cud", &container("daily", 9, 12));
@@ -781,13 +813,6 @@ fn what_the_fleet_rejected_is_not_the_newest() {
     let newest = || publisher.newest().unwrap().position();
     let bad = publisher.current().unwrap();
     assert_eq!(newest(), bad.position());
-    publisher
-        .reject(Rejected {
-            content: bad.content,
-            position: bad.position(),
-            outcome: "halted".to_owned(),
-            since: Timestamp::now(),
-        })
-        .unwrap();
+    lab.withdraw(&bad);
     assert_eq!(newest().generation, Generation::FIRST);
 }
