@@ -21,6 +21,7 @@ fn fleet() -> (Fleet, Master) {
         .member("hsb", signatures(0..100))
         .write(&mirror);
     let master = fleet.master(&mirror);
+    master.configure("[listen]", "[rollout]\nwaves = [\"100%\"]\n[listen]");
     (fleet, master)
 }
 
@@ -62,7 +63,7 @@ fn a_full_disk_keeps_no_revoked_host_in_and_status_answers() {
             let name = format!("talker{number}");
             let talker = Rogue::new(&fleet, &name);
             let mut conversation = talker.enter(talker.config()).await;
-            let offer = conversation.offer().await;
+            let offer = timeout(PATIENCE, conversation.offer()).await.unwrap();
             talkers.push((name, talker, conversation, offer));
         }
         (thief, talkers)
@@ -117,7 +118,7 @@ fn the_longest_name_is_recorded() {
     runtime.block_on(async {
         let rogue = Rogue::new(&fleet, &longest);
         let mut conversation = rogue.enter(rogue.config()).await;
-        conversation.offer().await; // it follows what was written down
+        timeout(PATIENCE, conversation.offer()).await.unwrap(); // it follows what was written down
     });
     let record = state(&master).join(format!("agents/{longest}.json"));
     let record: Value = serde_json::from_slice(&fs::read(record).unwrap()).unwrap();
@@ -134,7 +135,7 @@ fn a_record_that_can_never_be_written_stops_nobody_else() {
     fs::create_dir_all(record.join("inner")).unwrap();
     let _agents = fleet.start_agents(["web1", "web2"]);
     for name in ["web1", "web2"] {
-        master.wait_installed(name);
+        master.wait_live(name, 1);
     }
     let alarm = alarm(&master);
     assert!(
