@@ -3,6 +3,7 @@
 //! Must not know how a generation is published, sent or written to disk.
 
 pub mod admin;
+pub mod api;
 mod cli;
 pub mod command;
 mod help;

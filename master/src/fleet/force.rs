@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use clamcast_proto::receipt::{Drift, Found, Outcome};
 use clamcast_proto::wire::OfferId;
 use clamcast_proto::{AgentName, Position};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::fleet::agents::{OFFERED, Row};
@@ -48,20 +48,24 @@ pub const INTERRUPTED: &str = "interrupted";
 const ORDERED: &str = "ordered";
 
 /// What became of one agent.
-#[derive(Clone, Debug, Eq, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct End {
     /// The agent.
     pub agent: AgentName,
     /// An outcome of its receipt, or `offline`, `past`, `gone`, `no answer`, `timeout`, `interrupted`.
     pub outcome: String,
-    /// Epoch of the generation that it has now; nothing is said of one that has not answered.
-    pub epoch: Option<u64>,
-    /// Number of that generation.
-    pub generation: Option<u64>,
+    /// The generation in its database directory: keys `epoch` and `generation`, null for an agent that
+    /// has not answered.
+    #[serde(
+        flatten,
+        serialize_with = "Row::write_position",
+        deserialize_with = "Row::read_position"
+    )]
+    pub position: Option<Position>,
     /// Whether it is what the master wants, with every file intact.
     pub conformant: bool,
     /// What its re-hash found to be other than published.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub drift: Vec<Drift>,
     /// Why it is not conformant.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -69,7 +73,7 @@ pub struct End {
 }
 
 /// News of one agent.
-#[derive(Clone, Debug, Eq, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(untagged)]
 pub enum News {
     /// It does something else now.
@@ -268,8 +272,7 @@ impl End {
         Self {
             agent,
             outcome: outcome.to_owned(),
-            epoch: row.and_then(|row| row.epoch),
-            generation: row.and_then(|row| row.generation),
+            position: row.and_then(|row| row.position),
             conformant: row.is_some_and(|row| row.conformant),
             drift: row.map(|row| row.drift.clone()).unwrap_or_default(),
             error,
@@ -333,6 +336,7 @@ mod tests {
     use super::*;
     use crate::fleet::agents::Answered;
     use clamcast_proto::receipt::ClamdReport;
+    use clamcast_proto::{Epoch, Generation};
     use jiff::Timestamp;
 
     /// Rows from `name group outcome [offered] [answered]`; a leading `!` means not connected, and
@@ -348,8 +352,10 @@ mod tests {
                 name: name.trim_start_matches('!').parse().unwrap(),
                 groups: vec![group],
                 connected: !name.starts_with('!'),
-                generation: Some(7),
-                epoch: Some(1),
+                position: Some(Position {
+                    epoch: Epoch(1),
+                    generation: Generation::FIRST,
+                }),
                 live: outcome == "live",
                 wanted: None,
                 pinned: false,

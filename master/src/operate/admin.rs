@@ -1,4 +1,4 @@
-//! What operators ask of the running daemon.
+//! Carries out the commands of operators and answers them.
 
 mod force;
 mod publish;
@@ -15,26 +15,24 @@ use clamcast_daemon::service::Occasion;
 use clamcast_proto::FleetName;
 use clamcast_proto::dsse::Verified;
 use clamcast_proto::manifest::Manifest;
-use jiff::{SignedDuration, Timestamp};
-use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use jiff::Timestamp;
+use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Groups;
-use crate::fleet::agents::AWAY;
 use crate::fleet::force::{Meant, Selection};
 use crate::fleet::hub::{Hub, Stopping, View};
 use crate::fleet::rollout::PINS_MAX;
 use crate::link::rejections::Rejections;
-use crate::operate::preflight::{CERTIFICATE_ENDS_SOON, Running};
+use crate::operate::api::{AuditPiece, Request};
+use crate::operate::preflight::Running;
 use crate::operate::report;
 use crate::publish::pipeline::Pipeline;
 use crate::record::events::Filter;
 use crate::record::recorder::Recorder;
 use crate::store::{RECORD_BYTES_MAX, Store};
 
-pub use force::{ForceRequest, ORDERS_MAX, Orders};
-pub use rollout::Change;
+pub use force::{ORDERS_MAX, Orders};
 
 /// Commands served at a time. A waiting `publish` is one of them.
 const SESSIONS_MAX: usize = 64;
@@ -53,12 +51,6 @@ const TIMEOUT_MAX: Duration = Duration::from_secs(72 * 3600);
 /// While it waits, `publish` looks again at least this often, for silence is no event.
 const LOOK: Duration = Duration::from_secs(5);
 
-/// Signatures older than this are an alarm: Talos publishes daily, so the mirror is stuck.
-const SIGNATURES_OLD: SignedDuration = SignedDuration::from_hours(24);
-
-/// Signatures older than this break the rule that auditors apply.
-const SIGNATURES_AUDITED: SignedDuration = SignedDuration::from_hours(7 * 24);
-
 /// Time between looks for new records by `audit show --follow`.
 const FOLLOW: Duration = Duration::from_millis(300);
 
@@ -68,80 +60,7 @@ const CHANGES_SETTLE: Duration = Duration::from_millis(50);
 /// Records of the audit log sent with one line of progress.
 const AUDIT_CHUNK: usize = 500;
 
-/// A command.
-#[derive(Clone, Debug, Deserialize, Serialize)]
-#[serde(tag = "command", rename_all = "kebab-case")]
-pub enum Request {
-    /// Capture and publish now.
-    Publish {
-        /// Return only when the connected agents have settled.
-        wait: bool,
-        /// Publish also what is held, for this reason.
-        accept: Option<String>,
-        /// In the place of what is on its way.
-        supersede: bool,
-    },
-    /// The fleet in numbers.
-    Status,
-    /// The table of agents.
-    Agents,
-    /// The generations that are kept.
-    Generations,
-    /// Drive these agents to the current generation, re-hashing what they have.
-    ForceSync(ForceRequest),
-    /// Where the rollout is.
-    RolloutStatus {
-        /// How long to wait until it is complete or halted, and who is there is where it leads.
-        timeout: Option<Duration>,
-    },
-    /// Order something about it.
-    Rollout {
-        /// What.
-        change: Change,
-        /// Why.
-        reason: Option<String>,
-    },
-    /// Records of the audit log.
-    AuditShow {
-        /// Which ones.
-        filter: Filter,
-        /// Go on with those that are still to come.
-        follow: bool,
-    },
-}
-
-impl Request {
-    /// The command, as it is typed.
-    fn word(&self) -> &'static str {
-        match self {
-            Self::Publish { .. } => "publish",
-            Self::Status => "status",
-            Self::Agents => "agents",
-            Self::Generations => "generations",
-            Self::ForceSync(_) => "force-sync",
-            Self::RolloutStatus { .. } => "rollout status",
-            Self::Rollout { change, .. } => change.word(),
-            Self::AuditShow { .. } => "audit show",
-        }
-    }
-
-    /// Why, in the operator's words.
-    fn reason(&self) -> Option<&str> {
-        match self {
-            Self::Publish { accept: reason, .. } | Self::Rollout { reason, .. } => {
-                reason.as_deref()
-            }
-            Self::ForceSync(request) => request.accept.as_deref(),
-            Self::Status
-            | Self::Agents
-            | Self::Generations
-            | Self::RolloutStatus { .. }
-            | Self::AuditShow { .. } => None,
-        }
-    }
-}
-
-/// What commands are answered from.
+/// The parts of the daemon that commands need.
 #[derive(Clone, Debug)]
 pub struct Commands {
     /// The fleet's name.
@@ -150,7 +69,7 @@ pub struct Commands {
     pub hub: Hub,
     /// Publishes.
     pub pipeline: Pipeline,
-    /// What was published.
+    /// The published generations.
     pub store: Arc<Store>,
     /// Groups of the configuration.
     pub groups: Groups,
@@ -158,17 +77,17 @@ pub struct Commands {
     pub recorder: Recorder,
     /// The audit log's directory.
     pub audit: PathBuf,
-    /// Whether it ends, and with which configuration it runs.
+    /// The daemon's configuration and its end.
     pub life: Life,
-    /// Ends what is under way.
+    /// Ends the commands that are under way.
     pub stop: CancellationToken,
-    /// What was ordered.
+    /// The `force-sync`s under way.
     pub orders: Orders,
-    /// Notes the commands of those who may give none.
+    /// Records the commands of unauthorised users.
     pub denials: Arc<Rejections>,
     /// When the master's own certificate ends.
     pub certificate_ends: Timestamp,
-    /// Where this daemon is.
+    /// Directories and sockets of the daemon.
     pub daemon: Running,
 }
 
@@ -310,7 +229,7 @@ impl Commands {
         Err(Finish::because(exit::FAILED, message))
     }
 
-    /// What the fleet is at.
+    /// The complete generation, if the store still holds it.
     fn complete(&self, view: &View) -> Option<Arc<Verified<Manifest>>> {
         let target = view.rollout.complete()?;
         self.store.manifest(target.position)
@@ -326,29 +245,11 @@ impl Commands {
         })
     }
 
-    /// The three questions of a morning: what is the fleet at, who is not there and why, and how
-    /// old are its signatures; and what will be a question of some morning soon.
+    /// Answers the questions of a morning: which generation the fleet has, which hosts lack it and why,
+    /// how old its signatures are, and what needs an operator soon.
     async fn status(&self) -> Result<Finish, Stopping> {
         let view = self.hub.view().await?;
-        let now = Timestamp::now();
-        let mut result = json!({
-            "fleet": self.fleet, "generation": null, "daemon": self.daemon,
-        });
-        let fields = result.as_object_mut().expect("made as one");
-        // Before the first one is through: what is on its way.
-        let complete = self.complete(&view);
-        if let Some(manifest) = complete.as_ref().or(view.current.as_ref()) {
-            describe(fields, manifest);
-            fields.insert("signatures".to_owned(), signatures(manifest, now));
-        }
-        if let Some(refusal) = self.pipeline.refusal() {
-            let refused = json!({
-                "reason": refusal.reason, "since": refusal.since, "kind": refusal.kind,
-            });
-            fields.insert("refused".to_owned(), refused);
-        }
-        let alarms = [
-            report::lost(&view.rollout),
+        let troubles = [
             self.recorder.alarm(),
             self.pipeline.trouble(),
             self.pipeline.rollback_trouble(),
@@ -356,55 +257,27 @@ impl Commands {
             self.life.revocations(),
         ];
         let unwritable = self.recorder.unwritable();
-        let alarms: Vec<_> = alarms.into_iter().flatten().chain(unwritable).collect();
-        if !alarms.is_empty() {
-            fields.insert("alarm".to_owned(), alarms.join("; ").into());
-        }
-        fields.insert("alarms".to_owned(), json!(report::alarms(&view.rollout)));
-        fields.insert("rollout".to_owned(), report::rollout(&view));
-        fields.insert("agents".to_owned(), json!(view.counts));
-        // A host that is away is not at fault and yet a question of the morning.
-        let lagging = view
-            .rows
-            .iter()
-            .filter(|row| !row.conformant || !row.connected);
-        let lagging = lagging.map(|row| {
-            let away = (!row.connected).then(|| AWAY.to_owned());
-            json!({
-                "name": row.name, "connected": row.connected, "outcome": row.outcome,
-                "since": row.since, "error": row.error.clone().or(away),
-            })
-        });
-        fields.insert("lagging".to_owned(), lagging.collect());
-        let soon = |ends: Timestamp| ends.duration_since(now) < CERTIFICATE_ENDS_SOON;
-        let own = soon(self.certificate_ends)
-            .then(|| json!({ "name": "master", "ends": self.certificate_ends }));
-        let agents = view.rows.iter().filter(|row| soon(row.certificate_ends));
-        let agents = agents.map(|row| json!({ "name": row.name, "ends": row.certificate_ends }));
-        fields.insert(
-            "certificates".to_owned(),
-            own.into_iter().chain(agents).collect(),
-        );
-        Ok(Finish::done(result))
+        let master = report::Master {
+            fleet: self.fleet.clone(),
+            daemon: self.daemon.clone(),
+            refused: self.pipeline.refusal(),
+            troubles: troubles.into_iter().flatten().chain(unwritable).collect(),
+            certificate_ends: self.certificate_ends,
+        };
+        let complete = self.complete(&view);
+        let complete = complete.as_ref().map(|manifest| &***manifest);
+        let status = report::status(master, &view, complete, Timestamp::now());
+        Ok(Finish::done(status))
     }
 
     async fn generations(&self) -> Result<Finish, Stopping> {
         let rollout = self.hub.view().await?.rollout;
         let withdrawn = self.pipeline.withdrawn();
-        let row = |manifest: &Manifest| {
-            let state = report::state_of(manifest, &rollout, &withdrawn);
-            json!({
-                "epoch": manifest.epoch,
-                "generation": manifest.generation,
-                "published": manifest.created,
-                "content": manifest.content,
-                "files": manifest.files,
-                "state": state,
-            })
-        };
         let manifests = self.store.manifests();
-        let rows: Value = manifests.iter().map(|manifest| row(manifest)).collect();
-        Ok(Finish::done(rows))
+        let rows = manifests
+            .iter()
+            .map(|manifest| report::generation(manifest, &rollout, &withdrawn));
+        Ok(Finish::done(rows.collect::<Vec<_>>()))
     }
 
     async fn audit_show(
@@ -465,10 +338,13 @@ impl Commands {
                 piece = read.recv() => match piece {
                     Some(piece) if !piece.is_empty() => {
                         any = true;
-                        session.progress(&piece).await?;
+                        session.progress(&AuditPiece::Records(piece)).await?;
                     }
                     Some(_) if any => {}
-                    Some(_) => session.progress(&self.nothing(&filter).await).await?,
+                    Some(_) => {
+                        let nothing = AuditPiece::Nothing(self.nothing(&filter).await);
+                        session.progress(&nothing).await?;
+                    }
                     None => break,
                 },
             }
@@ -499,35 +375,4 @@ impl Commands {
         }
         text
     }
-}
-
-/// The age of what changes daily: the database `daily`, or the one that was built last.
-fn signatures(manifest: &Manifest, now: Timestamp) -> Value {
-    let built = manifest.files.iter().filter_map(|file| {
-        let container = file.container.as_ref()?;
-        Some((
-            file.name.base() == "daily",
-            container.built?,
-            container.version,
-            &file.name,
-        ))
-    });
-    let Some((_, built, version, name)) = built.max() else {
-        return Value::Null;
-    };
-    let age = now.duration_since(built);
-    let alarm = match age {
-        age if age > SIGNATURES_AUDITED => Some("7d"),
-        age if age > SIGNATURES_OLD => Some("24h"),
-        _ => None,
-    };
-    json!({ "name": name, "version": version, "built": built, "alarm": alarm })
-}
-
-/// What `status` and `publish` say of a generation.
-fn describe(fields: &mut serde_json::Map<String, Value>, manifest: &Manifest) {
-    fields.insert("epoch".to_owned(), json!(manifest.epoch));
-    fields.insert("generation".to_owned(), json!(manifest.generation));
-    fields.insert("content".to_owned(), json!(manifest.content));
-    fields.insert("published".to_owned(), json!(manifest.created));
 }

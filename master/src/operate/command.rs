@@ -10,10 +10,12 @@ use clamcast_daemon::exit::{self, Exit};
 use clamcast_daemon::say;
 use clap::Parser as _;
 use jiff::Timestamp;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
-use super::admin::{Change, ForceRequest, Request};
+use super::api::{Change, ForceRequest, Request};
 use super::cli::{Audit, Cli, Command, ForceSync, OfHost, Reason, Rollout};
+use super::show::Unreadable;
 use super::{preflight, show};
 use crate::config::{self, Config, KeyError};
 use crate::fleet::force::Selection;
@@ -46,7 +48,7 @@ fn run(cli: Cli, serve: impl FnOnce(&Path, u8) -> Result<(), Exit>) -> Result<()
                 accept,
                 supersede,
             };
-            let finish = call(socket, &request, |value| progress.show(&value))?;
+            let finish = call(socket, &request, |value| progress.show(value))?;
             progress.clear();
             show::end(finish, json, show::published)
         }
@@ -107,14 +109,14 @@ fn run(cli: Cli, serve: impl FnOnce(&Path, u8) -> Result<(), Exit>) -> Result<()
                     filter: filter.clone(),
                     follow,
                 };
-                let ended = call(socket, &request, |piece| records.show(&piece));
+                let ended = call(socket, &request, |piece| records.show(piece));
                 // Whoever follows goes on with a daemon that was restarted where the last one ended.
                 let (code, word) = match &ended {
                     Ok(finish) => (finish.exit, finish.message.clone()),
                     Err(exit) => (exit.code, exit.error.as_ref().map(|it| format!("{it:#}"))),
                 };
                 if !follow || code != exit::UNREACHABLE || !records.begun() {
-                    return show::end(ended?, false, |_| {});
+                    return show::end(ended?, false, |()| {});
                 }
                 eprintln!("{}", word.unwrap_or_default());
                 std::thread::sleep(WATCH);
@@ -152,7 +154,7 @@ fn rollout_status(socket: &Path, timeout: Option<Duration>, json: bool) -> Resul
         let left = timeout.map(|timeout| timeout.saturating_sub(begun.elapsed()));
         let ended = call(socket, &Request::RolloutStatus { timeout: left }, |value| {
             answered = true;
-            progress.show(&value);
+            progress.show(value)
         });
         let code = match &ended {
             Ok(finish) => finish.exit,
@@ -190,40 +192,47 @@ fn force_sync(socket: &Path, args: ForceSync) -> Result<(), Exit> {
     });
     let hosts = show::force::Hosts::new(json);
     hosts.on_interrupt();
-    let finish = call(socket, &request, |news| hosts.show(&news))?;
+    let finish = call(socket, &request, |news| hosts.show(news))?;
     hosts.clear();
-    let Finish {
-        exit,
-        mut result,
-        message,
-    } = finish;
-    if json {
-        result = serde_json::Value::Null; // it was printed line by line
-    }
+    let finish = Finish {
+        // As JSON, it was printed line by line.
+        result: if json { Value::Null } else { finish.result },
+        ..finish
+    };
     let table = if args.no_wait {
         show::force::ordered
     } else {
         show::force::synced
     };
-    let finish = Finish {
-        exit,
-        result,
-        message,
-    };
     show::end(finish, false, table)
 }
 
 fn ask(socket: &Path, request: &Request) -> Result<Finish, Exit> {
-    call(socket, request, |_| {})
+    call(socket, request, |_| Ok(()))
 }
 
+/// Sends a request, and shows progress with `show`. Progress that cannot be read is reported once, at
+/// once, because a command that follows may never end; a command that then ends well ends with
+/// [`exit::FAILED`].
 fn call(
     socket: &Path,
     request: &Request,
-    progress: impl FnMut(serde_json::Value),
+    mut show: impl FnMut(&Value) -> serde_json::Result<()>,
 ) -> Result<Finish, Exit> {
-    admin::call(config::DAEMON, socket, request, progress)
-        .map_err(|error| Exit::new(error.exit_code(), error))
+    let mut unreadable = false;
+    let progress = |progress: Value| {
+        if let Err(source) = show(&progress)
+            && !std::mem::replace(&mut unreadable, true)
+        {
+            eprintln!("{}", crate::chain(&Unreadable(source)));
+        }
+    };
+    let finish = admin::call(config::DAEMON, socket, request, progress);
+    let mut finish = finish.map_err(|error| Exit::new(error.exit_code(), error))?;
+    if unreadable && finish.exit == exit::DONE {
+        finish.exit = exit::FAILED;
+    }
+    Ok(finish)
 }
 
 /// What `check-config --json` prints. The keys are for scripts and stay as they are.
@@ -281,8 +290,14 @@ fn check_config(path: &Path, json: bool) -> Result<(), Exit> {
 
 /// The master that answers at the configured socket, if one does and this user may ask it.
 fn running(config: &Config) -> Option<preflight::Running> {
+    /// The rest of the answer does not matter, so a daemon of another version may answer, too.
+    #[derive(Deserialize)]
+    struct Status {
+        daemon: preflight::Running,
+    }
     let finish = ask(&config.listen.admin, &Request::Status).ok()?;
-    serde_json::from_value(finish.result.get("daemon")?.clone()).ok()
+    let status = serde_json::from_value::<Status>(finish.result);
+    status.ok().map(|status| status.daemon)
 }
 
 fn verify(

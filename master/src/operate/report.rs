@@ -1,25 +1,166 @@
-//! How far a rollout is and what holds it up, for operators and scripts.
+//! Builds the answers about the fleet: how far a rollout is and what holds it up.
+//!
+//! Pure: values in, the types of `api` out.
+
+#[cfg(test)]
+mod tests;
 
 use clamcast_proto::manifest::Manifest;
-use clamcast_proto::{AgentName, Position};
+use clamcast_proto::{AgentName, FleetName, Position};
 use jiff::{SignedDuration, Timestamp};
-use serde::Serialize;
-use serde_json::{Map, Value, json};
 
-use crate::fleet::agents::Row;
+use super::api::{
+    self, AgeLimit, Alarm, Current, Expiry, Failed, Generation, GenerationState, GoingBack, Host,
+    Lagging, Owed, Pin, RolloutState, Signatures, Status, Weighing,
+};
+use crate::fleet::agents::{AWAY, Row};
 use crate::fleet::hub::View;
 use crate::fleet::rollout::{Ending, Rollout, Run};
+use crate::operate::preflight::{CERTIFICATE_ENDS_SOON, Running};
+use crate::publish::publisher::Refusal;
 use crate::publish::withdrawn::Withdrawn;
 
-/// Where the rollout is, in one word.
-pub(super) fn state(rollout: &Rollout) -> &'static str {
+/// Signatures older than this are an alarm: Talos publishes daily, so the mirror is stuck.
+const SIGNATURES_OLD: SignedDuration = SignedDuration::from_hours(24);
+
+/// Signatures older than this break the rule that auditors apply.
+const SIGNATURES_AUDITED: SignedDuration = SignedDuration::from_hours(7 * 24);
+
+/// What `status` says of the master itself.
+#[derive(Debug)]
+pub(super) struct Master {
+    /// The fleet's name.
+    pub fleet: FleetName,
+    /// The directories and sockets of the daemon.
+    pub daemon: Running,
+    /// Why the mirror's databases are not published.
+    pub refused: Option<Refusal>,
+    /// Alarms of the daemon, in sentences.
+    pub troubles: Vec<String>,
+    /// When the master's own certificate expires.
+    pub certificate_ends: Timestamp,
+}
+
+/// The answer to `status` at `now`. `complete`: the complete generation, if the store still holds it.
+pub(super) fn status(
+    master: Master,
+    view: &View,
+    complete: Option<&Manifest>,
+    now: Timestamp,
+) -> Status {
+    let newest = view.current.as_ref().map(|manifest| &***manifest);
+    let current = complete.or(newest).map(|manifest| Current {
+        published: manifest.into(),
+        signatures: signatures(manifest, now),
+    });
+    let troubles = lost(&view.rollout).into_iter().chain(master.troubles);
+    let troubles: Vec<_> = troubles.collect();
+    // A disconnected host has not failed, but an operator should know of it.
+    let lagging = view
+        .rows
+        .iter()
+        .filter(|row| !row.conformant || !row.connected);
+    let lagging = lagging.map(|row| {
+        let away = (!row.connected).then(|| AWAY.to_owned());
+        Lagging {
+            name: row.name.clone(),
+            connected: row.connected,
+            outcome: row.outcome.clone(),
+            since: row.since,
+            error: row.error.clone().or(away),
+        }
+    });
+    let expiry = |name: &str, ends: Timestamp| {
+        let is_soon = ends.duration_since(now) < CERTIFICATE_ENDS_SOON;
+        let name = name.to_owned();
+        is_soon.then_some(Expiry { name, ends })
+    };
+    let own = expiry("master", master.certificate_ends);
+    let rows = view.rows.iter();
+    let agents = rows.filter_map(|row| expiry(row.name.as_str(), row.certificate_ends));
+    Status {
+        fleet: master.fleet,
+        current,
+        daemon: master.daemon,
+        refused: master.refused,
+        alarm: (!troubles.is_empty()).then(|| troubles.join("; ")),
+        alarms: alarms(&view.rollout),
+        rollout: rollout(view),
+        agents: view.counts.into(),
+        lagging: lagging.collect(),
+        certificates: own.into_iter().chain(agents).collect(),
+    }
+}
+
+fn signatures(manifest: &Manifest, now: Timestamp) -> Option<Signatures> {
+    let built = manifest.files.iter().filter_map(|file| {
+        let container = file.container.as_ref()?;
+        Some((
+            file.name.base() == "daily",
+            container.built?,
+            container.version,
+            &file.name,
+        ))
+    });
+    let (_, built, version, name) = built.max()?;
+    let alarm = match now.duration_since(built) {
+        age if age > SIGNATURES_AUDITED => Some(AgeLimit::Week),
+        age if age > SIGNATURES_OLD => Some(AgeLimit::Day),
+        _ => None,
+    };
+    Some(Signatures {
+        name: name.clone(),
+        version,
+        built,
+        alarm,
+    })
+}
+
+/// One generation in the answer to `generations`.
+pub(super) fn generation(
+    manifest: &Manifest,
+    rollout: &Rollout,
+    withdrawn: &Withdrawn,
+) -> Generation {
+    Generation {
+        published: manifest.into(),
+        files: manifest.files.clone(),
+        state: generation_state(manifest.position(), rollout, withdrawn),
+    }
+}
+
+fn generation_state(
+    position: Position,
+    rollout: &Rollout,
+    withdrawn: &Withdrawn,
+) -> GenerationState {
+    let is = |target: Option<Position>| target == Some(position);
+    if is(rollout.running().map(|run| run.target.position)) {
+        return GenerationState::Running;
+    }
+    if is(rollout.complete().map(|target| target.position)) {
+        return GenerationState::Current;
+    }
+    if is(rollout.waiting().map(|target| target.position)) {
+        return GenerationState::Waiting;
+    }
+    match withdrawn.of(position).map(|it| it.outcome) {
+        Some(Ending::Halted) => GenerationState::Halted,
+        Some(Ending::Aborted) => GenerationState::Aborted,
+        Some(Ending::RolledBack) => GenerationState::RolledBack,
+        None => GenerationState::Superseded,
+    }
+}
+
+/// The state of the rollout.
+pub(super) fn state(rollout: &Rollout) -> RolloutState {
     let taken_back = |how| matches!(how, Ending::Halted | Ending::Aborted);
     match (rollout.running(), rollout.failed()) {
-        (Some(run), _) if run.paused.is_some() => "paused",
-        (Some(_), _) => "running",
-        (None, Some(failed)) if taken_back(failed.how) => "halted",
-        (None, _) if rollout.complete().is_some() => "complete",
-        (None, _) => "none",
+        (Some(run), _) if run.paused.is_some() => RolloutState::Paused,
+        (Some(_), _) => RolloutState::Running,
+        (None, Some(failed)) if taken_back(failed.how) => RolloutState::Halted,
+        (None, _) if rollout.complete().is_some() => RolloutState::Complete,
+        (None, _) => RolloutState::None,
     }
 }
 
@@ -32,27 +173,25 @@ pub(super) fn lost(rollout: &Rollout) -> Option<String> {
 /// Hosts of one kind that `rollout status` names, at most; `agents` has them all.
 const NAMED_MAX: usize = 20;
 
-/// A rollback that is not at everybody yet.
+/// A published rollback that some hosts have yet to take.
 #[derive(Debug)]
 pub(super) struct Back<'a> {
-    /// What it takes away.
+    /// The generation that is taken back.
     from: Position,
     /// The rollback.
     to: Position,
-    /// Who is at work on it, or about to be: connected, or waited for after a start of the master.
+    /// Hosts that install it, or are about to: connected, or awaited after a start of the master.
     pub on_their_way: Vec<&'a Row>,
-    /// Who still has what was taken back, and is away or could not go back.
+    /// Hosts that still have what was taken back, and are disconnected or could not go back.
     left: Vec<&'a Row>,
 }
 
-/// Where a rollback is that was published: nothing where everybody is back.
+/// The last rollback; `None` once every host has taken it.
 pub(super) fn going_back(view: &View) -> Option<Back<'_>> {
     let rollout = &view.rollout;
     let (from, to) = (rollout.went_back_from()?, rollout.complete()?.position);
-    let has_bad = |row: &Row| {
-        let at = row.position();
-        !row.conformant && at.is_some_and(|at| rollout.is_taken_back(at))
-    };
+    let has_bad =
+        |row: &Row| !row.conformant && row.position.is_some_and(|at| rollout.is_taken_back(at));
     let is_at_it = |row: &Row| {
         let has_offer = view.unsettled.binary_search(&row.name).is_ok();
         row.wanted == Some(to) && (has_offer || row.coming && has_bad(row))
@@ -68,120 +207,103 @@ pub(super) fn going_back(view: &View) -> Option<Back<'_>> {
     })
 }
 
-/// What `status` and `rollout status` say of it.
-pub(super) fn rollout(view: &View) -> Value {
+/// The rollout, for `status` and `rollout status`.
+pub(super) fn rollout(view: &View) -> api::Rollout {
     let rollout = &view.rollout;
-    let mut fields = Map::new();
-    let mut set = |key: &str, value: Value| {
-        fields.insert(key.to_owned(), value);
-    };
-    set("state", state(rollout).into());
     let run = rollout.running();
-    set("wave", run.map_or(0, over).into());
-    set(
-        "waves",
-        run.map_or(0, |run| over(run) + run.ahead.len()).into(),
-    );
-    if let Some(complete) = rollout.complete() {
-        set("complete", json!(complete.position));
-    }
-    if let Some(run) = run {
-        set("running", json!(run.target.position));
-        set("skipped", json!(run.skipped));
-        set("waits_for_window", run.waits_for_window.into());
-        set("windows", json!(view.windows));
-        let last = run.begun.last();
-        set("name", json!(last.map(|begun| &begun.wave)));
-        set("since", json!(last.map(|begun| begun.since)));
-        if let Some(pause) = &run.paused {
-            set("paused", json!(pause));
+    let running = run.zip(view.tallies.as_ref());
+    let running = running.map(|(run, (all, wave))| running_of(view, run, all.into(), wave.into()));
+    let back = going_back(view);
+    let blocking = match (&running, &back) {
+        (Some(run), _) => {
+            let waits_for = run.waits_for.iter().map(|it| &it.agent);
+            let waits_for = waits_for.filter(|it| !run.all.named.contains(it));
+            Some(hosts(view, run.all.named.iter().chain(waits_for)))
         }
-        if let Some((all, wave)) = &view.tallies {
-            set("all", json!(all));
-            set("this_wave", json!(wave));
-            set("waits_for", json!(wave.waits_for));
-            let waits_for = wave.waits_for.iter().map(|it| &it.agent);
-            let waits_for = waits_for.filter(|it| !all.named.contains(it));
-            let blocking = all.named.iter().chain(waits_for);
-            let blocking = blocking.filter_map(|name| row_of(view, name));
-            set("blocking", blocking.map(said).collect());
-        }
-        if let Some(waiting) = rollout.waiting() {
-            set("waiting", json!(waiting.position));
-        }
-        if let Some(since) = run.waits_for_group {
-            set(
-                "waits_for_group",
-                json!({ "wave": run.ahead.first(), "since": since }),
-            );
-        }
-        let deadline = SignedDuration::try_from(view.deadline).unwrap_or(SignedDuration::MAX);
-        let weighing = run.weighing.iter().map(|(version, it)| {
-            let until = it.since.saturating_add(deadline).unwrap_or(it.since);
-            let weighing = json!({ "refused": it.refused, "since": it.since, "until": until });
-            (version.clone(), weighing)
-        });
-        set("weighing", Value::Object(weighing.collect()));
-        set("withheld", json!(run.withheld));
-        let stragglers = view.stragglers.iter().take(NAMED_MAX);
-        let stragglers = stragglers.filter_map(|name| row_of(view, name));
-        set("stragglers", stragglers.map(said).collect());
-        set("stragglers_total", view.stragglers.len().into());
-    }
-    let from_complete: Vec<_> = rollout.withheld_from_complete().collect();
-    if !from_complete.is_empty() {
-        set("complete_withheld", json!(from_complete));
-    }
-    set("set_aside", json!(rollout.set_aside()));
-    if let Some(failed) = rollout.failed() {
-        let position = failed.target.position;
-        set(
-            "failed",
-            json!({
-                "epoch": position.epoch, "generation": position.generation,
-                "how": failed.how, "reason": failed.reason, "since": failed.since,
-            }),
-        );
-    }
-    if let Some(owed) = rollout.owed() {
-        let (to, of) = (owed.to.position, owed.of.position);
-        set("owed", json!({ "to": to, "of": of }));
-    }
-    if let Some(back) = going_back(view) {
-        let said = |rows: &[&Row]| -> Value {
-            let named = rows.iter().take(NAMED_MAX);
-            named.map(|row| said(row)).collect()
-        };
-        set(
-            "going_back",
-            json!({
-                "from": back.from, "to": back.to,
-                "on_their_way": back.on_their_way.len(), "left": back.left.len(),
-                "named": said(&back.left),
-            }),
-        );
-        if run.is_none() {
-            set("blocking", said(&back.on_their_way));
-        }
-    }
-    if let Some(held) = rollout.held() {
-        set("held", json!(held));
-    }
-    set("thin", json!(view.thin));
-    let pins = rollout.pins().iter().map(|(group, pin)| {
-        let position = pin.target.position;
-        json!({
-            "group": group, "epoch": position.epoch, "generation": position.generation,
-            "reason": pin.reason, "since": pin.since,
-        })
+        (None, Some(back)) => Some(named(&back.on_their_way)),
+        (None, None) => None,
+    };
+    let pins = rollout.pins().iter().map(|(group, pin)| Pin {
+        group: group.clone(),
+        position: pin.target.position,
+        reason: pin.reason.clone(),
+        since: pin.since,
     });
-    set("pins", pins.collect());
-    Value::Object(fields)
+    api::Rollout {
+        state: state(rollout),
+        wave: run.map_or(0, over),
+        waves: run.map_or(0, waves),
+        complete: rollout.complete().map(|complete| complete.position),
+        complete_withheld: rollout.withheld_from_complete().cloned().collect(),
+        running,
+        blocking,
+        set_aside: rollout.set_aside().clone(),
+        failed: rollout.failed().map(|failed| Failed {
+            position: failed.target.position,
+            how: failed.how,
+            reason: failed.reason.clone(),
+            since: failed.since,
+        }),
+        owed: rollout.owed().map(|owed| Owed {
+            to: owed.to.position,
+            of: owed.of.position,
+        }),
+        going_back: back.map(|back| GoingBack {
+            from: back.from,
+            to: back.to,
+            on_their_way: back.on_their_way.len(),
+            left: back.left.len(),
+            named: named(&back.left),
+        }),
+        held: rollout.held().cloned(),
+        thin: view.thin.iter().map(Into::into).collect(),
+        pins: pins.collect(),
+    }
 }
 
-/// Where a host stands, and what it says.
-fn said(row: &Row) -> Value {
-    json!({ "name": row.name, "outcome": row.outcome, "error": row.error })
+fn running_of(view: &View, run: &Run, all: api::Tally, this_wave: api::Tally) -> api::Run {
+    let last = run.begun.last();
+    let deadline = SignedDuration::try_from(view.deadline).unwrap_or(SignedDuration::MAX);
+    let weighing = run.weighing.iter().map(|(version, it)| {
+        let weighing = Weighing {
+            refused: it.refused.clone(),
+            since: it.since,
+            until: it.since.saturating_add(deadline).unwrap_or(it.since),
+        };
+        (version.clone(), weighing)
+    });
+    let waiting = view.rollout.waiting();
+    api::Run {
+        position: run.target.position,
+        skipped: run.skipped.clone(),
+        name: last.map(|begun| begun.wave.clone()),
+        since: last.map(|begun| begun.since),
+        paused: run.paused.clone(),
+        waits_for: this_wave.waits_for.clone(),
+        all,
+        this_wave,
+        waits_for_window: run.waits_for_window,
+        windows: view.windows.clone(),
+        waits_for_group: run.waits_for_group.map(|since| api::AwaitedGroup {
+            wave: run.ahead.first().cloned(),
+            since,
+        }),
+        waiting: waiting.map(|waiting| waiting.position),
+        weighing: weighing.collect(),
+        withheld: run.withheld.clone(),
+        stragglers: hosts(view, view.stragglers.iter().take(NAMED_MAX)),
+        stragglers_total: view.stragglers.len(),
+    }
+}
+
+fn named(rows: &[&Row]) -> Vec<Host> {
+    let rows = rows.iter().take(NAMED_MAX);
+    rows.map(|row| Host::from(*row)).collect()
+}
+
+fn hosts<'a>(view: &View, names: impl Iterator<Item = &'a AgentName>) -> Vec<Host> {
+    let rows = names.filter_map(|name| row_of(view, name));
+    rows.map(Host::from).collect()
 }
 
 fn row_of<'a>(view: &'a View, name: &AgentName) -> Option<&'a Row> {
@@ -189,32 +311,7 @@ fn row_of<'a>(view: &'a View, name: &AgentName) -> Option<&'a Row> {
     Some(&view.rows[index])
 }
 
-/// What became of a generation.
-pub(super) fn state_of(
-    manifest: &Manifest,
-    rollout: &Rollout,
-    withdrawn: &Withdrawn,
-) -> &'static str {
-    let position = manifest.position();
-    let is = |target: Option<Position>| target == Some(position);
-    if is(rollout.running().map(|run| run.target.position)) {
-        return "running";
-    }
-    if is(rollout.complete().map(|target| target.position)) {
-        return "current";
-    }
-    if is(rollout.waiting().map(|target| target.position)) {
-        return "waiting";
-    }
-    match withdrawn.of(position).map(|it| it.outcome) {
-        Some(Ending::Halted) => "halted",
-        Some(Ending::Aborted) => "aborted",
-        Some(Ending::RolledBack) => "rolled_back",
-        None => "superseded",
-    }
-}
-
-/// Why a generation that was published is not what everybody is wanted at, if it is not.
+/// Why a published generation is not the target of the whole fleet; `None` if it is.
 pub(super) fn obstacle(view: &View, position: Position) -> Option<String> {
     if view.counts.total == 0 {
         return None; // there is nobody to have it
@@ -272,9 +369,9 @@ pub(super) fn standing(view: &View) -> Option<String> {
 }
 
 /// Alarms about hosts that are set aside and versions that are left out, by name.
-pub(super) fn alarms(rollout: &Rollout) -> Vec<Alarm> {
+fn alarms(rollout: &Rollout) -> Vec<Alarm> {
     let set_aside = rollout.set_aside().iter().map(|(host, it)| Alarm {
-        name: "set-aside",
+        name: "set-aside".to_owned(),
         text: format!(
             "{host} is set aside: {}; its refusals do not count until it proves a generation live, \
              or `rollout restore {host}`",
@@ -285,7 +382,7 @@ pub(super) fn alarms(rollout: &Rollout) -> Vec<Alarm> {
     let run = rollout.running();
     let withheld = run.into_iter().flat_map(|run| {
         run.withheld.iter().map(|(version, it)| Alarm {
-            name: "withheld",
+            name: "withheld".to_owned(),
             text: format!(
                 "{} is withheld from hosts with {version}: {}",
                 run.target.position, it.reason
@@ -297,7 +394,7 @@ pub(super) fn alarms(rollout: &Rollout) -> Vec<Alarm> {
         run.weighing.iter().map(|(version, it)| {
             let refused: Vec<_> = it.refused.iter().map(AgentName::as_str).collect();
             Alarm {
-                name: "weighing",
+                name: "weighing".to_owned(),
                 text: format!(
                     "{} refused {}: no further host is offered it until the other hosts with \
                      {version} have answered",
@@ -311,25 +408,14 @@ pub(super) fn alarms(rollout: &Rollout) -> Vec<Alarm> {
     set_aside.chain(withheld).chain(weighing).collect()
 }
 
-/// Something that an operator should look at.
-#[derive(Clone, Debug, Serialize)]
-pub(super) struct Alarm {
-    /// What kind.
-    pub name: &'static str,
-    /// On which object, why, and the next step.
-    pub text: String,
-    /// Since when.
-    pub since: Timestamp,
-}
-
-/// Some of those that `rollout status` waits for.
-pub(super) fn waited(view: &View) -> Vec<&AgentName> {
+/// Some of the agents that `rollout status` waits for.
+pub(super) fn waited(view: &View) -> Vec<AgentName> {
     if let Some((_, wave)) = &view.tallies {
-        return wave.waits_for.iter().map(|it| &it.agent).collect();
+        return wave.waits_for.iter().map(|it| it.agent.clone()).collect();
     }
     let back = going_back(view);
     let rows = back.iter().flat_map(|back| &back.on_their_way);
-    rows.take(NAMED_MAX).map(|row| &row.name).collect()
+    rows.take(NAMED_MAX).map(|row| row.name.clone()).collect()
 }
 
 fn stands(run: &Run, view: &View) -> String {
@@ -358,12 +444,16 @@ fn stands(run: &Run, view: &View) -> String {
         wave.live,
         wave.members,
         over(run),
-        over(run) + run.ahead.len(),
+        waves(run),
         begun.wave
     )
 }
 
-/// Waves that have begun or were passed over.
+/// Waves that have begun or were skipped.
 fn over(run: &Run) -> usize {
     run.begun.len() + run.skipped.len()
+}
+
+fn waves(run: &Run) -> usize {
+    over(run) + run.ahead.len()
 }

@@ -1,4 +1,4 @@
-//! What the commands print: results on stdout, talk on stderr.
+//! Renders the answers of the daemon: results on stdout, diagnostics on stderr.
 
 use std::cell::RefCell;
 use std::io::Write as _;
@@ -7,140 +7,175 @@ use clamcast_daemon::admin::Finish;
 use clamcast_daemon::exit::{self, Exit};
 use clamcast_daemon::say;
 use clamcast_daemon::table::{Table, fold, printable, terminal_width};
+use clamcast_proto::receipt::ClamdState;
+use clamcast_proto::{AgentName, Digest, GroupName, Position};
 use indicatif::{ProgressBar, ProgressStyle};
 use jiff::{SignedDuration, Timestamp};
+use serde::Deserialize as _;
+use serde::de::DeserializeOwned;
 use serde_json::Value;
+
+use super::api::{
+    self, AgeLimit, Counts, Current, Expiry, Generation, Publication, PublicationOutcome,
+    Published, Signatures, Status,
+};
+use crate::fleet::agents::Row;
 
 pub(crate) mod audit;
 pub(crate) mod force;
 pub(crate) mod rollout;
 
-/// Ends a command: the result as JSON or by `text`, the message on stderr, the exit code.
-pub(crate) fn end(finish: Finish, json: bool, text: impl Fn(&Value)) -> Result<(), Exit> {
+/// The answer of the daemon does not have the expected form.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "cannot read the answer: command and daemon are of different versions; restart the daemon \
+     (`systemctl restart clamcast-master`) or use its own command; --json prints the answer unread"
+)]
+pub(crate) struct Unreadable(#[source] pub(crate) serde_json::Error);
+
+/// Ends a command: prints the result as JSON or with `text`, the message on stderr, and returns the exit
+/// code.
+pub(crate) fn end<T: DeserializeOwned>(
+    finish: Finish,
+    json: bool,
+    text: impl FnOnce(T),
+) -> Result<(), Exit> {
     let Finish {
         exit,
         result,
         message,
     } = finish;
-    if !result.is_null() {
-        if json {
-            say!(
-                "{}",
-                serde_json::to_string_pretty(&result).expect("a value serialises")
-            );
-        } else {
-            text(&result);
-        }
+    let mut read = Ok(());
+    if json && !result.is_null() {
+        say!("{result:#}");
+    } else if !result.is_null() {
+        read = serde_json::from_value(result).map(text);
     }
-    match (exit, message) {
-        (exit::DONE, None) => Ok(()),
-        (exit::DONE, Some(message)) => {
+    match (read, exit, message) {
+        (Err(source), code, message) => {
+            if let Some(message) = message {
+                eprintln!("{message}");
+            }
+            let code = if code == exit::DONE {
+                exit::FAILED
+            } else {
+                code
+            };
+            Err(Exit::new(code, Unreadable(source)))
+        }
+        (Ok(()), exit::DONE, None) => Ok(()),
+        (Ok(()), exit::DONE, Some(message)) => {
             eprintln!("{message}");
             Ok(())
         }
-        (code, Some(message)) => Err(Exit::new(code, anyhow::anyhow!("{message}"))),
-        (code, None) => Err(Exit::quietly(code)),
+        (Ok(()), code, Some(message)) => Err(Exit::new(code, anyhow::anyhow!("{message}"))),
+        (Ok(()), code, None) => Err(Exit::quietly(code)),
     }
 }
 
-pub(crate) fn published(result: &Value) {
-    let position = position(result);
-    match text(&result["outcome"]).as_str() {
-        "new" => say!("published {position}"),
-        "begun" => say!("{position} waits no longer"),
-        "unchanged" => say!("unchanged: {position} is what the mirror holds"),
-        _ if result["generation"].is_null() => {}
-        _ => say!("current is still {position}"),
+pub(crate) fn published(result: Publication) {
+    if let Some(Published { position, .. }) = result.generation {
+        match result.outcome {
+            PublicationOutcome::New => say!("published {position}"),
+            PublicationOutcome::Begun => say!("{position} waits no longer"),
+            PublicationOutcome::Unchanged => {
+                say!("unchanged: {position} is what the mirror holds");
+            }
+            PublicationOutcome::Held | PublicationOutcome::Refused => {
+                say!("current is still {position}");
+            }
+        }
     }
-    if let Some(agents) = result.get("agents") {
-        say!("{}", counts(agents));
+    if let Some(agents) = result.agents {
+        say!("{}", counts(&agents));
     }
 }
 
 /// Agents that `status` names; `agents` has them all.
 const NAMED_MAX: usize = 20;
 
-pub(crate) fn status(result: &Value) {
-    for line in status_lines(result, Timestamp::now(), terminal_width()) {
+pub(crate) fn status(status: Status) {
+    for line in status_lines(&status, Timestamp::now(), terminal_width()) {
         say!("{line}");
     }
 }
 
-/// What `status` says at `now`, for a terminal of this width or a pipe.
-fn status_lines(result: &Value, now: Timestamp, width: Option<usize>) -> Vec<String> {
-    let mut lines = Lines {
-        width,
-        lines: Vec::new(),
-    };
-    lines.field("fleet", &text(&result["fleet"]));
-    if result["generation"].is_null() {
-        lines.field("generation", "none published yet");
-    } else {
-        let content = text(&result["content"]);
-        let short = content.get(..12).unwrap_or(&content);
-        let generation = format!(
-            "{}, published {} (content {short})",
-            position(result),
-            ago(&result["published"], now)
-        );
-        lines.field("generation", &generation);
+/// What `status` prints at `now`, for a terminal of this width or a pipe.
+fn status_lines(status: &Status, now: Timestamp, width: Option<usize>) -> Vec<String> {
+    let mut lines = Lines::new(width);
+    lines.field("fleet", status.fleet.as_str());
+    match &status.current {
+        None => lines.field("generation", "none published yet"),
+        Some(Current {
+            published,
+            signatures: age,
+        }) => {
+            let generation = format!(
+                "{}, published {} (content {})",
+                published.position,
+                ago(published.published, now),
+                short(&published.content)
+            );
+            lines.field("generation", &generation);
+            if let Some(age) = age {
+                signatures(&mut lines, age, now);
+            }
+        }
     }
-    signatures(&mut lines, &result["signatures"], now);
-    rollout::standing(&mut lines, &result["rollout"]);
-    lines.field("agents", &counts(&result["agents"]));
-    if let Some(refused) = result.get("refused") {
-        let (kind, reason) = (text(&refused["kind"]), text(&refused["reason"]));
-        lines.alarm(&format!("{kind}: {reason}"));
+    rollout::standing(&mut lines, &status.rollout);
+    lines.field("agents", &counts(&status.agents));
+    if let Some(refused) = &status.refused {
+        lines.alarm(&refused.to_string());
     }
-    if let Some(reason) = result.get("alarm") {
-        lines.alarm(&format!("alarm: {}", text(reason)));
+    if let Some(reason) = &status.alarm {
+        lines.alarm(&format!("alarm: {reason}"));
     }
-    for certificate in result["certificates"].as_array().into_iter().flatten() {
-        let (name, ends) = (text(&certificate["name"]), time(&certificate["ends"]));
+    for Expiry { name, ends } in &status.certificates {
         let command = if name == "master" { "master" } else { "agent" };
         lines.alarm(&format!(
-            "certificate of {name} ends {ends}; `clamcast-certs {command} --force` makes a new one"
+            "certificate of {name} ends {ends:.0}; `clamcast-certs {command} --force` makes a new one"
         ));
     }
-    let lagging: Vec<_> = result["lagging"].as_array().into_iter().flatten().collect();
-    if lagging.is_empty() {
+    if status.lagging.is_empty() {
         return lines.lines;
     }
     let columns = ["NOT CONFORMANT OR AWAY", "LINK", "OUTCOME", "SINCE", "WHY"];
     let mut table = Table::with_width(columns, width);
-    for row in lagging.iter().take(NAMED_MAX) {
+    for row in status.lagging.iter().take(NAMED_MAX) {
         table.row([
-            text(&row["name"]),
-            link(row),
-            text(&row["outcome"]),
-            age(&row["since"], now),
-            or_dash(text(&row["error"])),
+            row.name.as_str(),
+            link(row.connected),
+            &row.outcome,
+            &age(row.since, now),
+            or_dash(row.error.as_deref()),
         ]);
     }
-    lines.lines.push(String::new());
-    let table = table.to_string();
-    lines.lines.extend(table.lines().map(str::to_owned));
-    if lagging.len() > NAMED_MAX {
-        let more = lagging.len() - NAMED_MAX;
+    lines.table(&table);
+    if status.lagging.len() > NAMED_MAX {
+        let more = status.lagging.len() - NAMED_MAX;
         lines.line(&format!("and {more} more; `agents` has them all"));
     }
     lines.lines
 }
 
-/// How old the signatures are, with the auditors' limits.
-fn signatures(lines: &mut Lines, signatures: &Value, now: Timestamp) {
-    if signatures.is_null() {
-        return;
-    }
-    let [name, version] = ["name", "version"].map(|key| text(&signatures[key]));
-    let built = ago(&signatures["built"], now);
+/// The age of the signatures, with the auditors' limits.
+fn signatures(lines: &mut Lines, signatures: &Signatures, now: Timestamp) {
+    let Signatures {
+        name,
+        version,
+        built,
+        alarm,
+    } = signatures;
+    let built = ago(*built, now);
     lines.field(
         "signatures",
         &format!("{name} version {version}, built {built}"),
     );
-    match signatures["alarm"].as_str() {
-        Some("7d") => lines.alarm("alarm: signatures older than the 7 days that auditors allow"),
-        Some(_) => {
+    match alarm {
+        Some(AgeLimit::Week) => {
+            lines.alarm("alarm: signatures older than the 7 days that auditors allow");
+        }
+        Some(AgeLimit::Day) => {
             lines.alarm("alarm: signatures older than 24 h; does freshclam run on the mirror?");
         }
         None => {}
@@ -157,6 +192,11 @@ struct Lines {
 const VALUES_AT: usize = 13;
 
 impl Lines {
+    fn new(width: Option<usize>) -> Self {
+        let lines = Vec::new();
+        Self { width, lines }
+    }
+
     fn field(&mut self, name: &str, value: &str) {
         for (number, part) in self.folded(value, VALUES_AT).iter().enumerate() {
             let name = if number == 0 { name } else { "" };
@@ -176,6 +216,13 @@ impl Lines {
         self.lines.extend(styled.map(|line| line.to_string()));
     }
 
+    /// A table below an empty line.
+    fn table(&mut self, table: &Table) {
+        self.lines.push(String::new());
+        let table = table.to_string();
+        self.lines.extend(table.lines().map(str::to_owned));
+    }
+
     fn folded(&self, text: &str, indent: usize) -> Vec<String> {
         let text = printable(text);
         match self.width {
@@ -191,7 +238,7 @@ pub(crate) struct Watch {
     json: bool,
     terminal: console::Term,
     /// What was shown last, to be kept on the screen while the daemon does not answer.
-    last: Value,
+    last: Option<Status>,
     begun: bool,
 }
 
@@ -200,7 +247,7 @@ impl Watch {
         Self {
             json,
             terminal: console::Term::stdout(),
-            last: Value::Null,
+            last: None,
             begun: false,
         }
     }
@@ -215,7 +262,8 @@ impl Watch {
             say!("");
             return Ok(());
         }
-        self.last = finish.result;
+        let status = serde_json::from_value(finish.result);
+        self.last = Some(status.map_err(Unreadable)?);
         self.draw(None);
         Ok(())
     }
@@ -234,18 +282,15 @@ impl Watch {
         let now = Timestamp::now();
         let (rows, columns) = self.terminal.size();
         let (rows, width) = (usize::from(rows), Some(usize::from(columns)));
-        let mut lines = Lines {
-            width,
-            lines: Vec::new(),
-        };
+        let mut lines = Lines::new(width);
         lines.line(&format!("{now:.0}, every 2 s until Ctrl-C"));
         if let Some(alarm) = alarm {
             lines.alarm(&format!("waiting for the daemon: {alarm}"));
         }
         lines.line("");
         let mut lines = lines.lines;
-        if !self.last.is_null() {
-            lines.extend(status_lines(&self.last, now, width));
+        if let Some(last) = &self.last {
+            lines.extend(status_lines(last, now, width));
         }
         let frame = frame(lines, rows, !self.begun);
         self.begun = true;
@@ -276,16 +321,15 @@ fn frame(mut lines: Vec<String>, rows: usize, first: bool) -> String {
     format!("{before}\x1b[H{lines}\x1b[J")
 }
 
-fn link(row: &Value) -> String {
-    if row["connected"] == true {
-        "up"
-    } else {
-        "down"
-    }
-    .to_owned()
+fn link(connected: bool) -> &'static str {
+    if connected { "up" } else { "down" }
 }
 
-pub(crate) fn agents(result: &Value) {
+fn yes_or_no(yes: bool) -> &'static str {
+    if yes { "yes" } else { "no" }
+}
+
+pub(crate) fn agents(rows: Vec<Row>) {
     let now = Timestamp::now();
     let mut table = Table::new([
         "NAME",
@@ -298,56 +342,51 @@ pub(crate) fn agents(result: &Value) {
         "CLAMD",
         "ERROR",
     ]);
-    for row in result.as_array().into_iter().flatten() {
-        let groups = row["groups"].as_array().into_iter().flatten().map(text);
-        let clamd = &row["clamd"];
-        let version = clamd["version"]
-            .as_str()
-            .and_then(|version| version.split('/').next());
+    for row in &rows {
+        let groups: Vec<_> = row.groups.iter().map(GroupName::as_str).collect();
+        let pinned = if row.pinned { " pinned" } else { "" };
+        let version = row.clamd.version.as_ref();
+        let version = version.and_then(|version| version.split('/').next());
         table.row([
-            text(&row["name"]),
-            or_dash(groups.collect::<Vec<_>>().join(",")),
-            link(row),
-            generation(row),
-            if row["live"] == true { "yes" } else { "no" }.to_owned(),
-            text(&row["outcome"]),
-            age(&row["since"], now),
-            version.map_or_else(|| text(&clamd["state"]), str::to_owned),
-            or_dash(text(&row["error"])),
+            row.name.as_str(),
+            or_dash(Some(&groups.join(","))),
+            link(row.connected),
+            &format!("{}{pinned}", position_or_dash(row.position)),
+            yes_or_no(row.live),
+            &row.outcome,
+            &age(row.since, now),
+            version.unwrap_or(match row.clamd.state {
+                ClamdState::Up => "up",
+                ClamdState::Down => "down",
+                ClamdState::Silent => "silent",
+                ClamdState::None => "none",
+            }),
+            or_dash(row.error.as_deref()),
         ]);
     }
     say!("{table}");
-    if result.as_array().is_some_and(Vec::is_empty) {
+    if rows.is_empty() {
         eprintln!("no agent has connected yet; `clamcast-certs agent` makes what a host needs");
     }
 }
 
-/// What a host has, with a mark where it is kept at it.
-fn generation(row: &Value) -> String {
-    let pinned = if row["pinned"] == true { " pinned" } else { "" };
-    match row["generation"].is_null() {
-        true => format!("-{pinned}"),
-        false => format!("{}{pinned}", position(row)),
-    }
-}
-
-pub(crate) fn generations(result: &Value) {
+pub(crate) fn generations(rows: Vec<Generation>) {
     let mut table = Table::new(["GENERATION", "PUBLISHED", "STATE", "CONTENT", "FILES"]);
-    for row in result.as_array().into_iter().flatten() {
-        let files = row["files"].as_array().into_iter().flatten().map(|file| {
-            let version = &file["version"];
-            let name = text(&file["name"]);
-            if version.is_null() {
-                name
-            } else {
-                format!("{name}:{version}")
-            }
+    for row in rows {
+        let files = row.files.iter().map(|file| match &file.container {
+            None => file.name.to_string(),
+            Some(container) => format!("{}:{}", file.name, container.version),
         });
+        let Published {
+            position,
+            content,
+            published,
+        } = row.published;
         table.row([
-            position(row),
-            time(&row["published"]),
-            text(&row["state"]),
-            text(&row["content"]).chars().take(12).collect(),
+            position.to_string(),
+            format!("{published:.0}"),
+            row.state.word().to_owned(),
+            short(&content),
             files.collect::<Vec<_>>().join(" "),
         ]);
     }
@@ -366,22 +405,20 @@ impl Progress {
         Self(RefCell::new(bar))
     }
 
-    pub(crate) fn show(&self, progress: &Value) {
-        if let Some(bar) = &*self.0.borrow() {
-            let waiting = progress["unsettled"]
-                .as_array()
-                .into_iter()
-                .flatten()
-                .map(text);
-            let waiting: Vec<_> = waiting.take(5).collect();
-            let standing = progress["standing"].as_str().map(printable);
-            let mut message = standing.unwrap_or_else(|| counts(&progress["agents"]));
-            if !waiting.is_empty() {
-                message += &format!("; waiting for {}", waiting.join(", "));
-            }
-            bar.set_message(message);
-            bar.tick();
+    pub(crate) fn show(&self, progress: &Value) -> serde_json::Result<()> {
+        let bar = self.0.borrow();
+        let Some(bar) = &*bar else { return Ok(()) };
+        let progress = api::Progress::deserialize(progress)?;
+        let standing = progress.standing.as_deref().map(printable);
+        let mut message = standing.unwrap_or_else(|| counts(&progress.agents));
+        let waiting = progress.unsettled.iter().map(AgentName::as_str).take(5);
+        let waiting: Vec<_> = waiting.collect();
+        if !waiting.is_empty() {
+            message += &format!("; waiting for {}", waiting.join(", "));
         }
+        bar.set_message(message);
+        bar.tick();
+        Ok(())
     }
 
     pub(crate) fn clear(&self) {
@@ -391,33 +428,31 @@ impl Progress {
     }
 }
 
-fn counts(agents: &Value) -> String {
-    let number = |key: &str| agents[key].as_u64().unwrap_or(0);
+fn counts(agents: &Counts) -> String {
+    let Counts {
+        total,
+        connected,
+        conformant,
+        behind,
+        failed,
+    } = agents;
     format!(
-        "{} enrolled, {} connected, {} conformant, {} behind, {} failed",
-        number("total"),
-        number("connected"),
-        number("conformant"),
-        number("behind"),
-        number("failed"),
+        "{total} enrolled, {connected} connected, {conformant} conformant, {behind} behind, \
+         {failed} failed"
     )
 }
 
-fn position(value: &Value) -> String {
-    format!("{}.{}", text(&value["epoch"]), text(&value["generation"]))
+fn position_or_dash(position: Option<Position>) -> String {
+    position.map_or("-".to_owned(), |position| position.to_string())
 }
 
-fn time(value: &Value) -> String {
-    let text = text(value);
-    let seconds = text.parse::<Timestamp>().map(|time| format!("{time:.0}"));
-    seconds.unwrap_or(text)
+/// The first 12 digits of a digest, which tell it from others.
+fn short(digest: &Digest) -> String {
+    digest.to_string().chars().take(12).collect()
 }
 
 /// How long ago, to the unit that a person would say.
-fn age(value: &Value, now: Timestamp) -> String {
-    let Ok(time) = text(value).parse::<Timestamp>() else {
-        return "-".to_owned();
-    };
+fn age(time: Timestamp, now: Timestamp) -> String {
     let seconds = now.duration_since(time).as_secs().max(0);
     if seconds < 120 {
         format!("{seconds}s")
@@ -431,34 +466,20 @@ fn age(value: &Value, now: Timestamp) -> String {
 }
 
 /// How long ago in a sentence, with the day when that is what a person would ask for.
-fn ago(value: &Value, now: Timestamp) -> String {
-    let age = age(value, now);
-    let time = text(value).parse::<Timestamp>();
-    match time {
-        Ok(time) if now.duration_since(time) >= DAY_TOLD => {
-            format!("{} ({age} ago)", time.strftime("%Y-%m-%d"))
-        }
-        Ok(_) | Err(_) => format!("{age} ago"),
+fn ago(time: Timestamp, now: Timestamp) -> String {
+    let age = age(time, now);
+    if now.duration_since(time) >= DAY_TOLD {
+        format!("{} ({age} ago)", time.strftime("%Y-%m-%d"))
+    } else {
+        format!("{age} ago")
     }
 }
 
 /// From this age on a day says more than a number of days.
 const DAY_TOLD: SignedDuration = SignedDuration::from_hours(3 * 24);
 
-fn text(value: &Value) -> String {
-    match value {
-        Value::String(text) => text.clone(),
-        Value::Null => String::new(),
-        Value::Bool(_) | Value::Number(_) | Value::Array(_) | Value::Object(_) => value.to_string(),
-    }
-}
-
-fn or_dash(text: String) -> String {
-    if text.is_empty() {
-        "-".to_owned()
-    } else {
-        text
-    }
+fn or_dash(text: Option<&str>) -> &str {
+    text.filter(|text| !text.is_empty()).unwrap_or("-")
 }
 
 #[cfg(test)]
@@ -466,8 +487,8 @@ mod tests {
     use super::*;
     use serde_json::json;
 
-    fn morning() -> Value {
-        json!({
+    fn morning() -> Status {
+        let status = json!({
             "fleet": "bank", "epoch": 1, "generation": 7, "published": "2026-11-22T08:00:00Z",
             "content": "fde3840f0bd4122539b34bd73b182519656ac15cd7f2a2cbb07a9649a49180d2",
             "signatures": {
@@ -478,7 +499,13 @@ mod tests {
                 "name": "web1", "connected": false, "outcome": "live",
                 "since": "2026-11-22T08:30:00Z", "error": "not connected; it catches up",
             }],
-        })
+            "daemon": { "state": "/state", "quic": "[::]:7310", "admin": "/admin" },
+            "alarms": [], "certificates": [],
+            "rollout": {
+                "state": "complete", "wave": 0, "waves": 0, "set_aside": {}, "thin": [], "pins": [],
+            },
+        });
+        serde_json::from_value(status).unwrap()
     }
 
     fn shown(width: Option<usize>) -> Vec<String> {
@@ -525,6 +552,25 @@ mod tests {
     }
 
     #[test]
+    fn an_answer_of_another_version_is_an_error_with_the_next_step() {
+        let finish = |exit, result| Finish {
+            exit,
+            ..Finish::done(result)
+        };
+        let check = |finish: Finish, json: bool, code: Option<u8>| {
+            let ended = end(finish, json, |_: Counts| {}).err();
+            assert_eq!(ended.as_ref().map(|exit| exit.code), code);
+            let error = ended.and_then(|exit| exit.error);
+            error.map_or(String::new(), |error| format!("{error:#}"))
+        };
+        let strange = || json!({ "total": "three" });
+        let error = check(finish(exit::DONE, strange()), false, Some(exit::FAILED));
+        assert!(error.contains("restart the daemon") && error.contains("three"));
+        check(finish(exit::REFUSED, strange()), false, Some(exit::REFUSED));
+        check(finish(exit::DONE, strange()), true, None);
+    }
+
+    #[test]
     fn a_frame_covers_the_one_before_and_never_scrolls() {
         let lines = |count: usize| (1..=count).map(|line| line.to_string()).collect();
         assert_eq!(frame(lines(2), 4, false), "\x1b[H1\x1b[K\n2\x1b[K\n\x1b[J");
@@ -538,7 +584,9 @@ mod tests {
     #[test]
     fn an_age_is_said_as_a_person_would() {
         let now: Timestamp = "2026-11-22T12:00:00Z".parse().unwrap();
-        let check = |time: &str, expected: &str| assert_eq!(ago(&json!(time), now), expected);
+        let check = |time: &str, expected: &str| {
+            assert_eq!(ago(time.parse().unwrap(), now), expected);
+        };
         check("2026-11-22T11:59:01Z", "59s ago");
         check("2026-11-22T12:00:05Z", "0s ago"); // a clock that is ahead
         check("2026-11-22T10:01:00Z", "119m ago");

@@ -6,7 +6,7 @@ use clamcast_proto::receipt::{ClamdReport, ClamdState, Drift, Found, Outcome};
 use clamcast_proto::wire::{OfferId, Phase};
 use clamcast_proto::{AgentName, Epoch, Generation, GroupName, Position};
 use jiff::{SignedDuration, Timestamp};
-use serde::Serialize;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::agent::{Agent, Answered, Standing};
 use crate::fleet::rollout::{Rollout, Wanted};
@@ -25,7 +25,7 @@ const SILENCE_TOLD: SignedDuration = SignedDuration::from_secs(30);
 const DRIFT_SHOWN: usize = 3;
 
 /// What `agents` shows of one.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Row {
     /// Its name.
     pub name: AgentName,
@@ -33,10 +33,13 @@ pub struct Row {
     pub groups: Vec<GroupName>,
     /// Whether it is connected.
     pub connected: bool,
-    /// Number of the generation in its database directory.
-    pub generation: Option<u64>,
-    /// Epoch of that generation.
-    pub epoch: Option<u64>,
+    /// The generation in its database directory: keys `epoch` and `generation`, null for none.
+    #[serde(
+        flatten,
+        serialize_with = "Row::write_position",
+        deserialize_with = "Row::read_position"
+    )]
+    pub position: Option<Position>,
     /// Whether clamd was seen scanning with it.
     pub live: bool,
     /// The generation that it is wanted at now; that which it has where it is to keep it.
@@ -77,13 +80,33 @@ pub struct Row {
     pub answered: Option<Answered>,
 }
 
+/// A generation in two keys, which are null for none.
+#[derive(Deserialize, Serialize)]
+struct PositionKeys {
+    epoch: Option<Epoch>,
+    generation: Option<Generation>,
+}
+
 impl Row {
-    /// The generation in its database directory.
-    pub fn position(&self) -> Option<Position> {
-        Some(Position {
-            epoch: Epoch(self.epoch?),
-            generation: Generation::new(self.generation?)?,
-        })
+    /// Serialises a flattened `Option<Position>` as the keys `epoch` and `generation`.
+    pub fn write_position<S: Serializer>(
+        position: &Option<Position>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        let keys = PositionKeys {
+            epoch: position.map(|position| position.epoch),
+            generation: position.map(|position| position.generation),
+        };
+        keys.serialize(serializer)
+    }
+
+    /// Reads what [`Row::write_position`] writes.
+    pub fn read_position<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Option<Position>, D::Error> {
+        let PositionKeys { epoch, generation } = PositionKeys::deserialize(deserializer)?;
+        let keys = epoch.zip(generation);
+        Ok(keys.map(|(epoch, generation)| Position { epoch, generation }))
     }
 }
 
@@ -107,8 +130,7 @@ impl Agent {
             name: record.name.clone(),
             groups: record.groups.clone(),
             connected: self.link.is_some(),
-            generation: installed.map(|installed| installed.position.generation.number()),
-            epoch: installed.map(|installed| installed.position.epoch.0),
+            position: installed.map(|installed| installed.position),
             live: installed.is_some_and(|installed| installed.live),
             wanted: match wanted {
                 Wanted::Nothing => None,

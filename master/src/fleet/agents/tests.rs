@@ -118,7 +118,7 @@ fn check(wanted: u64, receipts: &[(u64, Outcome)], standing: Standing, row: &str
     let live = if found.live { "live" } else { "not live" };
     let text = format!(
         "{:?} {live}: {}",
-        found.generation.unwrap_or(0),
+        found.position.map_or(0, |it| it.generation.number()),
         found.outcome
     );
     assert_eq!(text, row);

@@ -1,6 +1,4 @@
-//! `force-sync`: who is driven to what, and the wait for what comes of it.
-
-use std::time::Duration;
+//! `force-sync`: selects agents and a generation, orders the install, and follows the agents.
 
 use clamcast_daemon::admin::{AdminError, Finish, Place, Places, Session};
 use clamcast_daemon::exit;
@@ -8,8 +6,7 @@ use clamcast_proto::AuditEvent;
 use clamcast_proto::audit::{Draft, Operator};
 use clamcast_proto::manifest::Manifest;
 use clamcast_proto::{AgentName, Position};
-use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::Value;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::task::TaskTracker;
@@ -19,6 +16,7 @@ use crate::fleet::agents::Row;
 use crate::fleet::dispatch::Forcing;
 use crate::fleet::force::{self, INTERRUPTED, Meant, News, Selection, Work};
 use crate::fleet::hub::{Event, Stopping};
+use crate::operate::api::{ForceRequest, Forced};
 
 /// `force-sync`s under way at a time: each looks at the whole fleet after every change.
 pub const ORDERS_MAX: usize = 16;
@@ -29,24 +27,6 @@ const SUPERSEDED: &str =
 
 /// Failed agents that the last line of a `force-sync` names; the table above it has them all.
 const NAMED_MAX: usize = 20;
-
-/// A `force-sync`.
-#[derive(Clone, Debug, Deserialize, Serialize)]
-pub struct ForceRequest {
-    /// Which agents.
-    pub selection: Selection,
-    /// Without a delta.
-    pub full: bool,
-    /// The generation that the operator means; refused if it is neither the current one nor one that was
-    /// taken back.
-    pub generation: Option<Meant>,
-    /// Why, for the audit log.
-    pub accept: Option<String>,
-    /// Return when the agents are done.
-    pub wait: bool,
-    /// How long an agent may take until it counts as failed.
-    pub timeout: Duration,
-}
 
 /// The `force-sync`s under way, whether anybody waits for them or not.
 #[derive(Clone, Debug)]
@@ -104,8 +84,8 @@ impl Commands {
         };
         let mut detail = force::named("agents", agents.iter());
         detail.insert("full".to_owned(), full.into());
-        detail.insert("reason".to_owned(), json!(accept));
-        detail.insert("login_uid".to_owned(), json!(order.operator.login_uid));
+        detail.insert("reason".to_owned(), accept.into());
+        detail.insert("login_uid".to_owned(), order.operator.login_uid.into());
         order.note(AuditEvent::ForceSync, None, detail.into()).await;
         tracing::info!(operator = %order.operator, agents = agents.len(), full, "force-sync");
 
@@ -118,7 +98,8 @@ impl Commands {
         };
         let told = self.hub.tell(event).await;
         let (Ok(()), Ok(forced)) = (told, forced.await) else {
-            let detail = json!({ "done": 0, "reason": SUPERSEDED });
+            let detail =
+                Value::from_iter([("done", Value::from(0)), ("reason", SUPERSEDED.into())]);
             order
                 .note(AuditEvent::ForceSyncEnd, Some(INTERRUPTED), detail)
                 .await;
@@ -269,13 +250,13 @@ impl ForcedOrder {
         }
     }
 
-    /// What the command is told at its end; `what` is what the failed agents have done.
+    /// The answer to the command. `what` says how the failed agents failed: `failed`, `not told`.
     fn finish(&self, what: &str) -> Finish {
-        let Position { epoch, generation } = self.position;
         let (failed, all) = (self.work.failed(), self.work.agents());
-        let result = json!({
-            "epoch": epoch, "generation": generation, "agents": self.work.ended(),
-        });
+        let result = Forced {
+            position: self.position,
+            agents: self.work.ended().to_vec(),
+        };
         if failed.is_empty() {
             return Finish::done(result);
         }
@@ -284,12 +265,12 @@ impl ForcedOrder {
         let more = if failed.len() > NAMED_MAX { " ..." } else { "" };
         Finish {
             exit: exit::NOT_CONFORMANT,
-            result,
             message: Some(format!(
                 "{} of {all} agents {what}: {}{more}",
                 failed.len(),
                 names.join(" ")
             )),
+            ..Finish::done(result)
         }
     }
 
@@ -305,7 +286,7 @@ impl ForcedOrder {
     }
 }
 
-/// Tells whoever still listens. One that does not is as good as gone: the work goes on.
+/// Sends news to the command. The order continues if the command has disconnected.
 async fn tell(listener: &mut Option<Session>, news: &[News]) {
     for news in news {
         if let Some(session) = listener

@@ -3,19 +3,18 @@
 use clamcast_daemon::admin::{AdminError, Finish, Session};
 use clamcast_daemon::exit;
 use clamcast_daemon::table::printable;
-use clamcast_proto::Position;
 use jiff::Timestamp;
-use serde_json::{Value, json};
 use tokio::time::sleep;
 
 use super::rollout::Undone;
-use super::{CHANGES_SETTLE, Commands, LOOK, describe};
+use super::{CHANGES_SETTLE, Commands, LOOK};
 use crate::fleet::agents::Row;
 use crate::fleet::dispatch::Order;
 use crate::fleet::hub::{Stopping, View};
 use crate::fleet::rollout::{Order as RolloutOrder, OrderError};
+use crate::operate::api::{Progress, Publication, PublicationOutcome};
 use crate::operate::report;
-use crate::publish::publisher::{PublishError, Published, Request};
+use crate::publish::publisher::{PublishError, Published, Refusal, RefusalKind, Request};
 
 impl Commands {
     /// Captures the mirror and publishes it, and waits for the fleet if `wait` says so.
@@ -46,72 +45,59 @@ impl Commands {
                 return Ok(Finish::because(exit::FAILED, crate::chain(&error)));
             }
         };
-        let (word, reason) = match published {
-            Published::New { .. } => ("new", None),
+        let outcome = match published {
+            Published::New { .. } => PublicationOutcome::New,
             Published::Unchanged if supersede => {
                 let order = Order::Plain(RolloutOrder::Supersede);
                 match self.carry_out(session, order).await {
-                    Ok(()) => ("begun", None),
-                    Err(Undone::Refused(OrderError::NothingWaits)) => ("unchanged", None),
+                    Ok(()) => PublicationOutcome::Begun,
+                    Err(Undone::Refused(OrderError::NothingWaits)) => PublicationOutcome::Unchanged,
                     Err(undone) => return Ok(undone.into()),
                 }
             }
-            Published::Unchanged => ("unchanged", None),
+            Published::Unchanged => PublicationOutcome::Unchanged,
             Published::Busy { reason } => {
                 let message = format!("{reason}; the daemon publishes when it is quiet");
                 return Ok(Finish::because(exit::FAILED, message));
             }
-            Published::Held(refusal) => ("held", Some(refusal.reason)),
-            Published::Refused(refusal) => ("refused", Some(refusal.reason)),
-        };
-        let mut result = json!({ "outcome": word });
-        let fields = result.as_object_mut().expect("made as one");
-        let newest = self.store.current();
-        if let (Some(manifest), None) = (&newest, &reason) {
-            describe(fields, manifest);
-        }
-        if let Some(reason) = reason {
-            fields.insert("reason".to_owned(), reason.clone().into());
-            let Ok(view) = self.hub.view().await else {
-                return Ok(self.life.ending().finish());
-            };
-            if let Some(manifest) = self.complete(&view) {
-                describe(fields, &manifest);
+            Published::Held(refusal) | Published::Refused(refusal) => {
+                return Ok(self.rejected(refusal).await);
             }
-            let by_hand = view.rollout.held().is_some();
-            let next = match word {
-                "held" if by_hand => "`rollout resume` publishes again",
-                "held" => "look at the mirror; if it is right, `publish --accept REASON`",
-                _ => "mend the mirror; the last good generation stays",
-            };
-            let message = Some(format!("{word}: {reason}; {next}"));
-            return Ok(Finish {
-                exit: exit::REFUSED,
-                result,
-                message,
-            });
-        }
+        };
+        let newest = self.store.current();
+        let result = Publication {
+            outcome,
+            generation: newest.map(|manifest| (&**manifest).into()),
+            reason: None,
+            agents: None,
+            failed: None,
+        };
         if !wait {
             return Ok(Finish::done(result));
         }
         // It is published; whoever waits is told so also when the waiting ends early.
         let left = |result| Finish {
             exit: exit::NOT_CONFORMANT,
-            result,
             message: Some(format!(
                 "{} before every agent had settled; they go on, `agents` shows how far they are",
                 self.life.word()
             )),
+            ..Finish::done(result)
         };
-        let position = newest.map(|manifest| manifest.position());
         let mut hub = self.hub.clone();
         loop {
             let Ok(view) = self.hub.view().await else {
                 return Ok(left(result));
             };
-            session.progress(&progress(&view)).await?;
+            let progress = Progress {
+                agents: view.counts.into(),
+                unsettled: view.unsettled.clone(),
+                standing: None,
+                time: Timestamp::now(),
+            };
+            session.progress(&progress).await?;
             if !view.is_moving() {
-                return Ok(settled(result, position, &view));
+                return Ok(settled(result, &view));
             }
             tokio::select! {
                 biased;
@@ -125,37 +111,62 @@ impl Commands {
             }
         }
     }
-}
 
-fn progress(view: &View) -> Value {
-    json!({ "agents": view.counts, "unsettled": view.unsettled, "time": Timestamp::now() })
+    /// The answer to a `publish` whose capture is held or refused.
+    async fn rejected(&self, refusal: Refusal) -> Finish {
+        let Ok(view) = self.hub.view().await else {
+            return self.life.ending().finish();
+        };
+        let (outcome, next) = match (refusal.kind, view.rollout.held()) {
+            (RefusalKind::Held, Some(_)) => {
+                (PublicationOutcome::Held, "`rollout resume` publishes again")
+            }
+            (RefusalKind::Held, None) => (
+                PublicationOutcome::Held,
+                "look at the mirror; if it is right, `publish --accept REASON`",
+            ),
+            (RefusalKind::Refused, _) => (
+                PublicationOutcome::Refused,
+                "mend the mirror; the last good generation stays",
+            ),
+        };
+        let complete = self.complete(&view);
+        Finish {
+            exit: exit::REFUSED,
+            message: Some(format!("{refusal}; {next}")),
+            ..Finish::done(Publication {
+                outcome,
+                generation: complete.map(|manifest| (&**manifest).into()),
+                reason: Some(refusal.reason),
+                agents: None,
+                failed: None,
+            })
+        }
+    }
 }
 
 /// The end of `publish --wait`: every connected agent has answered, well or not.
-fn settled(mut result: Value, published: Option<Position>, view: &View) -> Finish {
-    let lagging = view
-        .rows
-        .iter()
-        .filter(|row| row.connected && !row.conformant);
-    let lagging: Vec<_> = lagging.collect();
-    let fields = result.as_object_mut().expect("made as one");
-    fields.insert("agents".to_owned(), json!(view.counts));
-    let names: Vec<_> = lagging.iter().map(|row| &row.name).collect();
-    fields.insert("failed".to_owned(), json!(names));
+fn settled(mut result: Publication, view: &View) -> Finish {
+    let rows = view.rows.iter();
+    let lagging: Vec<_> = rows
+        .filter(|row| row.connected && !row.conformant)
+        .collect();
+    result.agents = Some(view.counts.into());
+    result.failed = Some(lagging.iter().map(|row| row.name.clone()).collect());
+    let published = result.generation.map(|it| it.position);
     let obstacle = published.and_then(|published| report::obstacle(view, published));
+    let done = Finish::done(result);
     if lagging.is_empty() && obstacle.is_none() {
-        return Finish::done(result);
+        return done;
     }
     let line = |row: &&Row| {
         let error = row.error.as_deref().unwrap_or("not there yet");
         printable(&format!("{}: {}: {error}", row.name, row.outcome))
     };
     let lines = obstacle.into_iter().chain(lagging.iter().map(line));
-    let message = Some(lines.collect::<Vec<_>>().join("\n"));
-    let exit = exit::NOT_CONFORMANT;
     Finish {
-        exit,
-        result,
-        message,
+        exit: exit::NOT_CONFORMANT,
+        message: Some(lines.collect::<Vec<_>>().join("\n")),
+        ..done
     }
 }

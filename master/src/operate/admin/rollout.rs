@@ -1,16 +1,15 @@
-//! Orders about the rollout, and where it is.
+//! Changes the rollout, and reports it.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use clamcast_daemon::admin::{AdminError, Finish, Session};
 use clamcast_daemon::exit;
+use clamcast_proto::GroupName;
 use clamcast_proto::dsse::Verified;
 use clamcast_proto::manifest::Manifest;
-use clamcast_proto::{AgentName, GroupName};
 use jiff::Timestamp;
-use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::Value;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
@@ -19,51 +18,11 @@ use crate::fleet::dispatch::Order;
 use crate::fleet::force::{Meant, SelectError};
 use crate::fleet::hub::{Event, Stopping};
 use crate::fleet::rollout::{Order as RolloutOrder, OrderError};
+use crate::operate::api::{Change, Progress, RolloutState};
 use crate::operate::report;
 
 /// Time between looks whether the disk refuses an order that waits to be written.
 const WRITING: Duration = Duration::from_millis(300);
-
-/// An order about the rollout.
-#[derive(Clone, Debug, Deserialize, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Change {
-    /// Begin no further wave and offer nothing more.
-    Pause,
-    /// Go on.
-    Resume,
-    /// End the running generation, as a halt does.
-    Abort,
-    /// Begin all waves that are still to come.
-    Promote,
-    /// Publish the databases of a generation again.
-    RollBack(Meant),
-    /// Keep a group at a generation, or where it is.
-    Pin(GroupName, Option<Meant>),
-    /// Let a group go with everybody else again.
-    Unpin(GroupName),
-    /// Do not count the refusals of a host.
-    SetAside(AgentName),
-    /// Count them again.
-    Restore(AgentName),
-}
-
-impl Change {
-    /// The command, as it is typed.
-    pub(super) fn word(&self) -> &'static str {
-        match self {
-            Self::Pause => "rollout pause",
-            Self::Resume => "rollout resume",
-            Self::Abort => "rollout abort",
-            Self::Promote => "rollout promote",
-            Self::RollBack(_) => "rollback",
-            Self::Pin(..) => "pin",
-            Self::Unpin(_) => "unpin",
-            Self::SetAside(_) => "rollout set-aside",
-            Self::Restore(_) => "rollout restore",
-        }
-    }
-}
 
 /// An order that is not carried out, or not known to be.
 pub(super) enum Undone {
@@ -199,7 +158,7 @@ impl Commands {
         }
     }
 
-    /// Says where the rollout is: at once, or when it leads no further, or when the time is over.
+    /// Reports the rollout: at once, or when it is complete or halted, or at the end of `timeout`.
     pub(super) async fn rollout_status(
         &self,
         session: &mut Session,
@@ -212,15 +171,15 @@ impl Commands {
             let Ok(view) = self.hub.view().await else {
                 return Ok(self.life.ending().finish());
             };
-            // What took its place is not what was waited for.
+            // A generation that replaced the awaited one does not end the wait well.
             let running = view.rollout.running().map(|run| run.target.position);
             let watched = *watched.get_or_insert(running);
             let gone = watched.filter(|it| view.rollout.is_taken_back(*it));
             let ended = match report::state(&view.rollout) {
-                "halted" => Some(exit::NOT_CONFORMANT),
+                RolloutState::Halted => Some(exit::NOT_CONFORMANT),
                 _ if gone.is_some() => Some(exit::NOT_CONFORMANT),
-                "complete" => Some(exit::DONE),
-                _ => None,
+                RolloutState::Complete => Some(exit::DONE),
+                RolloutState::None | RolloutState::Running | RolloutState::Paused => None,
             };
             let awaited = report::standing(&view);
             let code = match (ended, deadline) {
@@ -228,10 +187,12 @@ impl Commands {
                 (Some(code), Some(_)) if awaited.is_none() || gone.is_some() => code,
                 (_, Some(deadline)) if Instant::now() >= deadline => exit::NOT_CONFORMANT,
                 (_, Some(deadline)) => {
-                    let progress = json!({
-                        "agents": view.counts, "unsettled": report::waited(&view),
-                        "standing": awaited, "time": Timestamp::now(),
-                    });
+                    let progress = Progress {
+                        agents: view.counts.into(),
+                        unsettled: report::waited(&view),
+                        standing: awaited,
+                        time: Timestamp::now(),
+                    };
                     session.progress(&progress).await?;
                     tokio::select! {
                         biased;
@@ -258,8 +219,8 @@ impl Commands {
             });
             return Ok(Finish {
                 exit: code,
-                result: report::rollout(&view),
                 message,
+                ..Finish::done(report::rollout(&view))
             });
         }
     }

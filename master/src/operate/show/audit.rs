@@ -1,6 +1,6 @@
-//! What `audit show` and `audit verify` print.
+//! Renders `audit show` and `audit verify`.
 
-use clamcast_daemon::audit::Verification;
+use clamcast_daemon::audit::{Record, Verification};
 use clamcast_daemon::exit::{self, Exit};
 use clamcast_daemon::say;
 use clamcast_daemon::table::{Stream, terminal_width};
@@ -8,9 +8,11 @@ use clamcast_proto::dsse::Envelope;
 use jiff::civil::DateTime;
 use jiff::tz::TimeZone;
 use jiff::{SignedDuration, Timestamp};
+use serde::Deserialize;
 use serde_json::Value;
 
-use super::{or_dash, position, text, time};
+use super::{or_dash, position_or_dash};
+use crate::operate::api::AuditPiece;
 
 /// Reads `--since`: a point in time, in UTC if it does not say, or how long ago.
 pub(crate) fn since(text: &str, now: Timestamp) -> Result<Timestamp, String> {
@@ -70,61 +72,65 @@ impl Records {
         self.last
     }
 
-    /// Prints a piece of the log, or says on stderr what there is to say of it.
-    pub(crate) fn show(&mut self, piece: &Value) {
-        if let Some(word) = piece.as_str() {
-            if !self.begun {
-                eprintln!("{word}");
+    /// Prints a piece of the log, or the reason why there is none on stderr.
+    pub(crate) fn show(&mut self, piece: &Value) -> serde_json::Result<()> {
+        let begun = std::mem::replace(&mut self.begun, true);
+        let records = match AuditPiece::deserialize(piece)? {
+            AuditPiece::Nothing(reason) => {
+                if !begun {
+                    eprintln!("{reason}");
+                }
+                return Ok(());
             }
-            self.begun = true;
-            return;
-        }
-        self.begun = true;
-        let records = piece.as_array().into_iter().flatten();
-        let last = records
-            .clone()
-            .filter_map(|record| record["seq"].as_u64())
-            .max();
-        self.last = self.last.max(last);
+            AuditPiece::Records(records) => records,
+        };
+        self.last = self.last.max(records.iter().map(|record| record.seq).max());
         if self.json {
-            records.for_each(|record| say!("{record}"));
-            return;
+            let records = piece.as_array().into_iter().flatten();
+            records.for_each(|record| say!("{record}")); // with fields of a newer daemon
+            return Ok(());
         }
-        for line in self.table.lines(records.map(row), terminal_width()) {
+        for line in self.table.lines(records.iter().map(row), terminal_width()) {
             say!("{line}");
         }
+        Ok(())
     }
 }
 
-fn row(record: &Value) -> Vec<String> {
-    let generation = if record["generation"].is_null() {
-        "-".to_owned()
-    } else {
-        position(record)
-    };
+fn row(record: &Record) -> Vec<String> {
     vec![
-        text(&record["seq"]),
-        time(&record["time"]),
-        text(&record["event"]),
-        or_dash(text(&record["subject"])),
-        generation,
-        or_dash(text(&record["outcome"])),
-        text(&record["actor"]),
-        detail(&record["detail"]),
+        record.seq.to_string(),
+        format!("{:.0}", record.time),
+        record.event.clone(),
+        or_dash(Some(&record.subject)).to_owned(),
+        position_or_dash(record.position()),
+        or_dash(record.outcome.as_deref()).to_owned(),
+        record.actor.clone(),
+        detail(&record.detail),
     ]
 }
 
-/// The details that a person can read, and of a receipt why it is not good news; all of it is for
-/// machines (`--json`).
+/// The details that a person can read, and of a receipt the bad news; `--json` has all of it.
 fn detail(detail: &Value) -> String {
-    let receipt = serde_json::from_value::<Envelope>(detail["receipt"].clone()).ok();
-    let receipt = receipt.and_then(|receipt| serde_json::from_slice(&receipt.payload).ok());
-    let receipt: Value = receipt.unwrap_or_default();
-    let told = ["error", "drift"].map(|key| (key, &receipt[key]));
+    #[derive(Deserialize)]
+    struct WithReceipt {
+        receipt: Envelope,
+    }
+    /// Free-form, as the rest: an agent of another version may have written it.
+    #[derive(Default, Deserialize)]
+    #[serde(default)]
+    struct BadNews {
+        error: Value,
+        drift: Value,
+    }
+    let receipt = WithReceipt::deserialize(detail).ok();
+    let news = receipt.and_then(|it| serde_json::from_slice(&it.receipt.payload).ok());
+    let BadNews { error, drift } = news.unwrap_or_default();
     let fields = detail.as_object().into_iter().flatten();
     let fields = fields.filter(|(_, value)| !value.is_object());
     let fields = fields.map(|(key, value)| (key.as_str(), value));
-    let pairs = fields.chain(told).filter_map(|(key, value)| {
+    let news = [("error", &error), ("drift", &drift)];
+    let pairs = fields.chain(news).filter_map(|(key, value)| {
         let list = value.as_array().map(|list| {
             let values: Vec<_> = list.iter().map(short).collect();
             values.join(",")
@@ -135,14 +141,20 @@ fn detail(detail: &Value) -> String {
     pairs.collect::<Vec<_>>().join(" ")
 }
 
-/// A SHA-256 is told from others by its first 12 digits. What has fields of its own, a file that was
-/// found changed, is told of by its name.
+/// A scalar as text: a SHA-256 by its first 12 digits, an object (a file that was found changed) by its
+/// name.
 fn short(value: &Value) -> String {
-    let value = text(value.get("name").unwrap_or(value));
-    if value.len() == 64 && value.bytes().all(|byte| byte.is_ascii_hexdigit()) {
-        value[..12].to_owned()
+    let text = match value.get("name").unwrap_or(value) {
+        Value::String(text) => text.clone(),
+        Value::Null => String::new(),
+        value @ (Value::Bool(_) | Value::Number(_) | Value::Array(_) | Value::Object(_)) => {
+            value.to_string()
+        }
+    };
+    if text.len() == 64 && text.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+        text[..12].to_owned()
     } else {
-        value
+        text
     }
 }
 

@@ -1,22 +1,24 @@
-//! What `force-sync` prints.
+//! Renders `force-sync`.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::fleet::force;
 use clamcast_daemon::say;
 use clamcast_daemon::table::{Table, printable};
-use clamcast_proto::receipt::Drift;
+use clamcast_proto::AgentName;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use serde::Deserialize as _;
 use serde_json::Value;
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::{or_dash, position, text};
+use super::{or_dash, position_or_dash, yes_or_no};
+use crate::fleet::force::{self, News};
+use crate::operate::api::Forced;
 
-/// What became of each agent of a `force-sync`.
-pub(crate) fn synced(result: &Value) {
+/// The table of the agents of a `force-sync`.
+pub(crate) fn synced(forced: Forced) {
     let mut table = Table::new([
         "NAME",
         "OUTCOME",
@@ -25,37 +27,24 @@ pub(crate) fn synced(result: &Value) {
         "FOUND",
         "ERROR",
     ]);
-    for end in result["agents"].as_array().into_iter().flatten() {
-        let drift: Vec<Drift> = serde_json::from_value(end["drift"].clone()).unwrap_or_default();
+    for end in &forced.agents {
         table.row([
-            text(&end["agent"]),
-            text(&end["outcome"]),
-            if end["generation"].is_null() {
-                "-".to_owned()
-            } else {
-                position(end)
-            },
-            if end["conformant"] == true {
-                "yes"
-            } else {
-                "no"
-            }
-            .to_owned(),
-            or_dash(force::found(&drift)),
-            or_dash(text(&end["error"])),
+            end.agent.as_str(),
+            &end.outcome,
+            &position_or_dash(end.position),
+            yes_or_no(end.conformant),
+            or_dash(Some(&force::found(&end.drift))),
+            or_dash(end.error.as_deref()),
         ]);
     }
     say!("{table}");
 }
 
-/// What `force-sync --no-wait` can say.
-pub(crate) fn ordered(result: &Value) {
+/// What `force-sync --no-wait` prints: its only table is of agents that are not connected.
+pub(crate) fn ordered(forced: Forced) {
     say!("ordered; {WHERE}");
-    if result["agents"]
-        .as_array()
-        .is_some_and(|offline| !offline.is_empty())
-    {
-        synced(result); // those that are not connected
+    if !forced.agents.is_empty() {
+        synced(forced);
     }
 }
 
@@ -71,7 +60,7 @@ const INTERRUPTED: i32 = 130;
 pub(crate) struct Hosts {
     json: bool,
     lines: MultiProgress,
-    bars: RefCell<BTreeMap<String, ProgressBar>>,
+    bars: RefCell<BTreeMap<AgentName, ProgressBar>>,
     /// Whether the daemon has said anything.
     ordered: Arc<AtomicBool>,
 }
@@ -117,32 +106,36 @@ impl Hosts {
         });
     }
 
-    pub(crate) fn show(&self, news: &Value) {
+    pub(crate) fn show(&self, news: &Value) -> serde_json::Result<()> {
         self.ordered.store(true, Ordering::Relaxed);
         if self.json {
             say!("{news}");
-            return;
+            return Ok(());
         }
-        let agent = text(&news["agent"]);
         let mut bars = self.bars.borrow_mut();
-        if let Some(phase) = news.get("phase") {
-            if bars.len() < LINES_MAX && !bars.contains_key(&agent) {
-                let style = ProgressStyle::with_template("{spinner} {msg}").expect("a template");
-                let bar = self.lines.add(ProgressBar::new_spinner().with_style(style));
-                bar.enable_steady_tick(std::time::Duration::from_millis(200));
-                bars.insert(agent.clone(), bar);
+        match News::deserialize(news)? {
+            News::Phase { agent, phase } => {
+                if bars.len() < LINES_MAX && !bars.contains_key(&agent) {
+                    let style =
+                        ProgressStyle::with_template("{spinner} {msg}").expect("a template");
+                    let bar = self.lines.add(ProgressBar::new_spinner().with_style(style));
+                    bar.enable_steady_tick(std::time::Duration::from_millis(200));
+                    bars.insert(agent.clone(), bar);
+                }
+                if let Some(bar) = bars.get(&agent) {
+                    bar.set_message(printable(&format!("{agent}  {phase}")));
+                }
             }
-            if let Some(bar) = bars.get(&agent) {
-                bar.set_message(printable(&format!("{agent}  {}", text(phase))));
+            News::End(end) => {
+                if let Some(bar) = bars.remove(&end.agent) {
+                    bar.finish_and_clear();
+                }
+                // Fails only if the terminal is gone; without one it prints nothing.
+                let line = format!("{}  {}", end.agent, end.outcome);
+                let _ = self.lines.println(printable(&line));
             }
-            return;
         }
-        if let Some(bar) = bars.remove(&agent) {
-            bar.finish_and_clear();
-        }
-        // Fails only if the terminal is gone; without one it prints nothing.
-        let line = format!("{agent}  {}", text(&news["outcome"]));
-        let _ = self.lines.println(printable(&line));
+        Ok(())
     }
 
     pub(crate) fn clear(&self) {
