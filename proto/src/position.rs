@@ -66,3 +66,38 @@ impl fmt::Display for Position {
         write!(f, "{}.{}", self.epoch, self.generation)
     }
 }
+
+/// A position that may be missing, as the keys `epoch` and `generation`, either both numbers or both
+/// `null`. For fields that are flattened.
+pub mod or_null {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    use super::{Epoch, Generation, Position};
+
+    #[derive(Deserialize, Serialize)]
+    struct Keys {
+        epoch: Option<Epoch>,
+        generation: Option<Generation>,
+    }
+
+    /// Writes the two keys.
+    pub fn serialize<S: Serializer>(
+        position: &Option<Position>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        let keys = Keys {
+            epoch: position.map(|position| position.epoch),
+            generation: position.map(|position| position.generation),
+        };
+        keys.serialize(serializer)
+    }
+
+    /// Reads them.
+    pub fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Option<Position>, D::Error> {
+        let Keys { epoch, generation } = Keys::deserialize(deserializer)?;
+        let keys = epoch.zip(generation);
+        Ok(keys.map(|(epoch, generation)| Position { epoch, generation }))
+    }
+}

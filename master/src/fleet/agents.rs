@@ -20,7 +20,7 @@ use clamcast_proto::revocation::RevocationList;
 use clamcast_proto::wire::{OfferId, Phase};
 use clamcast_proto::{AgentName, Digest, GroupName, Position};
 use jiff::{SignedDuration, Timestamp};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::config::{Rules, Wave};
 use crate::fleet::rollout::{
@@ -72,7 +72,7 @@ pub struct Arrival {
 }
 
 /// How many agents stand where.
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 pub struct Counts {
     /// Enrolled.
     pub total: usize,
@@ -750,7 +750,7 @@ impl Agents for Roster {
 
 /// A ClamAV version of which the first wave has too few members: one host that lies or fails there
 /// decides for all hosts of that version.
-#[derive(Clone, Debug, Eq, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct ThinVersion {
     /// The version.
     pub version: String,

@@ -56,11 +56,7 @@ pub struct End {
     pub outcome: String,
     /// The generation in its database directory: keys `epoch` and `generation`, null for an agent that
     /// has not answered.
-    #[serde(
-        flatten,
-        serialize_with = "Row::write_position",
-        deserialize_with = "Row::read_position"
-    )]
+    #[serde(flatten, with = "clamcast_proto::position::or_null")]
     pub position: Option<Position>,
     /// Whether it is what the master wants, with every file intact.
     pub conformant: bool,

@@ -16,9 +16,12 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::Value;
 
 use crate::config::Wave;
-use crate::fleet::agents::{self, Row};
+pub use crate::fleet::agents::{Counts, ThinVersion};
+pub use crate::fleet::rollout::{Awaited, Tally};
+
+use crate::fleet::agents::Row;
 use crate::fleet::force::{End, Meant, Selection};
-use crate::fleet::rollout::{self, Ending, Held, Pause, SetAside, Withheld};
+use crate::fleet::rollout::{Ending, Held, Pause, SetAside, Withheld};
 use crate::operate::preflight::Running;
 use crate::publish::publisher::Refusal;
 use crate::record::events::Filter;
@@ -356,40 +359,6 @@ pub struct Alarm {
     pub since: Timestamp,
 }
 
-/// Agents by state.
-#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
-pub struct Counts {
-    /// Enrolled.
-    pub total: usize,
-    /// With an open connection.
-    pub connected: usize,
-    /// Conformant.
-    pub conformant: usize,
-    /// Neither conformant nor failed.
-    pub behind: usize,
-    /// Failed.
-    pub failed: usize,
-}
-
-impl From<agents::Counts> for Counts {
-    fn from(counts: agents::Counts) -> Self {
-        let agents::Counts {
-            total,
-            connected,
-            conformant,
-            behind,
-            failed,
-        } = counts;
-        Self {
-            total,
-            connected,
-            conformant,
-            behind,
-            failed,
-        }
-    }
-}
-
 /// An agent that is not conformant or not connected.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 pub struct Lagging {
@@ -547,53 +516,6 @@ pub struct Run {
     pub stragglers_total: usize,
 }
 
-/// Members of waves by state. Hosts that are set aside and versions that the generation is withheld
-/// from do not count.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
-pub struct Tally {
-    /// Members that were connected at some time since their wave began.
-    pub members: usize,
-    /// Proven live.
-    pub live: usize,
-    /// Have not answered yet, and the wave waits for them.
-    pub unsettled: usize,
-    /// Refused the generation.
-    pub refused: usize,
-    /// With trouble of their own.
-    pub unwell: usize,
-    /// Some members that refused it or are unwell.
-    pub named: Vec<AgentName>,
-    /// Some members that the wave waits for.
-    pub waits_for: Vec<Awaited>,
-}
-
-impl From<&rollout::Tally> for Tally {
-    fn from(tally: &rollout::Tally) -> Self {
-        let waits_for = tally.waits_for.iter().map(|it| Awaited {
-            agent: it.agent.clone(),
-            until: it.until,
-        });
-        Self {
-            members: tally.members,
-            live: tally.live,
-            unsettled: tally.unsettled,
-            refused: tally.refused,
-            unwell: tally.unwell,
-            named: tally.named.clone(),
-            waits_for: waits_for.collect(),
-        }
-    }
-}
-
-/// A member that a wave waits for.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
-pub struct Awaited {
-    /// Its name.
-    pub agent: AgentName,
-    /// The end of its time.
-    pub until: Timestamp,
-}
-
 /// A group whose members are all disconnected.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 pub struct AwaitedGroup {
@@ -671,36 +593,6 @@ pub struct GoingBack {
     pub left: usize,
     /// Some of those.
     pub named: Vec<Host>,
-}
-
-/// A ClamAV version that too few canaries have: one of them decides for all its hosts.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
-pub struct ThinVersion {
-    /// The version.
-    pub version: String,
-    /// Canaries that have it.
-    pub canaries: usize,
-    /// Other hosts that have it.
-    pub hosts: usize,
-    /// One of those.
-    pub one: AgentName,
-}
-
-impl From<&agents::ThinVersion> for ThinVersion {
-    fn from(thin: &agents::ThinVersion) -> Self {
-        let agents::ThinVersion {
-            version,
-            canaries,
-            hosts,
-            one,
-        } = thin.clone();
-        Self {
-            version,
-            canaries,
-            hosts,
-            one,
-        }
-    }
 }
 
 /// A group that an operator keeps at a generation.

@@ -86,7 +86,7 @@ pub(super) fn status(
         alarm: (!troubles.is_empty()).then(|| troubles.join("; ")),
         alarms: alarms(&view.rollout),
         rollout: rollout(view),
-        agents: view.counts.into(),
+        agents: view.counts,
         lagging: lagging.collect(),
         certificates: own.into_iter().chain(agents).collect(),
     }
@@ -212,7 +212,8 @@ pub(super) fn rollout(view: &View) -> api::Rollout {
     let rollout = &view.rollout;
     let run = rollout.running();
     let running = run.zip(view.tallies.as_ref());
-    let running = running.map(|(run, (all, wave))| running_of(view, run, all.into(), wave.into()));
+    let running =
+        running.map(|(run, (all, wave))| running_of(view, run, all.clone(), wave.clone()));
     let back = going_back(view);
     let blocking = match (&running, &back) {
         (Some(run), _) => {
@@ -256,7 +257,7 @@ pub(super) fn rollout(view: &View) -> api::Rollout {
             named: named(&back.left),
         }),
         held: rollout.held().cloned(),
-        thin: view.thin.iter().map(Into::into).collect(),
+        thin: view.thin.clone(),
         pins: pins.collect(),
     }
 }

@@ -4,9 +4,9 @@ use std::net::SocketAddr;
 
 use clamcast_proto::receipt::{ClamdReport, ClamdState, Drift, Found, Outcome};
 use clamcast_proto::wire::{OfferId, Phase};
-use clamcast_proto::{AgentName, Epoch, Generation, GroupName, Position};
+use clamcast_proto::{AgentName, GroupName, Position};
 use jiff::{SignedDuration, Timestamp};
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde::{Deserialize, Serialize};
 
 use super::agent::{Agent, Answered, Standing};
 use crate::fleet::rollout::{Rollout, Wanted};
@@ -34,11 +34,7 @@ pub struct Row {
     /// Whether it is connected.
     pub connected: bool,
     /// The generation in its database directory: keys `epoch` and `generation`, null for none.
-    #[serde(
-        flatten,
-        serialize_with = "Row::write_position",
-        deserialize_with = "Row::read_position"
-    )]
+    #[serde(flatten, with = "clamcast_proto::position::or_null")]
     pub position: Option<Position>,
     /// Whether clamd was seen scanning with it.
     pub live: bool,
@@ -78,36 +74,6 @@ pub struct Row {
     /// The last offer that was answered, also on a connection which has ended.
     #[serde(skip)]
     pub answered: Option<Answered>,
-}
-
-/// A generation in two keys, which are null for none.
-#[derive(Deserialize, Serialize)]
-struct PositionKeys {
-    epoch: Option<Epoch>,
-    generation: Option<Generation>,
-}
-
-impl Row {
-    /// Serialises a flattened `Option<Position>` as the keys `epoch` and `generation`.
-    pub fn write_position<S: Serializer>(
-        position: &Option<Position>,
-        serializer: S,
-    ) -> Result<S::Ok, S::Error> {
-        let keys = PositionKeys {
-            epoch: position.map(|position| position.epoch),
-            generation: position.map(|position| position.generation),
-        };
-        keys.serialize(serializer)
-    }
-
-    /// Reads what [`Row::write_position`] writes.
-    pub fn read_position<'de, D: Deserializer<'de>>(
-        deserializer: D,
-    ) -> Result<Option<Position>, D::Error> {
-        let PositionKeys { epoch, generation } = PositionKeys::deserialize(deserializer)?;
-        let keys = epoch.zip(generation);
-        Ok(keys.map(|(epoch, generation)| Position { epoch, generation }))
-    }
 }
 
 impl Agent {

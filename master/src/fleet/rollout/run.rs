@@ -136,7 +136,7 @@ pub enum PauseKind {
 
 /// The state of the running generation on the members of the last wave, or of all waves that have
 /// begun. Hosts that are set aside and versions that it is withheld from do not count.
-#[derive(Clone, Debug, Default, Eq, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 pub struct Tally {
     /// Members that were connected at some time since their wave began.
     pub members: usize,
@@ -161,7 +161,7 @@ pub struct Tally {
 }
 
 /// A member that a wave waits for.
-#[derive(Clone, Debug, Eq, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct Awaited {
     /// Its name.
     pub agent: AgentName,

@@ -90,7 +90,7 @@ impl Commands {
                 return Ok(left(result));
             };
             let progress = Progress {
-                agents: view.counts.into(),
+                agents: view.counts,
                 unsettled: view.unsettled.clone(),
                 standing: None,
                 time: Timestamp::now(),
@@ -151,7 +151,7 @@ fn settled(mut result: Publication, view: &View) -> Finish {
     let lagging: Vec<_> = rows
         .filter(|row| row.connected && !row.conformant)
         .collect();
-    result.agents = Some(view.counts.into());
+    result.agents = Some(view.counts);
     result.failed = Some(lagging.iter().map(|row| row.name.clone()).collect());
     let published = result.generation.map(|it| it.position);
     let obstacle = published.and_then(|published| report::obstacle(view, published));

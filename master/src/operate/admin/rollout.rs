@@ -188,7 +188,7 @@ impl Commands {
                 (_, Some(deadline)) if Instant::now() >= deadline => exit::NOT_CONFORMANT,
                 (_, Some(deadline)) => {
                     let progress = Progress {
-                        agents: view.counts.into(),
+                        agents: view.counts,
                         unsettled: report::waited(&view),
                         standing: awaited,
                         time: Timestamp::now(),

@@ -317,7 +317,7 @@ fn publications() {
     check(
         "publish --wait",
         Publication {
-            agents: Some(view(json!({}), vec![]).counts.into()),
+            agents: Some(view(json!({}), vec![]).counts),
             failed: Some(vec!["web1".parse().unwrap()]),
             ..new.clone()
         },
