@@ -12,6 +12,7 @@ use clamcast_certs::{
 use clamcast_proto::dsse::{Envelope, PublicKey};
 use clamcast_proto::identity::{Certificate, Role};
 use clamcast_proto::keys::KeySet;
+use clamcast_proto::names::AGENT_NAME_BYTES_MAX;
 use clamcast_proto::revocation::RevocationList;
 use clamcast_proto::{AgentName, GroupName};
 use ed25519_dalek::SigningKey;
@@ -224,20 +225,21 @@ fn leaves_count_for_a_year_and_say_who_they_are() {
 fn the_longest_names_fit() {
     let mut lab = Lab::empty();
     let long = "x".repeat(253);
+    let agent = "x".repeat(AGENT_NAME_BYTES_MAX);
     init(&lab.dir(), &long.parse().unwrap(), false, lab.now).unwrap();
     lab.master(&["::1"], false).unwrap();
     let groups: Vec<String> = (10..74)
         .map(|n| format!("{}{n}", "g".repeat(251)))
         .collect();
     let groups: Vec<&str> = groups.iter().map(String::as_str).collect();
-    lab.agent(&long, &groups, false).unwrap();
+    lab.agent(&agent, &groups, false).unwrap();
     let identity = lab
-        .certificate(&format!("agents/{long}/cert.pem"))
+        .certificate(&format!("agents/{agent}/cert.pem"))
         .identity
         .unwrap();
     assert!(matches!(identity.role, Role::Agent { groups, .. } if groups.len() == 64));
     lab.now += SignedDuration::from_hours(1);
-    assert_eq!(lab.revoke(&long).unwrap().revoked.len(), 1);
+    assert_eq!(lab.revoke(&agent).unwrap().revoked.len(), 1);
 }
 
 #[test]

@@ -347,8 +347,12 @@ impl Master {
                 (FileName::Agent(name), None) => witness.revoked(name),
                 (FileName::Rollout, Some(_)) => {
                     rollout = Some(fleet.rollout().clone());
+                    // The databases that an operator goes back to are published again.
+                    let owed = fleet.rollout().owed().map(|owed| owed.to.content);
                     for withdrawal in fleet.rollout().withdrawn().iter() {
-                        if running.withdrawn.insert(withdrawal.position) {
+                        if running.withdrawn.insert(withdrawal.position)
+                            && owed != Some(withdrawal.content)
+                        {
                             witness.rejected(&withdrawal.content);
                         }
                     }
