@@ -44,6 +44,9 @@ struct Waiting {
 /// The outcome of a work, and of an agent, that nobody followed to its end.
 pub const INTERRUPTED: &str = "interrupted";
 
+/// The beginning of what is said of an agent whose offer waits for the disk.
+const WAITS: &str = "waits: ";
+
 /// What is said of an agent that has given no sign of its offer.
 const ORDERED: &str = "ordered";
 
@@ -153,6 +156,7 @@ impl Work {
             }
             let said = match row.outcome.as_str() {
                 _ if !row.connected => "connection lost",
+                OFFERED if waiting.said.starts_with(WAITS) => continue,
                 OFFERED => ORDERED,
                 phase => phase,
             };
@@ -160,6 +164,21 @@ impl Work {
                 said.clone_into(&mut waiting.said);
                 let phase = said.to_owned();
                 news.push(News::Phase { agent, phase });
+            }
+        }
+        news
+    }
+
+    /// The disk holds up the offers, for this reason.
+    pub fn hold_up(&mut self, reason: &str) -> Vec<News> {
+        let mut news = Vec::new();
+        for (agent, waiting) in &mut self.waiting {
+            if waiting.said == ORDERED {
+                waiting.said = format!("{WAITS}{reason}");
+                news.push(News::Phase {
+                    agent: agent.clone(),
+                    phase: waiting.said.clone(),
+                });
             }
         }
         news
@@ -463,6 +482,24 @@ mod tests {
         assert_eq!(work.detail()["failed"], json!(["web2"]));
         let errors = json!(["web2: interrupted: reload before it was done, last seen: proving"]);
         assert_eq!(work.detail()["errors"], errors);
+    }
+
+    #[test]
+    fn an_order_that_waits_for_the_disk_says_so_until_it_is_answered() {
+        let offers = vec![("web1".parse().unwrap(), OfferId(5))];
+        let (mut work, _) = Work::new(offers.clone(), vec![], vec![]);
+        assert_eq!(news(&work.hold_up("no space")), "web1 waits: no space");
+        assert_eq!(news(&work.hold_up("no space")), "");
+        assert_eq!(news(&work.look(&rows("web1 dmz offered 5"))), "");
+        assert_eq!(
+            news(&work.look(&rows("web1 dmz proving 5"))),
+            "web1 proving"
+        );
+        let (mut work, _) = Work::new(offers, vec![], vec![]);
+        work.hold_up("no space");
+        work.time_out();
+        let error = work.ended()[0].error.as_deref().unwrap();
+        assert!(error.contains("last seen: waits: no space"), "{error}");
     }
 
     #[test]

@@ -17,6 +17,7 @@ use clamcast_proto::dsse::Verified;
 use clamcast_proto::manifest::Manifest;
 use jiff::Timestamp;
 use serde_json::Value;
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Groups;
@@ -56,6 +57,9 @@ const FOLLOW: Duration = Duration::from_millis(300);
 
 /// After a change others follow within moments. One look serves them all.
 const CHANGES_SETTLE: Duration = Duration::from_millis(50);
+
+/// Time between looks whether the disk refuses an order that waits to be written.
+const WRITING: Duration = Duration::from_millis(300);
 
 /// Records of the audit log sent with one line of progress.
 const AUDIT_CHUNK: usize = 500;
@@ -227,6 +231,20 @@ impl Commands {
         };
         let message = format!("no order is taken while it cannot be written down: {alarm}");
         Err(Finish::because(exit::FAILED, message))
+    }
+
+    /// Returns when an entry is on disk; or why it is not, as soon as that is known.
+    async fn written(&self, number: u64) -> Result<(), String> {
+        loop {
+            match timeout(WRITING, self.recorder.durable(number)).await {
+                Ok(Ok(())) => return Ok(()),
+                Ok(Err(stopping)) => return Err(stopping.to_string()),
+                Err(_) => {}
+            }
+            if let Some(alarm) = self.recorder.alarm() {
+                return Err(alarm);
+            }
+        }
     }
 
     /// The complete generation, if the store still holds it.

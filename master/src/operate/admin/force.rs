@@ -11,12 +11,13 @@ use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::task::TaskTracker;
 
-use super::{CHANGES_SETTLE, Commands, TIMEOUT_MAX};
+use super::{CHANGES_SETTLE, Commands, LOOK, TIMEOUT_MAX};
 use crate::fleet::agents::Row;
 use crate::fleet::dispatch::Forcing;
 use crate::fleet::force::{self, INTERRUPTED, Meant, News, Selection, Work};
 use crate::fleet::hub::{Event, Stopping};
 use crate::operate::api::{ForceRequest, Forced};
+use crate::record::recorder::Entry;
 
 /// `force-sync`s under way at a time: each looks at the whole fleet after every change.
 pub const ORDERS_MAX: usize = 16;
@@ -86,7 +87,8 @@ impl Commands {
         detail.insert("full".to_owned(), full.into());
         detail.insert("reason".to_owned(), accept.into());
         detail.insert("login_uid".to_owned(), order.operator.login_uid.into());
-        order.note(AuditEvent::ForceSync, None, detail.into()).await;
+        // The offers stand behind it in the recorder's queue.
+        let number = order.note(AuditEvent::ForceSync, None, detail.into());
         tracing::info!(operator = %order.operator, agents = agents.len(), full, "force-sync");
 
         let (reply, forced) = oneshot::channel();
@@ -100,9 +102,7 @@ impl Commands {
         let (Ok(()), Ok(forced)) = (told, forced.await) else {
             let detail =
                 Value::from_iter([("done", Value::from(0)), ("reason", SUPERSEDED.into())]);
-            order
-                .note(AuditEvent::ForceSyncEnd, Some(INTERRUPTED), detail)
-                .await;
+            order.note(AuditEvent::ForceSyncEnd, Some(INTERRUPTED), detail);
             let finish = match self.stop.is_cancelled() {
                 true => self.life.ending().finish(),
                 false => Finish::because(exit::FAILED, SUPERSEDED),
@@ -117,7 +117,10 @@ impl Commands {
             self.orders.tasks.spawn(order.carry_out(listener));
             return Ok(());
         }
-        let finish = order.finish("not told");
+        let mut finish = order.finish("not told");
+        if let Err(reason) = self.written(number).await {
+            finish = Finish::because(exit::FAILED, format!("ordered, and waits: {reason}"));
+        }
         self.orders.tasks.spawn(order.carry_out(None));
         match listener {
             Some(session) => session.finish(finish).await,
@@ -212,10 +215,17 @@ impl ForcedOrder {
             tell(&mut listener, &news).await;
         }
         let outcome = self.work.outcome();
-        self.note(AuditEvent::ForceSyncEnd, Some(outcome), self.work.detail())
-            .await;
+        let number = self.note(AuditEvent::ForceSyncEnd, Some(outcome), self.work.detail());
+        let written = self.commands.written(number).await;
         if let Some(session) = listener {
             let mut finish = self.finish("failed");
+            if let Err(reason) = written {
+                let message = finish.message.unwrap_or_else(|| "done".to_owned());
+                finish.exit = exit::FAILED;
+                finish.message = Some(format!(
+                    "{message}; the audit log does not have the outcome yet: {reason}"
+                ));
+            }
             if let (INTERRUPTED, Some(message)) = (outcome, &mut finish.message) {
                 let word = self.commands.life.word();
                 *message += &format!("; {word}: order it again for those");
@@ -237,6 +247,9 @@ impl ForcedOrder {
             if self.work.is_done() {
                 return Ok(());
             }
+            if let Some(alarm) = self.commands.recorder.alarm() {
+                tell(listener, &self.work.hold_up(&alarm)).await;
+            }
             tokio::select! {
                 biased;
                 () = self.commands.stop.cancelled() => return Err(Stopping),
@@ -245,6 +258,7 @@ impl ForcedOrder {
                     sleep(CHANGES_SETTLE).await;
                 }
                 () = sleep_until(self.deadline) => {}
+                () = sleep(LOOK) => {} // a disk that refuses is no change of the fleet
                 () = hang_up(listener) => *listener = None,
             }
         }
@@ -274,7 +288,8 @@ impl ForcedOrder {
         }
     }
 
-    async fn note(&self, event: AuditEvent, outcome: Option<&str>, mut detail: Value) {
+    /// Writes it down. Returns the number of the entry.
+    fn note(&self, event: AuditEvent, outcome: Option<&str>, mut detail: Value) -> u64 {
         detail["order"] = self.id.as_str().into();
         let draft = Draft {
             position: Some(self.position),
@@ -282,7 +297,7 @@ impl ForcedOrder {
             detail,
             ..Draft::new(event, &self.operator, "fleet")
         };
-        let _ = self.commands.recorder.note(draft).await; // an error: the daemon stops
+        self.commands.recorder.write(Entry::line(draft))
     }
 }
 

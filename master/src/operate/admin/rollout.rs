@@ -11,7 +11,7 @@ use clamcast_proto::manifest::Manifest;
 use jiff::Timestamp;
 use serde_json::Value;
 use tokio::sync::oneshot;
-use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio::time::{Instant, sleep, sleep_until};
 
 use super::{CHANGES_SETTLE, Commands, LOOK, TIMEOUT_MAX};
 use crate::fleet::dispatch::Order;
@@ -20,9 +20,6 @@ use crate::fleet::hub::{Event, Stopping};
 use crate::fleet::rollout::{Order as RolloutOrder, OrderError};
 use crate::operate::api::{Change, Progress, RolloutState};
 use crate::operate::report;
-
-/// Time between looks whether the disk refuses an order that waits to be written.
-const WRITING: Duration = Duration::from_millis(300);
 
 /// An order that is not carried out, or not known to be.
 pub(super) enum Undone {
@@ -142,20 +139,13 @@ impl Commands {
             return Err(self.life.ending().finish().into());
         };
         let number = answer.map_err(Undone::Refused)?;
-        loop {
-            match timeout(WRITING, self.recorder.durable(number)).await {
-                Ok(Ok(())) => return Ok(()),
-                Ok(Err(_)) => return Err(self.life.ending().finish().into()), // the disk refused to the end
-                Err(_) => {}
-            }
-            if let Some(alarm) = self.recorder.alarm() {
-                let message = format!(
-                    "{alarm}; the order is carried out, but forgotten if the daemon ends before it \
-                     is written"
-                );
-                return Err(Finish::because(exit::FAILED, message).into());
-            }
-        }
+        self.written(number).await.map_err(|reason| {
+            let message = format!(
+                "{reason}; the order is carried out, but forgotten if the daemon ends before it is \
+                 written"
+            );
+            Finish::because(exit::FAILED, message).into()
+        })
     }
 
     /// Reports the rollout: at once, or when it is complete or halted, or at the end of `timeout`.
