@@ -39,6 +39,8 @@ pub struct Size {
     pub look: Duration,
     /// Shortest time between two of them.
     pub looks_apart: Duration,
+    /// Entries that wait for the master's disk when it offers nothing more.
+    pub backlog: u64,
     /// Whether nothing goes wrong but what dishonest hosts do.
     pub only_lies: bool,
 }
@@ -51,6 +53,7 @@ impl Size {
         between_faults: Duration::from_secs(90),
         look: Duration::from_secs(20),
         looks_apart: Duration::from_millis(50),
+        backlog: 8,
         only_lies: false,
     };
 
@@ -61,6 +64,7 @@ impl Size {
         between_faults: Duration::from_secs(900),
         look: Duration::from_secs(5),
         looks_apart: Duration::from_millis(50),
+        backlog: 8,
         only_lies: true,
     };
 
@@ -71,6 +75,7 @@ impl Size {
         between_faults: Duration::from_secs(15),
         look: Duration::from_secs(900),
         looks_apart: Duration::from_secs(180),
+        backlog: u64::MAX, // it is looked at too seldom for more than one round of offers
         only_lies: false,
     };
 }

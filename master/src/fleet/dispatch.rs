@@ -309,7 +309,8 @@ impl Dispatcher {
         while let Some((_, held)) = self.held.pop_front_if(|(after, _)| *after <= number) {
             self.release(held);
         }
-        if !self.is_busy() {
+        // Not before half of them are on disk: each look goes through the whole fleet.
+        if self.written - self.durable <= self.bounds.backlog / 2 {
             for name in std::mem::take(&mut self.unkept) {
                 self.keep(&name);
             }

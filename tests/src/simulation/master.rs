@@ -38,14 +38,12 @@ use super::rules::Witness;
 /// Entries that are written together.
 const BATCH_MAX: usize = 256;
 
-/// Entries that wait for the disk when nothing more is offered.
-const BACKLOG: u64 = 4096;
-
 /// The master, with its disk and without its process where that has crashed.
 pub(super) struct Master {
     key: SigningKey,
     pub(super) rules: Rules,
     looks: (Duration, Duration),
+    backlog: u64,
     pub(super) disk: MasterDisk,
     pub(super) running: Option<Running>,
     /// How often it was started.
@@ -141,6 +139,7 @@ impl Master {
             key,
             rules,
             looks: (size.looks_apart, size.look),
+            backlog: size.backlog,
             disk: MasterDisk {
                 mirror: 1,
                 ..MasterDisk::default()
@@ -174,7 +173,7 @@ impl Master {
         let bounds = Bounds {
             agents: usize::MAX,
             looks_apart: self.looks.0,
-            backlog: BACKLOG,
+            backlog: self.backlog,
         };
         self.running = Some(Running {
             dispatcher: Dispatcher::new(fleet, bounds, sight.now),
