@@ -5,6 +5,7 @@
 pub mod capture;
 pub mod check;
 pub mod mirror;
+pub mod news;
 pub mod pipeline;
 pub mod publisher;
 pub mod withdrawn;

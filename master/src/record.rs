@@ -3,5 +3,6 @@
 //! Must not know connections, offers or generations.
 
 pub mod archive;
+pub mod entry;
 pub mod events;
 pub mod recorder;

@@ -6,6 +6,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -41,7 +42,8 @@ use crate::publish::pipeline::{self, Pipeline};
 use crate::publish::publisher::{self, Publisher};
 use crate::publish::withdrawn::Withdrawn;
 use crate::record::archive::Archive;
-use crate::record::recorder::{self, Entry, Places, ROLLOUT, Recorder, WITHDRAWN};
+use crate::record::entry::{Entry, ROLLOUT, WITHDRAWN};
+use crate::record::recorder::{self, Places, Recorder};
 use crate::store::{Store, StoreError};
 
 /// Time between looks at the revocation list; a revoked agent is cut off within 5 s.
@@ -144,7 +146,7 @@ impl Master {
         let log = audit::Log::open(&audit_dir, audit_key, audit_origin(&config.fleet))?;
         let saved = load_rollout(&store)?;
         let lost = saved.as_ref().err().cloned();
-        let withdrawn = store.load::<Withdrawn>(WITHDRAWN)?.unwrap_or_default();
+        let withdrawn = load_withdrawn(&store);
         let rollout = recovery::rollout(saved, &withdrawn, Timestamp::now());
         if *rollout.withdrawn() != withdrawn {
             store.save(WITHDRAWN, rollout.withdrawn())?;
@@ -241,7 +243,7 @@ impl Master {
             let detail = json!({ "reason": reason });
             recorder.write(Entry::line(Draft { detail, ..draft }));
         }
-        pipeline::recover(&publisher, &recorder).await;
+        let recovered = pipeline::recover(&publisher, &recorder);
 
         let stop = CancellationToken::new();
         let mut tasks = JoinSet::new();
@@ -254,7 +256,11 @@ impl Master {
             again.clone(),
             stop.clone(),
         ));
-        tasks.spawn(pipeline.clone().run(woken, again, forgotten, wished));
+        tasks.spawn(
+            pipeline
+                .clone()
+                .run(recovered, woken, again, forgotten, wished),
+        );
         let shared = Shared {
             fleet: config.fleet.clone(),
             hub: hub.clone(),
@@ -337,10 +343,10 @@ impl Master {
     /// Stops in order: no new agents, open connections and commands end, then the fleet's state, then
     /// the log. Returns the operators' socket, unless its task has died.
     pub async fn stop(mut self, occasion: Occasion) -> Option<Listener> {
-        let recorder = self.recorder.clone();
+        let give_up = self.recorder.give_up(); // the recorder itself would keep the thread alive
         let patience = tokio::spawn(async move {
             tokio::time::sleep(DISK_PATIENCE).await;
-            recorder.give_up();
+            give_up.store(true, Ordering::Relaxed);
         });
         self.life.ends(occasion);
         let died = self.admin.is_finished(); // as `failed` reported
@@ -397,6 +403,21 @@ fn own_draft(event: AuditEvent, outcome: Option<&str>, detail: serde_json::Value
         detail,
         ..Draft::new(event, "master", "master")
     }
+}
+
+/// The second copy of what was withdrawn. The rollout has the first, so a damaged one stops nothing.
+fn load_withdrawn(store: &Store) -> Withdrawn {
+    store.load(WITHDRAWN).map_or_else(
+        |error| {
+            let error = crate::chain(&error);
+            tracing::error!(
+                error,
+                "the list of withdrawn generations is damaged; rollout.json has it"
+            );
+            Withdrawn::default()
+        },
+        Option::unwrap_or_default,
+    )
 }
 
 /// The rollout as it was saved; or why that is not known.

@@ -511,6 +511,15 @@ impl Fleet {
         }
     }
 
+    /// An offer was dropped before the agent heard of it.
+    pub fn not_offered(&mut self, name: &AgentName, id: LinkId, offer: OfferId) {
+        let link = self.link(name, id);
+        let is_last = |link: &&mut Link| link.offer.as_ref().is_some_and(|it| it.id == offer);
+        if let Some(link) = link.filter(is_last) {
+            (link.offer, link.told) = (None, None);
+        }
+    }
+
     /// The offer that an agent was just made is an operator's order.
     pub fn forced(&mut self, name: &AgentName, id: LinkId) {
         let offer = self.link(name, id).and_then(|link| link.offer.as_mut());

@@ -27,7 +27,7 @@ use serde_json::{Value, json};
 
 use crate::fleet::agents::{Arrival, Fleet, Link, LinkId, Standing};
 use crate::fleet::rollout::{self, Effect, OrderError, Owed, Rollout};
-use crate::record::recorder::{Entry, FileName};
+use crate::record::entry::{Entry, FileName};
 
 /// Time between checkpoints that agents are told of, beside those at the end of a rollout.
 const CHECKPOINTS: Duration = Duration::from_secs(3600);
@@ -76,10 +76,21 @@ pub struct Dispatcher {
     actions: Vec<Action>,
 }
 
+/// An offer that was made.
+#[derive(Debug)]
+struct Offering {
+    offer: OfferId,
+    manifest: Arc<Verified<Manifest>>,
+    manner: Manner,
+    /// Whether an operator wants it although the generation was withdrawn.
+    despite: bool,
+}
+
 /// What is done when an entry is on disk.
 #[derive(Debug)]
 enum Held {
     Tell(LinkId, Message),
+    Offer(AgentName, LinkId, Offering),
     RollBack(Owed),
     /// Everybody is told the head of the audit log.
     Checkpoint,
@@ -324,12 +335,23 @@ impl Dispatcher {
     fn release(&mut self, held: Held) {
         let rollout = self.fleet.rollout();
         match held {
-            Held::Tell(
-                _,
-                Message::Offer {
-                    manifest, manner, ..
-                },
-            ) if !manner.rehash && rollout.is_taken_back(manifest.position()) => {}
+            Held::Offer(name, id, offering) => {
+                let Offering {
+                    offer,
+                    manifest,
+                    manner,
+                    despite,
+                } = offering;
+                if !despite && rollout.is_taken_back(manifest.position()) {
+                    return self.fleet.not_offered(&name, id, offer);
+                }
+                let message = Message::Offer {
+                    offer,
+                    manifest,
+                    manner,
+                };
+                self.actions.push(Action::Tell(id, message));
+            }
             Held::Tell(id, message) => self.actions.push(Action::Tell(id, message)),
             Held::RollBack(owed) if rollout.owed() == Some(&owed) => {
                 self.actions.push(Action::RollBack(owed));
@@ -467,6 +489,8 @@ impl Dispatcher {
         if let Some(owed) = self.kept.owed().filter(|_| !tried) {
             self.tried = Some(now.at);
             let owed = owed.clone();
+            self.held
+                .retain(|(_, held)| !matches!(held, Held::RollBack(_)));
             self.hold(Held::RollBack(owed));
         }
     }
@@ -753,8 +777,12 @@ impl Dispatcher {
         self.look_soon();
         let acknowledgement = Held::Tell(id, Message::Acknowledge(receipt.seq));
         if !self.fleet.receipt(receipt, now.clock) {
-            // Known is not yet on disk: the entry of its first arrival may still wait.
-            return self.hold(acknowledgement);
+            // Known is not yet on disk: the entry of its first arrival may still wait. Of an agent that
+            // repeats itself while the disk takes nothing not every word is kept.
+            if (self.held.len() as u64) < 2 * self.bounds.backlog {
+                self.hold(acknowledgement);
+            }
+            return;
         }
         if self.fleet.offer(name).is_none() {
             self.forced.remove(name);
@@ -839,6 +867,8 @@ impl Dispatcher {
     ) -> OfferId {
         self.offers_made += 1;
         let (offer, position) = (OfferId(self.offers_made), manifest.position());
+        // Only an operator's word brings out what is withdrawn already.
+        let despite = self.fleet.rollout().is_taken_back(position);
         self.fleet.offered(name, id, offer, &manifest, now.clock);
         if manner.rehash {
             self.fleet.forced(name, id);
@@ -852,12 +882,13 @@ impl Dispatcher {
             draft: Some(draft),
             files: self.record(name), // a start finds who was there
         });
-        let message = Message::Offer {
+        let offering = Offering {
             offer,
             manifest,
             manner,
+            despite,
         };
-        self.hold(Held::Tell(id, message));
+        self.hold(Held::Offer(name.clone(), id, offering));
         offer
     }
 

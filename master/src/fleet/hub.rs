@@ -29,10 +29,11 @@ use super::dispatch::{
 };
 use super::recovery;
 use super::rollout::{OrderError, Rollout, Run, Tally};
-use crate::publish::pipeline::{News, Wish};
+use crate::publish::news::{News, Wish};
 use crate::publish::publisher::{FRESH_PARTS, Publisher};
 use crate::publish::withdrawn::Directives;
-use crate::record::recorder::{Durable, ENTRIES_MAX, Entry, FileName, Recorder};
+use crate::record::entry::{Entry, FileName};
+use crate::record::recorder::{Durable, ENTRIES_MAX, Recorder};
 use crate::store::Store;
 
 /// Messages that wait for the hub; senders wait when it is full, and with them their agents.

@@ -11,7 +11,7 @@ use clamcast_proto::manifest::Manifest;
 use jiff::Timestamp;
 
 use super::rollout::Rollout;
-use crate::publish::pipeline::News;
+use crate::publish::news::News;
 use crate::publish::withdrawn::{Withdrawn, newest};
 
 /// Where the rollout is: as `saved`, or as far as that can be known if it is lost, for the reason

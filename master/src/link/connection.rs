@@ -34,7 +34,8 @@ use crate::link::push::Pusher;
 use crate::link::rejections::Rejections;
 use crate::publish::publisher::Publisher;
 use crate::record::archive::Archive;
-use crate::record::recorder::{Entry, FileName, Recorder};
+use crate::record::entry::{Entry, FileName};
+use crate::record::recorder::Recorder;
 
 /// A handshake, and then a Hello, must be done within this time.
 const HANDSHAKE: Duration = Duration::from_secs(10);
@@ -66,7 +67,7 @@ const DRAIN: Duration = Duration::from_secs(3);
 pub struct Shared {
     /// The fleet.
     pub fleet: FleetName,
-    /// Who tells whom what.
+    /// The fleet's hub.
     pub hub: Hub,
     /// The key set.
     pub keys: Arc<Verified<KeySet>>,
@@ -310,6 +311,7 @@ async fn speak(
             parts: JoinSet::new(),
             sent: Arc::default(),
             talk: Talk::new(Instant::now()),
+            waiting: None,
         };
         link.run(recv, messages, stop).await
     };
@@ -387,6 +389,8 @@ struct Link<'a> {
     /// Bytes of files that went out on this connection.
     sent: Arc<AtomicU64>,
     talk: Talk,
+    /// What the hub is told when the recorder has room.
+    waiting: Option<Box<Event>>,
 }
 
 /// What came of reading a frame.
@@ -422,7 +426,6 @@ impl Link<'_> {
         let hello = timeout(HANDSHAKE, self.next(&mut frames));
         match hello.await.map_err(|_| LinkError::NoHello)?? {
             Some(ToMaster::Hello(hello)) => {
-                self.room(stop).await?;
                 let (name, id) = (self.name.clone(), self.id);
                 self.tell(Event::Hello { name, id, hello }).await?;
             }
@@ -431,17 +434,24 @@ impl Link<'_> {
         }
         loop {
             let pause = self.talk.pause(Instant::now());
+            let (shared, waits) = (self.shared, self.waiting.is_some());
             tokio::select! {
                 biased;
                 () = stop.cancelled() => return Ok(()),
+                closed = self.connection.closed(), if waits => return Err(closed.into()),
                 Some(ended) = self.parts.join_next() => report(ended),
                 message = messages.recv() => match message {
                     Some(message) => Box::pin(self.deliver(message)).await?,
                     None => return Ok(()), // replaced, revoked, or the daemon stops
                 },
+                () = shared.recorder.room(), if waits => {
+                    if let Some(event) = self.waiting.take() {
+                        self.tell(*event).await?;
+                    }
+                }
                 // Cancel-safe: what was read of a frame stays in the codec's buffer.
-                frame = after(pause, frames.next()) => match Box::pin(self.read(frame)).await? {
-                    Heard::Message(message, bytes) => Box::pin(self.hear(message, bytes, stop)).await?,
+                frame = after(pause, frames.next()), if !waits => match Box::pin(self.read(frame)).await? {
+                    Heard::Message(message, bytes) => Box::pin(self.hear(message, bytes)).await?,
                     Heard::Unknown => {}
                     Heard::End => return Ok(()),
                 },
@@ -549,28 +559,8 @@ impl Link<'_> {
         self.say(&message).await
     }
 
-    /// Waits until there is room for what an agent's message makes the master write. Nothing else
-    /// waits with it: the agent is not read from until the disk takes it.
-    async fn room(&self, stop: &CancellationToken) -> Result<(), LinkError> {
-        let recorder = &self.shared.recorder;
-        if recorder.has_room() {
-            return Ok(());
-        }
-        tokio::select! {
-            biased;
-            () = stop.cancelled() => Err(LinkError::Stopping),
-            closed = self.connection.closed() => Err(closed.into()),
-            () = recorder.room() => Ok(()),
-        }
-    }
-
     /// Takes what the agent says, in so many bytes.
-    async fn hear(
-        &mut self,
-        message: ToMaster,
-        bytes: usize,
-        stop: &CancellationToken,
-    ) -> Result<(), LinkError> {
+    async fn hear(&mut self, message: ToMaster, bytes: usize) -> Result<(), LinkError> {
         let name = self.name.clone();
         let event = match message {
             ToMaster::Hello(_) => return Err(LinkError::Order("a second Hello")),
@@ -652,9 +642,6 @@ impl Link<'_> {
                 return Ok(());
             }
         };
-        if !matches!(event, Event::Progress { .. }) {
-            self.room(stop).await?; // all the others are written down
-        }
         self.tell(event).await
     }
 
@@ -665,7 +652,14 @@ impl Link<'_> {
         is_left.then_some(()).ok_or_else(too_much)
     }
 
-    async fn tell(&self, event: Event) -> Result<(), LinkError> {
+    /// Tells the hub; later, if the recorder has no room for what the hub writes down of it. The agent
+    /// is not read from until then.
+    async fn tell(&mut self, event: Event) -> Result<(), LinkError> {
+        let is_written = !matches!(event, Event::Progress { .. });
+        if is_written && !self.shared.recorder.has_room() {
+            self.waiting = Some(Box::new(event));
+            return Ok(());
+        }
         let told = self.shared.hub.tell(event).await;
         told.map_err(|_| LinkError::Stopping)
     }

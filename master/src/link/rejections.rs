@@ -9,7 +9,8 @@ use clamcast_proto::audit::{Draft, Operator};
 use jiff::{SignedDuration, Timestamp};
 use serde_json::json;
 
-use crate::record::recorder::{Entry, Recorder};
+use crate::record::entry::Entry;
+use crate::record::recorder::Recorder;
 
 /// Rejections written into the audit log in one [`WINDOW`]; the rest are counted in the next one.
 const PER_WINDOW: u64 = 10;

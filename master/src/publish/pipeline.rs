@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clamcast_proto::audit::Draft;
-use clamcast_proto::dsse::{Envelope, Verified};
+use clamcast_proto::dsse::Envelope;
 use clamcast_proto::manifest::Manifest;
 use clamcast_proto::{AuditEvent, Digest};
 use jiff::Timestamp;
@@ -14,11 +14,13 @@ use tokio::sync::{Mutex, Notify, mpsc};
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
+use super::news::{News, Wish};
 use super::publisher::{
     Adoption, Announcement, PublishError, Published, Publisher, Refusal, RefusalKind, Request,
 };
 use super::withdrawn::{Rollback, Withdrawal, Withdrawn};
-use crate::record::recorder::{Entry, Recorder};
+use crate::record::entry::Entry;
+use crate::record::recorder::Recorder;
 
 /// Time until another try after a failure of our own (a full disk, no memory for the load test).
 /// It doubles with each failure that follows.
@@ -26,31 +28,6 @@ const RETRY_MIN: Duration = Duration::from_secs(10);
 
 /// And so long at most: a load test that always fails keeps a core busy for minutes.
 const RETRY_MAX: Duration = Duration::from_secs(10 * 60);
-
-/// What the rollout wants published.
-#[derive(Debug)]
-pub enum Wish {
-    /// What the mirror has now.
-    Look,
-    /// What was there before.
-    RollBack(Rollback),
-}
-
-/// What the fleet hears of publications, in their order.
-#[derive(Debug)]
-pub enum News {
-    /// A generation was published.
-    Published {
-        /// Its manifest.
-        manifest: Arc<Verified<Manifest>>,
-        /// Whether it takes the place of what is on its way.
-        supersede: bool,
-    },
-    /// A rollback was published.
-    WentBack(Arc<Verified<Manifest>>),
-    /// The fleet is past what was current: the master was restored from a backup.
-    Passed,
-}
 
 /// Publishes.
 #[derive(Clone, Debug)]
@@ -167,14 +144,22 @@ impl Pipeline {
     }
 
     /// Publishes whenever `wake` says so, or the rollout does, and adopts what a restored master has
-    /// forgotten.
+    /// forgotten. First it waits for the entry `recovered`, if there is one.
     pub async fn run(
         self,
+        recovered: Option<u64>,
         mut wake: mpsc::Receiver<()>,
         again: Arc<Notify>,
         mut forgotten: mpsc::Receiver<Envelope>,
         mut wishes: mpsc::Receiver<Wish>,
     ) {
+        if let Some(number) = recovered {
+            tokio::select! {
+                biased;
+                () = self.stop.cancelled() => return,
+                () = announced(&self.publisher, &self.recorder, number) => {}
+            }
+        }
         let mut retry = Retry::default();
         if self.publisher.is_due() {
             self.publish_or_retry(&again, &mut retry).await; // the epoch was raised
@@ -289,8 +274,8 @@ impl Pipeline {
     }
 
     async fn announce(&self, manifest: &Manifest, announcement: &Announcement) {
-        let (publisher, recorder) = (&self.publisher, &self.recorder);
-        announce(publisher, recorder, manifest, announcement, false).await;
+        let number = announce(&self.recorder, manifest, announcement, false);
+        announced(&self.publisher, &self.recorder, number).await;
     }
 
     async fn tell(&self, news: News) {
@@ -314,21 +299,21 @@ impl Pipeline {
 }
 
 /// Writes into the audit log what a process before this one published and did not live to write
-/// down. To be called before anything is offered.
-pub async fn recover(publisher: &Arc<Publisher>, recorder: &Recorder) {
-    if let Some((manifest, announcement)) = publisher.unannounced() {
-        tracing::warn!(position = %manifest.position(), "published before the last end, which the audit log did not have");
-        announce(publisher, recorder, &manifest, &announcement, true).await;
-    }
+/// down. To be called before anything is offered. Returns the number of the entry, for
+/// [`Pipeline::run`].
+pub fn recover(publisher: &Publisher, recorder: &Recorder) -> Option<u64> {
+    let (manifest, announcement) = publisher.unannounced()?;
+    tracing::warn!(position = %manifest.position(), "published before the last end, which the audit log did not have");
+    Some(announce(recorder, &manifest, &announcement, true))
 }
 
-async fn announce(
-    publisher: &Arc<Publisher>,
+/// Writes into the audit log that a generation was published. Returns the number of the entry.
+fn announce(
     recorder: &Recorder,
     manifest: &Manifest,
     announcement: &Announcement,
     recovered: bool,
-) {
+) -> u64 {
     let files: Vec<_> = manifest
         .files
         .iter()
@@ -350,7 +335,11 @@ async fn announce(
         detail,
         ..Draft::new(AuditEvent::Published, &announcement.actor, "mirror")
     };
-    let number = recorder.write(Entry::line(draft));
+    recorder.write(Entry::line(draft))
+}
+
+/// Marks a publication as written down when its entry is on disk.
+async fn announced(publisher: &Arc<Publisher>, recorder: &Recorder, number: u64) {
     if recorder.durable(number).await.is_err() {
         return; // the daemon stops and the disk refuses: for the next process to write
     }
@@ -408,7 +397,10 @@ mod tests {
             state: directory.clone(),
         };
         let (recorder, thread) = Recorder::start(log, places);
-        recover(&Arc::new(lab.publisher("state")), &recorder).await;
+        let publisher = Arc::new(lab.publisher("state"));
+        if let Some(number) = recover(&publisher, &recorder) {
+            announced(&publisher, &recorder, number).await;
+        }
         drop(recorder);
         thread.join().unwrap();
         let records = audit::read(&directory).unwrap();

@@ -133,7 +133,11 @@ pub fn newest(
     withdrawn: &Withdrawn,
 ) -> Option<Arc<Verified<Manifest>>> {
     let mut highest = manifests.iter().rev();
-    highest.find(|it| !withdrawn.has(it.position())).cloned()
+    let published = || manifests.iter().map(|it| (it.position(), it.content));
+    let good = highest.find(|it| {
+        !withdrawn.has(it.position()) && withdrawn.rejection(it.content, published()).is_none()
+    });
+    good.cloned()
 }
 
 /// A rollback that has to be published.

@@ -7,7 +7,6 @@
 //! ([`Recorder::durable`]), and whoever makes many entries waits for room ([`Recorder::room`]).
 
 use std::collections::BTreeMap;
-use std::fmt;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -20,10 +19,12 @@ use std::time::{Duration, Instant};
 use clamcast_daemon::audit::{self, Draft};
 use clamcast_daemon::durable;
 use clamcast_daemon::input;
-use clamcast_proto::{AgentName, Digest};
+use clamcast_proto::Digest;
 use jiff::Timestamp;
 use serde_json::json;
 use tokio::sync::watch;
+
+use super::entry::{Entry, FileName};
 
 /// From this many entries that wait for the disk on there is no room for more, but for those that
 /// nobody can make many of.
@@ -49,30 +50,7 @@ const FILE_BYTES_MAX: u64 = 1 << 20;
 const FILES_MAX: usize = 100_000;
 
 /// What a file is written as to see whether its directory takes it.
-const PROBE: &str = ".probe";
-
-/// What is written as one: the certificates first, then the line of the audit log, then the records
-/// of agents, what was withdrawn, and the state of the rollout.
-#[derive(Clone, Debug, Default)]
-pub struct Entry {
-    /// A line for the audit log.
-    pub draft: Option<Draft>,
-    /// Files, each with its new content; `None` removes it.
-    pub files: Vec<(FileName, Option<Vec<u8>>)>,
-}
-
-/// A file of the state directory that the recorder writes.
-#[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
-pub enum FileName {
-    /// A certificate in DER, by its fingerprint.
-    Certificate(Digest),
-    /// What is known of an agent.
-    Agent(AgentName),
-    /// The generations that were withdrawn.
-    Withdrawn,
-    /// Where the rollout is.
-    Rollout,
-}
+const PROBE: &str = ".probe.new"; // a start removes what a crash left of it
 
 /// Where the files are, beside the audit log.
 #[derive(Clone, Debug)]
@@ -84,12 +62,6 @@ pub struct Places {
     /// The directory of the rest.
     pub state: PathBuf,
 }
-
-/// The file that says where the rollout is, in the state directory.
-pub const ROLLOUT: &str = "rollout.json";
-
-/// The file that says what was withdrawn, in the state directory.
-pub const WITHDRAWN: &str = "rejected.json";
 
 /// How far the disk is.
 #[derive(Clone, Debug)]
@@ -111,6 +83,7 @@ pub struct Recorder {
     queue: Arc<Mutex<Queue>>,
     durable: watch::Receiver<Durable>,
     trouble: Arc<Trouble>,
+    give_up: Arc<AtomicBool>,
 }
 
 #[derive(Debug)]
@@ -129,25 +102,6 @@ struct Trouble {
     since: Mutex<Option<Instant>>,
     /// Files that cannot be written although others can, and why.
     unwritable: Mutex<BTreeMap<FileName, String>>,
-    give_up: AtomicBool,
-}
-
-impl Entry {
-    /// A line of the audit log alone.
-    pub fn line(draft: Draft) -> Self {
-        Self {
-            draft: Some(draft),
-            files: Vec::new(),
-        }
-    }
-
-    /// One file alone; `None` removes it.
-    pub fn file(name: FileName, content: Option<Vec<u8>>) -> Self {
-        Self {
-            draft: None,
-            files: vec![(name, content)],
-        }
-    }
 }
 
 impl Recorder {
@@ -160,11 +114,14 @@ impl Recorder {
         };
         let (written, durable) = watch::channel(start);
         let trouble = Arc::<Trouble>::default();
+        let give_up = Arc::<AtomicBool>::default();
         let writer = Writer {
             log,
             places,
             trouble: trouble.clone(),
+            give_up: give_up.clone(),
             retry: Files::new(),
+            retried: Instant::now(),
         };
         let thread = thread::Builder::new()
             .name("recorder".to_owned())
@@ -174,6 +131,7 @@ impl Recorder {
             queue: Arc::new(Mutex::new(Queue { last: 0, entries })),
             durable,
             trouble,
+            give_up,
         };
         (recorder, thread)
     }
@@ -230,10 +188,10 @@ impl Recorder {
         let _ = self.durable.clone().wait_for(|_| false).await; // an error: it is gone
     }
 
-    /// To be called when the daemon stops and has waited long enough: what the disk refuses from
-    /// then on is not tried again. Nobody was told of it, so the agents will send it again.
-    pub fn give_up(&self) {
-        self.trouble.give_up.store(true, Ordering::Relaxed);
+    /// Set to true, it makes the thread give up what the disk refuses: for a daemon that stops and has
+    /// waited long enough. No message depends on it, so the agents will send it again.
+    pub fn give_up(&self) -> Arc<AtomicBool> {
+        self.give_up.clone()
     }
 
     /// Why nothing can be written at the moment.
@@ -243,7 +201,8 @@ impl Recorder {
         let slow = since.map(|since| since.elapsed()).filter(|it| *it > SLOW);
         let slow = slow.map(|it| format!("the disk has not taken a write for {} s", it.as_secs()));
         let reason = refused.or(slow)?;
-        let waiting = self.last() - self.durable.borrow().number;
+        let durable = self.durable.borrow().number;
+        let waiting = self.last().saturating_sub(durable);
         Some(format!("{reason}; {waiting} entries wait for the disk"))
     }
 
@@ -283,8 +242,10 @@ struct Writer {
     log: audit::Log,
     places: Places,
     trouble: Arc<Trouble>,
+    give_up: Arc<AtomicBool>,
     /// Files that could not be written although others could, until they can.
     retry: Files,
+    retried: Instant,
 }
 
 /// Files with their new content, in the order in which they are written.
@@ -336,8 +297,15 @@ impl Writer {
         let drafts = batch.iter_mut().filter_map(|entry| entry.draft.take());
         let mut drafts: Vec<_> = drafts.map(shortened).collect();
         // Of several contents of one file the last one counts.
-        let mut files = std::mem::take(&mut self.retry);
-        files.extend(batch.iter_mut().flat_map(|entry| entry.files.drain(..)));
+        let files = batch.iter_mut().flat_map(|entry| entry.files.drain(..));
+        let mut files: Files = files.collect();
+        // What could not be written waits for its next try, and holds up no other file.
+        for (name, waiting) in &mut self.retry {
+            if let Some(newer) = files.remove(name) {
+                *waiting = newer;
+            }
+        }
+        self.try_again();
         let of = |files: &mut Files, which: fn(&FileName) -> bool| -> Files {
             files.extract_if(.., |name, _| which(name)).collect()
         };
@@ -374,48 +342,60 @@ impl Writer {
             Some((name.to_string(), content.clone()?))
         };
         let keep: Vec<_> = files.iter().filter_map(named).collect();
-        let removed = files.iter().filter(|(_, content)| content.is_none());
-        let failed: Vec<_> = removed
-            .filter_map(|(name, _)| {
-                let failed = fs::remove_file(self.places.of(name)).err()?;
-                (failed.kind() != io::ErrorKind::NotFound).then_some((name, failed))
-            })
-            .collect();
-        for (name, error) in failed {
-            self.put_aside(name, None, &error);
-        }
         let mut single = Vec::new();
         let written = self.until_written(what, |writer| {
-            if durable::write_all(&directory, &keep, 0o600).is_ok() {
-                return Ok(());
+            let mut removed = files.iter().filter(|(_, content)| content.is_none());
+            let done = removed.try_for_each(|(name, _)| remove(&writer.places.of(name)));
+            if done.is_err() || durable::write_all(&directory, &keep, 0o600).is_err() {
+                single = writer.one_by_one(files)?;
+                durable::sync_dir(&directory)?;
             }
-            single = writer.one_by_one(files)?;
             Ok(())
         });
         for (name, error) in &single {
             self.put_aside(name, files[name].clone(), error);
         }
-        let aside = &self.retry;
-        let healed =
-            |name: &FileName, _: &mut String| files.contains_key(name) && !aside.contains_key(name);
-        lock(&self.trouble.unwritable)
-            .extract_if(.., healed)
-            .for_each(drop);
         written
+    }
+
+    /// Tries the files again that could not be written, once in a while.
+    fn try_again(&mut self) {
+        if self.retry.is_empty() || self.retried.elapsed() < RETRY {
+            return;
+        }
+        self.retried = Instant::now();
+        for (name, content) in std::mem::take(&mut self.retry) {
+            let path = self.places.of(&name);
+            let done = match &content {
+                Some(content) => durable::write(&path, content, 0o600),
+                None => remove(&path),
+            };
+            match done {
+                Ok(()) => {
+                    lock(&self.trouble.unwritable).remove(&name);
+                }
+                Err(error) => self.put_aside(&name, content, &error),
+            }
+        }
     }
 
     /// Writes each file by itself. Returns those whose name is at fault; or an error, if the disk is.
     fn one_by_one(&self, files: &Files) -> io::Result<Vec<(FileName, io::Error)>> {
         let mut single = Vec::new();
         for (name, content) in files {
-            let Some(content) = content else { continue };
             let path = self.places.of(name);
-            if let Err(error) = durable::write(&path, content, 0o600) {
-                let probe = self.places.directory(name).join(PROBE);
-                durable::write(&probe, content, 0o600)?;
-                fs::remove_file(&probe)?;
-                single.push((name.clone(), error));
+            let done = match content {
+                Some(content) => durable::write(&path, content, 0o600),
+                None => remove(&path),
+            };
+            let Err(error) = done else { continue };
+            if !is_of_one_name(&error) {
+                return Err(error);
             }
+            let probe = self.places.directory(name).join(PROBE);
+            durable::write(&probe, content.as_deref().unwrap_or_default(), 0o600)?;
+            fs::remove_file(&probe)?;
+            single.push((name.clone(), error));
         }
         Ok(single)
     }
@@ -441,9 +421,9 @@ impl Writer {
         mut write: impl FnMut(&mut Self) -> io::Result<()>,
     ) -> bool {
         while let Err(error) = write(self) {
-            tracing::error!(%error, "cannot write {what}; nothing is offered or acknowledged until it works");
+            tracing::error!(%error, "cannot write {what}; what depends on it waits");
             *lock(&self.trouble.refused) = Some(format!("cannot write {what}: {error}"));
-            if self.trouble.give_up.load(Ordering::Relaxed) {
+            if self.give_up.load(Ordering::Relaxed) {
                 return false;
             }
             thread::sleep(RETRY);
@@ -467,15 +447,27 @@ impl Places {
     }
 }
 
-impl fmt::Display for FileName {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Certificate(fingerprint) => write!(f, "{fingerprint}.der"),
-            Self::Agent(name) => write!(f, "{name}.json"),
-            Self::Withdrawn => f.write_str(WITHDRAWN),
-            Self::Rollout => f.write_str(ROLLOUT),
-        }
+/// Removes a file, which may be gone already.
+fn remove(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        Ok(()) | Err(_) => Ok(()),
     }
+}
+
+/// Whether an error may come from what stands under the name, and not from the disk.
+fn is_of_one_name(error: &io::Error) -> bool {
+    use io::ErrorKind::{
+        DirectoryNotEmpty, InvalidFilename, IsADirectory, NotADirectory, PermissionDenied,
+    };
+    [
+        DirectoryNotEmpty,
+        InvalidFilename,
+        IsADirectory,
+        NotADirectory,
+        PermissionDenied,
+    ]
+    .contains(&error.kind())
 }
 
 /// A draft that fits a line of the audit log.
@@ -546,7 +538,7 @@ mod tests {
         while recorder.alarm().is_none() {
             tokio::task::yield_now().await;
         }
-        recorder.give_up();
+        recorder.give_up().store(true, Ordering::Relaxed);
         assert!(noting.await.unwrap().is_err());
         drop(recorder);
         thread.join().unwrap();
@@ -562,8 +554,10 @@ mod tests {
         assert!(numbers.is_sorted_by(|one, next| one < next));
         recorder.durable(numbers[999]).await.unwrap();
         assert!(recorder.watch().borrow().number >= numbers[999]);
+        let give_up = recorder.give_up();
         drop(recorder);
-        thread.join().unwrap();
+        thread.join().unwrap(); // a stop holds this while it joins
+        drop(give_up);
     }
 
     #[tokio::test]

@@ -13,9 +13,9 @@ use clamcast_master::fleet::dispatch::{
 };
 use clamcast_master::fleet::recovery;
 use clamcast_master::fleet::rollout::{self, OrderError, Owed, Rollout, Target};
-use clamcast_master::publish::pipeline::News;
+use clamcast_master::publish::news::News;
 use clamcast_master::publish::withdrawn::Withdrawn;
-use clamcast_master::record::recorder::{Entry, FileName};
+use clamcast_master::record::entry::{Entry, FileName};
 use clamcast_proto::audit::Operator;
 use clamcast_proto::dsse::{PublicKey, Verified, sign};
 use clamcast_proto::identity::Serial;

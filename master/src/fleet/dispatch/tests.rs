@@ -398,6 +398,31 @@ fn an_offer_that_waits_for_the_disk_is_dropped_when_its_generation_is_withdrawn(
 }
 
 #[test]
+fn an_order_that_waits_for_the_disk_is_dropped_when_its_generation_is_withdrawn() {
+    let mut desk = Desk::new(&["group:canary", "100%"]);
+    let canary = desk.greeted("web1", "canary");
+    desk.publish(7);
+    desk.receipt(canary, 7, 1, Outcome::Live);
+    desk.publish(8);
+    let other = desk.greeted("web2", "others");
+    desk.done();
+    let (what, name, now) = (
+        Forcing::Current(manifest(8).position()),
+        "web2".parse().unwrap(),
+        desk.now(),
+    );
+    let forced = desk.dispatcher.force(&what, vec![name], true, now);
+    assert_eq!(forced.unwrap().offers.len(), 1);
+    desk.receipt(canary, 8, 2, Outcome::Refused);
+    let done = desk.done();
+    assert!(!done.iter().any(|it| it.contains("forced 8")), "{done:?}");
+    // As if it had never been made.
+    let fleet = desk.dispatcher.fleet();
+    assert_eq!(fleet.offer(&"web2".parse().unwrap()), None);
+    desk.receipt(other, 8, 1, Outcome::HostFault);
+}
+
+#[test]
 fn a_disk_that_takes_nothing_stops_offers_and_keeps_each_record_once() {
     let mut desk = Desk::new(&["100%"]);
     let now = desk.now();

@@ -17,7 +17,7 @@ use crate::fleet::dispatch::Forcing;
 use crate::fleet::force::{self, INTERRUPTED, Meant, News, Selection, Work};
 use crate::fleet::hub::{Event, Stopping};
 use crate::operate::api::{ForceRequest, Forced};
-use crate::record::recorder::Entry;
+use crate::record::entry::Entry;
 
 /// `force-sync`s under way at a time: each looks at the whole fleet after every change.
 pub const ORDERS_MAX: usize = 16;

@@ -25,6 +25,9 @@ impl Commands {
         accept: Option<String>,
         supersede: bool,
     ) -> Result<Finish, AdminError> {
+        if let Err(finish) = self.can_write() {
+            return Ok(finish);
+        }
         let actor = session.operator.to_string();
         tracing::info!(
             operator = actor,
