@@ -33,10 +33,10 @@ const SYNC_TOGETHER: usize = 16;
 
 /// [`write()`] for several files of one directory, by their names in it, for little more than the
 /// cost of one. A crash leaves each of them old or new, and after `Ok` all are new.
-pub fn write_all(directory: &Path, files: &[(String, Vec<u8>)], mode: u32) -> io::Result<()> {
+pub fn write_all(directory: &Path, files: &[(String, &[u8])], mode: u32) -> io::Result<()> {
     // Bounded, for each is an open file until it has its name.
     for files in files.chunks(WRITTEN_TOGETHER_MAX) {
-        let each = |(_, bytes): &(String, Vec<u8>)| beside(directory, bytes, mode);
+        let each = |(_, bytes): &(String, &[u8])| beside(directory, bytes, mode);
         let written: Vec<_> = files.iter().map(each).collect::<io::Result<_>>()?;
         if written.len() < SYNC_TOGETHER {
             for file in &written {
@@ -220,14 +220,15 @@ mod tests {
         for count in [0, 1, SYNC_TOGETHER, 2 * WRITTEN_TOGETHER_MAX + 1] {
             let dir = tempfile::tempdir().unwrap();
             fs::write(dir.path().join("0"), b"old").unwrap();
-            let files = (0..count).map(|number| (number.to_string(), vec![b'x'; number]));
+            let content = vec![b'x'; count];
+            let files = (0..count).map(|number| (number.to_string(), &content[..number]));
             let files: Vec<_> = files.collect();
             write_all(dir.path(), &files, 0o600).unwrap();
             for (name, bytes) in &files {
                 let path = dir.path().join(name);
                 assert_eq!(
                     (fs::read(&path).unwrap(), mode(&path)),
-                    (bytes.clone(), 0o600)
+                    (bytes.to_vec(), 0o600)
                 );
             }
             let there = fs::read_dir(dir.path()).unwrap().count();

@@ -1,4 +1,5 @@
-//! Decides which generation each agent is wanted at, when a wave goes on, and what is said to whom.
+//! Decides which generation each agent should run, when the next wave begins, and what each agent is
+//! told.
 //! Runs the hub, the one task that owns the fleet and carries out what the dispatcher decides.
 //! Must not know how bytes travel or how a capture becomes a generation.
 

@@ -104,7 +104,7 @@ pub struct Process {
     pub pid: u32,
     /// Its name: fifteen characters at most, of a script that of the script.
     pub name: String,
-    /// Whom it runs as.
+    /// The user that it runs as.
     pub uid: u32,
     /// Its command line.
     pub arguments: Vec<String>,

@@ -257,7 +257,7 @@ fn unit(host: &Host, config_path: &Path) -> Option<String> {
     ours.then_some(text)
 }
 
-/// Whom it runs as.
+/// The user that it runs as.
 fn unit_user(unit: &str) -> String {
     settings(unit, "User").last().unwrap_or("root").to_owned()
 }

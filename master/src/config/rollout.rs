@@ -17,7 +17,7 @@ use super::Window;
 /// How careful rollouts are: `[rollout]` of the configuration.
 #[derive(Clone, Debug)]
 pub struct Rules {
-    /// The steps, in order. After the last one everybody is wanted at the generation.
+    /// The waves, in order. After the last one every agent should run the generation.
     pub waves: Vec<Wave>,
     /// Wait after a wave is done before the next begins.
     pub settle: Duration,

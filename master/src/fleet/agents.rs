@@ -129,7 +129,7 @@ impl Fleet {
         &self.rules
     }
 
-    /// What is on its way, and what everybody is wanted at.
+    /// The generation on its way, and the one that all other agents should run.
     pub fn rollout(&self) -> &Rollout {
         &self.rollout
     }
@@ -158,7 +158,7 @@ impl Fleet {
         self.unsaid.extend(self.rollout.retain(|_| false));
     }
 
-    /// Remembers a manifest, and forgets those that nobody has or is wanted at.
+    /// Remembers a manifest, and forgets those that no agent has or should run.
     fn know(&mut self, manifest: &Arc<Verified<Manifest>>) -> Target {
         let needed = self.rollout.needed().map(|target| target.manifest_sha256);
         let agents = self.agents.0.values();
@@ -317,7 +317,7 @@ impl Fleet {
         self.agents.0.get(name)?.link.as_ref().map(|link| link.id)
     }
 
-    /// The generation that an agent may rely on for now: that which it is wanted at, or that which
+    /// The generation that an agent may rely on for now: the one that it should run, or the one that
     /// it has and nobody holds against it.
     pub fn vouched(&self, name: &AgentName, now: Timestamp) -> Option<&Arc<Verified<Manifest>>> {
         let agent = self.agents.0.get(name)?;

@@ -76,21 +76,20 @@ pub struct Dispatcher {
     actions: Vec<Action>,
 }
 
-/// An offer that was made.
-#[derive(Debug)]
-struct Offering {
-    offer: OfferId,
-    manifest: Arc<Verified<Manifest>>,
-    manner: Manner,
-    /// Whether an operator wants it although the generation was withdrawn.
-    despite: bool,
-}
-
 /// What is done when an entry is on disk.
 #[derive(Debug)]
 enum Held {
-    Tell(LinkId, Message),
-    Offer(AgentName, LinkId, Offering),
+    /// A receipt is acknowledged.
+    Acknowledge(LinkId, u64),
+    /// An agent is told its offer. `despite`: an operator wants it although it was withdrawn.
+    Offer {
+        name: AgentName,
+        id: LinkId,
+        offer: OfferId,
+        manifest: Arc<Verified<Manifest>>,
+        manner: Manner,
+        despite: bool,
+    },
     RollBack(Owed),
     /// Everybody is told the head of the audit log.
     Checkpoint,
@@ -130,7 +129,7 @@ pub struct Now {
 pub enum Action {
     /// Say this, if the connection is still there.
     Tell(LinkId, Message),
-    /// Write this down. [`Dispatcher::durable`] hears how many of these are on disk.
+    /// Write this down. [`Dispatcher::durable`] hears how many of these still wait for the disk.
     Write(Entry),
     /// End a connection.
     Close(LinkId, Closing),
@@ -314,9 +313,12 @@ impl Dispatcher {
         self.look_at
     }
 
-    /// The first `number` entries are on disk. `checkpoint`: the signed head of the audit log.
-    pub fn durable(&mut self, number: u64, checkpoint: &Arc<str>) {
-        (self.durable, self.checkpoint) = (number, checkpoint.clone());
+    /// All entries but the last `waiting` are on disk. `checkpoint`: the signed head of the audit log.
+    /// To be called when all actions were carried out.
+    pub fn durable(&mut self, waiting: usize, checkpoint: &Arc<str>) {
+        self.durable = self.written - waiting as u64;
+        self.checkpoint = checkpoint.clone();
+        let number = self.durable;
         while let Some((_, held)) = self.held.pop_front_if(|(after, _)| *after <= number) {
             self.release(held);
         }
@@ -335,13 +337,14 @@ impl Dispatcher {
     fn release(&mut self, held: Held) {
         let rollout = self.fleet.rollout();
         match held {
-            Held::Offer(name, id, offering) => {
-                let Offering {
-                    offer,
-                    manifest,
-                    manner,
-                    despite,
-                } = offering;
+            Held::Offer {
+                name,
+                id,
+                offer,
+                manifest,
+                manner,
+                despite,
+            } => {
                 if !despite && rollout.is_taken_back(manifest.position()) {
                     return self.fleet.not_offered(&name, id, offer);
                 }
@@ -352,7 +355,10 @@ impl Dispatcher {
                 };
                 self.actions.push(Action::Tell(id, message));
             }
-            Held::Tell(id, message) => self.actions.push(Action::Tell(id, message)),
+            Held::Acknowledge(id, seq) => {
+                self.actions
+                    .push(Action::Tell(id, Message::Acknowledge(seq)));
+            }
             Held::RollBack(owed) if rollout.owed() == Some(&owed) => {
                 self.actions.push(Action::RollBack(owed));
             }
@@ -775,7 +781,7 @@ impl Dispatcher {
             return; // it comes again on the new connection
         }
         self.look_soon();
-        let acknowledgement = Held::Tell(id, Message::Acknowledge(receipt.seq));
+        let acknowledgement = Held::Acknowledge(id, receipt.seq);
         if !self.fleet.receipt(receipt, now.clock) {
             // Known is not yet on disk: the entry of its first arrival may still wait. Of an agent that
             // repeats itself while the disk takes nothing not every word is kept.
@@ -882,13 +888,14 @@ impl Dispatcher {
             draft: Some(draft),
             files: self.record(name), // a start finds who was there
         });
-        let offering = Offering {
+        self.hold(Held::Offer {
+            name: name.clone(),
+            id,
             offer,
             manifest,
             manner,
             despite,
-        };
-        self.hold(Held::Offer(name.clone(), id, offering));
+        });
         offer
     }
 

@@ -262,7 +262,6 @@ pub fn start(
     let running = Running {
         dispatcher,
         numbers: VecDeque::new(),
-        durable: 0,
         means,
         links: HashMap::new(),
         tasks: JoinSet::new(),
@@ -275,9 +274,8 @@ pub fn start(
 
 struct Running {
     dispatcher: Dispatcher,
-    /// The recorder's numbers of the dispatcher's entries that are not on disk, and how many are.
+    /// The recorder's numbers of the dispatcher's entries that are not on disk.
     numbers: VecDeque<u64>,
-    durable: u64,
     means: Means,
     links: HashMap<LinkId, Line>,
     /// What waits for the store.
@@ -381,14 +379,10 @@ impl Running {
 
     /// The disk has more than before.
     fn durable(&mut self, durable: &Durable) {
-        while self
-            .numbers
-            .pop_front_if(|number| *number <= durable.number)
-            .is_some()
-        {
-            self.durable += 1;
-        }
-        self.dispatcher.durable(self.durable, &durable.checkpoint);
+        let on_disk = self.numbers.partition_point(|it| *it <= durable.number);
+        self.numbers.drain(..on_disk);
+        let waiting = self.numbers.len();
+        self.dispatcher.durable(waiting, &durable.checkpoint);
         self.carry_out();
     }
 

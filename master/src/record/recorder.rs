@@ -324,10 +324,8 @@ impl Writer {
             })
             && self.write_each(&agents, "the agents' records")
             && self.until_written("the state of the rollout", |writer| {
-                files.iter().try_for_each(|(name, content)| match content {
-                    Some(content) => durable::write(&writer.places.of(name), content, 0o600),
-                    None => Ok(()), // the two are never removed
-                })
+                let mut files = files.iter();
+                files.try_for_each(|(name, content)| writer.places.put(name, content.as_deref()))
             })
     }
 
@@ -338,14 +336,15 @@ impl Writer {
             return true;
         };
         let directory = self.places.directory(first).to_owned();
-        let named = |(name, content): (&FileName, &Option<Vec<u8>>)| {
-            Some((name.to_string(), content.clone()?))
-        };
-        let keep: Vec<_> = files.iter().filter_map(named).collect();
+        let named = files
+            .iter()
+            .filter_map(|(name, content)| Some((name.to_string(), content.as_deref()?)));
+        let keep: Vec<_> = named.collect();
         let mut single = Vec::new();
         let written = self.until_written(what, |writer| {
             let mut removed = files.iter().filter(|(_, content)| content.is_none());
-            let done = removed.try_for_each(|(name, _)| remove(&writer.places.of(name)));
+            let done =
+                removed.try_for_each(|(name, gone)| writer.places.put(name, gone.as_deref()));
             if done.is_err() || durable::write_all(&directory, &keep, 0o600).is_err() {
                 single = writer.one_by_one(files)?;
                 durable::sync_dir(&directory)?;
@@ -365,12 +364,7 @@ impl Writer {
         }
         self.retried = Instant::now();
         for (name, content) in std::mem::take(&mut self.retry) {
-            let path = self.places.of(&name);
-            let done = match &content {
-                Some(content) => durable::write(&path, content, 0o600),
-                None => remove(&path),
-            };
-            match done {
+            match self.places.put(&name, content.as_deref()) {
                 Ok(()) => {
                     lock(&self.trouble.unwritable).remove(&name);
                 }
@@ -383,12 +377,9 @@ impl Writer {
     fn one_by_one(&self, files: &Files) -> io::Result<Vec<(FileName, io::Error)>> {
         let mut single = Vec::new();
         for (name, content) in files {
-            let path = self.places.of(name);
-            let done = match content {
-                Some(content) => durable::write(&path, content, 0o600),
-                None => remove(&path),
+            let Err(error) = self.places.put(name, content.as_deref()) else {
+                continue;
             };
-            let Err(error) = done else { continue };
             if !is_of_one_name(&error) {
                 return Err(error);
             }
@@ -445,13 +436,17 @@ impl Places {
     fn of(&self, name: &FileName) -> PathBuf {
         self.directory(name).join(name.to_string())
     }
-}
 
-/// Removes a file, which may be gone already.
-fn remove(path: &Path) -> io::Result<()> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        Ok(()) | Err(_) => Ok(()),
+    /// Gives a file its new content, or removes it if it is still there.
+    fn put(&self, name: &FileName, content: Option<&[u8]>) -> io::Result<()> {
+        let path = self.of(name);
+        let Some(content) = content else {
+            return match fs::remove_file(path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+                Ok(()) | Err(_) => Ok(()),
+            };
+        };
+        durable::write(&path, content, 0o600)
     }
 }
 

@@ -75,8 +75,6 @@ pub(super) struct Running {
     /// The receipt that the dispatcher is told of.
     receipt: Option<(AgentName, u64)>,
     queue: VecDeque<Waiting>,
-    /// Entries that are on disk.
-    durable: u64,
     writing: bool,
     /// The look that is on the agenda.
     look_at: Option<Instant>,
@@ -183,7 +181,6 @@ impl Master {
             withdrawn,
             receipt: None,
             queue: VecDeque::new(),
-            durable: 0,
             writing: false,
             look_at: None,
         });
@@ -678,7 +675,6 @@ impl Master {
             running.queue.drain(..many).collect()
         };
         running.writing = false;
-        running.durable += batch.len() as u64;
         for waiting in batch {
             sight.witness.receipts_on_disk.extend(waiting.receipt);
             self.disk.write(waiting.entry.files.into_iter());
@@ -686,8 +682,8 @@ impl Master {
                 sight.witness.kept(rollout);
             }
         }
-        let durable = running.durable;
-        running.dispatcher.durable(durable, &"".into());
+        let waiting = running.queue.len();
+        running.dispatcher.durable(waiting, &"".into());
         self.carry_out(sight);
         let running = self.process();
         if !running.queue.is_empty() && !running.writing {

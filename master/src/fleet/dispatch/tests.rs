@@ -91,8 +91,7 @@ impl Desk {
     fn done(&mut self) -> Vec<String> {
         let mut done = self.refused();
         loop {
-            let written = self.dispatcher.written;
-            self.dispatcher.durable(written, &"head".into());
+            self.dispatcher.durable(0, &"head".into());
             let more = self.refused();
             if more.is_empty() {
                 return done;
