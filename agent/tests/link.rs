@@ -24,10 +24,10 @@ use clamcast_proto::keys::KeySet;
 use clamcast_proto::manifest::{Manifest, ManifestFile, Publisher, content_digest};
 use clamcast_proto::receipt::{Drift, Found, Outcome, Receipt};
 use clamcast_proto::wire::{
-    self, Have, Hello, NeedFile, Offer, OfferId, Part, PartEncoding, PartKind, ToAgent, ToMaster,
-    Welcome, close,
+    self, Have, Hello, NeedFile, Offer, OfferId, OtherMaster, Part, PartEncoding, PartKind,
+    ToAgent, ToMaster, Welcome, close,
 };
-use clamcast_proto::{Digest, Epoch, FleetName, Generation};
+use clamcast_proto::{Digest, Epoch, FleetName, Generation, Position};
 use ed25519_dalek::SigningKey;
 use ed25519_dalek::pkcs8::EncodePrivateKey as _;
 use ed25519_dalek::pkcs8::spki::der::pem::LineEnding;
@@ -628,6 +628,39 @@ async fn below_what_it_took_a_host_takes_what_it_has_and_nothing_else() {
 }
 
 #[tokio::test]
+async fn an_offer_of_another_publisher_is_declined_with_the_publisher_that_the_host_follows() {
+    let lab = Lab::new();
+    let master = lab.master("bank");
+    let agent = lab.start(&master).await;
+    let mut talk = master.greet().await;
+    let followed = lab.offer(7, &[("a.ndb", b"first")]);
+    talk.install(&lab, 7, &[("a.ndb", b"first")]).await;
+    // Newer, older, or the same number with other content: two masters publish.
+    for (publisher, generation) in [("p2", 8), ("p2", 6), ("p1", 7)] {
+        let offer = lab.offer_of(publisher, generation, &[("a.ndb", b"other")]);
+        talk.say(&ToAgent::Offer(offer)).await;
+        let ToMaster::Error {
+            offer: Some(_),
+            other_master: Some(other),
+            ..
+        } = talk.hear().await
+        else {
+            panic!("expected a refusal that names the other master");
+        };
+        let expected = OtherMaster {
+            publisher: Publisher("p1".into()),
+            position: Position {
+                epoch: Epoch(1),
+                generation: Generation::new(7).unwrap(),
+            },
+            manifest_sha256: Digest::of(&followed.manifest.payload),
+        };
+        assert_eq!(*other, expected);
+    }
+    agent.stop(Occasion::Exit).await;
+}
+
+#[tokio::test]
 async fn what_is_being_replaced_is_not_taken_again() {
     let lab = Lab::new();
     let master = lab.master("bank");
@@ -875,6 +908,10 @@ socket = "none"
 
     /// An offer whose number is its generation's.
     fn offer(&self, generation: u64, files: &[(&str, &[u8])]) -> Box<Offer> {
+        self.offer_of("p1", generation, files)
+    }
+
+    fn offer_of(&self, publisher: &str, generation: u64, files: &[(&str, &[u8])]) -> Box<Offer> {
         let file = |(name, content): &(&str, &[u8])| ManifestFile {
             name: name.parse().unwrap(),
             size: content.len() as u64,
@@ -886,7 +923,7 @@ socket = "none"
             fleet: fleet(),
             epoch: Epoch(1),
             generation: Generation::new(generation).unwrap(),
-            publisher: Publisher("p1".into()),
+            publisher: Publisher(publisher.into()),
             created: Timestamp::UNIX_EPOCH, // so that an offer can be repeated
             previous: None,
             rollback_of: None,
@@ -1151,6 +1188,7 @@ impl Talk {
         let ToMaster::Error {
             offer: Some(_),
             message,
+            ..
         } = heard
         else {
             panic!("expected a refusal, got {heard:?}");
@@ -1171,6 +1209,7 @@ impl Talk {
         let ToMaster::Error {
             offer: None,
             message,
+            ..
         } = heard
         else {
             panic!("expected an objection, got {heard:?}");

@@ -37,6 +37,10 @@ events! {
     Accepted = "accepted",
     /// The daemon found something that somebody should look at.
     Alarm = "alarm",
+    /// An agent exceeded its daily budget in the audit log: lines were left out.
+    BudgetExceeded = "budget-exceeded",
+    /// A known agent connected with a certificate that the master has not seen before.
+    Certificate = "certificate",
     /// The refusals of a host count again.
     CountedAgain = "counted-again",
     /// An agent does not take its offer.
@@ -47,6 +51,8 @@ events! {
     Drift = "drift",
     /// A host connected for the first time.
     Enrolled = "enrolled",
+    /// The certificate of a connected agent expired.
+    Expired = "expired",
     /// An operator ordered a forced synchronisation.
     ForceSync = "force-sync",
     /// What came of it.
@@ -142,6 +148,7 @@ impl AuditEvent {
             self,
             Self::Abort
                 | Self::Alarm
+                | Self::BudgetExceeded
                 | Self::Halt
                 | Self::RolledBack
                 | Self::RolloutPaused
@@ -163,10 +170,13 @@ impl AuditEvent {
     pub fn subject(self) -> Subject {
         let is_an_agent = matches!(
             self,
-            Self::CountedAgain
+            Self::BudgetExceeded
+                | Self::Certificate
+                | Self::CountedAgain
                 | Self::Declined
                 | Self::Drift
                 | Self::Enrolled
+                | Self::Expired
                 | Self::Offer
                 | Self::Receipt
                 | Self::Repair

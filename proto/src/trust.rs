@@ -175,6 +175,15 @@ impl Trust {
         let Some(mark) = &self.mark else {
             return Ok(manifest);
         };
+        // First: also an older manifest of another publisher says that two masters publish.
+        if position.epoch == mark.position.epoch && manifest.publisher != mark.publisher {
+            let (accepted, offered) = (mark.publisher.0.clone(), manifest.publisher.0.clone());
+            return Err(TrustError::TwoPublishers {
+                position,
+                accepted,
+                offered,
+            });
+        }
         let offered = manifest.payload_sha256();
         if self.is_below(&manifest) && installed != Some(offered) {
             return Err(TrustError::Rollback {
@@ -185,14 +194,6 @@ impl Trust {
         if position == mark.position && offered != mark.manifest_sha256 {
             let accepted = mark.manifest_sha256;
             return Err(TrustError::TwoManifests {
-                position,
-                accepted,
-                offered,
-            });
-        }
-        if position.epoch == mark.position.epoch && manifest.publisher != mark.publisher {
-            let (accepted, offered) = (mark.publisher.0.clone(), manifest.publisher.0.clone());
-            return Err(TrustError::TwoPublishers {
                 position,
                 accepted,
                 offered,
@@ -399,6 +400,9 @@ mod tests {
         let mut other = offer(2, 8);
         other.publisher = Publisher("p2".into());
         refused(check(Some(7), other, 2), "TwoPublishers");
+        let mut older = offer(2, 6);
+        older.publisher = Publisher("p2".into());
+        refused(check(Some(7), older, 2), "TwoPublishers");
     }
 
     #[test]

@@ -10,8 +10,9 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::dsse::Envelope;
+use crate::manifest::Publisher;
 use crate::receipt::{ClamdReport, FileState, Outcome};
-use crate::{DatabaseName, Digest, FleetName};
+use crate::{DatabaseName, Digest, FleetName, Position};
 
 /// The application protocol (TLS ALPN).
 pub const ALPN: &[u8] = b"clamcast/1";
@@ -35,6 +36,9 @@ pub const RECEIPTS_PENDING_MAX: usize = 256;
 /// Longest frame in bytes, the length itself aside: a manifest of the largest size in base64, with
 /// a key set and a freshness statement beside it.
 pub const FRAME_BYTES_MAX: usize = 1 << 20;
+
+/// Longest publisher id in a message, in bytes: a master makes 32 hexadecimal digits.
+pub const PUBLISHER_BYTES_MAX: usize = 64;
 
 /// Longest `Part` frame in bytes: names and digests of one file.
 pub const PART_BYTES_MAX: usize = 4 << 10;
@@ -108,7 +112,30 @@ pub enum ToMaster {
         offer: Option<OfferId>,
         /// Why.
         message: String,
+        /// The other master, if the offer is declined because of one.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        other_master: Option<Box<OtherMaster>>,
     },
+}
+
+/// What an agent follows that declines an offer because two masters publish in one epoch. The
+/// publisher is the offering master's own where one state directory was copied or a manifest key
+/// was stolen: then only the manifests differ.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct OtherMaster {
+    /// The publisher that the agent follows.
+    pub publisher: Publisher,
+    /// The newest generation that the agent accepted from it.
+    pub position: Position,
+    /// SHA-256 of the payload of that generation's manifest.
+    pub manifest_sha256: Digest,
+}
+
+impl OtherMaster {
+    /// Whether the text keeps its limit: what an honest agent sends does.
+    pub fn is_bounded(&self) -> bool {
+        self.publisher.0.len() <= PUBLISHER_BYTES_MAX
+    }
 }
 
 /// Names an offer on one connection.
@@ -368,6 +395,8 @@ pub mod close {
     pub const TIMEOUT: u32 = 5;
     /// The master has as many connections as it can serve, or as much work by this agent.
     pub const BUSY: u32 = 6;
+    /// The agent's certificate has expired.
+    pub const EXPIRED: u32 = 7;
 }
 
 #[cfg(test)]
@@ -403,6 +432,20 @@ mod tests {
             parse::<ToAgent>(b"[1]"),
             Err(FrameError::Json { .. })
         ));
+    }
+
+    #[test]
+    fn a_declined_offer_of_an_older_agent_names_no_other_master() {
+        let old = br#"{"type":"Error","offer":3,"message":"no"}"#;
+        let error = parse::<ToMaster>(old).unwrap();
+        assert!(matches!(
+            error,
+            ToMaster::Error {
+                other_master: None,
+                ..
+            }
+        ));
+        assert_eq!(serde_json::to_vec(&error).unwrap(), old);
     }
 
     #[test]

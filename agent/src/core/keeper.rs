@@ -21,7 +21,8 @@ use clamcast_proto::manifest::Manifest;
 use clamcast_proto::receipt::{ClamdState, Drift, ERROR_BYTES_MAX, Outcome, Receipt};
 use clamcast_proto::trust::TrustError;
 use clamcast_proto::wire::{
-    FrameError, Hello, NeedFile, Offer, OfferId, Part, Phase, ToAgent, ToMaster, Welcome, close,
+    FrameError, Hello, NeedFile, Offer, OfferId, OtherMaster, Part, Phase, ToAgent, ToMaster,
+    Welcome, close,
 };
 use clamcast_proto::{AuditEvent, DatabaseName, Digest, FleetName, Position};
 use jiff::Timestamp;
@@ -598,6 +599,7 @@ impl Keeper {
                         self.say(&ToMaster::Error {
                             offer: None,
                             message,
+                            other_master: None,
                         });
                     }
                 }
@@ -645,6 +647,7 @@ impl Keeper {
                 self.say(&ToMaster::Error {
                     offer: Some(offer.offer),
                     message,
+                    other_master: self.other_master(&refusal).map(Box::new),
                 });
                 return;
             }
@@ -670,6 +673,7 @@ impl Keeper {
             self.say(&ToMaster::Error {
                 offer: Some(offer.offer),
                 message,
+                other_master: None,
             });
             return;
         }
@@ -710,6 +714,22 @@ impl Keeper {
             tracing::warn!(%position, %expires, "the word that this is current has run out");
         }
         Ok((manifest, fresh))
+    }
+
+    /// What this host follows, if an offer is declined because of another master.
+    fn other_master(&self, refusal: &Refusal) -> Option<OtherMaster> {
+        let (
+            Refusal::Trust(TrustError::TwoManifests { .. } | TrustError::TwoPublishers { .. }),
+            Some(mark),
+        ) = (refusal, self.trust.trust().mark())
+        else {
+            return None;
+        };
+        Some(OtherMaster {
+            publisher: mark.publisher.clone(),
+            position: mark.position,
+            manifest_sha256: mark.manifest_sha256,
+        })
     }
 
     /// Keeps the word that a generation is current, unless a longer one for it is kept already.
@@ -789,7 +809,11 @@ impl Keeper {
                 if let Some(message) = self.made_void(&job) {
                     tracing::warn!(said = message, "an offer is void");
                     let offer = Some(job.offer);
-                    let error = ToMaster::Error { offer, message };
+                    let error = ToMaster::Error {
+                        offer,
+                        message,
+                        other_master: None,
+                    };
                     if let Err(error) = job.outbox.send(&error) {
                         tracing::error!(error = chain(&error), "cannot tell the master");
                     }

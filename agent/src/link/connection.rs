@@ -388,6 +388,7 @@ impl Link {
                     let answer = ToMaster::Error {
                         offer: None,
                         message: error.to_string(),
+                        other_master: None,
                     };
                     outbox
                         .send(&answer)

@@ -203,6 +203,7 @@ impl Host {
                 let refusal = ToMaster::Error {
                     offer: Some(offer.offer),
                     message: error.to_string(),
+                    other_master: None,
                 };
                 return say(&outbox, &refusal);
             }
