@@ -2,6 +2,7 @@
 //! the audit log on disk, a clamscan to load databases with, and the manners of a command line.
 
 pub mod admin;
+pub mod alarms;
 pub mod audit;
 pub mod clamscan;
 pub mod config;

@@ -28,11 +28,58 @@ pub fn terminal_width() -> Option<usize> {
     (columns > 0).then_some(columns.into()) // a serial console may say 0
 }
 
-/// An agent's error text must not be able to move the cursor or to begin a line of its own.
+/// A peer's text as it may be shown: it cannot move the cursor, begin a line of its own, or look like
+/// another text. Control characters become blanks, and invisible and bidirectional characters are
+/// escaped as in `\u{202e}` (Trojan Source, CVE-2021-42574).
 pub fn printable(text: &str) -> String {
-    text.chars()
-        .map(|c| if c.is_control() { ' ' } else { c })
-        .collect()
+    let mut shown = String::with_capacity(text.len());
+    for c in text.chars() {
+        if c.is_control() {
+            shown.push(' ');
+        } else if is_invisible(c) {
+            shown.extend(c.escape_unicode());
+        } else {
+            shown.push(c);
+        }
+    }
+    shown
+}
+
+/// JSON for people and programs, safe to show on a terminal.
+pub fn json(value: &serde_json::Value) -> String {
+    printable_json(&format!("{value:#}"))
+}
+
+/// JSON with invisible and bidirectional characters escaped, which occur in strings alone.
+pub fn printable_json(json: &str) -> String {
+    let mut shown = String::with_capacity(json.len());
+    let mut units = [0; 2];
+    for c in json.chars() {
+        if is_invisible(c) {
+            let units = c.encode_utf16(&mut units);
+            shown.extend(units.iter().map(|unit| format!("\\u{unit:04x}")));
+        } else {
+            shown.push(c);
+        }
+    }
+    shown
+}
+
+/// Whether a character shows nothing of its own or changes how others are shown: format characters,
+/// separators, private and unassigned code points, and variation selectors. The tables are those of
+/// [`char::escape_debug`]; combining marks, which it escapes as well, belong to texts.
+fn is_invisible(c: char) -> bool {
+    if c.is_ascii() {
+        return false;
+    }
+    let is_selector = matches!(c, '\u{fe00}'..='\u{fe0f}' | '\u{e0100}'..='\u{e01ef}');
+    let fills_nothing = matches!(
+        c,
+        '\u{115f}' | '\u{1160}' | '\u{3164}' | '\u{ffa0}' | '\u{034f}'
+    );
+    let after_a_letter = format!("a{c}"); // where a combining mark may stand
+    let is_escaped = after_a_letter.escape_debug().nth(1) == Some('\\');
+    is_selector || fills_nothing || is_escaped
 }
 
 /// A table whose rows are all known when it is printed.
@@ -311,6 +358,32 @@ mod tests {
         ["web1", "dmz,canary", "no space left on the device"],
         ["web2", "-", "-"],
     ];
+
+    #[test]
+    fn invisible_and_bidirectional_characters_are_escaped() {
+        for (text, shown) in [
+            (
+                "größe 数 é e\u{301} ok \\ \"'",
+                "größe 数 é e\u{301} ok \\ \"'",
+            ),
+            ("a\u{202e}b\u{2066}c", "a\\u{202e}b\\u{2066}c"),
+            ("web\u{200b}1\u{feff}", "web\\u{200b}1\\u{feff}"),
+            (
+                "a\u{2028}b\u{ad}\u{e0041}\u{fe0f}",
+                "a\\u{2028}b\\u{ad}\\u{e0041}\\u{fe0f}",
+            ),
+            ("\u{1b}[2Jx\ny\u{9b}", " [2Jx y "),
+        ] {
+            assert_eq!(printable(text), shown);
+        }
+        let json = serde_json::json!({ "said": "a\u{202e}b\u{e0041}\n数" });
+        let shown = printable_json(&json.to_string());
+        assert_eq!(shown, r#"{"said":"a\u202eb\udb40\udc41\n数"}"#);
+        assert_eq!(
+            serde_json::from_str::<serde_json::Value>(&shown).unwrap(),
+            json
+        );
+    }
 
     #[test]
     fn columns_are_aligned_and_nothing_is_drawn() {

@@ -198,7 +198,7 @@ fn show<T: DeserializeOwned + Serialize>(
         return Err(Exit::new(finish.exit, anyhow::anyhow!(message)));
     }
     if json {
-        say!("{:#}", finish.result);
+        say!("{}", table::json(&finish.result));
     } else {
         let result: T = serde_json::from_value(finish.result)?;
         say!("{}", text(&result).trim_end());
@@ -224,7 +224,7 @@ fn examine(path: &Path, user: Option<&str>, json: bool) -> Result<(), Exit> {
     let report = runtime.block_on(doctor::examine(&host, &inventory, path, &config, &agent));
     spinner.finish_and_clear();
     if json {
-        say!("{:#}", serde_json::to_value(&report)?);
+        say!("{}", table::json(&serde_json::to_value(&report)?));
     } else {
         let width = table::terminal_width();
         let colour = std::io::stdout().is_terminal() && !logging::is_set("NO_COLOR");
