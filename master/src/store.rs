@@ -8,8 +8,8 @@
 //! objects/SHA256              a captured file, 0444, never changed
 //! generations/EPOCH-NUMBER.json   a published manifest in its envelope
 //! keys/VERSION.json           every key set that manifests were published under
-//! deltas/FROM-TO.vVERSION     how to make one object from another
-//! fulls/SHA256.zst            an object, compressed
+//! deltas/FROM-TO.vVERSION.sealed  how to make one object from another, and a SHA-256 of that
+//! fulls/SHA256.zst.sealed     an object, compressed, and a SHA-256 of that
 //! rollout.json                where the rollout stands; there is one as long as there are generations
 //! rejected.json               the generations that were withdrawn, a second time
 //! rollout.json.damaged        the last one that could not be read, for people to look at
@@ -18,25 +18,32 @@
 //!
 //! Objects and generations are named by what they hold and never change, so whoever opened one may
 //! read on while it is removed, and a write that is repeated after a crash is a no-op.
+//!
+//! A file is hashed before it is used (`integrity`). A damaged or missing object is captured again
+//! from the mirror, if the mirror still has it; a damaged encoding is made again.
 
 mod encode;
+mod integrity;
 mod map;
 #[cfg(test)]
 pub(crate) mod tests;
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs::{self, File, Permissions};
-use std::io::{self, Read as _};
-use std::os::unix::fs::PermissionsExt as _;
+use std::io::{self, Read as _, Seek as _};
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 
+use clamcast_daemon::alarms::Alarms;
 use clamcast_daemon::durable::{self, LockError, LockGuard};
 use clamcast_daemon::input;
 use clamcast_proto::dsse::{Envelope, PublicKey, Verified};
 use clamcast_proto::keys::KeySet;
-use clamcast_proto::manifest::{DATABASE_BYTES_MAX, Manifest};
-use clamcast_proto::{Digest, Epoch, Generation, Position};
+use clamcast_proto::manifest::{DATABASE_BYTES_MAX, Manifest, ManifestFile};
+use clamcast_proto::{DatabaseName, Digest, Epoch, Generation, Position};
+use jiff::{SignedDuration, Timestamp};
+use nix::fcntl::OFlag;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use sha2::{Digest as _, Sha256};
@@ -46,6 +53,7 @@ use crate::chain;
 pub use encode::Encoded;
 use encode::Encoder;
 pub(crate) use encode::Pair;
+use integrity::Whole;
 
 /// Longest file of ours that is read whole: the state of a rollout that names each agent of a full
 /// fleet (`hub::AGENTS_MAX`) twice, in a wave and among the hosts that are set aside, with a reason.
@@ -58,6 +66,13 @@ const ENTRIES_MAX: usize = 1 << 20;
 /// How much of a file is read at a time.
 const BUFFER_BYTES: usize = 256 << 10;
 
+/// The alarm about damaged files of the store.
+const ALARM: &str = "store";
+
+/// How long `status` shows that a file of the store was damaged and healed: long enough for somebody
+/// to look at the disk.
+const HEALED_SHOWN: SignedDuration = SignedDuration::from_hours(24);
+
 /// The state directory of a running master. Cheap to share; all methods block on the disk.
 #[derive(Debug)]
 pub struct Store {
@@ -66,6 +81,10 @@ pub struct Store {
     /// Kept however old they are.
     needed: RwLock<HashSet<Position>>,
     encoder: Encoder,
+    whole: Whole,
+    /// Where an object may be captured again.
+    mirror: PathBuf,
+    alarms: Alarms,
     _lock: LockGuard,
 }
 
@@ -119,11 +138,13 @@ pub enum StoreError {
         /// The bound.
         limit: u64,
     },
-    /// An object that no kept generation needs, or that somebody removed.
-    #[error("object {digest} is not in the store")]
-    NoObject {
+    /// An object that no kept generation needs, or that was removed or damaged.
+    #[error("object {digest} is {state} in the store, and no file of the mirror has that content")]
+    Lost {
         /// Its name.
         digest: Digest,
+        /// `missing` or `damaged`.
+        state: &'static str,
     },
     /// Generations only go up.
     #[error("generation {offered} is not above {taken}, which was published before")]
@@ -153,13 +174,26 @@ pub enum StoreError {
     },
 }
 
+/// An object on disk.
+enum Found {
+    Intact(File),
+    Missing,
+    Damaged,
+}
+
 impl Store {
-    /// Opens the state directory, which is made if need be, and takes its lock.
+    /// Opens the state directory, which is made if need be, and takes its lock. Damaged objects are
+    /// captured again from `mirror`, and reported as `alarms`.
     ///
     /// The key set is remembered, so that generations that were published under it are still
     /// believed when a later one has other keys. A generation that cannot be read any more is
     /// warned of, and its number is never given away again.
-    pub fn open(directory: &Path, keys: &Verified<KeySet>) -> Result<Self, StoreError> {
+    pub fn open(
+        directory: &Path,
+        mirror: &Path,
+        keys: &Verified<KeySet>,
+        alarms: Alarms,
+    ) -> Result<Self, StoreError> {
         for name in [
             "",
             "objects",
@@ -181,6 +215,9 @@ impl Store {
             generations: RwLock::default(),
             needed: RwLock::default(),
             encoder: Encoder::default(),
+            whole: Whole::default(),
+            mirror: mirror.to_owned(),
+            alarms,
             _lock: lock,
         };
         store.clear_temporary()?;
@@ -250,8 +287,8 @@ impl Store {
 
     /// Copies an open file into the store and returns its digest and length in bytes.
     ///
-    /// What is hashed is what was written here, not what the source has afterwards. An object that
-    /// is there already is not written again.
+    /// What is hashed is what was written here, not what the source has afterwards. An intact object
+    /// is not written again.
     pub(crate) fn import(&self, source: &File) -> Result<(Digest, u64), StoreError> {
         let temporary = self.temporary()?;
         let path = temporary.path().to_owned();
@@ -268,22 +305,116 @@ impl Store {
             return Err(StoreError::TooLarge { limit });
         }
         let object = self.object(&digest);
-        if !object.is_file() {
+        if !matches!(self.intact(&digest)?, Found::Intact(_)) {
             self.keep(temporary, &object)?;
+            self.alarms.end(ALARM, &digest.to_string());
         }
         Ok((digest, length))
     }
 
-    /// Opens an object for reading.
+    /// Opens an object whose content is what its name says. One that is missing or damaged is captured
+    /// again from the mirror first.
     pub(crate) fn open_object(&self, digest: &Digest) -> Result<File, StoreError> {
+        let state = match self.intact(digest)? {
+            Found::Intact(file) => return Ok(file),
+            Found::Missing => "missing",
+            Found::Damaged => "damaged",
+        };
+        let now = Timestamp::now();
+        let (subject, what) = (digest.to_string(), self.describe(digest));
+        self.recapture(digest);
+        if let Found::Intact(file) = self.intact(digest)? {
+            let until = now.saturating_add(HEALED_SHOWN).unwrap_or(Timestamp::MAX);
+            let text = format!(
+                "{what} was {state} in the store at {now:.0} and was captured again from the mirror; \
+                 check the disk"
+            );
+            self.alarms.raise_until(ALARM, &subject, text, until, now);
+            return Ok(file);
+        }
+        let text = format!(
+            "{what} is {state} in the store, and no file of the mirror has that content: hosts cannot \
+             get it; check the disk, then publish other databases or restore {}",
+            self.object(digest).display()
+        );
+        self.alarms.raise(ALARM, &subject, text, now);
+        let digest = *digest;
+        Err(StoreError::Lost { digest, state })
+    }
+
+    /// Looks whether an object has the content that its name says.
+    fn intact(&self, digest: &Digest) -> Result<Found, StoreError> {
         let path = self.object(digest);
-        File::open(&path).map_err(|error| {
-            if error.kind() == io::ErrorKind::NotFound {
-                StoreError::NoObject { digest: *digest }
-            } else {
-                io_error("open", &path)(error)
+        let mut file = match File::open(&path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Found::Missing),
+            Err(error) => return Err(io_error("open", &path)(error)),
+        };
+        let metadata = file.metadata().map_err(io_error("read", &path))?;
+        if self.whole.has(&path, &metadata) {
+            return Ok(Found::Intact(file));
+        }
+        // A sector that cannot be read is damage, too.
+        if !integrity::is_object(&file, digest).unwrap_or(false) {
+            return Ok(Found::Damaged);
+        }
+        self.whole.insert(&path, &metadata);
+        file.rewind().map_err(io_error("read", &path))?;
+        Ok(Found::Intact(file))
+    }
+
+    /// Copies the file of the mirror that has this content into the store again, if there is one.
+    fn recapture(&self, digest: &Digest) {
+        let size = self.files_of(digest, |file| file.size);
+        let Some(size) = size.first() else {
+            return; // no generation needs it
+        };
+        let names = input::names(&self.mirror, ENTRIES_MAX).unwrap_or_default();
+        for name in names {
+            let opened = File::options()
+                .read(true)
+                .custom_flags((OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK).bits())
+                .open(self.mirror.join(name));
+            let Ok(file) = opened else { continue };
+            let is_candidate = file
+                .metadata()
+                .is_ok_and(|it| it.is_file() && it.len() == *size);
+            if !is_candidate {
+                continue;
             }
-        })
+            match self.import(&file) {
+                Ok((found, _)) if found == *digest => return,
+                Ok(_) => {} // another file of that length; the next retention removes it
+                Err(error) => {
+                    tracing::warn!(error = chain(&error), "cannot capture an object again");
+                }
+            }
+        }
+    }
+
+    /// An object as operators know it.
+    fn describe(&self, digest: &Digest) -> String {
+        let names = self.files_of(digest, |file| file.name.clone());
+        match names.last() {
+            Some(name) => format!("{name} ({})", self.object(digest).display()),
+            None => self.object(digest).display().to_string(),
+        }
+    }
+
+    /// Whether a kept generation has the object under a name with the base name of `name`.
+    fn has_base(&self, digest: &Digest, name: &DatabaseName) -> bool {
+        let bases = self.files_of(digest, |file| file.name.base() == name.base());
+        bases.contains(&true)
+    }
+
+    /// What the kept generations say of an object, oldest first.
+    fn files_of<T>(&self, digest: &Digest, what: impl Fn(&ManifestFile) -> T) -> Vec<T> {
+        let generations = self.read_generations();
+        let files = generations.manifests.values().flat_map(|it| &it.files);
+        files
+            .filter(|file| file.sha256 == *digest)
+            .map(what)
+            .collect()
     }
 
     /// A new file of ours in `tmp/`, removed again unless it is kept.
@@ -400,8 +531,7 @@ impl Store {
         drop(kept);
         self.sweep("objects", |name| needed.contains(name))?;
         self.sweep("fulls", |name| {
-            name.strip_suffix(".zst")
-                .is_some_and(|digest| needed.contains(digest))
+            encode::full_object(name).is_some_and(|digest| needed.contains(digest))
         })?;
         self.sweep("deltas", |name| {
             encode::delta_pair(name)
@@ -409,6 +539,7 @@ impl Store {
         })?;
         self.encoder
             .retain(|digest| needed.contains(&digest.to_string()));
+        self.whole.retain(Path::exists);
         Ok(())
     }
 

@@ -6,15 +6,17 @@ use std::path::PathBuf;
 use std::pin::pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
+use std::thread;
 use std::time::Duration;
 
 use bytes::BytesMut;
+use clamcast_proto::AgentName;
 use clamcast_proto::manifest::ManifestFile;
-use clamcast_proto::wire::{self, Have, NeedFile, OfferId, Part};
+use clamcast_proto::wire::{self, NeedFile, OfferId, Part};
 use quinn::{Connection, SendStream, VarInt};
 use tokio::fs::File;
 use tokio::io::{AsyncReadExt as _, AsyncSeekExt as _};
-use tokio::sync::{OnceCell, Semaphore, SemaphorePermit};
+use tokio::sync::{OnceCell, OwnedSemaphorePermit, Semaphore, SemaphorePermit};
 use tokio::time::timeout;
 
 use crate::store::{Encoded, Pair, Store, StoreError};
@@ -34,6 +36,10 @@ const SLOW: Duration = Duration::from_secs(2);
 /// ahead, 2 MiB. With more of them, the others wait.
 const SLOW_MAX: usize = 64;
 
+/// Encodings that are made at the same time: a delta takes up to 100 MiB of memory, and agents that
+/// were away may ask from many old generations at once.
+const MAKERS_MAX: usize = 2;
+
 /// Makes and sends what agents need.
 #[derive(Debug)]
 pub struct Pusher {
@@ -43,6 +49,26 @@ pub struct Pusher {
     /// Encodings being made at this moment, so that a whole fleet that asks for one at the same
     /// time costs one computation and no thread each.
     making: Mutex<HashMap<Pair, Weak<OnceCell<Encoded>>>>,
+    /// Threads that make encodings.
+    makers: Semaphore,
+    /// Agents that wait for an encoding. Each waits for one at a time, over all its connections: an
+    /// agent that asks for many occupies one thread at most.
+    asking: Mutex<HashMap<AgentName, Weak<Semaphore>>>,
+}
+
+/// A file that an agent asks for.
+#[derive(Clone, Copy, Debug)]
+pub struct Request<'a> {
+    /// The agent.
+    pub agent: &'a AgentName,
+    /// The offer that it answers.
+    pub offer: OfferId,
+    /// What the agent has, and where it goes on.
+    pub need: &'a NeedFile,
+    /// The file.
+    pub target: &'a ManifestFile,
+    /// Whether it is never a delta.
+    pub full: bool,
 }
 
 /// A file could not be sent.
@@ -88,10 +114,23 @@ pub enum PushError {
     },
 }
 
+impl PushError {
+    /// Whether the master's own disk is at fault.
+    pub fn is_ours(&self) -> bool {
+        match self {
+            Self::Encode { .. } | Self::Read { .. } => true,
+            Self::Send { .. } | Self::Open { .. } | Self::Stalled { .. } => false,
+        }
+    }
+}
+
 impl Pusher {
     /// Sends from `store`, at most `concurrent` files at a time over all agents that read them.
     pub fn new(store: Arc<Store>, concurrent: usize) -> Self {
+        let cores = thread::available_parallelism().map_or(1, usize::from);
         Self {
+            makers: Semaphore::new(cores.min(MAKERS_MAX)),
+            asking: Mutex::default(),
             store,
             transfers: Semaphore::new(concurrent),
             slow: Semaphore::new(SLOW_MAX),
@@ -99,20 +138,24 @@ impl Pusher {
         }
     }
 
-    /// Sends one file, and adds to `sent` what QUIC has taken of it. Returns the bytes that went over
-    /// the wire for it.
+    /// Sends one file to an agent, and adds to `sent` what QUIC has taken of it. Returns the bytes that
+    /// went over the wire for it.
     pub async fn push(
-        &self,
+        self: &Arc<Self>,
         connection: &Connection,
-        offer: OfferId,
-        need: &NeedFile,
-        target: &ManifestFile,
-        full: bool,
+        Request {
+            agent,
+            offer,
+            need,
+            target,
+            full,
+        }: Request<'_>,
         sent: &AtomicU64,
     ) -> Result<u64, PushError> {
         let name = || need.name.to_string();
+        let pair = self.store.pair(&need.have, target, full);
         let encoded = self
-            .encode(&need.have, target, full)
+            .encode(agent, pair)
             .await
             .map_err(|source| PushError::Encode {
                 name: name(),
@@ -173,34 +216,65 @@ impl Pusher {
         Ok(length)
     }
 
-    /// The encoding of `target` for an agent that has `have`; made once however many ask.
+    /// Has the encoding that answers `need` hashed before it is sent again.
+    pub fn doubt(&self, need: &NeedFile, target: &ManifestFile, full: bool) {
+        self.store.doubt(self.store.pair(&need.have, target, full));
+    }
+
+    /// An encoding for an agent, made once however many agents ask.
     async fn encode(
-        &self,
-        have: &Have,
-        target: &ManifestFile,
-        full: bool,
+        self: &Arc<Self>,
+        agent: &AgentName,
+        pair: Pair,
     ) -> Result<Encoded, StoreError> {
-        let pair = self.store.pair(have, target, full);
-        let cell = {
-            let mut making = self.making.lock().expect("nothing panics with it");
-            if let Some(cell) = making.get(&pair).and_then(Weak::upgrade) {
-                cell
-            } else {
-                making.retain(|_, cell| cell.strong_count() > 0);
-                let cell = Arc::new(OnceCell::new());
-                making.insert(pair, Arc::downgrade(&cell));
-                cell
-            }
-        };
-        let (store, have, target) = (self.store.clone(), have.clone(), target.clone());
-        let make = move || async move {
-            let made = tokio::task::spawn_blocking(move || store.encode(&have, &target, full));
-            made.await.expect("encoding does not panic")
-        };
+        if let Some(encoded) = self.store.ready(pair) {
+            return Ok(encoded);
+        }
+        // Before the computation is joined: nobody else waits behind this agent.
+        let asked = self.ask(agent).await;
+        let cell = self.cell(pair);
+        let pusher = self.clone();
         // In a task of its own, which lasts as long as the thread: an agent that asks again has this
         // push ended, and must find the computation that goes on.
-        let made = tokio::spawn(async move { cell.get_or_try_init(make).await.cloned() });
+        let made = tokio::spawn(async move {
+            let _asked = asked;
+            let made = cell.get_or_try_init(|| async {
+                let _maker = pusher.makers.acquire().await.expect("never closed");
+                let store = pusher.store.clone();
+                let made = tokio::task::spawn_blocking(move || store.encode(pair));
+                made.await.expect("encoding does not panic")
+            });
+            made.await.cloned()
+        });
         made.await.expect("encoding does not panic")
+    }
+
+    /// Waits until the agent waits for no other encoding.
+    async fn ask(&self, agent: &AgentName) -> OwnedSemaphorePermit {
+        let turn = {
+            let mut asking = self.asking.lock().expect("nothing panics with it");
+            if let Some(turn) = asking.get(agent).and_then(Weak::upgrade) {
+                turn
+            } else {
+                asking.retain(|_, turn| turn.strong_count() > 0);
+                let turn = Arc::new(Semaphore::new(1));
+                asking.insert(agent.clone(), Arc::downgrade(&turn));
+                turn
+            }
+        };
+        turn.acquire_owned().await.expect("never closed")
+    }
+
+    /// The computation of an encoding, which others may have begun.
+    fn cell(&self, pair: Pair) -> Arc<OnceCell<Encoded>> {
+        let mut making = self.making.lock().expect("nothing panics with it");
+        if let Some(cell) = making.get(&pair).and_then(Weak::upgrade) {
+            return cell;
+        }
+        making.retain(|_, cell| cell.strong_count() > 0);
+        let cell = Arc::new(OnceCell::new());
+        making.insert(pair, Arc::downgrade(&cell));
+        cell
     }
 }
 

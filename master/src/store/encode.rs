@@ -3,22 +3,19 @@
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{self, BufReader};
-use std::path::PathBuf;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use clamcast_proto::Digest;
 use clamcast_proto::container::HEADER_BYTES;
 use clamcast_proto::delta::{self, Delta, MakeError, VERSION};
 use clamcast_proto::manifest::ManifestFile;
 use clamcast_proto::wire::{Have, PartEncoding, PartKind};
+use jiff::Timestamp;
 use tempfile::NamedTempFile;
 
-use super::{Store, StoreError, io_error, map};
-
-/// Encodings that are made at the same time: a delta takes up to 100 MiB of memory, and agents
-/// that were away may ask from many old generations at once.
-const MAKERS_MAX: usize = 2;
+use super::integrity::{self, SEAL_BYTES};
+use super::{ALARM, HEALED_SHOWN, Store, StoreError, io_error, map};
 
 /// A compressed file must be smaller by this much, or it travels as it is and spares the agents
 /// the inflating.
@@ -32,6 +29,10 @@ const FULL_LEVEL: i32 = 1;
 /// compressing it to see: signatures never shrink to a tenth.
 const OBVIOUS_SHARE: u64 = 16;
 
+/// Ends the names of encodings, which carry a SHA-256 of their content behind it. Files of earlier
+/// versions, which have none, are not used.
+const SEALED: &str = ".sealed";
+
 /// First byte of a gzip stream (RFC 1952).
 const GZIP_MAGIC: u8 = 0x1f;
 
@@ -40,7 +41,7 @@ const GZIP_MAGIC: u8 = 0x1f;
 pub struct Encoded {
     /// Names it, as the agent is told.
     pub encoding: PartEncoding,
-    /// Where its bytes are. Whoever opened it may read on after the store has removed it.
+    /// The file that begins with its bytes. It may be read on after the store has removed it.
     pub path: PathBuf,
 }
 
@@ -61,7 +62,6 @@ struct Flight {
 #[derive(Debug, Default)]
 pub(super) struct Encoder {
     flights: Mutex<HashMap<Pair, Arc<Flight>>>,
-    makers: Makers,
     #[cfg(test)]
     made: std::sync::atomic::AtomicUsize,
 }
@@ -76,34 +76,87 @@ impl Store {
     /// The encoding in which a file of a generation goes to an agent that has `have`; with `full`
     /// never a delta.
     ///
-    /// Blocks while it is made, or while somebody else makes the same one.
-    pub fn encode(
-        &self,
-        have: &Have,
-        target: &ManifestFile,
-        full: bool,
-    ) -> Result<Encoded, StoreError> {
-        let pair = self.pair(have, target, full);
+    /// Blocks while it is made, or while another thread makes the same one.
+    pub(crate) fn encode(&self, pair: Pair) -> Result<Encoded, StoreError> {
         let encoded = self.made_once(pair)?;
-        if encoded.path.is_file() {
+        if self.is_whole(&encoded)? {
             return Ok(encoded);
         }
-        // Retention took it, and somebody asks again: it is made again if its objects are there.
+        // Retention removed it, or the disk damaged it.
         self.encoder.forget(pair);
+        self.encoder.forget(Pair { from: None, ..pair });
         self.made_once(pair)
     }
 
-    /// Which encoding that is. What an agent claims to have counts only if it is in the store: else
-    /// each unknown digest would be an encoding of its own, and all of them the same file.
+    /// The encoding, if it is there and was found whole not long ago. Reads no content.
+    pub(crate) fn ready(&self, pair: Pair) -> Option<Encoded> {
+        let flight = lock(&self.encoder.flights).get(&pair)?.clone();
+        let encoded = flight
+            .landed
+            .try_lock()
+            .ok()?
+            .as_ref()?
+            .as_ref()
+            .ok()?
+            .clone();
+        let metadata = fs::metadata(&encoded.path).ok()?;
+        self.whole.has(&encoded.path, &metadata).then_some(encoded)
+    }
+
+    /// Has an encoding hashed before its next use, and what it was made of: an agent that received all
+    /// of it asks for it again.
+    pub(crate) fn doubt(&self, pair: Pair) {
+        for digest in pair.from.iter().chain([&pair.to]) {
+            self.whole.doubt(&self.object(digest));
+        }
+        let flight = lock(&self.encoder.flights).get(&pair).cloned();
+        let landed = flight.as_ref().and_then(|it| it.landed.try_lock().ok());
+        if let Some(Some(Ok(encoded))) = landed.as_deref() {
+            self.whole.doubt(&encoded.path);
+        }
+    }
+
+    /// Which encoding that is. The old file that an agent claims to have counts only if the store has it
+    /// under the same base name: else each digest would be an encoding of its own.
     pub(crate) fn pair(&self, have: &Have, target: &ManifestFile, full: bool) -> Pair {
         let to = target.sha256;
         let from = match have {
-            Have::Sha256(from) if !full && *from != to && self.object(from).is_file() => {
+            Have::Sha256(from) if !full && *from != to && self.has_base(from, &target.name) => {
                 Some(*from)
             }
             Have::Sha256(_) | Have::Search | Have::Ranges(_) | Have::Nothing => None,
         };
         Pair { from, to }
+    }
+
+    /// Whether the file of an encoding is there and has its content; one that is damaged is removed.
+    fn is_whole(&self, encoded: &Encoded) -> Result<bool, StoreError> {
+        let path = &encoded.path;
+        if *path == self.object(&encoded.encoding.to) {
+            return self.open_object(&encoded.encoding.to).map(|_| true);
+        }
+        let Ok(file) = File::open(path) else {
+            return Ok(false);
+        };
+        let metadata = file.metadata().map_err(io_error("read", path))?;
+        if self.whole.has(path, &metadata) {
+            return Ok(true);
+        }
+        // A sector that cannot be read is damage, too.
+        if integrity::is_sealed(&file).unwrap_or(false) {
+            self.whole.insert(path, &metadata);
+            return Ok(true);
+        }
+        fs::remove_file(path).map_err(io_error("remove", path))?;
+        let now = Timestamp::now();
+        let until = now.saturating_add(HEALED_SHOWN).unwrap_or(Timestamp::MAX);
+        let text = format!(
+            "{} was damaged at {now:.0} and is made again; check the disk",
+            path.display()
+        );
+        let subject = path.display().to_string();
+        self.alarms.raise_until(ALARM, &subject, text, until, now);
+        Ok(false)
     }
 
     /// The first asker makes it and the others wait. If it fails, all of them hear why, and the
@@ -144,8 +197,8 @@ impl Store {
             },
             path,
         };
-        if let Ok(metadata) = fs::metadata(&path) {
-            return Ok(encoded(metadata.len(), path)); // only those that are worth it are kept
+        if let Some(length) = sealed_length(&path) {
+            return Ok(encoded(length, path)); // only those that are worth it are kept
         }
         let Some(delta) = self.make_delta(from, to)? else {
             return self.made_once(Pair { from: None, to });
@@ -156,8 +209,8 @@ impl Store {
                 return Ok(whole);
             }
         }
-        self.keep(delta.file, &path)?;
-        Ok(encoded(delta.length, path))
+        let length = self.keep_sealed(delta.file, &path)?;
+        Ok(encoded(length, path))
     }
 
     /// Makes a delta and applies it once, so that no agent is sent one that does not do what it
@@ -173,11 +226,14 @@ impl Store {
             let path = self.object(&digest);
             map::object(&file).map_err(io_error("map", &path))
         };
-        let (old, new) = (map(from)?, map(to)?);
+        let new = map(to)?;
+        let old = match map(from) {
+            Err(StoreError::Lost { .. }) => return Ok(None), // the whole file does, too
+            old => old?,
+        };
         if is_compressed(&old) || is_compressed(&new) {
             return Ok(None);
         }
-        let _maker = self.encoder.makers.enter();
         #[cfg(test)]
         self.encoder
             .made
@@ -228,20 +284,43 @@ impl Store {
             },
             path,
         };
-        let compressed = self.directory.join("fulls").join(format!("{to}.zst"));
-        if let Ok(metadata) = fs::metadata(&compressed) {
-            return Ok(encoded(true, metadata.len(), compressed));
+        let compressed = self.directory.join("fulls").join(full_name(to));
+        if let Some(length) = sealed_length(&compressed) {
+            return Ok(encoded(true, length, compressed));
         }
-        let _maker = self.encoder.makers.enter();
         let temporary = self.temporary()?;
         let length = compress(&object, size, temporary.as_file())
             .map_err(io_error("compress into", temporary.path()))?;
         if length > size / 100 * (100 - COMPRESSION_SAVES_MIN) {
             return Ok(encoded(false, size, path));
         }
-        self.keep(temporary, &compressed)?;
+        let length = self.keep_sealed(temporary, &compressed)?;
         Ok(encoded(true, length, compressed))
     }
+
+    /// Seals a finished encoding and gives it its name. Returns the length of its content.
+    fn keep_sealed(&self, file: NamedTempFile, path: &Path) -> Result<u64, StoreError> {
+        let length = integrity::seal(file.as_file()).map_err(io_error("seal", file.path()))?;
+        self.keep(file, path)?;
+        let metadata = fs::metadata(path).map_err(io_error("read", path))?;
+        self.whole.insert(path, &metadata);
+        Ok(length)
+    }
+}
+
+/// The length of a sealed file's content, if the file is there and long enough for a seal.
+fn sealed_length(path: &Path) -> Option<u64> {
+    let metadata = fs::metadata(path).ok()?;
+    metadata.len().checked_sub(SEAL_BYTES)
+}
+
+fn full_name(to: Digest) -> String {
+    format!("{to}.zst{SEALED}")
+}
+
+/// The object that the file of a compressed object is named after; `None` if it is not named like one.
+pub(super) fn full_object(file_name: &str) -> Option<&str> {
+    file_name.strip_suffix(SEALED)?.strip_suffix(".zst")
 }
 
 /// The name of a delta's file in `deltas/`. One of another format version has another name, and so
@@ -257,7 +336,7 @@ pub(super) fn delta_pair(file_name: &str) -> Option<(&str, &str)> {
 }
 
 fn delta_suffix() -> String {
-    format!(".v{VERSION}")
+    format!(".v{VERSION}{SEALED}")
 }
 
 /// A delta that was made and does what it should.
@@ -300,35 +379,6 @@ impl Encoder {
     pub(super) fn retain(&self, kept: impl Fn(&Digest) -> bool) {
         lock(&self.flights)
             .retain(|pair, _| kept(&pair.to) && pair.from.as_ref().is_none_or(&kept));
-    }
-}
-
-/// Lets a few in at a time.
-#[derive(Debug, Default)]
-struct Makers {
-    busy: Mutex<usize>,
-    left: Condvar,
-}
-
-struct Maker<'m>(&'m Makers);
-
-impl Makers {
-    fn enter(&self) -> Maker<'_> {
-        let cores = thread::available_parallelism().map_or(1, usize::from);
-        let limit = cores.min(MAKERS_MAX);
-        let mut busy = lock(&self.busy);
-        while *busy >= limit {
-            busy = self.left.wait(busy).unwrap_or_else(PoisonError::into_inner);
-        }
-        *busy += 1;
-        Maker(self)
-    }
-}
-
-impl Drop for Maker<'_> {
-    fn drop(&mut self) {
-        *lock(&self.0.busy) -= 1;
-        self.0.left.notify_one();
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::Barrier;
 use std::thread;
 
 use clamcast_proto::dsse::sign;
-use clamcast_proto::manifest::ManifestFile;
+use clamcast_proto::manifest::{ManifestFile, Publisher, content_digest};
 use clamcast_proto::wire::{Have, PartKind};
 use ed25519_dalek::SigningKey;
 use jiff::Timestamp;
@@ -25,7 +25,49 @@ pub(crate) fn open_store(path: &Path) -> Store {
         manifest: vec![public.clone()],
         audit: vec![public],
     };
-    Store::open(path, &sign(set, &key)).unwrap()
+    let mirror = path.join("mirror");
+    fs::create_dir_all(&mirror).unwrap();
+    Store::open(path, &mirror, &sign(set, &key), Alarms::default()).unwrap()
+}
+
+/// Publishes these files, so that the store knows their names.
+fn publish(store: &Store, files: &[&ManifestFile]) {
+    let key = SigningKey::from_bytes(&[1; 32]);
+    let taken = store.taken().map(|taken| taken.generation);
+    let mut files: Vec<_> = files.iter().map(|file| (*file).clone()).collect();
+    files.sort_by(|one, other| one.name.cmp(&other.name));
+    let content = content_digest(files.iter().map(|it| (&it.name, it.size, &it.sha256)));
+    let manifest = Manifest {
+        fleet: "bank".parse().unwrap(),
+        epoch: Epoch(1),
+        generation: taken.map_or(Generation::FIRST, |it| it.next().unwrap()),
+        publisher: Publisher("lab".to_owned()),
+        created: Timestamp::UNIX_EPOCH,
+        previous: None,
+        rollback_of: None,
+        content,
+        files,
+    };
+    store.add(sign(manifest, &key)).unwrap();
+}
+
+/// Two versions of a database that were published one after the other.
+fn two_published(store: &Store, lines: u64) -> [ManifestFile; 2] {
+    [1, 2].map(|version| {
+        let file = import(store, &signatures(lines, version));
+        publish(store, &[&file]);
+        file
+    })
+}
+
+/// The encoding of a file for an agent that has `have`.
+fn encode(
+    store: &Store,
+    have: &Have,
+    target: &ManifestFile,
+    full: bool,
+) -> Result<Encoded, StoreError> {
+    store.encode(store.pair(have, target, full))
 }
 
 fn import(store: &Store, content: &[u8]) -> ManifestFile {
@@ -62,7 +104,12 @@ fn noise(blocks: u32) -> Vec<u8> {
 fn check(encoded: &Encoded, kind: PartKind, zstd: bool) -> u64 {
     let encoding = &encoded.encoding;
     assert_eq!((encoding.kind, encoding.zstd), (kind, zstd));
-    assert_eq!(fs::metadata(&encoded.path).unwrap().len(), encoding.length);
+    let seal = match zstd || kind == PartKind::Delta {
+        true => integrity::SEAL_BYTES,
+        false => 0, // the object itself
+    };
+    let length = fs::metadata(&encoded.path).unwrap().len();
+    assert_eq!(length, encoding.length + seal);
     encoding.length
 }
 
@@ -70,20 +117,21 @@ fn check(encoded: &Encoded, kind: PartKind, zstd: bool) -> u64 {
 fn an_agent_with_an_old_object_gets_a_delta_and_one_without_the_file_compressed() {
     let root = tempfile::tempdir().unwrap();
     let store = open_store(root.path());
-    let [old, new] = [1, 2].map(|version| import(&store, &signatures(20_000, version)));
+    let [old, new] = two_published(&store, 20_000);
     let have = Have::Sha256(old.sha256);
-    let delta = store.encode(&have, &new, false).unwrap();
+    let delta = encode(&store, &have, &new, false).unwrap();
     assert!(check(&delta, PartKind::Delta, false) < 3000);
     assert_eq!(delta.encoding.from, Some(old.sha256));
 
     let unknown = Have::Sha256(Digest::of(b"never published"));
-    let full = store.encode(&unknown, &new, false).unwrap();
+    let full = encode(&store, &unknown, &new, false).unwrap();
     let length = check(&full, PartKind::Full, true);
     assert!(length < new.size * 3 / 4, "{length} of {}", new.size);
-    let inflated = zstd::decode_all(File::open(&full.path).unwrap()).unwrap();
+    let compressed = File::open(&full.path).unwrap().take(length);
+    let inflated = zstd::decode_all(compressed).unwrap();
     assert_eq!(Digest::of(&inflated), new.sha256);
     for (have, full) in [(Have::Nothing, false), (Have::Search, false), (have, true)] {
-        let encoded = store.encode(&have, &new, full).unwrap();
+        let encoded = encode(&store, &have, &new, full).unwrap();
         check(&encoded, PartKind::Full, true);
     }
 }
@@ -92,7 +140,7 @@ fn an_agent_with_an_old_object_gets_a_delta_and_one_without_the_file_compressed(
 fn bases_that_are_not_in_the_store_are_one_encoding() {
     let root = tempfile::tempdir().unwrap();
     let store = open_store(root.path());
-    let [old, new] = [1, 2].map(|version| import(&store, &signatures(10, version)));
+    let [old, new] = two_published(&store, 10);
     let known = Have::Sha256(old.sha256);
     let claims = [&b"a"[..], b"b", b"c"].map(|claim| Have::Sha256(Digest::of(claim)));
     let whole = store.pair(&Have::Nothing, &new, false);
@@ -109,7 +157,7 @@ fn what_does_not_compress_travels_as_it_is() {
     let store = open_store(root.path());
     for content in [&noise(1000)[..], b"", b"short"] {
         let file = import(&store, content);
-        let encoded = store.encode(&Have::Nothing, &file, false).unwrap();
+        let encoded = encode(&store, &Have::Nothing, &file, false).unwrap();
         check(&encoded, PartKind::Full, false);
         assert_eq!(fs::read(encoded.path).unwrap(), content);
     }
@@ -121,9 +169,9 @@ fn a_delta_that_is_not_smaller_than_the_file_is_not_sent() {
     let store = open_store(root.path());
     let old = import(&store, b"nothing in common");
     let new = import(&store, &noise(1000));
-    let encoded = store
-        .encode(&Have::Sha256(old.sha256), &new, false)
-        .unwrap();
+    publish(&store, &[&old]);
+    publish(&store, &[&new]);
+    let encoded = encode(&store, &Have::Sha256(old.sha256), &new, false).unwrap();
     check(&encoded, PartKind::Full, false);
     assert_eq!(fs::read_dir(root.path().join("deltas")).unwrap().count(), 0);
 }
@@ -139,9 +187,9 @@ fn no_delta_is_tried_between_compressed_containers() {
         bytes
     };
     let [old, new] = [1, 2].map(|version| import(&store, &compressed(version)));
-    let encoded = store
-        .encode(&Have::Sha256(old.sha256), &new, false)
-        .unwrap();
+    publish(&store, &[&old]);
+    publish(&store, &[&new]);
+    let encoded = encode(&store, &Have::Sha256(old.sha256), &new, false).unwrap();
     check(&encoded, PartKind::Full, true);
 }
 
@@ -149,13 +197,13 @@ fn no_delta_is_tried_between_compressed_containers() {
 fn a_delta_is_made_once_for_many_who_ask_at_the_same_time() {
     let root = tempfile::tempdir().unwrap();
     let store = open_store(root.path());
-    let [old, new] = [1, 2].map(|version| import(&store, &signatures(50_000, version)));
+    let [old, new] = two_published(&store, 50_000);
     let have = Have::Sha256(old.sha256);
     let all = Barrier::new(16);
     let inodes: HashSet<u64> = thread::scope(|scope| {
         let ask = || {
             all.wait();
-            let encoded = store.encode(&have, &new, false).unwrap();
+            let encoded = encode(&store, &have, &new, false).unwrap();
             check(&encoded, PartKind::Delta, false);
             // Whoever made it again would have renamed another file over it.
             std::os::unix::fs::MetadataExt::ino(&fs::metadata(encoded.path).unwrap())
@@ -172,35 +220,125 @@ fn a_delta_is_made_once_for_many_who_ask_at_the_same_time() {
 fn encodings_outlive_a_restart_and_are_made_again_when_they_are_gone() {
     let root = tempfile::tempdir().unwrap();
     let store = open_store(root.path());
-    let [old, new] = [1, 2].map(|version| import(&store, &signatures(5000, version)));
+    let [old, new] = two_published(&store, 5000);
     let have = Have::Sha256(old.sha256);
-    let first = store.encode(&have, &new, false).unwrap();
+    let first = encode(&store, &have, &new, false).unwrap();
     drop(store);
     let store = open_store(root.path());
-    let second = store.encode(&have, &new, false).unwrap();
+    let second = encode(&store, &have, &new, false).unwrap();
     assert_eq!((first.encoding, store.made()), (second.encoding, 0));
     fs::remove_file(&second.path).unwrap();
-    let third = store.encode(&have, &new, false).unwrap();
+    let third = encode(&store, &have, &new, false).unwrap();
     check(&third, PartKind::Delta, false);
     assert_eq!(store.made(), 1);
 }
 
+/// Flips one byte in the middle of a file, as a disk may.
+fn flip_byte(path: &Path) {
+    let mut bytes = fs::read(path).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    fs::remove_file(path).unwrap();
+    fs::write(path, bytes).unwrap();
+}
+
 #[test]
-fn a_damaged_object_never_becomes_a_delta() {
+fn a_damaged_or_missing_object_is_captured_again_from_the_mirror() {
     let root = tempfile::tempdir().unwrap();
     let store = open_store(root.path());
-    let [old, new] = [1, 2].map(|version| import(&store, &signatures(5000, version)));
+    let [old, new] = two_published(&store, 5000);
+    fs::write(root.path().join("mirror/daily.cud"), signatures(5000, 2)).unwrap();
     let path = store.object(&new.sha256);
-    fs::remove_file(&path).unwrap();
-    fs::write(&path, signatures(5000, 3)).unwrap();
-    let error = store
-        .encode(&Have::Sha256(old.sha256), &new, false)
-        .unwrap_err();
-    let told = chain(&error);
+    for damage in [flip_byte, |path: &Path| fs::remove_file(path).unwrap()] {
+        damage(&path);
+        for have in [Have::Sha256(old.sha256), Have::Nothing] {
+            encode(&store, &have, &new, false).unwrap();
+        }
+        store.open_object(&new.sha256).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), signatures(5000, 2));
+        let [alarm] = &store.alarms.all(Timestamp::now())[..] else {
+            panic!("an operator should look at the disk");
+        };
+        assert!(alarm.text.contains("captured again"), "{}", alarm.text);
+    }
+}
+
+#[test]
+fn a_damaged_object_that_the_mirror_lacks_is_an_alarm_until_it_is_back() {
+    let root = tempfile::tempdir().unwrap();
+    let store = open_store(root.path());
+    let [old, new] = two_published(&store, 5000);
+    flip_byte(&store.object(&new.sha256));
+    for have in [Have::Sha256(old.sha256), Have::Nothing] {
+        let error = encode(&store, &have, &new, false).unwrap_err();
+        assert!(chain(&error).contains("damaged in the store"), "{error}");
+    }
+    let alarms = store.alarms.all(Timestamp::now());
+    assert_eq!(alarms.len(), 1);
+    let text = &alarms[0].text;
     assert!(
-        told.contains("the delta made") && told.contains("damaged"),
-        "{told}"
+        text.contains("daily.cud") && text.contains("hosts cannot get it"),
+        "{text}"
     );
+    import(&store, &signatures(5000, 2));
+    assert!(store.alarms.all(Timestamp::now()).is_empty());
+    encode(&store, &Have::Nothing, &new, false).unwrap();
+}
+
+#[test]
+fn a_damaged_old_object_costs_the_delta_and_nothing_else() {
+    let root = tempfile::tempdir().unwrap();
+    let store = open_store(root.path());
+    let [old, new] = two_published(&store, 5000);
+    flip_byte(&store.object(&old.sha256));
+    let encoded = encode(&store, &Have::Sha256(old.sha256), &new, false).unwrap();
+    check(&encoded, PartKind::Full, true);
+}
+
+#[test]
+fn a_damaged_encoding_is_made_again() {
+    let root = tempfile::tempdir().unwrap();
+    let mut store = open_store(root.path());
+    let [old, new] = two_published(&store, 5000);
+    for have in [Have::Sha256(old.sha256), Have::Nothing] {
+        for restart in [false, true] {
+            let first = encode(&store, &have, &new, false).unwrap();
+            let content = fs::read(&first.path).unwrap();
+            flip_byte(&first.path);
+            if restart {
+                drop(store);
+                store = open_store(root.path());
+            }
+            let again = encode(&store, &have, &new, false).unwrap();
+            assert_eq!(
+                fs::read(&again.path).unwrap(),
+                content,
+                "{have:?} {restart}"
+            );
+            assert_eq!(store.alarms.all(Timestamp::now()).len(), 1);
+            store.alarms.end(ALARM, &first.path.display().to_string());
+        }
+    }
+}
+
+#[test]
+fn deltas_are_made_only_between_files_of_one_base_name() {
+    let root = tempfile::tempdir().unwrap();
+    let store = open_store(root.path());
+    let daily = import(&store, &signatures(5000, 1));
+    let mut main = import(&store, &signatures(5000, 2));
+    main.name = "main.cud".parse().unwrap();
+    publish(&store, &[&daily, &main]);
+    let mut other_form = import(&store, &signatures(5000, 3));
+    other_form.name = "daily.cld".parse().unwrap();
+    publish(&store, &[&other_form, &main]);
+    let have = Have::Sha256(daily.sha256);
+    assert_eq!(
+        store.pair(&have, &main, false),
+        store.pair(&Have::Nothing, &main, false)
+    );
+    let delta = encode(&store, &have, &other_form, false).unwrap();
+    check(&delta, PartKind::Delta, false);
 }
 
 #[test]
@@ -209,8 +347,8 @@ fn an_object_that_is_not_there_is_named() {
     let store = open_store(root.path());
     let mut file = import(&store, b"x");
     file.sha256 = Digest::of(b"gone");
-    let error = store.encode(&Have::Nothing, &file, false).unwrap_err();
-    assert!(chain(&error).contains("is not in the store"), "{error}");
+    let error = encode(&store, &Have::Nothing, &file, false).unwrap_err();
+    assert!(chain(&error).contains("is missing in the store"), "{error}");
 }
 
 #[test]
