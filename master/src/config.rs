@@ -83,6 +83,8 @@ pub struct Mirror {
     pub load_test: LoadTest,
     /// A database that lost a larger part than this is held for an operator; 0 to 1.
     pub shrink_max: Percent,
+    /// Signatures, or a hold, that are older than this are an alarm.
+    pub age_alarm: Duration,
 }
 
 /// What is done with databases that Talos did not sign.
@@ -504,7 +506,6 @@ impl Raw {
         }
         later("mirror.units", !mirror.units.is_empty());
         later("mirror.cvd_certs", !mirror.cvd_certs.as_os_str().is_empty());
-        later("mirror.age_alarm", mirror.age_alarm.is_some());
         later("listen.tcp", listen.tcp.0.is_some());
         later(
             "listen.http",
@@ -548,6 +549,8 @@ const KEEP_MAX: Duration = Duration::from_secs(3650 * 24 * 60 * 60);
 const QUIET: Duration = Duration::from_secs(3);
 const RESCAN: Duration = Duration::from_secs(5 * 60);
 const FRESH: Duration = Duration::from_secs(48 * 60 * 60);
+/// Talos publishes daily and skips a day now and then.
+const AGE_ALARM: Duration = Duration::from_secs(48 * 60 * 60);
 /// A canary group, a few more, everybody.
 const WAVES: [&str; 3] = ["group:canary", "10%", "100%"];
 
@@ -657,6 +660,7 @@ impl Config {
                     .mirror
                     .shrink_max
                     .unwrap_or_else(|| "30%".parse().expect("a percentage")),
+                age_alarm: above_zero(&["mirror", "age_alarm"], raw.mirror.age_alarm, AGE_ALARM)?,
             },
             listen: Listen {
                 quic: raw.listen.quic.unwrap_or_else(|| {
@@ -825,7 +829,6 @@ keys = "/etc/clamcast/manifest.pub"
             [
                 "mirror.on_bad_unit",
                 "mirror.units",
-                "mirror.age_alarm",
                 "listen.http",
                 "audit.keep",
             ]

@@ -11,13 +11,14 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 
 use clamcast_proto::container::{ContainerError, HEADER_BYTES, Header};
 use clamcast_proto::manifest::{DATABASE_BYTES_MAX, content_digest};
 use clamcast_proto::{DatabaseName, Digest};
 use nix::fcntl::OFlag;
 
+use crate::publish::mirror::activity::Activity;
 use crate::publish::mirror::listing::{Kind, Listing, Stamp};
 use crate::store::{Store, StoreError};
 
@@ -122,22 +123,23 @@ pub enum CaptureError {
 }
 
 /// Captures the mirror at `path` into the store.
-pub fn capture(path: &Path, store: &Store) -> Result<Capture, CaptureError> {
-    capture_interrupted(path, store, || {})
+pub fn capture(path: &Path, store: &Store, activity: &Activity) -> Result<Capture, CaptureError> {
+    capture_interrupted(path, store, activity, || {})
 }
 
 /// The same; `copied` runs after each copy, so that a test can be the program that gets in between.
 fn capture_interrupted(
     path: &Path,
     store: &Store,
+    activity: &Activity,
     mut copied: impl FnMut(),
 ) -> Result<Capture, CaptureError> {
     for _ in 0..TRIES_MAX {
-        let before = list(path)?;
+        let before = list(path, activity)?;
         let Some(files) = copy(&before, store, &mut copied)? else {
             continue;
         };
-        let after = list(path)?;
+        let after = list(path, activity)?;
         if (after.identity, &after.files) == (before.identity, &before.files) {
             let content = content_digest(files.iter().map(|f| (&f.name, f.size, &f.sha256)));
             let ignored = after.ignored;
@@ -152,16 +154,15 @@ fn capture_interrupted(
 }
 
 /// Lists the mirror and refuses what cannot be captured whatever it contains.
-fn list(path: &Path) -> Result<Listing, CaptureError> {
+fn list(path: &Path, activity: &Activity) -> Result<Listing, CaptureError> {
     let listing = Listing::of(path, SystemTime::now()).map_err(|source| CaptureError::List {
         path: path.to_owned(),
         source,
     })?;
-    if let Some(run) = listing.open_run() {
-        return Err(CaptureError::RunOpen {
-            run: run.name.clone(),
-            age_secs: run.age.as_secs(),
-        });
+    let now = Instant::now();
+    if let Some((run, changed)) = activity.look(&listing.runs, now) {
+        let age_secs = now.saturating_duration_since(changed).as_secs();
+        return Err(CaptureError::RunOpen { run, age_secs });
     }
     if listing.files.is_empty() {
         let path = path.to_owned();
@@ -291,7 +292,7 @@ mod tests {
         }
         let store = open_store(&root.path().join("state"));
         let mut copies = 0;
-        let capture = capture_interrupted(&mirror, &store, || {
+        let capture = capture_interrupted(&mirror, &store, &Activity::default(), || {
             copies += 1;
             change(&mirror, copies);
         })?;

@@ -3,6 +3,7 @@
 //! File events only say when to look; what changed is told by comparing two looks. So an event that
 //! was lost costs time and nothing else, and one that means nothing costs a look.
 
+pub mod activity;
 pub mod listing;
 pub mod quiet;
 mod watch;
@@ -17,6 +18,7 @@ use tokio::time::{sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Mirror;
+use activity::Activity;
 use listing::Listing;
 use quiet::{Next, Quiet};
 use watch::Watch;
@@ -39,6 +41,7 @@ pub async fn watch(
     settings: Mirror,
     wake: mpsc::Sender<()>,
     again: Arc<Notify>,
+    activity: Activity,
     stop: CancellationToken,
 ) {
     let mut quiet = Quiet::new(settings.quiet);
@@ -57,7 +60,11 @@ pub async fn watch(
             Ok(_) | Err(_) => settings.rescan.min(POLL),
         };
         let now = Instant::now();
-        quiet.look(listing.ok().as_ref(), now);
+        let listing = listing.ok();
+        let runs = listing.as_ref().map_or(&[][..], |listing| &listing.runs);
+        let open = activity.look(runs, now);
+        quiet.look(listing.as_ref(), open, now);
+        activity.waits(quiet.waiting(now));
         let rescan = now + poll;
         let wait = match quiet.next(now) {
             Next::Idle => rescan,
@@ -133,11 +140,14 @@ mod tests {
                 unsigned: Unsigned::Allow,
                 load_test: LoadTest::Never,
                 shrink_max: Percent::new(30).unwrap(),
+                age_alarm: Duration::from_secs(48 * 3600),
             };
             let (wake, due) = mpsc::channel(1);
             let again = Arc::new(Notify::new());
             let stop = CancellationToken::new();
-            tokio::spawn(watch(settings, wake, again.clone(), stop.clone()));
+            let activity = Activity::default();
+            let watching = watch(settings, wake, again.clone(), activity, stop.clone());
+            tokio::spawn(watching);
             Self {
                 root,
                 due,
@@ -210,6 +220,29 @@ mod tests {
         symlink("next", mirror.path("new")).unwrap();
         fs::rename(mirror.path("new"), mirror.path("mirror")).unwrap();
         mirror.due().await;
+    }
+
+    #[tokio::test]
+    async fn a_mirror_that_is_made_again_with_its_old_inode_number_is_watched() {
+        use std::os::unix::fs::MetadataExt as _;
+        let inode = |path: &Path| fs::metadata(path).unwrap().ino();
+        let mut mirror = Watched::start("mirror", |root| {
+            fs::create_dir(root.join("mirror")).unwrap();
+            fs::write(root.join("mirror/daily.cld"), "1").unwrap();
+        });
+        mirror.due().await;
+        let path = mirror.path("mirror");
+        let old = inode(&path);
+        for content in ["22", "333", "4444"] {
+            fs::remove_dir_all(&path).unwrap();
+            fs::create_dir(&path).unwrap();
+            println!("inode {old} and then {}", inode(&path)); // the same on ext4
+            fs::write(path.join("daily.cld"), content).unwrap();
+            mirror.due().await;
+            // Only an event leads to this one: rescans come too late.
+            fs::write(path.join("main.cld"), content).unwrap();
+            mirror.due().await;
+        }
     }
 
     #[tokio::test]

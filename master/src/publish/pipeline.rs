@@ -4,11 +4,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use clamcast_daemon::alarms::Alarms;
 use clamcast_proto::audit::Draft;
 use clamcast_proto::dsse::Envelope;
 use clamcast_proto::manifest::Manifest;
 use clamcast_proto::{AuditEvent, Digest};
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use serde_json::json;
 use tokio::sync::{Mutex, Notify, mpsc};
 use tokio::time::{Instant, sleep_until};
@@ -29,6 +30,16 @@ const RETRY_MIN: Duration = Duration::from_secs(10);
 /// And so long at most: a load test that always fails keeps a core busy for minutes.
 const RETRY_MAX: Duration = Duration::from_secs(10 * 60);
 
+/// The alarm about publications that fail through no fault of the mirror's: a full disk, a load test
+/// that could not run.
+const PUBLISHING: &str = "publishing";
+
+/// The alarm about another master with this fleet's manifest key.
+pub const TWO_MASTERS: &str = "two-masters";
+
+/// How long `status` shows another master after the last host that reported it.
+const OTHER_MASTER_SHOWN: SignedDuration = SignedDuration::from_hours(24);
+
 /// Publishes.
 #[derive(Clone, Debug)]
 pub struct Pipeline {
@@ -37,10 +48,7 @@ pub struct Pipeline {
     recorder: Recorder,
     /// The last refusal that the audit log has, so that it has each once.
     told: Arc<Mutex<Option<String>>>,
-    /// Why the last publication failed through no fault of the mirror's.
-    trouble: Arc<std::sync::Mutex<Option<String>>>,
-    /// Why the rollback that is owed could not be published.
-    rollback_trouble: Arc<std::sync::Mutex<Option<String>>>,
+    alarms: Alarms,
     stop: CancellationToken,
 }
 
@@ -50,6 +58,7 @@ impl Pipeline {
         publisher: Arc<Publisher>,
         news: mpsc::Sender<News>,
         recorder: Recorder,
+        alarms: Alarms,
         stop: CancellationToken,
     ) -> Self {
         let told = publisher.refusal().map(|refusal| refusal.to_string());
@@ -58,8 +67,7 @@ impl Pipeline {
             news,
             recorder,
             told: Arc::new(Mutex::new(told)),
-            trouble: Arc::default(),
-            rollback_trouble: Arc::default(),
+            alarms,
             stop,
         }
     }
@@ -76,8 +84,9 @@ impl Pipeline {
             publisher.publish(&asked, &by, Timestamp::now(), &stop)
         });
         let published = publishing.await.expect("publishing does not panic");
-        *self.trouble.lock().expect("nothing panics with it") =
-            published.as_ref().err().map(|error| crate::chain(error));
+        let trouble = published.as_ref().err().map(|error| crate::chain(error));
+        self.alarms
+            .set(PUBLISHING, "mirror", trouble, Timestamp::now());
         match &published {
             Ok(Published::New {
                 manifest,
@@ -130,17 +139,6 @@ impl Pipeline {
     /// The generations that were taken back.
     pub fn withdrawn(&self) -> Withdrawn {
         self.publisher.withdrawn()
-    }
-
-    /// Why the last publication failed, if it did: a full disk, a load test that could not run.
-    pub fn trouble(&self) -> Option<String> {
-        self.trouble.lock().expect("nothing panics with it").clone()
-    }
-
-    /// Why the rollback that is owed could not be published, if so.
-    pub fn rollback_trouble(&self) -> Option<String> {
-        let trouble = self.rollback_trouble.lock();
-        trouble.expect("nothing panics with it").clone()
     }
 
     /// Publishes whenever `wake` says so, or the rollout does, and adopts what a restored master has
@@ -224,14 +222,17 @@ impl Pipeline {
                 position,
                 publisher,
             }) => {
-                tracing::error!(%position, publisher = publisher.0, "another master publishes with this fleet's manifest key; find it, or raise the epoch with a new key");
-                self.note(
-                    AuditEvent::Alarm,
-                    "master",
-                    Some(position),
-                    json!({ "other_publisher": publisher }),
-                )
-                .await;
+                let now = Timestamp::now();
+                let until = now
+                    .saturating_add(OTHER_MASTER_SHOWN)
+                    .unwrap_or(Timestamp::MAX);
+                let id = publisher.0;
+                let text = format!(
+                    "another master publishes with this fleet's manifest key: a host has its \
+                     generation {position} (publisher {id}); stop that master, or raise the epoch \
+                     with a new key"
+                );
+                self.alarms.raise_until(TWO_MASTERS, &id, text, until, now);
             }
             Err(error) => tracing::warn!(
                 error = crate::chain(&error),
@@ -254,10 +255,8 @@ impl Pipeline {
             let error = crate::chain(error);
             format!("the rollback cannot be published: {error}")
         });
-        *self
-            .rollback_trouble
-            .lock()
-            .expect("nothing panics with it") = trouble;
+        self.alarms
+            .set(PUBLISHING, "rollback", trouble, Timestamp::now());
         match published {
             Ok((manifest, announcement)) => {
                 tracing::info!(position = %manifest.position(), "published as a rollback");

@@ -22,6 +22,7 @@ use crate::chain;
 use crate::config::{Config, Mirror};
 use crate::publish::capture::{CaptureError, capture};
 use crate::publish::check::{Checked, LoadTestError, Objection, check};
+use crate::publish::mirror::activity::Activity;
 use crate::publish::withdrawn::{Directives, Rollback, Withdrawal, Withdrawn, newest};
 use crate::store::{Store, StoreError};
 
@@ -47,6 +48,7 @@ pub struct Publisher {
     /// Statements that a generation is current, until they are made anew.
     vouched: Mutex<HashMap<Digest, Verified<Freshness>>>,
     publishing: Mutex<()>,
+    activity: Activity,
 }
 
 /// How captures are taken and kept.
@@ -228,6 +230,7 @@ impl Publisher {
         key: SigningKey,
         keys: Verified<KeySet>,
         directives: watch::Receiver<Directives>,
+        activity: Activity,
     ) -> Result<Self, StartError> {
         let settings = settings.into();
         let id = PublicKey::of(&key).id();
@@ -254,6 +257,7 @@ impl Publisher {
             directives,
             vouched: Mutex::default(),
             publishing: Mutex::new(()),
+            activity,
         })
     }
 
@@ -368,7 +372,7 @@ impl Publisher {
         }
         let accept = request.accept.is_some();
         let mirror = &self.settings.mirror;
-        let capture = match capture(&mirror.path, &self.store) {
+        let capture = match capture(&mirror.path, &self.store, &self.activity) {
             Ok(capture) => capture,
             Err(CaptureError::Store(error)) => return Err(error.into()),
             Err(error @ (CaptureError::Changing | CaptureError::RunOpen { .. })) => {
@@ -618,7 +622,15 @@ impl Publisher {
             .taken()
             .max(records.adopted.as_ref().map(|it| it.position()));
         // One that is as high as ours and another is not known: agents who have it refuse ours.
-        if known || position.epoch < epoch || Some(position) < highest {
+        if known || position.epoch < epoch {
+            return Ok(Adoption::Known);
+        }
+        let published = self.store.manifests();
+        let was_ours = ours
+            || published
+                .iter()
+                .any(|it| it.publisher == manifest.publisher);
+        if was_ours && Some(position) < highest {
             return Ok(Adoption::Known);
         }
         if !ours && records.publisher.accepted {

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, Metadata};
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
@@ -17,11 +18,8 @@ const RUN_PREFIX: &str = "tmp.";
 /// Most entries of a mirror directory. One with more is not published.
 pub const ENTRIES_MAX: usize = 100_000;
 
-/// A run in which nothing changed for this long was killed, or hangs.
-pub const ABANDONED_AFTER: Duration = Duration::from_secs(15 * 60);
-
-/// Entries of freshclam's working directory that are looked at for its newest change. A run that
-/// unpacks a database has one for each member.
+/// Entries of freshclam's working directory that are looked at for changes. A run that unpacks a
+/// database has one for each member.
 const RUN_ENTRIES_MAX: usize = 10_000;
 
 /// How deep freshclam's working directory is looked into: it unpacks in a directory within.
@@ -77,12 +75,14 @@ pub enum Kind {
 pub struct Run {
     /// `tmp.` and ten hexadecimal digits.
     pub name: String,
-    /// Since the newest change inside.
+    /// Differs after every change inside.
+    pub trace: u64,
+    /// Since the newest change inside, by the file system's clock; zero if that is in the future.
     pub age: Duration,
 }
 
 impl Listing {
-    /// Lists the directory. `now` only says how old runs are.
+    /// Lists the directory. `now` only says how old runs are, which counts at the first look.
     pub fn of(path: &Path, now: SystemTime) -> io::Result<Self> {
         let directory = fs::canonicalize(path)?;
         let metadata = fs::metadata(&directory)?;
@@ -106,10 +106,10 @@ impl Listing {
             };
             if metadata.is_dir() {
                 if name.starts_with(RUN_PREFIX) {
-                    let newest = newest_change(&path, &metadata);
+                    let (trace, newest) = trace(&path, &metadata);
                     let age = now.duration_since(newest).unwrap_or_default();
                     let name = name.into_owned();
-                    listing.runs.push(Run { name, age });
+                    listing.runs.push(Run { name, trace, age });
                 }
             } else if let Ok(name) = name.parse::<DatabaseName>()
                 && name.has_known_extension()
@@ -122,12 +122,6 @@ impl Listing {
         listing.ignored.sort();
         listing.runs.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(listing)
-    }
-
-    /// The run that may still change databases, if there is one: the one that changed last.
-    pub fn open_run(&self) -> Option<&Run> {
-        let live = self.runs.iter().filter(|run| run.age < ABANDONED_AFTER);
-        live.min_by_key(|run| run.age)
     }
 }
 
@@ -175,29 +169,45 @@ impl Stamp {
     }
 }
 
-/// The newest modification in a run's working directory. What cannot be read counts by its
-/// directory: freshclam keeps it to itself where it runs as another user.
-fn newest_change(run: &Path, metadata: &Metadata) -> SystemTime {
-    let modified = |metadata: &Metadata| metadata.modified().unwrap_or(SystemTime::UNIX_EPOCH);
-    let mut newest = modified(metadata);
+/// What a run's working directory looks like, and the newest status change in it. That is set by the
+/// kernel; a modification time is set by any program, also to the future. A directory that cannot be
+/// read counts alone: freshclam keeps it to itself where it runs as another user.
+fn trace(run: &Path, metadata: &Metadata) -> (u64, SystemTime) {
+    let changed = |metadata: &Metadata| {
+        let seconds = u64::try_from(metadata.ctime()).unwrap_or(0);
+        SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)
+    };
+    let mut newest = changed(metadata);
+    let mut hasher = DefaultHasher::new();
     let mut looked_at = 0;
     let mut todo = vec![(run.to_owned(), 1)];
+    let mut entries = BTreeMap::new();
     while let Some((directory, depth)) = todo.pop() {
         for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
             looked_at += 1;
             if looked_at > RUN_ENTRIES_MAX {
-                return newest;
+                todo.clear();
+                break;
             }
             let Ok(metadata) = entry.metadata() else {
                 continue; // gone since
             };
-            newest = newest.max(modified(&metadata));
+            newest = newest.max(changed(&metadata));
             if metadata.is_dir() && depth < RUN_DEPTH_MAX {
                 todo.push((entry.path(), depth + 1));
             }
+            let times = (metadata.ctime(), metadata.ctime_nsec());
+            entries.insert(entry.path(), (metadata.ino(), metadata.size(), times));
         }
     }
-    newest
+    (
+        metadata.ino(),
+        metadata.ctime(),
+        metadata.ctime_nsec(),
+        entries,
+    )
+        .hash(&mut hasher);
+    (hasher.finish(), newest)
 }
 
 #[cfg(test)]
@@ -232,21 +242,25 @@ mod tests {
     }
 
     #[test]
-    fn a_run_is_open_until_nothing_changed_in_it_for_a_quarter_of_an_hour() {
+    fn a_change_deep_inside_a_run_changes_its_trace_and_the_future_is_no_age() {
         let dir = tempfile::tempdir().unwrap();
-        fs::create_dir_all(dir.path().join("tmp.0123456789/clamav-x.tmp")).unwrap();
-        let now = SystemTime::now();
-        let open = |ago: Duration| {
-            let listing = Listing::of(dir.path(), now + ago).unwrap();
-            listing.open_run().is_some()
+        let deep = dir.path().join("tmp.0123456789/clamav-x.tmp");
+        fs::create_dir_all(&deep).unwrap();
+        let run = |now| {
+            let mut runs = Listing::of(dir.path(), now).unwrap().runs;
+            runs.pop().unwrap()
         };
-        assert!(open(Duration::ZERO));
-        assert!(open(ABANDONED_AFTER - Duration::from_secs(10)));
-        assert!(!open(ABANDONED_AFTER + Duration::from_secs(10)));
-        // What is written deep inside keeps it open.
-        let deep = dir.path().join("tmp.0123456789/clamav-x.tmp/part");
-        let file = fs::File::create(deep).unwrap();
-        file.set_modified(now + ABANDONED_AFTER).unwrap();
-        assert!(open(ABANDONED_AFTER + Duration::from_secs(10)));
+        let now = SystemTime::now();
+        let first = run(now);
+        assert_eq!(first, run(now));
+        assert!(run(now + Duration::from_secs(600)).age > Duration::from_secs(590));
+        assert_eq!(run(now - Duration::from_secs(600)).age, Duration::ZERO);
+        let file = fs::File::create(deep.join("part")).unwrap();
+        let second = run(now);
+        assert_ne!(first.trace, second.trace);
+        file.set_modified(now + Duration::from_secs(86_400))
+            .unwrap();
+        assert_ne!(second.trace, run(now).trace);
+        assert!(run(now + Duration::from_secs(600)).age > Duration::from_secs(590));
     }
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use notify::event::{AccessKind, AccessMode};
+use notify::event::{AccessKind, AccessMode, ModifyKind};
 use notify::{Event, EventKind, RecommendedWatcher, RecursiveMode, Watcher as _};
 use tokio::sync::Notify;
 
@@ -97,6 +97,8 @@ impl Watch {
         let swapped = link.clone();
         let mut watcher = notify::recommended_watcher(move |event: notify::Result<Event>| {
             match event {
+                // The watch ends with the directory. Another one may get its inode number.
+                Ok(event) if is_end(&event, &mirrored) => breaks.store(true, Ordering::Relaxed),
                 Ok(event) if !concerns(&event, &mirrored, swapped.as_deref()) => return,
                 Ok(_) => {}
                 Err(error) => {
@@ -131,6 +133,19 @@ fn link(path: &Path) -> notify::Result<Option<PathBuf>> {
     let name = path.file_name();
     let parent = fs::canonicalize(parent)?;
     Ok(name.map(|name| parent.join(name)))
+}
+
+/// Whether the directory was removed or has another name.
+fn is_end(event: &Event, directory: &Path) -> bool {
+    let is_gone = match event.kind {
+        EventKind::Remove(_) | EventKind::Modify(ModifyKind::Name(_)) => true,
+        EventKind::Any
+        | EventKind::Access(_)
+        | EventKind::Create(_)
+        | EventKind::Modify(_)
+        | EventKind::Other => false,
+    };
+    is_gone && event.paths.iter().any(|path| path == directory)
 }
 
 /// Whether an event may have changed what a look finds. Reading is none of it: a look reads the

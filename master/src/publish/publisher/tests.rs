@@ -4,6 +4,7 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
+use clamcast_daemon::alarms::Alarms;
 use clamcast_daemon::values::Percent;
 use clamcast_proto::delta::VERSION;
 use clamcast_proto::dsse::sign;
@@ -57,6 +58,7 @@ impl Lab {
             unsigned: Unsigned::Allow,
             load_test: LoadTest::Never,
             shrink_max: Percent::new(30).unwrap(),
+            age_alarm: Duration::from_secs(48 * 3600),
         };
         let settings = Settings {
             fleet: "bank".parse().unwrap(),
@@ -95,8 +97,13 @@ impl Lab {
         fs::remove_file(self.mirror(name)).unwrap();
     }
 
+    fn open(&self, state: &Path) -> Result<Store, StoreError> {
+        let mirror = &self.settings.mirror.path;
+        Store::open(state, mirror, &self.keys, Alarms::default())
+    }
+
     fn store(&self, state: &str) -> Arc<Store> {
-        Arc::new(Store::open(&self.root.path().join(state), &self.keys).unwrap())
+        Arc::new(self.open(&self.root.path().join(state)).unwrap())
     }
 
     /// A master's publisher on a state directory.
@@ -108,6 +115,7 @@ impl Lab {
             key(MANIFEST),
             self.keys.clone(),
             self.directives.subscribe(),
+            Activity::default(),
         )
         .unwrap()
     }
@@ -473,12 +481,12 @@ fn a_damaged_generation_does_not_give_its_number_away_again() {
 fn one_master_at_a_time_has_the_state_directory() {
     let lab = Lab::new();
     let path = lab.root.path().join("state");
-    let held = Store::open(&path, &lab.keys).unwrap();
-    let second = Store::open(&path, &lab.keys).unwrap_err();
+    let held = lab.open(&path).unwrap();
+    let second = lab.open(&path).unwrap_err();
     let told = chain(&second);
     assert!(told.contains("in use") && told.contains("lock"), "{told}");
     drop(held);
-    Store::open(&path, &lab.keys).unwrap();
+    lab.open(&path).unwrap();
 }
 
 #[test]
@@ -493,6 +501,7 @@ fn the_manifest_key_must_be_in_the_key_set() {
             key(seed),
             lab.keys.clone(),
             lab.directives.subscribe(),
+            Activity::default(),
         )
         .map(|_| ())
     };
@@ -532,6 +541,7 @@ fn a_raised_epoch_is_published_at_once_from_number_one() {
         key(MANIFEST),
         keys,
         lab.directives.subscribe(),
+        Activity::default(),
     );
     assert!(matches!(older, Err(StartError::Epoch { .. })));
 }
@@ -550,6 +560,7 @@ fn a_new_manifest_key_signs_anew_and_the_old_generations_are_still_believed() {
         key(8),
         lab.keys.clone(),
         lab.directives.subscribe(),
+        Activity::default(),
     )
     .unwrap();
     assert!(publisher.is_due());
@@ -713,7 +724,8 @@ fn retention_keeps_what_the_kept_generations_need_and_nothing_else() {
         let target = &manifests.last().unwrap().files[0];
         for old in &manifests {
             let have = clamcast_proto::wire::Have::Sha256(old.files[0].sha256);
-            publisher.store().encode(&have, target, false).unwrap();
+            let store = publisher.store();
+            store.encode(store.pair(&have, target, false)).unwrap();
         }
     }
     let state = lab.root.path().join("state");
@@ -737,18 +749,18 @@ fn retention_keeps_what_the_kept_generations_need_and_nothing_else() {
     assert_eq!(names("objects"), objects);
     assert_eq!(names("generations"), ["1-3.json", "1-4.json"]);
     let [old, new] = [0, 1].map(|at: usize| manifests[at].files[0].sha256);
-    assert_eq!(names("deltas"), [format!("{old}-{new}.v{VERSION}")]);
+    assert_eq!(names("deltas"), [format!("{old}-{new}.v{VERSION}.sealed")]);
     drop(publisher);
 
     // What a crash left behind is gone after the next start.
     fs::write(state.join("tmp/half"), "x").unwrap();
     fs::create_dir(state.join("tmp/load")).unwrap();
     fs::write(state.join("objects").join("0".repeat(64)), "x").unwrap();
-    let other_version = format!("deltas/{old}-{new}.v{}", VERSION + 1);
+    let other_version = format!("deltas/{old}-{new}.v{}.sealed", VERSION + 1);
     fs::write(state.join(other_version), "x").unwrap();
     let publisher = lab.publisher("state");
     assert_eq!(names("objects"), objects);
-    assert_eq!(names("deltas"), [format!("{old}-{new}.v{VERSION}")]);
+    assert_eq!(names("deltas"), [format!("{old}-{new}.v{VERSION}.sealed")]);
     assert!(names("tmp").is_empty());
     check(&publisher, "unchanged");
 }
