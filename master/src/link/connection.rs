@@ -1,11 +1,12 @@
 //! One task for each connection: checks who it is, speaks the control stream, pushes files.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use clamcast_daemon::table::printable;
 use clamcast_proto::dsse::{EnvelopeError, Verified};
 use clamcast_proto::identity::{Certificate, CertificateError, Role};
 use clamcast_proto::keys::KeySet;
@@ -14,7 +15,7 @@ use clamcast_proto::receipt::Receipt;
 use clamcast_proto::wire::{
     self, FRAME_BYTES_MAX, FrameError, NeedFile, Offer, OfferId, ToAgent, ToMaster, Welcome,
 };
-use clamcast_proto::{AgentName, FleetName};
+use clamcast_proto::{AgentName, DatabaseName, FleetName, GroupName};
 use jiff::Timestamp;
 use quinn::{Connecting, Connection, Endpoint, RecvStream, SendStream, VarInt};
 use rustls_pki_types::CertificateDer;
@@ -27,10 +28,10 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::Groups;
 use crate::fleet::agents::LinkId;
-use crate::fleet::dispatch::{Message, Newcomer, Progress, Unwanted};
+use crate::fleet::dispatch::{Decline, Message, Newcomer, Progress, Unwanted};
 use crate::fleet::hub::{AGENTS_MAX, Event, Hub};
 use crate::link::meter::{Meters, Talk};
-use crate::link::push::Pusher;
+use crate::link::push::{Pusher, Request};
 use crate::link::rejections::Rejections;
 use crate::publish::publisher::Publisher;
 use crate::record::archive::Archive;
@@ -59,6 +60,9 @@ const STALL: Duration = Duration::from_secs(30);
 /// every agent's connection keeps as many.
 const READ_BYTES: usize = 2 << 10;
 
+/// Characters of a peer's message that are kept.
+const SAID_CHARS_MAX: usize = 1000;
+
 /// How long open connections may take to finish what they are at when the daemon stops.
 const DRAIN: Duration = Duration::from_secs(3);
 
@@ -74,7 +78,7 @@ pub struct Shared {
     /// Signs that a generation is current.
     pub publisher: Arc<Publisher>,
     /// Sends files.
-    pub pusher: Pusher,
+    pub pusher: Arc<Pusher>,
     /// Groups by name patterns.
     pub groups: Groups,
     /// What every agent makes of work.
@@ -114,7 +118,7 @@ enum LinkError {
     NoHello,
     #[error("a message cannot be read")]
     Frame(#[from] FrameError),
-    #[error("`{0}` makes too much work: connections, receipts, requests for files")]
+    #[error("`{0}` exceeded its work budget of connections, receipts and requests for files")]
     TooMuch(AgentName),
     #[error("the agent said {0}")]
     Order(&'static str),
@@ -259,26 +263,28 @@ async fn converse(
         Err(error) => Err(LinkError::Handshake(error)),
     };
     drop(handshake);
-    let ended = match shaken {
+    match shaken {
         Ok(connection) => {
-            let ended = speak(&connection, &shared, &stop).await;
-            if let Err(error) = &ended {
+            let agent = identify(&connection, &shared.fleet);
+            let name = agent.as_ref().map(|agent| agent.name.clone()).ok();
+            let ended = match agent {
+                Ok(agent) => speak(&connection, agent, &shared, &stop).await,
+                Err(error) => Err(error),
+            };
+            if let Err(error) = ended {
                 // Before it is noted: the audit log may have to wait for its disk.
                 connection.close(VarInt::from_u32(error.code()), error.to_string().as_bytes());
+                rejected(&shared, name.as_ref(), address, &error);
             }
-            ended
         }
-        Err(error) => Err(error),
-    };
-    if let Err(error) = ended {
-        rejected(&shared, address, &error);
+        Err(error) => rejected(&shared, None, address, &error),
     }
 }
 
-fn rejected(shared: &Shared, address: SocketAddr, error: &LinkError) {
+fn rejected(shared: &Shared, agent: Option<&AgentName>, address: SocketAddr, error: &LinkError) {
     let text = crate::chain(error);
     if error.is_rejection() {
-        shared.rejections.note(address, &text);
+        shared.rejections.note(agent, address, &text);
     } else {
         tracing::debug!(%address, error = text, "a connection ended");
     }
@@ -294,10 +300,11 @@ async fn shake_hands(connecting: Connecting) -> Result<Connection, LinkError> {
 /// Lets an agent in, and speaks with it until one of the two ends it.
 async fn speak(
     connection: &Connection,
+    agent: Agent,
     shared: &Arc<Shared>,
     stop: &CancellationToken,
 ) -> Result<(), LinkError> {
-    let Admitted { name, id, messages } = Box::pin(admit(connection, shared)).await?;
+    let Admitted { name, id, messages } = Box::pin(admit(connection, agent, shared)).await?;
     let converse = async {
         let opened = timeout(HANDSHAKE, connection.open_bi()).await;
         let (send, recv) = opened.map_err(|_| LinkError::NoHello)??;
@@ -310,6 +317,7 @@ async fn speak(
             offer: None,
             parts: JoinSet::new(),
             sent: Arc::default(),
+            complete: Complete::default(),
             talk: Talk::new(Instant::now()),
             waiting: None,
         };
@@ -332,26 +340,56 @@ struct Admitted {
     messages: mpsc::Receiver<Message>,
 }
 
-/// TLS has verified the chain and the dates. Here: is it an agent of this fleet, and not revoked?
-async fn admit(connection: &Connection, shared: &Shared) -> Result<Admitted, LinkError> {
+/// An agent, by its certificate.
+struct Agent {
+    name: AgentName,
+    groups: Vec<GroupName>,
+    certificate: Certificate,
+    der: CertificateDer<'static>,
+}
+
+/// TLS has verified the chain and the dates. Here: is it an agent of this fleet?
+fn identify(connection: &Connection, fleet: &FleetName) -> Result<Agent, LinkError> {
     let chain = connection
         .peer_identity()
         .and_then(|identity| identity.downcast::<Vec<CertificateDer<'static>>>().ok())
         .expect("the handshake demands a certificate");
-    let der = chain.first().expect("a verified chain has a leaf");
-    let certificate = Certificate::from_der(der)?;
-    let not_an_agent = || LinkError::NotAnAgent(shared.fleet.clone());
+    let der = chain.first().expect("a verified chain has a leaf").clone();
+    let certificate = Certificate::from_der(&der)?;
+    let not_an_agent = || LinkError::NotAnAgent(fleet.clone());
     let identity = certificate.identity.as_ref().ok_or_else(not_an_agent)?;
     let Role::Agent { name, groups } = &identity.role else {
         return Err(not_an_agent());
     };
-    if identity.fleet != shared.fleet {
+    if identity.fleet != *fleet {
         return Err(not_an_agent());
     }
-    if !shared.meters.spend(name, 0, Instant::now()) {
-        return Err(LinkError::TooMuch(name.clone()));
+    let (name, groups) = (name.clone(), groups.clone());
+    Ok(Agent {
+        name,
+        groups,
+        certificate,
+        der,
+    })
+}
+
+/// Lets an agent in that is not revoked and has not exceeded its work budget.
+async fn admit(
+    connection: &Connection,
+    agent: Agent,
+    shared: &Shared,
+) -> Result<Admitted, LinkError> {
+    let Agent {
+        name,
+        groups,
+        certificate,
+        der,
+    } = agent;
+    if !shared.meters.spend(&name, 0, Instant::now()) {
+        return Err(LinkError::TooMuch(name));
     }
-    if shared.archive.learn(name, &certificate) {
+    let is_new_certificate = shared.archive.learn(&name, &certificate);
+    if is_new_certificate {
         // It stands in the recorder's queue before every receipt that its key signs.
         let file = FileName::Certificate(certificate.fingerprint);
         shared.recorder.write(Entry::file(file, Some(der.to_vec())));
@@ -360,11 +398,12 @@ async fn admit(connection: &Connection, shared: &Shared) -> Result<Admitted, Lin
     let (reply, admitted) = oneshot::channel();
     let newcomer = Newcomer {
         name: name.clone(),
-        groups: shared.groups.of(name.as_str(), groups),
+        groups: shared.groups.of(name.as_str(), &groups),
         address: connection.remote_address(),
         serial: certificate.serial.clone(),
         certificate_ends: certificate.not_after,
         fingerprint: certificate.fingerprint,
+        is_new_certificate,
     };
     let connected = Event::Connected {
         newcomer: Box::new(newcomer),
@@ -374,7 +413,6 @@ async fn admit(connection: &Connection, shared: &Shared) -> Result<Admitted, Lin
     let told = shared.hub.tell(connected).await;
     told.map_err(|_| LinkError::Stopping)?;
     let (id, messages) = admitted.await.map_err(|_| LinkError::Stopping)??;
-    let name = name.clone();
     Ok(Admitted { name, id, messages })
 }
 
@@ -388,9 +426,25 @@ struct Link<'a> {
     parts: JoinSet<()>,
     /// Bytes of files that went out on this connection.
     sent: Arc<AtomicU64>,
+    /// Files of the current offer that went out whole.
+    complete: Complete,
     talk: Talk,
     /// What the hub is told when the recorder has room.
     waiting: Option<Box<Event>>,
+}
+
+/// Names of files.
+#[derive(Clone, Debug, Default)]
+struct Complete(Arc<Mutex<HashSet<DatabaseName>>>);
+
+impl Complete {
+    fn insert(&self, name: DatabaseName) {
+        self.0.lock().expect("nothing panics with it").insert(name);
+    }
+
+    fn remove(&self, name: &DatabaseName) -> bool {
+        self.0.lock().expect("nothing panics with it").remove(name)
+    }
 }
 
 /// What came of reading a frame.
@@ -548,6 +602,7 @@ impl Link<'_> {
                     rehash: manner.rehash,
                     full: manner.full,
                 }));
+                self.complete = Complete::default();
                 self.offer = Some(Offering {
                     id: offer,
                     manifest,
@@ -616,6 +671,7 @@ impl Link<'_> {
             ToMaster::Error {
                 offer: Some(offer),
                 message,
+                other_master,
             } => {
                 if self
                     .offer
@@ -624,21 +680,24 @@ impl Link<'_> {
                 {
                     return Ok(()); // about an offer that is no longer ours
                 }
-                let message = message.chars().take(1000).collect();
+                let decline = Decline {
+                    offer,
+                    message: said(&message),
+                    other_master: other_master.filter(|other| other.is_bounded()),
+                };
                 Event::Declined {
                     name,
                     id: self.id,
-                    offer,
-                    message,
+                    decline,
                 }
             }
             ToMaster::Error {
                 offer: None,
                 message,
+                other_master: _, // of no offer of ours
             } => {
                 self.spend(bytes)?; // a line in the log
-                let message: String = message.chars().take(1000).collect();
-                tracing::warn!(agent = %name, said = message, "the agent did not understand");
+                tracing::warn!(agent = %name, said = said(&message), "the agent did not understand");
                 return Ok(());
             }
         };
@@ -686,19 +745,26 @@ impl Link<'_> {
             self.shared.clone(),
             self.sent.clone(),
         );
-        let (name, id) = (self.name.clone(), self.id);
+        let (name, id, complete) = (self.name.clone(), self.id, self.complete.clone());
         // One file after the other: the link is the bottleneck, and a file that is complete early
         // survives a lost connection whole.
         self.parts.spawn(async move {
             for need in needs.values() {
                 let target = manifest.file(&need.name).expect("looked up above");
-                match shared
-                    .pusher
-                    .push(&connection, offer, need, target, full, &sent)
-                    .await
-                {
+                if complete.remove(&need.name) && need.resume_at == 0 {
+                    shared.pusher.doubt(need, target, full); // it may have arrived damaged
+                }
+                let request = Request {
+                    agent: &name,
+                    offer,
+                    need,
+                    target,
+                    full,
+                };
+                match shared.pusher.push(&connection, request, &sent).await {
                     Ok(bytes) => {
                         tracing::debug!(agent = %name, file = %need.name, bytes, "sent");
+                        complete.insert(need.name.clone());
                         let progress = Progress {
                             offer,
                             phase: wire::Phase::Fetching,
@@ -712,9 +778,17 @@ impl Link<'_> {
                         }
                     }
                     Err(error) => {
-                        let error = crate::chain(&error);
+                        let reason = crate::chain(&error);
                         // The others may fare better; the agent asks for this one again.
-                        tracing::warn!(agent = %name, file = %need.name, error, "not sent");
+                        tracing::warn!(agent = %name, file = %need.name, error = reason, "not sent");
+                        if error.is_ours() {
+                            let reason = format!("the master cannot send {}: {reason}", need.name);
+                            let name = name.clone();
+                            let event = Event::Unsent { name, id, reason };
+                            if shared.hub.tell(event).await.is_err() {
+                                return; // the daemon stops
+                            }
+                        }
                     }
                 }
             }
@@ -729,6 +803,12 @@ impl Link<'_> {
             .map_err(|_| LinkError::Stalled)??;
         Ok(())
     }
+}
+
+/// A peer's text, bounded and safe to show.
+fn said(message: &str) -> String {
+    let bounded: String = message.chars().take(SAID_CHARS_MAX).collect();
+    printable(&bounded)
 }
 
 /// What comes of `doing`, which is begun after a pause.

@@ -314,8 +314,22 @@ pub fn bind(
     // Only a packet with a connection id that we made is answered, and by a shorter one.
     config.min_reset_interval(Duration::ZERO);
     let failed = |source| EndpointError::Bind { address, source };
-    let socket = socket(address).map_err(failed)?;
+    let socket = match socket(address) {
+        Err(error) if let Some(fallback) = without_ipv6(address, &error) => {
+            tracing::warn!(%address, %fallback, "this kernel has no IPv6, listening on IPv4 alone");
+            self::socket(fallback).map_err(failed)?
+        }
+        socket => socket.map_err(failed)?,
+    };
     Endpoint::new(config, Some(server), socket, Arc::new(quinn::TokioRuntime)).map_err(failed)
+}
+
+/// Where every address is listened on if the kernel has no IPv6, which `error` says.
+fn without_ipv6(address: SocketAddr, error: &io::Error) -> Option<SocketAddr> {
+    let is_every = address.is_ipv6() && address.ip().is_unspecified();
+    let errors = [nix::libc::EAFNOSUPPORT, nix::libc::EADDRNOTAVAIL];
+    let has_no_ipv6 = error.raw_os_error().is_some_and(|it| errors.contains(&it));
+    (is_every && has_no_ipv6).then(|| SocketAddr::from((Ipv4Addr::UNSPECIFIED, address.port())))
 }
 
 /// Frees the port of an endpoint that was closed, whose connections may drain for three probe
@@ -480,6 +494,18 @@ mod tests {
                 .validate(&ConnectionId::new(&[]))
                 .is_err()
         );
+    }
+
+    #[test]
+    fn a_kernel_without_ipv6_is_listened_on_with_ipv4() {
+        let every: SocketAddr = "[::]:7310".parse().unwrap();
+        let error = |code| io::Error::from_raw_os_error(code);
+        let no_ipv6 = error(nix::libc::EAFNOSUPPORT);
+        let fallback = without_ipv6(every, &no_ipv6);
+        assert_eq!(fallback, Some("0.0.0.0:7310".parse().unwrap()));
+        assert_eq!(without_ipv6(every, &error(nix::libc::EADDRINUSE)), None);
+        assert_eq!(without_ipv6("[::1]:7310".parse().unwrap(), &no_ipv6), None);
+        assert_eq!(without_ipv6("0.0.0.0:1".parse().unwrap(), &no_ipv6), None);
     }
 
     #[test]

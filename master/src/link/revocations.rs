@@ -20,6 +20,8 @@ pub struct Revocations {
     fleet: FleetName,
     ca: PublicKey,
     list: Option<Verified<RevocationList>>,
+    /// Why the kept copy cannot be used, if there is one.
+    kept_damage: Option<String>,
     seen: Option<Stamp>,
     alarm: Option<String>,
 }
@@ -67,8 +69,15 @@ impl Revocations {
     /// Starts with the list that was last in force. Call [`Revocations::look`] before the first use.
     pub fn open(path: PathBuf, state: &Path, fleet: FleetName, ca: PublicKey) -> Self {
         let kept = state.join("revoked.json");
-        let list = read(&kept, &fleet, &ca).ok();
+        let (list, kept_damage) = match stamp(&kept) {
+            Stamp::Missing => (None, None),
+            Stamp::File { .. } | Stamp::Unreadable(_) => match read(&kept, &fleet, &ca) {
+                Ok(list) => (Some(list), None),
+                Err(error) => (None, Some(crate::chain(&error))),
+            },
+        };
         Self {
+            kept_damage,
             path,
             kept,
             fleet,
@@ -97,7 +106,12 @@ impl Revocations {
         }
         self.seen = Some(stamp.clone());
         let newer = match (&stamp, &self.list) {
-            (Stamp::Missing, None) => return Look::Same, // nobody was ever revoked
+            (Stamp::Missing, None) => match &self.kept_damage {
+                None => return Look::Same, // nobody was ever revoked
+                Some(reason) => Err(format!(
+                    "it is gone, and the kept copy is damaged ({reason})"
+                )),
+            },
             (Stamp::Missing, Some(_)) => Err("it is gone".to_owned()),
             (Stamp::File { .. } | Stamp::Unreadable(_), _) => {
                 read(&self.path, &self.fleet, &self.ca).map_err(|error| crate::chain(&error))
@@ -112,7 +126,7 @@ impl Revocations {
         });
         match newer {
             Ok(newer) => {
-                self.alarm = None;
+                (self.alarm, self.kept_damage) = (None, None);
                 let text = serde_json::to_vec(newer.envelope()).expect("an envelope serialises");
                 if let Err(error) = durable::write(&self.kept, &text, 0o600) {
                     tracing::error!(path = %self.kept.display(), %error, "cannot keep the revocation list");
@@ -124,10 +138,13 @@ impl Revocations {
             }
             Err(reason) => {
                 let (path, kept) = (self.path.display(), self.kept.display());
-                let alarm = format!(
-                    "{path} does not count: {reason}; the last good list stays in force, a copy \
-                     of it is {kept}"
-                );
+                let next = match &self.list {
+                    Some(_) => format!("the last good list stays in force, a copy of it is {kept}"),
+                    None => "no list is in force and revoked hosts may connect: copy revoked.json \
+                             from the directory of `clamcast-certs`"
+                        .to_owned(),
+                };
+                let alarm = format!("{path} does not count: {reason}; {next}");
                 self.alarm = Some(alarm.clone());
                 Look::Alarm(alarm)
             }
@@ -240,6 +257,23 @@ mod tests {
         let mut case = Case::new();
         assert!(matches!(case.revocations.look(), Look::Same));
         assert_eq!(case.version(), 0);
+    }
+
+    #[test]
+    fn a_missing_list_with_a_damaged_kept_copy_is_an_alarm() {
+        let mut case = Case::new();
+        case.put(2, 1);
+        assert!(matches!(case.revocations.look(), Look::Newer));
+        fs::remove_file(case.dir.path().join("given.json")).unwrap();
+        fs::write(case.dir.path().join("revoked.json"), "{").unwrap();
+        case.revocations = Case::open(&case.dir);
+        let Look::Alarm(alarm) = case.revocations.look() else {
+            panic!("revoked hosts may connect");
+        };
+        assert!(alarm.contains("revoked hosts may connect"), "{alarm}");
+        case.put(2, 1);
+        assert!(matches!(case.revocations.look(), Look::Newer));
+        assert_eq!((case.version(), case.revocations.alarm()), (2, None));
     }
 
     #[test]
