@@ -4,8 +4,12 @@
 //! Must not know how bytes travel or how a capture becomes a generation.
 
 pub mod agents;
+pub mod budget;
 pub mod dispatch;
 pub mod force;
 pub mod hub;
 pub mod recovery;
 pub mod rollout;
+pub(crate) mod twins;
+
+pub use twins::Twins;

@@ -10,14 +10,15 @@ mod row;
 pub(crate) mod tests;
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use clamcast_proto::dsse::Verified;
+use clamcast_proto::dsse::{Envelope, Verified};
 use clamcast_proto::manifest::Manifest;
 use clamcast_proto::receipt::{ClamdReport, Receipt};
 use clamcast_proto::revocation::RevocationList;
-use clamcast_proto::wire::{OfferId, Phase};
+use clamcast_proto::wire::{OfferId, OtherMaster, Phase};
 use clamcast_proto::{AgentName, Digest, GroupName, Position};
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
@@ -26,6 +27,7 @@ use crate::config::{Rules, Wave};
 use crate::fleet::rollout::{
     Agents, Effect, Ending, Member, Order, OrderError, Rollout, Tally, Target, Wanted,
 };
+use crate::fleet::twins::{Arrivals, Twins};
 use crate::publish::withdrawn::Withdrawal;
 
 pub use agent::{
@@ -60,7 +62,7 @@ pub struct Fleet {
 struct Roster(BTreeMap<AgentName, Agent>);
 
 /// What a new connection means.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Arrival {
     /// The agent is new to the fleet.
     pub new: bool,
@@ -69,6 +71,19 @@ pub struct Arrival {
     /// The connection that this one replaces: after a crash of the host the old one may linger for
     /// a minute.
     pub replaced: Option<LinkId>,
+    /// Two hosts use the name, as this connection shows first.
+    pub twins: Option<Twins>,
+}
+
+/// A generation that waits for its turn.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Turn {
+    /// Which one.
+    pub position: Position,
+    /// When it was published.
+    pub since: Timestamp,
+    /// When the generation before it makes way, if that is paused then and no operator paused it.
+    pub until: Timestamp,
 }
 
 /// How many agents stand where.
@@ -103,6 +118,7 @@ impl Fleet {
                 answered: None,
                 was_connected,
                 returning: was_connected,
+                arrivals: Arrivals::default(),
             };
             (name, agent)
         };
@@ -243,6 +259,23 @@ impl Fleet {
         self.rollout.waits_for(&self.agents, &self.rules, now)
     }
 
+    /// Since and until when the rollout waits for agents that were connected before a start of the
+    /// master, if it does.
+    pub fn reconnecting(&self, now: Timestamp) -> Option<(Timestamp, Timestamp)> {
+        self.rollout.reconnecting(&self.agents, &self.rules, now)
+    }
+
+    /// The generation that waits for its turn.
+    pub fn turn(&self) -> Option<Turn> {
+        let waiting = self.rollout.waiting()?;
+        let manifest = self.manifests.get(&waiting.manifest_sha256)?;
+        Some(Turn {
+            position: waiting.position,
+            since: manifest.created,
+            until: self.rollout.running()?.is_stuck_at(&self.rules),
+        })
+    }
+
     /// Members of settled waves that have not proven the running generation.
     pub fn stragglers(&self, now: Timestamp) -> Vec<&AgentName> {
         self.rollout.stragglers(&self.agents, &self.rules, now)
@@ -373,6 +406,40 @@ impl Fleet {
             .filter(|manifest| !self.rollout.is_taken_back(manifest.position()))
     }
 
+    /// The manifest that an agent says it has `installed`, if an agent has or should run it.
+    pub fn known(&self, installed: &Envelope) -> Option<&Arc<Verified<Manifest>>> {
+        let mut known = self.manifests.values();
+        known.find(|manifest| manifest.envelope().payload == installed.payload)
+    }
+
+    /// Whether an agent's last receipts say that it has this manifest.
+    pub fn has(&self, name: &AgentName, manifest_sha256: &Digest) -> bool {
+        let agent = self.agents.0.get(name);
+        agent.is_some_and(|agent| agent.has(manifest_sha256))
+    }
+
+    /// Takes note that an agent has a generation that it was never offered by this master, whose state is
+    /// a copy from before: it declines what is lower. Returns whether that generation waits for its
+    /// turn.
+    pub fn overtaken(
+        &mut self,
+        name: &AgentName,
+        manifest: &Verified<Manifest>,
+        now: Timestamp,
+    ) -> bool {
+        let position = manifest.position();
+        let Some(agent) = self.agents.0.get_mut(name) else {
+            return false;
+        };
+        if agent.at() >= Some(position) {
+            return false;
+        }
+        let version = agent.record.version.clone();
+        let taken = Taken::new(position, manifest.payload_sha256(), version, now);
+        agent.record.taken = Some(taken);
+        self.rollout.waiting().map(|it| it.position) == Some(position)
+    }
+
     /// The newest generation that was not taken back: also one that waits for its turn.
     pub fn newest(&self) -> Option<&Arc<Verified<Manifest>>> {
         let waiting = self.rollout.waiting();
@@ -419,6 +486,7 @@ impl Fleet {
             answered: None,
             was_connected: false,
             returning: false,
+            arrivals: Arrivals::default(),
         });
         agent.returning = false;
         let record = &mut agent.record;
@@ -429,6 +497,7 @@ impl Fleet {
         record.seen = now;
         record.serial = link.serial.clone();
         record.certificate_ends = link.certificate_ends;
+        let twins = agent.arrivals.connected(link.address, now).cloned();
         let replaced = agent.link.replace(link).map(|old| {
             agent.answered = old.answered.or(agent.answered);
             old.id
@@ -437,6 +506,49 @@ impl Fleet {
             new,
             changed,
             replaced,
+            twins,
+        }
+    }
+
+    /// A connection that was replaced still answers, from `old`. Returns the twins, if this is the first
+    /// sign of them.
+    pub fn both_answer(
+        &mut self,
+        name: &AgentName,
+        old: SocketAddr,
+        now: Timestamp,
+    ) -> Option<Twins> {
+        let agent = self.agents.0.get_mut(name)?;
+        let new = agent.link.as_ref()?.address;
+        agent.arrivals.both_answer([old, new], now).cloned()
+    }
+
+    /// The agents that declined their last offer because they follow another master.
+    pub fn other_masters(&self) -> impl Iterator<Item = (&AgentName, &OtherMaster, Timestamp)> {
+        self.agents.0.iter().filter_map(|(name, agent)| {
+            let declined = agent.link.as_ref()?.declined.as_ref()?;
+            let other = declined.other_master.as_deref()?;
+            Some((name, other, declined.since))
+        })
+    }
+
+    /// The names that two hosts use.
+    pub fn twins(&self, now: Timestamp) -> impl Iterator<Item = (&AgentName, &Twins)> {
+        let agents = self.agents.0.iter();
+        agents.filter_map(move |(name, agent)| Some((name, agent.arrivals.twins(now)?)))
+    }
+
+    /// Open connections whose certificate has expired.
+    pub fn expired(&self, now: Timestamp) -> impl Iterator<Item = (&AgentName, &Link)> {
+        let links = self.agents.0.iter();
+        let links = links.filter_map(|(name, agent)| Some((name, agent.link.as_ref()?)));
+        links.filter(move |(_, link)| link.certificate_ends <= now)
+    }
+
+    /// The master cannot send a file of an agent's offer, for this reason.
+    pub fn unsent(&mut self, name: &AgentName, id: LinkId, reason: String) {
+        if let Some(link) = self.link(name, id) {
+            link.unsent = Some(reason);
         }
     }
 
@@ -497,7 +609,7 @@ impl Fleet {
             agent.record.taken = Some(taken);
         }
         if let Some(link) = &mut agent.link {
-            link.declined = None;
+            (link.declined, link.unsent) = (None, None);
             link.told = Some(manifest_sha256);
             link.says_live = false;
             link.offer = Some(Offered {
@@ -620,6 +732,12 @@ impl Fleet {
         (is_told && standing != Standing::Conformant).then_some(wanted)
     }
 
+    /// Whether an agent sent this receipt before.
+    pub fn knows(&self, receipt: &Verified<Receipt>) -> bool {
+        let agent = self.agents.0.get(&receipt.agent);
+        agent.is_some_and(|agent| agent.knows(receipt))
+    }
+
     /// Takes a receipt whose signature was checked. `false`: it is known already.
     pub fn receipt(&mut self, receipt: &Verified<Receipt>, now: Timestamp) -> bool {
         let manifest = self.manifests.get(&receipt.manifest_sha256);
@@ -675,6 +793,7 @@ impl Fleet {
         for (name, agent) in &self.agents.0 {
             counts.connected += usize::from(agent.link.is_some());
             match self.standing(name, now, deadline) {
+                Standing::Conformant if agent.arrivals.twins(now).is_some() => counts.failed += 1,
                 Standing::Conformant => counts.conformant += 1,
                 Standing::Behind => counts.behind += 1,
                 Standing::Failed => counts.failed += 1,
@@ -701,7 +820,14 @@ impl Fleet {
     }
 
     /// An agent does not take its offer. Returns which one, unless it was answered before.
-    pub fn declined(&mut self, name: &AgentName, id: LinkId, message: String) -> Option<Position> {
+    pub fn declined(
+        &mut self,
+        name: &AgentName,
+        id: LinkId,
+        message: String,
+        other_master: Option<Box<OtherMaster>>,
+        now: Timestamp,
+    ) -> Option<Position> {
         let link = self.link(name, id)?;
         let offer = link.offer.take()?;
         link.answered = Some(Answered {
@@ -711,6 +837,8 @@ impl Fleet {
         link.declined = Some(Declined {
             manifest_sha256: offer.manifest_sha256,
             message,
+            other_master,
+            since: now,
         });
         Some(offer.position)
     }

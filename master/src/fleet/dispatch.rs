@@ -19,13 +19,15 @@ use clamcast_proto::identity::Serial;
 use clamcast_proto::manifest::Manifest;
 use clamcast_proto::receipt::{Outcome, Receipt};
 use clamcast_proto::revocation::RevocationList;
-use clamcast_proto::wire::{self, Hello, OfferId, Phase};
+use clamcast_proto::wire::{self, Hello, OfferId, OtherMaster, Phase};
 use clamcast_proto::{AgentName, AuditEvent, Digest, GroupName, Position};
 use jiff::Timestamp;
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use crate::fleet::Twins;
 use crate::fleet::agents::{Arrival, Fleet, Link, LinkId, Standing};
+use crate::fleet::budget::{Budgets, LINE_BYTES};
 use crate::fleet::rollout::{self, Effect, OrderError, Owed, Rollout};
 use crate::record::entry::{Entry, FileName};
 
@@ -73,6 +75,8 @@ pub struct Dispatcher {
     unkept: BTreeSet<AgentName>,
     /// Whether offers wait for that, too.
     offers_wait: bool,
+    /// What agents add to the audit log.
+    budgets: Budgets,
     actions: Vec<Action>,
 }
 
@@ -181,6 +185,10 @@ pub enum Closing {
     Replaced,
     /// Its certificate was revoked.
     Revoked,
+    /// Its certificate has expired.
+    Expired,
+    /// A day begins, and the agent may send the receipts that were left out on the day before.
+    NewDay,
 }
 
 /// An agent whose certificate was checked.
@@ -198,6 +206,19 @@ pub struct Newcomer {
     pub certificate_ends: Timestamp,
     /// SHA-256 of it.
     pub fingerprint: Digest,
+    /// Whether the master has not seen it before.
+    pub is_new_certificate: bool,
+}
+
+/// An offer that an agent does not take.
+#[derive(Clone, Debug)]
+pub struct Decline {
+    /// Which one.
+    pub offer: OfferId,
+    /// Why, in the agent's words.
+    pub message: String,
+    /// The master that the agent follows, if the reason is that there are two.
+    pub other_master: Option<Box<OtherMaster>>,
 }
 
 /// A sign of progress.
@@ -294,6 +315,7 @@ impl Dispatcher {
             held: VecDeque::new(),
             unkept: BTreeSet::new(),
             offers_wait: false,
+            budgets: Budgets::default(),
             actions: Vec::new(),
         }
     }
@@ -301,6 +323,16 @@ impl Dispatcher {
     /// The fleet as it is now.
     pub fn fleet(&self) -> &Fleet {
         &self.fleet
+    }
+
+    /// The signed head of the audit log.
+    pub fn checkpoint(&self) -> Arc<str> {
+        self.checkpoint.clone()
+    }
+
+    /// What agents add to the audit log today.
+    pub fn budgets(&self) -> &Budgets {
+        &self.budgets
     }
 
     /// What came of all that was told since the last call, to be carried out in this order.
@@ -387,9 +419,62 @@ impl Dispatcher {
                 self.hold(Held::Checkpoint);
             }
         }
+        self.close_expired(now);
+        self.begin_day(now);
         if self.fleet.is_timed() || self.kept.owed().is_some() {
             self.look_soon();
         }
+    }
+
+    /// Ends the connections of agents whose certificate has expired.
+    fn close_expired(&mut self, now: Now) {
+        let expired = self.fleet.expired(now.clock);
+        let expired = expired.map(|(name, link)| (name.clone(), link.id, link.certificate_ends));
+        for (name, id, ends) in expired.collect::<Vec<_>>() {
+            self.actions.push(Action::Close(id, Closing::Expired));
+            tracing::warn!(agent = %name, %ends, "certificate expired, connection closed");
+            let draft = Draft::new(AuditEvent::Expired, "master", &name);
+            let detail = json!({ "certificate_ends": ends });
+            self.write(Entry::line(Draft { detail, ..draft }));
+            self.disconnected(&name, id, now);
+        }
+    }
+
+    /// Gives all agents a new budget in the audit log when a day begins. One that exceeded the last one
+    /// reconnects, and sends again what was left out.
+    fn begin_day(&mut self, now: Now) {
+        for (name, exceeded) in self.budgets.begin_day(now.clock) {
+            let draft = Draft::new(AuditEvent::BudgetExceeded, "master", &name);
+            let detail = json!({ "left_out": exceeded.lines, "since": exceeded.since });
+            self.write(Entry::line(Draft { detail, ..draft }));
+            if let Some(id) = self.fleet.link_of(&name) {
+                self.actions.push(Action::Close(id, Closing::NewDay));
+            }
+            self.look_soon();
+        }
+    }
+
+    /// The master stops: what was left out of the audit log so far is written down.
+    pub fn stop(&mut self) {
+        let exceeded = self.budgets.exceeded();
+        let exceeded: Vec<_> = exceeded.map(|(name, it)| (name.clone(), it)).collect();
+        for (name, exceeded) in exceeded {
+            let draft = Draft::new(AuditEvent::BudgetExceeded, "master", &name);
+            let detail = json!({ "left_out": exceeded.lines, "since": exceeded.since });
+            self.write(Entry::line(Draft { detail, ..draft }));
+        }
+    }
+
+    /// Takes a line of so many bytes from an agent's budget in the audit log.
+    fn spend(&mut self, name: &AgentName, bytes: usize, now: Now) -> bool {
+        let known = self.budgets.is_exceeded(name);
+        let fits = self
+            .budgets
+            .spend(name, LINE_BYTES + bytes as u64, now.clock);
+        if !fits && !known {
+            tracing::warn!(agent = %name, "audit budget exceeded: lines are left out and receipts stay unacknowledged until the next day");
+        }
+        fits
     }
 
     /// Has the rollout looked at as soon as what waits with this was heard: each look goes through
@@ -411,6 +496,9 @@ impl Dispatcher {
                 break;
             }
             if !self.is_forced(&name, &manifest) {
+                if !self.spend_on_offer(&name, now) {
+                    continue;
+                }
                 self.forced.remove(&name);
                 self.offer(&name, id, manifest, Manner::default(), now);
                 changed = true;
@@ -432,6 +520,13 @@ impl Dispatcher {
             let open = order.taken_back || self.fleet.is_open(&order.manifest.payload_sha256());
             open && order.manifest.position() >= instead_of.position()
         })
+    }
+
+    /// Takes the line of an offer from an agent's budget: a host that connects again and again, or
+    /// asks for offers, makes one each time.
+    fn spend_on_offer(&mut self, name: &AgentName, now: Now) -> bool {
+        // Looked at with every change of the fleet: an offer that waits is not a line each time.
+        !self.budgets.is_exceeded(name) && self.spend(name, 0, now)
     }
 
     /// Has done what a change of the rollout brings. Its new state is written before every offer
@@ -630,6 +725,7 @@ impl Dispatcher {
             serial,
             certificate_ends,
             fingerprint,
+            is_new_certificate,
         } = newcomer;
         let list = self.revoked.as_ref().map(|list| &list.revoked);
         let revoked = list.into_iter().flatten().find(|it| it.serial == serial);
@@ -648,6 +744,7 @@ impl Dispatcher {
             new,
             changed,
             replaced,
+            twins,
         } = self.fleet.connected(&name, groups, link);
         if let Some(old) = replaced {
             self.actions.push(Action::Close(old, Closing::Replaced));
@@ -656,6 +753,13 @@ impl Dispatcher {
             tracing::info!(agent = %name, %address, "enrolled");
             let detail = json!({ "address": address.to_string(), "certificate": fingerprint });
             self.note(AuditEvent::Enrolled, &name, None, None, detail);
+        } else if is_new_certificate {
+            tracing::info!(agent = %name, %address, certificate = %fingerprint, "new certificate of a known agent");
+            let detail = json!({ "address": address.to_string(), "certificate": fingerprint });
+            self.note(AuditEvent::Certificate, &name, None, None, detail);
+        }
+        if let Some(twins) = twins {
+            self.report_twins(&name, &twins);
         }
         tracing::debug!(agent = %name, %address, "connected");
         self.actions.push(Action::Tell(id, Message::Welcome));
@@ -664,6 +768,28 @@ impl Dispatcher {
         }
         self.look_soon();
         Ok(id)
+    }
+
+    /// A connection that a newer one replaced still answers: two hosts use the name.
+    pub fn both_answer(&mut self, name: &AgentName, old: SocketAddr, now: Now) {
+        if let Some(twins) = self.fleet.both_answer(name, old, now.clock) {
+            self.report_twins(name, &twins);
+        }
+    }
+
+    fn report_twins(&mut self, name: &AgentName, twins: &Twins) {
+        let addresses = twins.addresses.map(|address| address.to_string());
+        tracing::error!(agent = %name, ?addresses, "two hosts use one name");
+        let detail = json!({
+            "reason": "two hosts use this name", "addresses": addresses, "agent": name,
+        });
+        let draft = Draft::new(AuditEvent::Alarm, "master", name);
+        self.write(Entry::line(Draft { detail, ..draft }));
+    }
+
+    /// A file of an agent's offer cannot be sent.
+    pub fn unsent(&mut self, name: &AgentName, id: LinkId, reason: String) {
+        self.fleet.unsent(name, id, reason);
     }
 
     /// A connection ended.
@@ -697,6 +823,12 @@ impl Dispatcher {
         if let Some(installed) = installed {
             self.actions.push(Action::Ahead(installed.clone()));
         }
+        let known = installed
+            .and_then(|installed| self.fleet.known(installed))
+            .cloned();
+        if let Some(known) = &known {
+            self.catch_up(name, known, now);
+        }
         let forced = self.forced.get(name).cloned();
         let manner = forced.as_ref().map(|order| order.manner);
         let wanted = self.fleet.wanted(name, now.clock).cloned();
@@ -704,21 +836,46 @@ impl Dispatcher {
             let instead_of = wanted.as_ref().unwrap_or(ordered);
             self.is_forced(name, instead_of)
         });
-        let Some(manifest) = ordered.or(wanted) else {
+        // A restored master lacks the receipt of what the agent has; the answer to an offer is one.
+        let is_news = |it: &Arc<Verified<Manifest>>| !self.fleet.has(name, &it.payload_sha256());
+        let unreported = known.filter(is_news);
+        let Some(manifest) = ordered.or(wanted).or(unreported) else {
             return self.vouch_to(name, id, now);
         };
+        let is_reported = self.fleet.has(name, &manifest.payload_sha256());
         let has_it = installed.is_some_and(|it| it.payload == manifest.envelope().payload);
         // Also a host that is there already hears of the offer when the master lacks its receipt
         // (a restored master): the answer is a receipt and costs nothing.
         let deadline = self.fleet.rules().deadline;
         let standing = self.fleet.standing(name, now.clock, deadline);
-        if has_it && standing == Standing::Conformant && manner.is_none() {
+        if has_it && is_reported && standing == Standing::Conformant && manner.is_none() {
             let says_live = outcome == Some(Outcome::Live);
             self.fleet
                 .has_it(name, id, manifest.payload_sha256(), says_live);
             self.vouch_to(name, id, now);
-        } else {
+        } else if manner.is_some() || self.spend_on_offer(name, now) {
             self.offer(name, id, manifest, manner.unwrap_or_default(), now);
+        }
+    }
+
+    /// Begins the generation that waits for its turn, if the fleet has it already: the state of this
+    /// master is a copy that was made in the middle of a rollout, and agents decline what is on its way.
+    fn catch_up(&mut self, name: &AgentName, known: &Verified<Manifest>, now: Now) {
+        if !self.fleet.overtaken(name, known, now.clock) {
+            return;
+        }
+        let position = known.position();
+        // An error: an operator paused the rollout, and resumes it.
+        if let Ok(effects) = self.fleet.order(rollout::Order::Supersede, now.clock) {
+            tracing::warn!(agent = %name, %position, "an agent has the generation that waits: the master was restored from a copy");
+            let draft = Draft::new(AuditEvent::Restored, "master", "fleet");
+            self.write(Entry::line(Draft {
+                position: Some(position),
+                detail: json!({ "reported_by": name }),
+                ..draft
+            }));
+            self.carry_out(effects, None, now);
+            self.look(now);
         }
     }
 
@@ -752,6 +909,7 @@ impl Dispatcher {
         let is_kept = |position| kept(position).is_some();
         if let Some(manifest) = self.fleet.mending(name, is_kept, now.clock).cloned()
             && self.fleet.link_of(name) == Some(id)
+            && self.spend_on_offer(name, now)
         {
             tracing::info!(agent = %name, "lacks files, offered anew");
             self.offer(name, id, manifest, Manner::default(), now);
@@ -761,15 +919,31 @@ impl Dispatcher {
 
     /// An agent does not take an offer. Said twice of one it is nothing new, and of one that another
     /// has taken the place of it is no answer.
-    pub fn declined(&mut self, name: &AgentName, id: LinkId, offer: OfferId, message: String) {
+    pub fn declined(&mut self, name: &AgentName, id: LinkId, decline: Decline, now: Now) {
+        let Decline {
+            offer,
+            message,
+            other_master,
+        } = decline;
         if self.fleet.offer(name) != Some(offer) {
             return;
         }
-        if let Some(position) = self.fleet.declined(name, id, message.clone()) {
+        let fits = self.spend(name, message.len(), now);
+        let other = other_master.clone();
+        let declined = self
+            .fleet
+            .declined(name, id, message.clone(), other, now.clock);
+        if let Some(position) = declined {
             self.forced.remove(name);
             tracing::warn!(agent = %name, said = message, "an agent does not take its offer");
-            let detail = json!({ "said": message });
-            self.note(AuditEvent::Declined, name, Some(position), None, detail);
+            let mut detail = json!({ "said": message });
+            if let Some(other) = other_master {
+                tracing::error!(agent = %name, publisher = other.publisher.0, position = %other.position, "an agent follows another master");
+                detail["other_master"] = json!(other);
+            }
+            if fits {
+                self.note(AuditEvent::Declined, name, Some(position), None, detail);
+            }
         }
         self.look_soon();
     }
@@ -782,6 +956,10 @@ impl Dispatcher {
         }
         self.look_soon();
         let acknowledgement = Held::Acknowledge(id, receipt.seq);
+        let bytes = receipt.envelope().payload.len();
+        if !self.fleet.knows(receipt) && !self.spend(name, bytes, now) {
+            return; // unacknowledged, it comes again
+        }
         if !self.fleet.receipt(receipt, now.clock) {
             // Known is not yet on disk: the entry of its first arrival may still wait. Of an agent that
             // repeats itself while the disk takes nothing not every word is kept.
@@ -813,7 +991,9 @@ impl Dispatcher {
             files: self.record(name),
         });
         self.hold(acknowledgement);
-        if let Some(manifest) = self.fleet.doubted(name, now.clock).cloned() {
+        if let Some(manifest) = self.fleet.doubted(name, now.clock).cloned()
+            && self.spend_on_offer(name, now)
+        {
             self.offer(name, id, manifest, Manner::default(), now);
         }
         let running = self.fleet.rollout().running();
@@ -955,6 +1135,8 @@ impl Closing {
         match self {
             Self::Replaced => (wire::close::REPLACED, "a newer connection"),
             Self::Revoked => (wire::close::REVOKED, "certificate revoked"),
+            Self::Expired => (wire::close::EXPIRED, "certificate expired"),
+            Self::NewDay => (wire::close::BUSY, "the audit budget of a new day begins"),
         }
     }
 }

@@ -4,6 +4,7 @@
 //! It waits for no peer and for no disk, so it answers at once whatever they do.
 
 use std::collections::{HashMap, HashSet, VecDeque};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -13,19 +14,21 @@ use clamcast_proto::keys::KeySet;
 use clamcast_proto::manifest::Manifest;
 use clamcast_proto::receipt::Receipt;
 use clamcast_proto::revocation::RevocationList;
-use clamcast_proto::wire::{self, Hello, OfferId};
+use clamcast_proto::wire::{self, Hello, OtherMaster};
 use clamcast_proto::{AgentName, Position};
 use jiff::Timestamp;
 use quinn::{Connection, VarInt};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
-use tokio::time::{MissedTickBehavior, sleep_until};
+use tokio::time::{MissedTickBehavior, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
-use super::agents::{Counts, Fleet, LinkId, Row, ThinVersion};
+use super::Twins;
+use super::agents::{Counts, Fleet, LinkId, Row, ThinVersion, Turn};
+use super::budget::Exceeded;
 use super::dispatch::{
-    Action, Bounds, Dispatcher, Forced, Forcing, Message, Newcomer, Now, Order, Progress,
-    TRY_AGAIN, Unwanted,
+    Action, Bounds, Closing, Decline, Dispatcher, Forced, Forcing, Message, Newcomer, Now, Order,
+    Progress, TRY_AGAIN, Unwanted,
 };
 use super::recovery;
 use super::rollout::{OrderError, Rollout, Run, Tally};
@@ -46,6 +49,12 @@ const MESSAGES_MAX: usize = 2 * wire::RECEIPTS_PENDING_MAX;
 
 /// Time between looks at a rollout when nothing happens, for silence is no event.
 const LOOK: Duration = Duration::from_secs(1);
+
+/// How long a connection that was replaced has to answer: several round trips of a slow path.
+const ANSWER: Duration = Duration::from_secs(3);
+
+/// Time between two looks whether it has.
+const ANSWER_LOOK: Duration = Duration::from_millis(50);
 
 /// Agents that the master knows, at most: each is a file and a row. A fleet of this size needs a
 /// second master.
@@ -108,10 +117,24 @@ pub enum Event {
         name: AgentName,
         /// On which connection.
         id: LinkId,
-        /// Which one.
-        offer: OfferId,
-        /// Why, in its words.
-        message: String,
+        /// Which one, and why.
+        decline: Decline,
+    },
+    /// A file of its offer cannot be sent.
+    Unsent {
+        /// Who.
+        name: AgentName,
+        /// On which connection.
+        id: LinkId,
+        /// Why.
+        reason: String,
+    },
+    /// The other end of a connection that was replaced still answers.
+    BothAnswer {
+        /// Who.
+        name: AgentName,
+        /// Where the replaced connection came from.
+        old: SocketAddr,
     },
     /// A connection ended.
     Disconnected {
@@ -157,6 +180,10 @@ pub struct View {
     pub tallies: Option<(Tally, Tally)>,
     /// The newest generation that was not taken back: also one that waits for its turn.
     pub newest: Option<Position>,
+    /// The generation that waits for its turn.
+    pub waiting: Option<Turn>,
+    /// Since and until when the rollout waits for agents that were connected before a start.
+    pub reconnecting: Option<(Timestamp, Timestamp)>,
     /// What the next wave waits for, if it waits for a window: each group's windows.
     pub windows: Vec<String>,
     /// How long a wave waits for its members.
@@ -171,6 +198,12 @@ pub struct View {
     pub unsettled: Vec<AgentName>,
     /// The table.
     pub rows: Vec<Row>,
+    /// Names that two hosts use.
+    pub twins: Vec<(AgentName, Twins)>,
+    /// Agents that exceeded their budget in the audit log.
+    pub exceeded: Vec<(AgentName, Exceeded)>,
+    /// Agents that follow another master, and since when this one knows.
+    pub other_masters: Vec<(AgentName, OtherMaster, Timestamp)>,
 }
 
 impl View {
@@ -260,6 +293,7 @@ pub fn start(
     let mut dispatcher = Dispatcher::new(fleet, BOUNDS, Now::get());
     dispatcher.durable(0, &means.recorder.watch().borrow().checkpoint);
     let running = Running {
+        events: events.downgrade(),
         dispatcher,
         numbers: VecDeque::new(),
         means,
@@ -273,12 +307,14 @@ pub fn start(
 }
 
 struct Running {
+    /// For tasks of the hub's own.
+    events: mpsc::WeakSender<Event>,
     dispatcher: Dispatcher,
     /// The recorder's numbers of the dispatcher's entries that are not on disk.
     numbers: VecDeque<u64>,
     means: Means,
     links: HashMap<LinkId, Line>,
-    /// What waits for the store.
+    /// What waits for the store, or for an answer of a connection that was replaced.
     tasks: JoinSet<()>,
     /// The mirror is to be looked at, for which there was no room at this time.
     unlooked: Option<Instant>,
@@ -299,6 +335,24 @@ impl Line {
         if let Err(mpsc::error::TrySendError::Full(_)) = self.messages.try_send(message) {
             tracing::warn!(agent = %self.name, "reads nothing, connection closed");
             self.close(wire::close::TIMEOUT, "reads nothing");
+        }
+    }
+
+    /// Whether the other end acknowledges what is sent to it. It is sent the head of the audit log,
+    /// which it may hear at any time.
+    async fn answers(&self, checkpoint: Arc<str>) -> bool {
+        let heard = || self.connection.stats().udp_rx.datagrams;
+        let before = heard();
+        self.send(Message::Checkpoint(checkpoint));
+        let answered = async {
+            while heard() == before {
+                sleep(ANSWER_LOOK).await;
+            }
+        };
+        tokio::select! {
+            biased;
+            _ = self.connection.closed() => false,
+            answered = timeout(ANSWER, answered) => answered.is_ok(),
         }
     }
 
@@ -348,7 +402,7 @@ impl Running {
                             self.look();
                         }
                         // Nobody may be waiting any more.
-                        let _ = reply.send(View::of(self.dispatcher.fleet(), Timestamp::now()));
+                        let _ = reply.send(View::of(&self.dispatcher, Timestamp::now()));
                     }
                     Some(event) => {
                         self.handle(event, Now::get());
@@ -358,6 +412,8 @@ impl Running {
                 },
             }
         }
+        self.dispatcher.stop();
+        self.carry_out();
         while let Some(ended) = self.tasks.join_next().await {
             report(ended);
         }
@@ -426,12 +482,11 @@ impl Running {
                 dispatcher.progress(&name, id, progress, now);
             }
             Event::Receipt { id, receipt } => dispatcher.receipt(id, &receipt, now),
-            Event::Declined {
-                name,
-                id,
-                offer,
-                message,
-            } => dispatcher.declined(&name, id, offer, message),
+            Event::Declined { name, id, decline } => {
+                dispatcher.declined(&name, id, decline, now);
+            }
+            Event::Unsent { name, id, reason } => dispatcher.unsent(&name, id, reason),
+            Event::BothAnswer { name, old } => dispatcher.both_answer(&name, old, now),
             Event::Reoffer { name, id } => {
                 let store = self.means.publisher.store();
                 let kept = |at| store.manifest(at).filter(|_| store.keeps(at));
@@ -482,7 +537,12 @@ impl Running {
                     if let Some(line) = self.links.remove(&id) {
                         let (code, reason) = closing.code();
                         tracing::debug!(agent = %line.name, reason, "connection closed");
-                        line.close(code, reason);
+                        match closing {
+                            Closing::Replaced => self.replace(line),
+                            Closing::Revoked | Closing::Expired | Closing::NewDay => {
+                                line.close(code, reason);
+                            }
+                        }
                     }
                 }
                 Action::Publish => self.publish(),
@@ -501,13 +561,29 @@ impl Running {
                 }
                 Action::Ahead(installed) => {
                     let ours = self.dispatcher.fleet().current();
-                    if recovery::is_ahead(&installed, ours, &self.means.keys) {
+                    if recovery::is_news(&installed, ours, &self.means.keys) {
                         // Full: others wait that say the same, and the agents come again.
                         let _ = self.means.ahead.try_send(installed);
                     }
                 }
             }
         }
+    }
+
+    /// Closes a connection that was replaced, after a look whether its other end still answers. An agent
+    /// that lost it does not; a second host with the same identity does.
+    fn replace(&mut self, line: Line) {
+        let (events, checkpoint) = (self.events.clone(), self.dispatcher.checkpoint());
+        self.tasks.spawn(async move {
+            if line.answers(checkpoint).await
+                && let Some(events) = events.upgrade()
+            {
+                let (name, old) = (line.name.clone(), line.connection.remote_address());
+                let _ = events.send(Event::BothAnswer { name, old }).await; // the hub stops
+            }
+            let (code, reason) = Closing::Replaced.code();
+            line.close(code, reason);
+        });
     }
 
     fn write(&mut self, entry: Entry) {
@@ -544,10 +620,15 @@ fn report(ended: Result<(), tokio::task::JoinError>) {
 }
 
 impl View {
-    fn of(fleet: &Fleet, now: Timestamp) -> Self {
+    fn of(dispatcher: &Dispatcher, now: Timestamp) -> Self {
+        let fleet = dispatcher.fleet();
+        let twins = fleet.twins(now);
+        let exceeded = dispatcher.budgets().exceeded();
         let deadline = fleet.rules().deadline;
         Self {
             current: fleet.current().cloned(),
+            waiting: fleet.turn(),
+            reconnecting: fleet.reconnecting(now),
             newest: fleet.newest().map(|manifest| manifest.position()),
             rollout: fleet.rollout().clone(),
             tallies: fleet.tallies(now),
@@ -558,6 +639,12 @@ impl View {
             counts: fleet.counts(now, deadline),
             unsettled: fleet.unsettled(now, deadline).cloned().collect(),
             rows: fleet.rows(now, deadline),
+            twins: twins.map(|(name, it)| (name.clone(), it.clone())).collect(),
+            other_masters: fleet
+                .other_masters()
+                .map(|(name, other, since)| (name.clone(), other.clone(), since))
+                .collect(),
+            exceeded: exceeded.map(|(name, it)| (name.clone(), it)).collect(),
         }
     }
 }

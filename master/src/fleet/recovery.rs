@@ -45,9 +45,10 @@ pub fn replay(rollout: &Rollout, manifests: &[Arc<Verified<Manifest>>]) -> Optio
     })
 }
 
-/// Whether what an agent has `installed` shows that this master was restored from a backup and has
-/// forgotten what it published since `ours`. Only a signature moves a master.
-pub fn is_ahead(
+/// Whether what an agent has `installed` may show that this master was restored from a backup and has
+/// forgotten what it published since `ours`, or that another master publishes. Only a signature moves a
+/// master.
+pub fn is_news(
     installed: &Envelope,
     ours: Option<&Arc<Verified<Manifest>>>,
     keys: &KeySet,
@@ -55,9 +56,12 @@ pub fn is_ahead(
     let Ok(manifest) = Manifest::verify(installed, &keys.manifest) else {
         return false;
     };
-    // Of its number there may be another one here, which was made after the restoration.
     ours.is_none_or(|ours| {
-        manifest.position() >= ours.position() && manifest.payload_sha256() != ours.payload_sha256()
+        let is_others = manifest.publisher != ours.publisher && manifest.epoch == keys.epoch;
+        // Of its number there may be another one here, which was made after the restoration.
+        let is_ahead = manifest.position() >= ours.position()
+            && manifest.payload_sha256() != ours.payload_sha256();
+        is_others || is_ahead
     })
 }
 

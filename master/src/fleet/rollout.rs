@@ -755,6 +755,19 @@ impl Rollout {
         Some((all, wave))
     }
 
+    /// Since and until when no wave begins because agents that were connected before a start of the master
+    /// are not back.
+    pub fn reconnecting(
+        &self,
+        agents: &impl Agents,
+        rules: &Rules,
+        now: Timestamp,
+    ) -> Option<(Timestamp, Timestamp)> {
+        let (run, since) = (self.running.as_ref()?, self.resumed?);
+        let waits = run.waits_for_reconnects(&self.subject(agents, rules, now), now);
+        waits.then(|| (since, run::reconnected(since)))
+    }
+
     /// Members of settled waves that have not proven the running generation.
     pub fn stragglers<'a>(
         &self,

@@ -12,12 +12,13 @@ use clamcast_proto::receipt::{
     ClamdReport, ClamdState, DRIFT_MAX, Drift, ERROR_BYTES_MAX, FOREIGN_MAX, FileState, Outcome,
     Proof, Receipt,
 };
-use clamcast_proto::wire::{self, OfferId, Phase};
+use clamcast_proto::wire::{self, OfferId, OtherMaster, Phase};
 use clamcast_proto::{AgentName, Digest, GroupName, Position};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::fleet::rollout::{Answer, Member, Offering, Rollout, Target, UNKNOWN_VERSION, Wanted};
+use crate::fleet::twins::Arrivals;
 
 /// Receipts remembered by digest, so that one that is sent again is not taken for a new one.
 const RECEIPTS_REMEMBERED: usize = wire::RECEIPTS_PENDING_MAX;
@@ -44,6 +45,8 @@ pub(super) struct Agent {
     pub(super) was_connected: bool,
     /// Whether it was, and has not connected since.
     pub(super) returning: bool,
+    /// Its connections, of which two hosts may have made some.
+    pub(super) arrivals: Arrivals,
 }
 
 /// The generation that an agent was offered last.
@@ -200,6 +203,8 @@ pub struct Link {
     pub answered: Option<Answered>,
     /// The last offer, if it was declined.
     pub declined: Option<Declined>,
+    /// Why the master could not send a file of the last offer.
+    pub unsent: Option<String>,
     /// Whether it has said Hello: before that it is offered nothing.
     pub greeted: bool,
     /// The manifest that it has or was offered last on this connection.
@@ -237,6 +242,7 @@ impl Link {
             offer: None,
             answered: None,
             declined: None,
+            unsent: None,
             greeted: false,
             told: None,
             says_live: false,
@@ -260,6 +266,10 @@ pub struct Declined {
     pub manifest_sha256: Digest,
     /// Why, in the agent's words.
     pub message: String,
+    /// The master that the agent follows, if the reason is that there are two.
+    pub other_master: Option<Box<OtherMaster>>,
+    /// When.
+    pub since: Timestamp,
 }
 
 /// An offer under way.
@@ -407,6 +417,11 @@ impl Agent {
             None if declined => Standing::Failed,
             Some(_) | None => Standing::Behind,
         }
+    }
+
+    /// Whether it sent this receipt before.
+    pub(super) fn knows(&self, receipt: &Verified<Receipt>) -> bool {
+        self.record.receipts.contains(&receipt.payload_sha256())
     }
 
     /// Takes a receipt whose signature was checked; `manifest` is what it is about, where that is

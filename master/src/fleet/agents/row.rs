@@ -9,6 +9,7 @@ use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
 use super::agent::{Agent, Answered, Standing};
+use crate::fleet::Twins;
 use crate::fleet::rollout::{Rollout, Wanted};
 
 /// Why a host that is not connected is not where it should be.
@@ -76,6 +77,11 @@ pub struct Row {
     pub answered: Option<Answered>,
 }
 
+fn told_of_twins(twins: &Twins) -> String {
+    let [one, other] = twins.addresses;
+    format!("two hosts use this name: {one} and {other}")
+}
+
 impl Agent {
     /// What is shown of it. `wanted`: what it is wanted at now.
     pub(super) fn row(
@@ -86,6 +92,7 @@ impl Agent {
         now: Timestamp,
     ) -> Row {
         let record = &self.record;
+        let twins = self.arrivals.twins(now);
         let installed = record.installed.as_ref();
         let offer = self.link.as_ref().and_then(|link| link.offer.as_ref());
         let times = [
@@ -104,18 +111,21 @@ impl Agent {
                 Wanted::At(target) => Some(target.position),
             },
             pinned: rollout.pin(&record.groups).is_some(),
-            conformant: standing == Standing::Conformant && installed.is_some(),
+            conformant: standing == Standing::Conformant && installed.is_some() && twins.is_none(),
             outcome: self.outcome(),
-            error: self.error(standing, now).or_else(|| {
-                if let Wanted::Later(target) = wanted {
-                    return Some(format!(
-                        "gets {} when a window of it opens",
-                        target.position
-                    ));
-                }
-                let installed = installed.filter(|_| self.has_taken_back(rollout))?;
-                Some(format!("{} was taken back", installed.position))
-            }),
+            error: twins
+                .map(told_of_twins)
+                .or_else(|| self.error(standing, now))
+                .or_else(|| {
+                    if let Wanted::Later(target) = wanted {
+                        return Some(format!(
+                            "gets {} when a window of it opens",
+                            target.position
+                        ));
+                    }
+                    let installed = installed.filter(|_| self.has_taken_back(rollout))?;
+                    Some(format!("{} was taken back", installed.position))
+                }),
             taken_back: self.has_taken_back(rollout),
             since: times.into_iter().flatten().max().unwrap_or(record.seen),
             clamd: record.clamd.clone(),
@@ -187,6 +197,9 @@ impl Agent {
             return None;
         }
         let link = self.link.as_ref();
+        if let Some(unsent) = link.and_then(|link| link.unsent.as_ref()) {
+            return Some(unsent.clone());
+        }
         if let Some(offer) = link.and_then(|link| link.offer.as_ref()) {
             let silent = now.duration_since(offer.progress);
             let told = standing == Standing::Failed || silent >= SILENCE_TOLD;
@@ -204,7 +217,15 @@ impl Agent {
             return Some(format!("{}: {}", failed.position, failed.error));
         }
         if link.is_none() {
-            return Some(AWAY.to_owned());
+            let ends = self.record.certificate_ends;
+            return Some(match ends <= now {
+                true => format!(
+                    "not connected; its certificate expired at {ends:.0}: `clamcast-certs agent {} \
+                     --force` makes a new one",
+                    self.record.name
+                ),
+                false => AWAY.to_owned(),
+            });
         }
         let installed = self.record.installed.as_ref()?;
         let clamd = &self.record.clamd;

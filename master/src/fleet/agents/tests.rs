@@ -228,7 +228,7 @@ fn whoever_declines_what_it_is_wanted_at_is_not_conformant() {
     let mut fleet = fleet(7, &[(7, Outcome::Live)]);
     let (name, link) = ("web1".parse().unwrap(), LinkId(1));
     fleet.offered(&name, link, OfferId(9), &manifest(7), at(0));
-    fleet.declined(&name, link, "older than 1.8".to_owned());
+    fleet.declined(&name, link, "older than 1.8".to_owned(), None, at(5));
     let standing = fleet.standing(&name, at(0), DEADLINE);
     assert_eq!(standing, Standing::Failed);
 }
@@ -486,6 +486,7 @@ fn a_new_connection_replaces_the_old_one_whose_end_then_means_nothing() {
         new: false,
         changed: false,
         replaced: Some(LinkId(1)),
+        twins: None,
     };
     assert_eq!(fleet.connected(&name, vec![], link(2)), arrival);
     fleet.disconnected(&name, LinkId(1), at(5));

@@ -40,15 +40,8 @@ impl Desk {
     }
 
     fn connect(&mut self, name: &str, group: &str) -> Result<LinkId, Unwanted> {
-        let newcomer = Newcomer {
-            name: name.parse().unwrap(),
-            groups: vec![group.parse().unwrap()],
-            address: SocketAddr::from(([127, 0, 0, 1], 1)),
-            serial: Serial(format!("{name}-1")),
-            certificate_ends: Timestamp::MAX,
-            fingerprint: Digest::of(name.as_bytes()),
-        };
-        self.dispatcher.connected(newcomer, self.now())
+        let now = self.now();
+        self.dispatcher.connected(newcomer(name, group), now)
     }
 
     fn hello(&mut self, name: &str, id: LinkId) {
@@ -108,6 +101,26 @@ impl Desk {
     #[track_caller]
     fn check(&mut self, expected: &[&str]) {
         assert_eq!(self.done(), expected);
+    }
+}
+
+fn newcomer(name: &str, group: &str) -> Newcomer {
+    Newcomer {
+        name: name.parse().unwrap(),
+        groups: vec![group.parse().unwrap()],
+        address: SocketAddr::from(([127, 0, 0, 1], 1)),
+        serial: Serial(format!("{name}-1")),
+        certificate_ends: Timestamp::MAX,
+        fingerprint: Digest::of(name.as_bytes()),
+        is_new_certificate: false,
+    }
+}
+
+fn decline(offer: OfferId, message: &str) -> Decline {
+    Decline {
+        offer,
+        message: message.to_owned(),
+        other_master: None,
     }
 }
 
@@ -322,12 +335,13 @@ fn a_word_about_an_offer_that_another_took_the_place_of_is_none() {
     desk.receipt(id, 7, 1, Outcome::Live);
     desk.publish(8);
     desk.done();
+    let now = desk.now();
     desk.dispatcher
-        .declined(&name, id, old, "too late".to_owned());
+        .declined(&name, id, decline(old, "too late"), now);
     desk.check(&[]);
     let new = desk.dispatcher.fleet().offer(&name).unwrap();
     desk.dispatcher
-        .declined(&name, id, new, "no room".to_owned());
+        .declined(&name, id, decline(new, "no room"), now);
     desk.check(&["write declined"]);
 }
 
@@ -470,4 +484,198 @@ fn agents_are_told_the_head_of_the_log_that_has_the_end_of_a_rollout() {
     desk.dispatcher.tick(now);
     assert!(!desk.refused().contains(&"1: head".to_owned()));
     assert!(desk.done().contains(&"1: head".to_owned()));
+}
+
+#[test]
+fn an_agent_past_its_audit_budget_is_neither_acknowledged_nor_offered_until_the_next_day() {
+    let mut desk = Desk::new(&["100%"]);
+    desk.publish(7);
+    let id = desk.greeted("web1", "canary");
+    desk.done();
+    let mut lines = 0;
+    let seq = (1..).find(|seq| {
+        desk.receipt(id, 7, *seq, Outcome::Live);
+        let done = desk.done();
+        lines += done
+            .iter()
+            .filter(|it| it.starts_with("write receipt"))
+            .count();
+        !done.contains(&format!("{id}: acknowledged {seq}", id = id.0))
+    });
+    let seq = seq.unwrap();
+    assert!(
+        lines > 100,
+        "{lines} receipts are more than an honest agent sends"
+    );
+    desk.receipt(id, 7, seq + 1, Outcome::Live);
+    desk.publish(8);
+    desk.check(&[]);
+    let other = desk.greeted("web2", "canary");
+    let done = desk.done();
+    assert!(
+        done.contains(&format!("{}: offered 8", other.0)),
+        "{done:?}"
+    );
+
+    desk.seconds = 86_400;
+    let now = desk.now();
+    desk.dispatcher.tick(now);
+    let done = desk.done();
+    assert!(
+        done.contains(&"write budget-exceeded".to_owned()),
+        "{done:?}"
+    );
+    assert!(
+        done.contains(&format!(
+            "close {}: the audit budget of a new day begins",
+            id.0
+        )),
+        "{done:?}"
+    );
+    let name = "web1".parse().unwrap();
+    desk.dispatcher.disconnected(&name, id, now);
+    let id = desk.greeted("web1", "canary");
+    desk.receipt(id, 7, seq, Outcome::Live);
+    let done = desk.done();
+    assert!(
+        done.contains(&format!("{}: acknowledged {seq}", id.0)),
+        "{done:?}"
+    );
+}
+
+#[test]
+fn lines_that_are_left_out_are_counted_at_a_stop() {
+    let mut desk = Desk::new(&["100%"]);
+    desk.publish(7);
+    let id = desk.greeted("web1", "canary");
+    let name: AgentName = "web1".parse().unwrap();
+    while !desk.dispatcher.budgets().is_exceeded(&name) {
+        desk.begins("web1", id);
+        let now = desk.now();
+        desk.dispatcher.reoffer(&name, id, |_| None, now);
+    }
+    desk.done();
+    desk.dispatcher.stop();
+    desk.check(&["write budget-exceeded"]);
+}
+
+#[test]
+fn a_connection_whose_certificate_has_expired_is_closed() {
+    let mut desk = Desk::new(&["100%"]);
+    let newcomer = Newcomer {
+        certificate_ends: Timestamp::from_second(60).unwrap(),
+        ..newcomer("web1", "canary")
+    };
+    let now = desk.now();
+    let id = desk.dispatcher.connected(newcomer, now).unwrap();
+    desk.done();
+    desk.seconds = 59;
+    let now = desk.now();
+    desk.dispatcher.tick(now);
+    desk.check(&[]);
+    desk.seconds = 60;
+    let now = desk.now();
+    desk.dispatcher.tick(now);
+    let done = desk.done();
+    assert_eq!(
+        done[..2],
+        [
+            format!("close {}: certificate expired", id.0),
+            "write expired".to_owned()
+        ]
+    );
+    desk.dispatcher.tick(now);
+    desk.check(&[]);
+}
+
+#[test]
+fn a_new_certificate_of_a_known_name_is_recorded() {
+    let mut desk = Desk::new(&["100%"]);
+    for (is_new_certificate, expected) in [
+        (true, &["write enrolled"][..]),
+        (false, &[]),
+        (true, &["write certificate"]),
+    ] {
+        let newcomer = Newcomer {
+            is_new_certificate,
+            ..newcomer("web1", "canary")
+        };
+        let now = desk.now();
+        let id = desk.dispatcher.connected(newcomer, now).unwrap();
+        let done = desk.done();
+        let noted: Vec<_> = done
+            .iter()
+            .filter(|it| it.starts_with("write ") && !it.contains("record"))
+            .collect();
+        assert_eq!(noted, expected.iter().collect::<Vec<_>>(), "{done:?}");
+        desk.dispatcher
+            .disconnected(&"web1".parse().unwrap(), id, now);
+        desk.done();
+    }
+}
+
+#[test]
+fn a_name_that_two_hosts_use_is_reported_and_not_conformant() {
+    let mut desk = Desk::new(&["100%"]);
+    desk.publish(7);
+    let id = desk.greeted("web1", "canary");
+    desk.receipt(id, 7, 1, Outcome::Live);
+    desk.done();
+    let conformant = |desk: &Desk| {
+        let rows = desk
+            .dispatcher
+            .fleet()
+            .rows(desk.now().clock, Duration::from_secs(60));
+        let counts = desk
+            .dispatcher
+            .fleet()
+            .counts(desk.now().clock, Duration::from_secs(60));
+        assert_eq!(counts.conformant, usize::from(rows[0].conformant));
+        (rows[0].conformant, rows[0].error.clone())
+    };
+    assert_eq!(conformant(&desk), (true, None));
+    let (old, now) = (SocketAddr::from(([10, 0, 0, 9], 1)), desk.now());
+    let name = "web1".parse().unwrap();
+    desk.dispatcher.both_answer(&name, old, now);
+    desk.dispatcher.both_answer(&name, old, now);
+    desk.check(&["write alarm"]);
+    let (is_conformant, error) = conformant(&desk);
+    let error = error.unwrap();
+    assert!(
+        !is_conformant && error.contains("10.0.0.9:1 and 127.0.0.1:1"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_master_restored_from_a_copy_made_during_a_rollout_goes_on_with_what_the_fleet_has() {
+    let mut desk = Desk::new(&["group:canary", "100%"]);
+    desk.publish(6);
+    let id = desk.greeted("web1", "canary");
+    desk.receipt(id, 6, 1, Outcome::Live);
+    desk.publish(7);
+    desk.publish(8); // waits
+    desk.done();
+    assert_eq!(
+        desk.dispatcher.fleet().turn().unwrap().position,
+        manifest(8).position()
+    );
+
+    // An agent that this master never offered what waits has it.
+    let other = desk.connect("web2", "db").unwrap();
+    let now = desk.now();
+    let installed = manifest(8);
+    let said = hello(Some(installed.envelope()));
+    desk.dispatcher
+        .hello(&"web2".parse().unwrap(), other, said, now);
+    let done = desk.done();
+    assert!(done.contains(&"write restored".to_owned()), "{done:?}");
+    assert!(done.contains(&format!("{}: offered 8", id.0)), "{done:?}");
+    // Outside the first wave it keeps what it has, and says so in a receipt.
+    assert!(
+        done.contains(&format!("{}: offered 8", other.0)),
+        "{done:?}"
+    );
+    let running = desk.dispatcher.fleet().rollout().running().unwrap();
+    assert_eq!(running.target.position, manifest(8).position());
 }

@@ -628,7 +628,7 @@ impl Run {
 
     /// Whether the agents that were connected before a start of the master have yet to come back:
     /// a wave that begins without them would be drawn from the few that are faster.
-    fn waits_for_reconnects(&self, subject: &[Participant<'_>], now: Timestamp) -> bool {
+    pub(super) fn waits_for_reconnects(&self, subject: &[Participant<'_>], now: Timestamp) -> bool {
         if !is_reconnecting(self.resumed, now) {
             return false;
         }
@@ -642,13 +642,19 @@ impl Run {
     /// Whether it makes way for a newer generation that waits: nobody was offered it, it waits for a
     /// window, or it is stuck and has had the time that all of its waves may take.
     pub(super) fn makes_way(&self, rules: &Rules, now: Timestamp) -> bool {
+        match &self.paused {
+            None => self.begun.is_empty() || self.waits_for_window,
+            Some(pause) => pause.kind != PauseKind::Operator && self.is_stuck_at(rules) <= now,
+        }
+    }
+
+    /// When it has had the time that all of its waves may take.
+    pub fn is_stuck_at(&self, rules: &Rules) -> Timestamp {
         let waves = self.begun.len() + self.ahead.len() + self.skipped.len();
         let each = rules.deadline.saturating_add(rules.settle);
         let time = each.saturating_mul(u32::try_from(waves).unwrap_or(u32::MAX));
-        match &self.paused {
-            None => self.begun.is_empty() || self.waits_for_window,
-            Some(pause) => pause.kind != PauseKind::Operator && is_over(self.since, time, now),
-        }
+        let time = SignedDuration::try_from(time).unwrap_or(SignedDuration::MAX);
+        self.since.saturating_add(time).unwrap_or(Timestamp::MAX)
     }
 
     // Waves.
@@ -1019,6 +1025,11 @@ pub(super) fn due(member: &Member<'_>, wave: &Begun, rules: &Rules) -> Timestamp
 /// Whether the master was started at `started` and its agents may still be reconnecting.
 pub(super) fn is_reconnecting(started: Option<Timestamp>, now: Timestamp) -> bool {
     started.is_some_and(|started| now.duration_since(started) < RECONNECT)
+}
+
+/// Until when agents may still be reconnecting after a start at `started`.
+pub(super) fn reconnected(started: Timestamp) -> Timestamp {
+    started.saturating_add(RECONNECT).unwrap_or(Timestamp::MAX)
 }
 
 pub(super) fn is_over(since: Timestamp, span: Duration, now: Timestamp) -> bool {
