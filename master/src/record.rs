@@ -6,3 +6,4 @@ pub mod archive;
 pub mod entry;
 pub mod events;
 pub mod recorder;
+mod reserve;

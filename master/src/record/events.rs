@@ -60,6 +60,7 @@ fn concerns(record: &Record, agent: &AgentPattern) -> bool {
     let event = AuditEvent::named(&record.event);
     let is_about_one = event.is_some_and(|event| event.subject() == Subject::Agent);
     let subject = is_about_one.then_some(record.subject.as_str());
+    let named = record.detail["agent"].as_str();
     let listed = NAMING_AGENTS
         .iter()
         .filter_map(|list| record.detail[list].as_array())
@@ -68,6 +69,7 @@ fn concerns(record: &Record, agent: &AgentPattern) -> bool {
     actor
         .into_iter()
         .chain(subject)
+        .chain(named)
         .chain(listed)
         .any(|name| agent.matches(name))
 }

@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use clamcast_daemon::alarms::Alarm;
 use clamcast_daemon::audit::{self, Draft};
 use clamcast_daemon::durable;
 use clamcast_daemon::input;
@@ -25,6 +26,7 @@ use serde_json::json;
 use tokio::sync::watch;
 
 use super::entry::{Entry, FileName};
+use super::reserve::{self, Reserve};
 
 /// From this many entries that wait for the disk on there is no room for more, but for those that
 /// nobody can make many of.
@@ -97,11 +99,22 @@ struct Queue {
 #[derive(Debug, Default)]
 struct Trouble {
     /// Why nothing can be written at the moment.
-    refused: Mutex<Option<String>>,
+    refused: Mutex<Option<(String, Timestamp)>>,
+    /// Since when the reserve of disk space is gone: in use, or never made.
+    unreserved: Mutex<Option<(Unreserved, Timestamp)>>,
     /// Since when the present write is under way.
-    since: Mutex<Option<Instant>>,
+    since: Mutex<Option<(Instant, Timestamp)>>,
     /// Files that cannot be written although others can, and why.
-    unwritable: Mutex<BTreeMap<FileName, String>>,
+    unwritable: Mutex<BTreeMap<FileName, (String, Timestamp)>>,
+}
+
+/// Why there is no reserve of disk space.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Unreserved {
+    /// The disk became full, and the reserve was given to it.
+    InUse,
+    /// The disk had no space for it.
+    NoSpace,
 }
 
 impl Recorder {
@@ -114,6 +127,10 @@ impl Recorder {
         };
         let (written, durable) = watch::channel(start);
         let trouble = Arc::<Trouble>::default();
+        let reserve = Reserve::new(&places.state);
+        if !reserve.is_held() {
+            *lock(&trouble.unreserved) = Some((Unreserved::NoSpace, Timestamp::now()));
+        }
         let give_up = Arc::<AtomicBool>::default();
         let writer = Writer {
             log,
@@ -122,6 +139,7 @@ impl Recorder {
             give_up: give_up.clone(),
             retry: Files::new(),
             retried: Instant::now(),
+            reserve,
         };
         let thread = thread::Builder::new()
             .name("recorder".to_owned())
@@ -168,9 +186,12 @@ impl Recorder {
         self.durable.clone()
     }
 
-    /// Whether fewer than [`ENTRIES_MAX`] entries wait for the disk.
+    /// Whether there is room for what agents add: fewer than [`ENTRIES_MAX`] entries wait for the disk, and
+    /// the disk is not so full that what is left is for operators and alarms.
     pub fn has_room(&self) -> bool {
-        self.last() < self.durable.borrow().number + ENTRIES_MAX
+        let unreserved = lock(&self.trouble.unreserved).map(|(why, _)| why);
+        unreserved != Some(Unreserved::InUse)
+            && self.last() < self.durable.borrow().number + ENTRIES_MAX
     }
 
     /// Returns when there is room for more entries.
@@ -196,19 +217,54 @@ impl Recorder {
 
     /// Why nothing can be written at the moment.
     pub fn alarm(&self) -> Option<String> {
-        let refused = lock(&self.trouble.refused).clone();
-        let since = *lock(&self.trouble.since);
-        let slow = since.map(|since| since.elapsed()).filter(|it| *it > SLOW);
-        let slow = slow.map(|it| format!("the disk has not taken a write for {} s", it.as_secs()));
-        let reason = refused.or(slow)?;
-        let durable = self.durable.borrow().number;
-        let waiting = self.last().saturating_sub(durable);
-        Some(format!("{reason}; {waiting} entries wait for the disk"))
+        self.refusal().map(|(reason, _)| reason)
     }
 
-    /// The files that cannot be written although the disk takes others, each with the reason.
-    pub fn unwritable(&self) -> Vec<String> {
-        lock(&self.trouble.unwritable).values().cloned().collect()
+    /// Why nothing can be written at the moment, and since when.
+    fn refusal(&self) -> Option<(String, Timestamp)> {
+        let refused = lock(&self.trouble.refused).clone();
+        let since = *lock(&self.trouble.since);
+        let slow = since.filter(|(since, _)| since.elapsed() > SLOW);
+        let slow = slow.map(|(since, clock)| {
+            let seconds = since.elapsed().as_secs();
+            (
+                format!("the disk has not taken a write for {seconds} s"),
+                clock,
+            )
+        });
+        let (reason, since) = refused.or(slow)?;
+        let durable = self.durable.borrow().number;
+        let waiting = self.last().saturating_sub(durable);
+        Some((
+            format!("{reason}; {waiting} entries wait for the disk"),
+            since,
+        ))
+    }
+
+    /// Alarms about the disk, and about files that it does not take although it takes others.
+    pub fn alarms(&self) -> Vec<Alarm> {
+        let alarm = |(text, since)| Alarm {
+            name: "disk".to_owned(),
+            text,
+            since,
+        };
+        let unreserved = lock(&self.trouble.unreserved).map(|(why, since)| {
+            let text = match why {
+                Unreserved::InUse => {
+                    "the disk of the state directory is full: agents' receipts wait, and the reserve for \
+                     operators and alarms is in use; free some space"
+                }
+                Unreserved::NoSpace => {
+                    "the disk of the state directory has no space for the reserve of 16 MiB for \
+                     operators and alarms; free some space"
+                }
+            };
+            (text.to_owned(), since)
+        });
+        let unwritable = lock(&self.trouble.unwritable);
+        let unwritable = unwritable.values().cloned();
+        let disk = self.refusal().into_iter().chain(unreserved);
+        disk.chain(unwritable).map(alarm).collect()
     }
 }
 
@@ -246,6 +302,7 @@ struct Writer {
     /// Files that could not be written although others could, until they can.
     retry: Files,
     retried: Instant,
+    reserve: Reserve,
 }
 
 /// Files with their new content, in the order in which they are written.
@@ -256,12 +313,13 @@ impl Writer {
         let mut number = 0;
         while let Some((last, mut batch)) = self.next(inbox) {
             number = last.unwrap_or(number);
-            *lock(&self.trouble.since) = Some(Instant::now());
+            *lock(&self.trouble.since) = Some((Instant::now(), Timestamp::now()));
             if !self.write(&mut batch) {
                 return; // nobody is told of it
             }
             *lock(&self.trouble.since) = None;
             let checkpoint = self.log.checkpoint();
+            self.restore_reserve();
             written.send_modify(|durable| {
                 durable.number = number;
                 if *durable.checkpoint != *checkpoint {
@@ -271,10 +329,17 @@ impl Writer {
         }
     }
 
+    /// Has space reserved again as soon as the disk has enough.
+    fn restore_reserve(&mut self) {
+        if !self.reserve.is_held() && self.reserve.restore() {
+            *lock(&self.trouble.unreserved) = None;
+        }
+    }
+
     /// Waits for entries and takes those that wait together, with the number of the last one; or
-    /// none, if there is a file to be tried again. `None` at the end.
+    /// none, if there is a file or the reserve to be tried again. `None` at the end.
     fn next(&self, inbox: &std_mpsc::Receiver<(u64, Entry)>) -> Option<(Option<u64>, Vec<Entry>)> {
-        let first = match self.retry.is_empty() {
+        let first = match self.retry.is_empty() && self.reserve.is_held() {
             true => inbox.recv().ok()?,
             false => match inbox.recv_timeout(RETRY) {
                 Ok(first) => first,
@@ -318,9 +383,15 @@ impl Writer {
                 if writer.log.records() > before {
                     drafts.clear(); // in the log; what may be left to do is to sign it
                 }
-                written
-                    .map(drop)
-                    .map_err(|error| io::Error::other(crate::chain(&error)))
+                written.map(drop).map_err(|error| {
+                    let is_full = matches!(&error, audit::AuditError::Write { source, .. }
+                        if reserve::is_full(source));
+                    let kind = match is_full {
+                        true => io::ErrorKind::StorageFull,
+                        false => io::ErrorKind::Other,
+                    };
+                    io::Error::new(kind, crate::chain(&error))
+                })
             })
             && self.write_each(&agents, "the agents' records")
             && self.until_written("the state of the rollout", |writer| {
@@ -398,10 +469,16 @@ impl Writer {
              its place",
             path.display()
         );
-        let known = lock(&self.trouble.unwritable).insert(name.clone(), reason.clone());
-        if known.as_ref() != Some(&reason) {
+        let mut unwritable = lock(&self.trouble.unwritable);
+        let known = unwritable.get(name).cloned();
+        let since = known
+            .as_ref()
+            .map_or_else(Timestamp::now, |(_, since)| *since);
+        if known.is_none_or(|(known, _)| known != reason) {
             tracing::error!("{reason}");
         }
+        unwritable.insert(name.clone(), (reason, since));
+        drop(unwritable);
         self.retry.insert(name.clone(), content);
     }
 
@@ -412,8 +489,18 @@ impl Writer {
         mut write: impl FnMut(&mut Self) -> io::Result<()>,
     ) -> bool {
         while let Err(error) = write(self) {
+            if reserve::is_full(&error) && self.reserve.release() {
+                tracing::error!("the disk is full: what is left is for operators and alarms");
+                *lock(&self.trouble.unreserved) = Some((Unreserved::InUse, Timestamp::now()));
+                continue;
+            }
             tracing::error!(%error, "cannot write {what}; what depends on it waits");
-            *lock(&self.trouble.refused) = Some(format!("cannot write {what}: {error}"));
+            let mut refused = lock(&self.trouble.refused);
+            let since = refused
+                .as_ref()
+                .map_or_else(Timestamp::now, |(_, since)| *since);
+            *refused = Some((format!("cannot write {what}: {error}"), since));
+            drop(refused);
             if self.give_up.load(Ordering::Relaxed) {
                 return false;
             }
@@ -566,15 +653,15 @@ mod tests {
         recorder.durable(number).await.unwrap();
         assert_eq!(fs::read(dir.path().join("web2.json")).unwrap(), b"two");
         assert_eq!(recorder.alarm(), None);
-        let [reason] = &recorder.unwritable()[..] else {
+        let [alarm] = &recorder.alarms()[..] else {
             panic!("one file is at fault");
         };
-        assert!(reason.contains("web1.json"), "{reason}");
+        assert!(alarm.text.contains("web1.json"), "{alarm:?}");
         // A newer content takes the place of the one that waits.
         let number = recorder.write(record("web1", "new"));
         recorder.durable(number).await.unwrap();
         fs::remove_dir_all(&in_its_place).unwrap();
-        while !recorder.unwritable().is_empty() {
+        while !recorder.alarms().is_empty() {
             tokio::task::yield_now().await;
         }
         assert_eq!(fs::read(&in_its_place).unwrap(), b"new");
