@@ -11,6 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use clamcast_daemon::admin::{AdminError, Listener};
+use clamcast_daemon::alarms::Alarms;
 use clamcast_daemon::audit::{self, AuditError};
 use clamcast_daemon::durable;
 use clamcast_daemon::service::Occasion;
@@ -36,8 +37,8 @@ use crate::link::meter::Meters;
 use crate::link::push::Pusher;
 use crate::link::rejections::Rejections;
 use crate::link::revocations::{Look, Revocations};
-use crate::operate::admin::{self, Commands, Life, Orders};
-use crate::publish::mirror;
+use crate::operate::admin::{self, Commands, Life, Orders, Waits};
+use crate::publish::mirror::{self, activity::Activity};
 use crate::publish::pipeline::{self, Pipeline};
 use crate::publish::publisher::{self, Publisher};
 use crate::publish::withdrawn::Withdrawn;
@@ -55,6 +56,9 @@ const DISK_PATIENCE: Duration = Duration::from_secs(5);
 /// How long a port that is in use is waited for: connections that were being made when the endpoint
 /// before it was closed may keep it for three probe timeouts (RFC 9000 section 10.2).
 const PORT_PATIENCE: Duration = Duration::from_secs(10);
+
+/// The alarm about the revocation list.
+const REVOCATIONS: &str = "revocations";
 
 /// Manifests of agents that are ahead of this master and wait to be looked at.
 const FORGOTTEN_MAX: usize = 16;
@@ -142,7 +146,10 @@ impl Master {
         let (_, ca) = endpoint::load_ca(&config.tls.ca)?;
 
         // The store's lock on the state directory comes before anything is written there.
-        let store = Arc::new(Store::open(&config.state, &keys)?);
+        let alarms = Alarms::default();
+        let mirror_path = &config.mirror.path;
+        let store = Store::open(&config.state, mirror_path, &keys, alarms.clone())?;
+        let store = Arc::new(store);
         let log = audit::Log::open(&audit_dir, audit_key, audit_origin(&config.fleet))?;
         let saved = load_rollout(&store)?;
         let lost = saved.as_ref().err().cloned();
@@ -153,12 +160,14 @@ impl Master {
         }
         store.need(hub::needed(&rollout, &store));
         let (directives, directed) = watch::channel(rollout.directives());
+        let activity = Activity::default();
         let publisher = Arc::new(Publisher::new(
             &config,
             store.clone(),
             manifest_key,
             keys.clone(),
             directed,
+            activity.clone(),
         )?);
         // A copy of the key set for `audit verify` on a disk that was taken out.
         let envelope = serde_json::to_vec(keys.envelope()).expect("an envelope serialises");
@@ -192,8 +201,7 @@ impl Master {
             config.fleet.clone(),
             ca.key.clone(),
         );
-        let look = revocations.look();
-        note_look(&look, &revocations, &recorder);
+        note_look(&revocations.look(), &revocations, &recorder, &alarms);
         let fleet = Fleet::new(
             records,
             rollout,
@@ -247,13 +255,20 @@ impl Master {
 
         let stop = CancellationToken::new();
         let mut tasks = JoinSet::new();
-        let pipeline = Pipeline::new(publisher.clone(), news, recorder.clone(), stop.clone());
+        let pipeline = Pipeline::new(
+            publisher.clone(),
+            news,
+            recorder.clone(),
+            alarms.clone(),
+            stop.clone(),
+        );
         let (wake, woken) = mpsc::channel(1);
         let again = Arc::new(Notify::new());
         tasks.spawn(mirror::watch(
             config.mirror.clone(),
             wake,
             again.clone(),
+            activity.clone(),
             stop.clone(),
         ));
         tasks.spawn(
@@ -266,7 +281,7 @@ impl Master {
             hub: hub.clone(),
             keys: keys.clone(),
             publisher,
-            pusher: Pusher::new(store.clone(), config.push_concurrent),
+            pusher: Arc::new(Pusher::new(store.clone(), config.push_concurrent)),
             groups: config.groups.clone(),
             meters: Meters::default(),
             archive,
@@ -279,7 +294,12 @@ impl Master {
             revocations,
             recorder.clone(),
             hub.clone(),
-            life.clone(),
+            alarms.clone(),
+            stop.clone(),
+        ));
+        tasks.spawn(record_alarms(
+            alarms.clone(),
+            recorder.clone(),
             stop.clone(),
         ));
         let commands = Commands {
@@ -292,6 +312,10 @@ impl Master {
             recorder: recorder.clone(),
             audit: audit_dir,
             life: life.clone(),
+            alarms: alarms.clone(),
+            activity,
+            waits: Waits::default(),
+            age_alarm: config.mirror.age_alarm,
             stop: stop.clone(),
             orders: Orders::default(),
             certificate_ends: own.not_after,
@@ -469,11 +493,10 @@ async fn watch_revocations(
     mut revocations: Revocations,
     recorder: Recorder,
     hub: Hub,
-    life: Life,
+    alarms: Alarms,
     stop: CancellationToken,
 ) {
     loop {
-        life.revocations_are(revocations.alarm());
         tokio::select! {
             biased;
             () = stop.cancelled() => return,
@@ -486,31 +509,47 @@ async fn watch_revocations(
         if let (Look::Newer, Some(list)) = (&look, revocations.list()) {
             let _ = hub.tell(Event::Revoked(list.clone())).await; // if it has stopped, so do we
         }
-        note_look(&look, &revocations, &recorder);
+        note_look(&look, &revocations, &recorder, &alarms);
     }
 }
 
 /// Writes down what a look at the list brought.
-fn note_look(look: &Look, revocations: &Revocations, recorder: &Recorder) {
-    let (event, detail) = match look {
-        Look::Same => return,
+fn note_look(look: &Look, revocations: &Revocations, recorder: &Recorder, alarms: &Alarms) {
+    match look {
+        Look::Same => {}
         Look::Newer => {
             let list = revocations.list().expect("just taken");
             let (version, revoked) = (list.version, list.revoked.len());
             tracing::info!(version, revoked, "revocation list");
-            (
-                AuditEvent::RevocationList,
-                json!({ "version": version, "revoked": revoked }),
-            )
+            let draft = Draft {
+                detail: json!({ "version": version, "revoked": revoked }),
+                ..Draft::new(AuditEvent::RevocationList, "master", "revoked.json")
+            };
+            recorder.write(Entry::line(draft));
         }
         Look::Alarm(reason) => {
-            tracing::error!("{reason}");
-            (AuditEvent::Alarm, json!({ "reason": reason }))
+            return alarms.raise(REVOCATIONS, "", reason.clone(), Timestamp::now());
         }
-    };
-    let draft = Draft {
-        detail,
-        ..Draft::new(event, "master", "revoked.json")
-    };
-    recorder.write(Entry::line(draft));
+    }
+    if revocations.alarm().is_none() {
+        alarms.end(REVOCATIONS, "");
+    }
+}
+
+/// Writes alarms into the audit log.
+async fn record_alarms(alarms: Alarms, recorder: Recorder, stop: CancellationToken) {
+    loop {
+        let raised = tokio::select! {
+            biased;
+            () = stop.cancelled() => return,
+            raised = alarms.raised() => raised,
+        };
+        for alarm in raised {
+            let draft = Draft {
+                detail: json!({ "reason": alarm.text }),
+                ..Draft::new(AuditEvent::Alarm, "master", &alarm.name)
+            };
+            recorder.write(Entry::line(draft));
+        }
+    }
 }

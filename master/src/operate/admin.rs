@@ -3,12 +3,14 @@
 mod force;
 mod publish;
 mod rollout;
+mod waits;
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use clamcast_daemon::admin::{AdminError, Finish, Listener, Session};
+use clamcast_daemon::alarms::Alarms;
 use clamcast_daemon::audit;
 use clamcast_daemon::exit;
 use clamcast_daemon::service::Occasion;
@@ -25,15 +27,17 @@ use crate::fleet::force::{Meant, Selection};
 use crate::fleet::hub::{Hub, Stopping, View};
 use crate::fleet::rollout::PINS_MAX;
 use crate::link::rejections::Rejections;
-use crate::operate::api::{AuditPiece, Request};
+use crate::operate::api::{AuditPiece, Request, Wait};
 use crate::operate::preflight::Running;
 use crate::operate::report;
+use crate::publish::mirror::activity::Activity;
 use crate::publish::pipeline::Pipeline;
 use crate::record::events::Filter;
 use crate::record::recorder::Recorder;
 use crate::store::{RECORD_BYTES_MAX, Store};
 
 pub use force::{ORDERS_MAX, Orders};
+pub use waits::Waits;
 
 /// Commands served at a time. A waiting `publish` is one of them.
 const SESSIONS_MAX: usize = 64;
@@ -83,6 +87,14 @@ pub struct Commands {
     pub audit: PathBuf,
     /// The daemon's configuration and its end.
     pub life: Life,
+    /// Alarms of the daemon.
+    pub alarms: Alarms,
+    /// What goes on in the mirror.
+    pub activity: Activity,
+    /// Commands that wait.
+    pub waits: Waits,
+    /// Signatures, or a hold, that are older than this are an alarm.
+    pub age_alarm: Duration,
     /// Ends the commands that are under way.
     pub stop: CancellationToken,
     /// The `force-sync`s under way.
@@ -102,7 +114,6 @@ pub struct Life(Arc<Shared>);
 #[derive(Debug, Default)]
 struct Shared {
     unused: Mutex<Option<String>>,
-    revocations: Mutex<Option<String>>,
     ending: OnceLock<Occasion>,
 }
 
@@ -110,19 +121,6 @@ impl Life {
     /// The configuration on disk is not in use, for this reason.
     pub fn configuration_is_unused(&self, reason: String) {
         *self.0.unused.lock().expect("nothing panics with it") = Some(reason);
-    }
-
-    /// Why the revocation list on disk does not count, if it does not.
-    pub fn revocations_are(&self, alarm: Option<&str>) {
-        *self.0.revocations.lock().expect("nothing panics with it") = alarm.map(str::to_owned);
-    }
-
-    fn revocations(&self) -> Option<String> {
-        self.0
-            .revocations
-            .lock()
-            .expect("nothing panics with it")
-            .clone()
     }
 
     /// Commands that are still served end soon, for this reason.
@@ -193,6 +191,7 @@ impl Commands {
             let message = format!("a reason may have {REASON_BYTES_MAX} bytes");
             return session.finish(Finish::because(exit::USAGE, message)).await;
         }
+        let _waits = self.waits.begin(&request, &session.operator);
         let finish = match request {
             // Nothing that changes anything begins when the end has begun.
             Request::Publish { .. } | Request::ForceSync(_) | Request::Rollout { .. }
@@ -267,24 +266,28 @@ impl Commands {
     /// how old its signatures are, and what needs an operator soon.
     async fn status(&self) -> Result<Finish, Stopping> {
         let view = self.hub.view().await?;
-        let troubles = [
-            self.recorder.alarm(),
-            self.pipeline.trouble(),
-            self.pipeline.rollback_trouble(),
-            self.life.unused(),
-            self.life.revocations(),
-        ];
-        let unwritable = self.recorder.unwritable();
+        let now = Timestamp::now();
+        self.alarms
+            .set("configuration", "", self.life.unused(), now);
+        let disk = self.recorder.alarms();
+        let mirror = self.activity.waiting().map(|wait| Wait {
+            name: "mirror".to_owned(),
+            text: wait.reason,
+            since: wait.since,
+            until: Some(wait.until),
+        });
         let master = report::Master {
             fleet: self.fleet.clone(),
             daemon: self.daemon.clone(),
             refused: self.pipeline.refusal(),
-            troubles: troubles.into_iter().flatten().chain(unwritable).collect(),
+            alarms: disk.into_iter().chain(self.alarms.all(now)).collect(),
+            waits: mirror.into_iter().chain(self.waits.all()).collect(),
+            age_alarm: self.age_alarm,
             certificate_ends: self.certificate_ends,
         };
         let complete = self.complete(&view);
         let complete = complete.as_ref().map(|manifest| &***manifest);
-        let status = report::status(master, &view, complete, Timestamp::now());
+        let status = report::status(master, &view, complete, now);
         Ok(Finish::done(status))
     }
 

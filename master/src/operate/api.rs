@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+pub use clamcast_daemon::alarms::Alarm;
 use clamcast_daemon::audit::Record;
 use clamcast_proto::manifest::{Manifest, ManifestFile};
 use clamcast_proto::{AgentName, DatabaseName, Digest, FleetName, GroupName, Position};
@@ -299,11 +300,14 @@ pub struct Status {
     /// Why the mirror's databases are not published.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub refused: Option<Refusal>,
-    /// Trouble of the master itself, in one line.
+    /// The alarms about the master itself, in one line.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub alarm: Option<String>,
-    /// Alarms about hosts and ClamAV versions.
+    /// All alarms.
     pub alarms: Vec<Alarm>,
+    /// All waits.
+    #[serde(default)]
+    pub waits: Vec<Wait>,
     /// The rollout.
     pub rollout: Rollout,
     /// The agents by state.
@@ -333,30 +337,21 @@ pub struct Signatures {
     pub version: u64,
     /// When it was built.
     pub built: Timestamp,
-    /// The limit that its age exceeds.
-    pub alarm: Option<AgeLimit>,
+    /// The limit that its age exceeds: `[mirror] age_alarm`, or the `7d` that auditors allow.
+    pub alarm: Option<String>,
 }
 
-/// A limit of the age of signatures.
-#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
-pub enum AgeLimit {
-    /// A day.
-    #[serde(rename = "24h")]
-    Day,
-    /// The week that auditors allow.
-    #[serde(rename = "7d")]
-    Week,
-}
-
-/// An alarm: something that an operator should look at.
+/// Something that is waited for.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
-pub struct Alarm {
-    /// What kind: `set-aside`, `withheld`, `weighing`.
+pub struct Wait {
+    /// What waits: `mirror`, `rollout`, `generation`, `rollback`, `command`.
     pub name: String,
-    /// On which object, why, and the next step.
+    /// What for.
     pub text: String,
     /// Since when.
     pub since: Timestamp,
+    /// When the wait ends by itself or becomes an alarm; null if it needs an operator or a host.
+    pub until: Option<Timestamp>,
 }
 
 /// An agent that is not conformant or not connected.

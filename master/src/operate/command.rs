@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use clamcast_daemon::admin::{self, Finish};
 use clamcast_daemon::audit;
 use clamcast_daemon::exit::{self, Exit};
-use clamcast_daemon::say;
+use clamcast_daemon::{say, table};
 use clap::Parser as _;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -268,7 +268,7 @@ fn check_config(path: &Path, json: bool) -> Result<(), Exit> {
     }
     checked.ok = checked.errors.is_empty();
     if json {
-        say!("{:#}", serde_json::to_value(&checked)?);
+        say!("{}", table::json(&serde_json::to_value(&checked)?));
     } else {
         for error in &checked.errors {
             say!("error: {error}");

@@ -5,23 +5,24 @@
 #[cfg(test)]
 mod tests;
 
+use std::time::Duration;
+
+use clamcast_daemon::table::printable;
 use clamcast_proto::manifest::Manifest;
 use clamcast_proto::{AgentName, FleetName, Position};
 use jiff::{SignedDuration, Timestamp};
 
 use super::api::{
-    self, AgeLimit, Alarm, Current, Expiry, Failed, Generation, GenerationState, GoingBack, Host,
-    Lagging, Owed, Pin, RolloutState, Signatures, Status, Weighing,
+    self, Alarm, Current, Expiry, Failed, Generation, GenerationState, GoingBack, Host, Lagging,
+    Owed, Pin, RolloutState, Signatures, Status, Wait, Weighing,
 };
 use crate::fleet::agents::{AWAY, Row};
 use crate::fleet::hub::View;
 use crate::fleet::rollout::{Ending, Rollout, Run};
 use crate::operate::preflight::{CERTIFICATE_ENDS_SOON, Running};
+use crate::publish::pipeline::TWO_MASTERS;
 use crate::publish::publisher::Refusal;
 use crate::publish::withdrawn::Withdrawn;
-
-/// Signatures older than this are an alarm: Talos publishes daily, so the mirror is stuck.
-const SIGNATURES_OLD: SignedDuration = SignedDuration::from_hours(24);
 
 /// Signatures older than this break the rule that auditors apply.
 const SIGNATURES_AUDITED: SignedDuration = SignedDuration::from_hours(7 * 24);
@@ -35,8 +36,12 @@ pub(super) struct Master {
     pub daemon: Running,
     /// Why the mirror's databases are not published.
     pub refused: Option<Refusal>,
-    /// Alarms of the daemon, in sentences.
-    pub troubles: Vec<String>,
+    /// Alarms about the master itself.
+    pub alarms: Vec<Alarm>,
+    /// What commands and the mirror wait for.
+    pub waits: Vec<Wait>,
+    /// Signatures, or a hold, that are older than this are an alarm.
+    pub age_alarm: Duration,
     /// When the master's own certificate expires.
     pub certificate_ends: Timestamp,
 }
@@ -51,10 +56,30 @@ pub(super) fn status(
     let newest = view.current.as_ref().map(|manifest| &***manifest);
     let current = complete.or(newest).map(|manifest| Current {
         published: manifest.into(),
-        signatures: signatures(manifest, now),
+        signatures: signatures(manifest, master.age_alarm, now),
     });
-    let troubles = lost(&view.rollout).into_iter().chain(master.troubles);
-    let troubles: Vec<_> = troubles.collect();
+    let own: Vec<_> = lost_alarm(&view.rollout)
+        .into_iter()
+        .chain(master.alarms)
+        .collect();
+    let alarm = own.iter().map(|alarm| &*alarm.text).collect::<Vec<_>>();
+    let alarm = (!alarm.is_empty()).then(|| alarm.join("; "));
+    let ages = ages(
+        current.as_ref(),
+        master.refused.as_ref(),
+        master.age_alarm,
+        now,
+    );
+    let waits: Vec<_> = waits(view, now).into_iter().chain(master.waits).collect();
+    let restless = restless(&waits, now);
+    let alarms = own
+        .into_iter()
+        .chain(ages)
+        .chain(restless)
+        .chain(other_master(view))
+        .chain(shared_names(view))
+        .chain(budgets(view))
+        .chain(alarms(&view.rollout));
     // A disconnected host has not failed, but an operator should know of it.
     let lagging = view
         .rows
@@ -83,8 +108,9 @@ pub(super) fn status(
         current,
         daemon: master.daemon,
         refused: master.refused,
-        alarm: (!troubles.is_empty()).then(|| troubles.join("; ")),
-        alarms: alarms(&view.rollout),
+        alarm,
+        alarms: alarms.collect(),
+        waits,
         rollout: rollout(view),
         agents: view.counts,
         lagging: lagging.collect(),
@@ -92,7 +118,7 @@ pub(super) fn status(
     }
 }
 
-fn signatures(manifest: &Manifest, now: Timestamp) -> Option<Signatures> {
+fn signatures(manifest: &Manifest, age_alarm: Duration, now: Timestamp) -> Option<Signatures> {
     let built = manifest.files.iter().filter_map(|file| {
         let container = file.container.as_ref()?;
         Some((
@@ -103,10 +129,11 @@ fn signatures(manifest: &Manifest, now: Timestamp) -> Option<Signatures> {
         ))
     });
     let (_, built, version, name) = built.max()?;
-    let alarm = match now.duration_since(built) {
-        age if age > SIGNATURES_AUDITED => Some(AgeLimit::Week),
-        age if age > SIGNATURES_OLD => Some(AgeLimit::Day),
-        _ => None,
+    let age = now.duration_since(built);
+    let alarm = if age > SIGNATURES_AUDITED {
+        Some("7d".to_owned())
+    } else {
+        (age > span(age_alarm)).then(|| hours(age_alarm))
     };
     Some(Signatures {
         name: name.clone(),
@@ -114,6 +141,153 @@ fn signatures(manifest: &Manifest, now: Timestamp) -> Option<Signatures> {
         built,
         alarm,
     })
+}
+
+fn span(duration: Duration) -> SignedDuration {
+    SignedDuration::try_from(duration).unwrap_or(SignedDuration::MAX)
+}
+
+/// A duration as it is written in the configuration: `48h`.
+fn hours(duration: Duration) -> String {
+    match duration.as_secs() {
+        seconds if seconds.is_multiple_of(3600) => format!("{}h", seconds / 3600),
+        _ => humantime::format_duration(duration).to_string(),
+    }
+}
+
+/// Alarms about signatures and holds that are too old.
+fn ages(
+    current: Option<&Current>,
+    refused: Option<&Refusal>,
+    age_alarm: Duration,
+    now: Timestamp,
+) -> Vec<Alarm> {
+    let from = |since: Timestamp| since.saturating_add(span(age_alarm)).unwrap_or(since);
+    let signatures = current.and_then(|current| current.signatures.as_ref());
+    let old = signatures.and_then(|it| {
+        let limit = match it.alarm.as_deref()? {
+            "7d" => "the 7 days that auditors allow",
+            limit => limit,
+        };
+        Some(Alarm {
+            name: "signatures-old".to_owned(),
+            text: format!("signatures older than {limit}; does freshclam run on the mirror?"),
+            since: from(it.built),
+        })
+    });
+    let refused = refused.filter(|it| now.duration_since(it.since) > span(age_alarm));
+    let held = refused.map(|it| Alarm {
+        name: "held".to_owned(),
+        text: format!("nothing was published for {}: {it}", hours(age_alarm)),
+        since: from(it.since),
+    });
+    old.into_iter().chain(held).collect()
+}
+
+/// An alarm about hosts that follow another master.
+fn other_master(view: &View) -> Option<Alarm> {
+    let (name, other, _) = view.other_masters.first()?;
+    let since = view
+        .other_masters
+        .iter()
+        .map(|(_, _, since)| *since)
+        .min()?;
+    let more = match view.other_masters.len() - 1 {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    Some(Alarm {
+        name: TWO_MASTERS.to_owned(),
+        text: format!(
+            "{name}{more} decline offers because they follow another master, which published {} \
+             (publisher {}); stop one of the two, or raise the epoch with a new key",
+            other.position,
+            printable(&other.publisher.0)
+        ),
+        since,
+    })
+}
+
+/// Alarms about names that two hosts use.
+fn shared_names(view: &View) -> impl Iterator<Item = Alarm> {
+    view.twins.iter().map(|(name, twins)| {
+        let [one, other] = twins.addresses;
+        Alarm {
+            name: "shared-name".to_owned(),
+            text: format!(
+                "two hosts use the name {name}: {one} and {other}; a cloned machine needs a \
+                 certificate of its own (`clamcast-certs agent`), a stolen key needs \
+                 `clamcast-certs revoke {name}`"
+            ),
+            since: twins.since,
+        }
+    })
+}
+
+/// Alarms about agents that exceeded their budget in the audit log.
+fn budgets(view: &View) -> impl Iterator<Item = Alarm> {
+    view.exceeded.iter().take(NAMED_MAX).map(|(name, exceeded)| Alarm {
+        name: "audit-budget".to_owned(),
+        text: format!(
+            "{name} exceeded its daily budget in the audit log: {} lines were left out, and its \
+             receipts stay unacknowledged until {:.0}",
+            exceeded.lines, exceeded.until
+        ),
+        since: exceeded.since,
+    })
+}
+
+/// Alarms about waits for the mirror that lasted too long.
+fn restless(waits: &[Wait], now: Timestamp) -> Option<Alarm> {
+    let mirror = waits.iter().find(|wait| wait.name == "mirror")?;
+    let over = mirror.until.filter(|until| *until <= now)?;
+    Some(Alarm {
+        name: "mirror-busy".to_owned(),
+        text: format!(
+            "nothing can be captured since {:.0}: {}; stop the program that changes it",
+            mirror.since, mirror.text
+        ),
+        since: over,
+    })
+}
+
+/// What the fleet waits for.
+fn waits(view: &View, now: Timestamp) -> Vec<Wait> {
+    let rollout = &view.rollout;
+    let wait = |name: &str, text: String, since, until| Wait {
+        name: name.to_owned(),
+        text,
+        since,
+        until,
+    };
+    let mut waits = Vec::new();
+    if let Some((since, until)) = view.reconnecting {
+        let text = "no wave begins before nearly all agents that were connected before the start of \
+                    the master are back";
+        waits.push(wait("rollout", text.to_owned(), since, Some(until)));
+    }
+    if let Some(run) = rollout.running() {
+        let begun = run.begun.last().map_or(run.since, |wave| wave.since);
+        let since = run.paused.as_ref().map_or(begun, |pause| pause.since);
+        let wave = view.tallies.as_ref().map(|(_, wave)| wave);
+        let awaited = wave.into_iter().flat_map(|wave| &wave.waits_for);
+        let until = awaited.map(|awaited| awaited.until).max();
+        let until = until.filter(|_| run.paused.is_none());
+        waits.push(wait("rollout", stands(run, view), since, until));
+    }
+    if let Some(turn) = view.waiting {
+        let running = rollout.running().map(|run| run.target.position);
+        let running =
+            running.map_or_else(String::new, |at| format!(" until {at} has gone through"));
+        let text = format!("{} waits{running}", turn.position);
+        waits.push(wait("generation", text, turn.since, Some(turn.until)));
+    }
+    if let Some(owed) = rollout.owed() {
+        let text = format!("the databases of {} are published again", owed.to.position);
+        let since = rollout.failed().map_or(now, |failed| failed.since);
+        waits.push(wait("rollback", text, since, None));
+    }
+    waits
 }
 
 /// One generation in the answer to `generations`.
@@ -162,6 +336,13 @@ pub(super) fn state(rollout: &Rollout) -> RolloutState {
         (None, _) if rollout.complete().is_some() => RolloutState::Complete,
         (None, _) => RolloutState::None,
     }
+}
+
+fn lost_alarm(rollout: &Rollout) -> Option<Alarm> {
+    let text = lost(rollout)?;
+    let since = rollout.held()?.since;
+    let name = "rollout-lost".to_owned();
+    Some(Alarm { name, text, since })
 }
 
 /// An alarm, if it is not known where the rollout stood.

@@ -6,7 +6,7 @@ use std::io::Write as _;
 use clamcast_daemon::admin::Finish;
 use clamcast_daemon::exit::{self, Exit};
 use clamcast_daemon::say;
-use clamcast_daemon::table::{Table, fold, printable, terminal_width};
+use clamcast_daemon::table::{self, Table, fold, printable, printable_json, terminal_width};
 use clamcast_proto::receipt::ClamdState;
 use clamcast_proto::{AgentName, Digest, GroupName, Position};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -16,8 +16,8 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use super::api::{
-    self, AgeLimit, Counts, Current, Expiry, Generation, Publication, PublicationOutcome,
-    Published, Signatures, Status,
+    self, Alarm, Counts, Current, Expiry, Generation, Publication, PublicationOutcome, Published,
+    Signatures, Status,
 };
 use crate::fleet::agents::Row;
 
@@ -47,7 +47,7 @@ pub(crate) fn end<T: DeserializeOwned>(
     } = finish;
     let mut read = Ok(());
     if json && !result.is_null() {
-        say!("{result:#}");
+        say!("{}", table::json(&result));
     } else if !result.is_null() {
         read = serde_json::from_value(result).map(text);
     }
@@ -127,14 +127,35 @@ fn status_lines(status: &Status, now: Timestamp, width: Option<usize>) -> Vec<St
     if let Some(refused) = &status.refused {
         lines.alarm(&refused.to_string());
     }
-    if let Some(reason) = &status.alarm {
-        lines.alarm(&format!("alarm: {reason}"));
+    for Alarm { name, text, since } in &status.alarms {
+        // The rollout's lines say the same of these, with the hosts.
+        if !["set-aside", "withheld", "weighing"].contains(&&**name) {
+            lines.alarm(&format!(
+                "alarm: {text} ({name}, since {})",
+                ago(*since, now)
+            ));
+        }
     }
     for Expiry { name, ends } in &status.certificates {
         let command = if name == "master" { "master" } else { "agent" };
+        let ends = match *ends <= now {
+            true => format!("has expired at {ends:.0}"),
+            false => format!("expires at {ends:.0}"),
+        };
         lines.alarm(&format!(
-            "certificate of {name} ends {ends:.0}; `clamcast-certs {command} --force` makes a new one"
+            "certificate of {name} {ends}; `clamcast-certs {command} --force` makes a new one"
         ));
+    }
+    // The rollout has a field of its own.
+    for wait in status.waits.iter().filter(|wait| wait.name != "rollout") {
+        let until = wait
+            .until
+            .map_or_else(String::new, |it| format!(", until {it:.0}"));
+        let since = ago(wait.since, now);
+        lines.field(
+            "waits",
+            &format!("{}: {} (since {since}{until})", wait.name, wait.text),
+        );
     }
     if status.lagging.is_empty() {
         return lines.lines;
@@ -158,28 +179,19 @@ fn status_lines(status: &Status, now: Timestamp, width: Option<usize>) -> Vec<St
     lines.lines
 }
 
-/// The age of the signatures, with the auditors' limits.
+/// The age of the signatures.
 fn signatures(lines: &mut Lines, signatures: &Signatures, now: Timestamp) {
     let Signatures {
         name,
         version,
         built,
-        alarm,
+        alarm: _, // stands among the alarms
     } = signatures;
     let built = ago(*built, now);
     lines.field(
         "signatures",
         &format!("{name} version {version}, built {built}"),
     );
-    match alarm {
-        Some(AgeLimit::Week) => {
-            lines.alarm("alarm: signatures older than the 7 days that auditors allow");
-        }
-        Some(AgeLimit::Day) => {
-            lines.alarm("alarm: signatures older than 24 h; does freshclam run on the mirror?");
-        }
-        None => {}
-    }
 }
 
 /// Text that fits a terminal.
@@ -254,7 +266,7 @@ impl Watch {
 
     pub(crate) fn show(&mut self, finish: Finish) -> Result<(), Exit> {
         if self.json && finish.exit == exit::DONE {
-            say!("{}", finish.result); // one object a line
+            say!("{}", printable_json(&finish.result.to_string())); // one object a line
             return Ok(());
         }
         if finish.exit != exit::DONE || !self.terminal.is_term() {
@@ -500,7 +512,15 @@ mod tests {
                 "since": "2026-11-22T08:30:00Z", "error": "not connected; it catches up",
             }],
             "daemon": { "state": "/state", "quic": "[::]:7310", "admin": "/admin" },
-            "alarms": [], "certificates": [],
+            "alarms": [{
+                "name": "signatures-old", "since": "2026-11-08T08:00:00Z",
+                "text": "signatures older than the 7 days that auditors allow",
+            }],
+            "waits": [{
+                "name": "mirror", "text": "feed.ndb in the mirror keeps changing",
+                "since": "2026-11-22T08:50:00Z", "until": "2026-11-22T09:05:00Z",
+            }],
+            "certificates": [{ "name": "web2", "ends": "2026-11-22T08:59:00Z" }],
             "rollout": {
                 "state": "complete", "wave": 0, "waves": 0, "set_aside": {}, "thin": [], "pins": [],
             },
@@ -521,8 +541,10 @@ mod tests {
                 "fleet        bank",
                 "generation   1.7, published 60m ago (content fde3840f0bd4)",
                 "signatures   daily.cud version 5, built 2026-11-01 (21d ago)",
-                "alarm: signatures older than the 7 days that auditors allow",
                 "agents       2 enrolled, 1 connected, 1 conformant, 1 behind, 0 failed",
+                "alarm: signatures older than the 7 days that auditors allow (signatures-old, since 2026-11-08 (14d ago))",
+                "certificate of web2 has expired at 2026-11-22T08:59:00Z; `clamcast-certs agent --force` makes a new one",
+                "waits        mirror: feed.ndb in the mirror keeps changing (since 10m ago, until 2026-11-22T09:05:00Z)",
                 "",
                 "NOT CONFORMANT OR AWAY  LINK  OUTCOME  SINCE  WHY",
                 "web1                    down  live     30m    not connected; it catches up",
@@ -539,10 +561,17 @@ mod tests {
                 "             fde3840f0bd4)",
                 "signatures   daily.cud version 5, built 2026-11-01",
                 "             (21d ago)",
-                "alarm: signatures older than the 7 days that",
-                "auditors allow",
                 "agents       2 enrolled, 1 connected, 1",
                 "             conformant, 1 behind, 0 failed",
+                "alarm: signatures older than the 7 days that",
+                "auditors allow (signatures-old, since 2026-11-08",
+                "(14d ago))",
+                "certificate of web2 has expired at",
+                "2026-11-22T08:59:00Z; `clamcast-certs agent",
+                "--force` makes a new one",
+                "waits        mirror: feed.ndb in the mirror keeps",
+                "             changing (since 10m ago, until",
+                "             2026-11-22T09:05:00Z)",
                 "",
                 "NOT CONFORMANT OR AWAY  LINK  OUTCOME  SINCE",
                 "web1                    down  live     30m",

@@ -11,6 +11,7 @@ use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::task::TaskTracker;
 
+use super::waits::Waiting;
 use super::{CHANGES_SETTLE, Commands, LOOK, TIMEOUT_MAX};
 use crate::fleet::agents::Row;
 use crate::fleet::dispatch::Forcing;
@@ -82,6 +83,10 @@ impl Commands {
             deadline: Instant::now() + timeout.min(TIMEOUT_MAX),
             work: Work::default(),
             _place: place,
+            // The order outlives its session.
+            _waits: self
+                .waits
+                .insert("force-sync", &session.operator, Some(timeout)),
         };
         let mut detail = force::named("agents", agents.iter());
         detail.insert("full".to_owned(), full.into());
@@ -203,6 +208,7 @@ struct ForcedOrder {
     deadline: Instant,
     work: Work,
     _place: Place,
+    _waits: Waiting,
 }
 
 impl ForcedOrder {

@@ -2,6 +2,7 @@
 
 use clamcast_proto::manifest::{ContainerFacts, ManifestFile, SignedBy};
 use clamcast_proto::receipt::{ClamdReport, ClamdState, Drift, Found, Proof};
+use clamcast_proto::wire::OtherMaster;
 use clamcast_proto::{Digest, Epoch, Generation};
 
 use serde::Serialize;
@@ -9,7 +10,8 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use super::*;
-use crate::fleet::agents::{Counts, ThinVersion, tests::manifest};
+use crate::fleet::agents::{Counts, ThinVersion, Turn, tests::manifest};
+use crate::fleet::budget::Exceeded;
 use crate::fleet::force::{End, News};
 use crate::fleet::rollout::{Awaited, Tally};
 use crate::operate::api::{Forced, Publication, PublicationOutcome};
@@ -134,6 +136,11 @@ fn view(rollout: Value, rows: Vec<Row>) -> View {
         },
         unsettled: vec![],
         rows,
+        waiting: None,
+        reconnecting: None,
+        twins: vec![],
+        exceeded: vec![],
+        other_masters: vec![],
     }
 }
 
@@ -241,7 +248,11 @@ fn extend(json: &mut Value) {
 }
 
 fn master(refused: Option<Refusal>) -> Master {
-    let trouble = refused.as_ref().map(|_| "the disk is full".to_owned());
+    let alarm = refused.as_ref().map(|_| Alarm {
+        name: "disk".to_owned(),
+        text: "the disk is full".to_owned(),
+        since: at(95),
+    });
     Master {
         fleet: "bank".parse().unwrap(),
         daemon: Running {
@@ -250,7 +261,9 @@ fn master(refused: Option<Refusal>) -> Master {
             admin: "/run/clamcast/master.sock".into(),
         },
         refused,
-        troubles: trouble.into_iter().collect(),
+        alarms: alarm.into_iter().collect(),
+        waits: vec![],
+        age_alarm: Duration::from_secs(24 * 3600),
         certificate_ends: at(86_400 * 365),
     }
 }
@@ -378,4 +391,79 @@ fn a_part_that_cannot_be_read_is_not_taken_for_a_missing_one() {
         let error = serde_json::from_value::<Status>(status).unwrap_err();
         assert!(error.to_string().contains(key), "{error}");
     }
+}
+
+#[test]
+fn status_names_every_alarm_and_every_wait_with_its_start_and_bound() {
+    let mut view = held_up();
+    view.waiting = Some(Turn {
+        position: position(8),
+        since: at(60),
+        until: at(3610),
+    });
+    view.reconnecting = Some((at(5), at(185)));
+    let addresses = ["10.0.0.1:1", "10.0.0.2:1"].map(|it| it.parse().unwrap());
+    let mut arrivals = crate::fleet::twins::Arrivals::default();
+    arrivals.both_answer(addresses, at(70));
+    let twins = arrivals.twins(at(70)).unwrap().clone();
+    view.twins = vec![("web1".parse().unwrap(), twins)];
+    let exceeded = Exceeded {
+        since: at(80),
+        until: at(86_400),
+        lines: 9,
+    };
+    let other = OtherMaster {
+        publisher: clamcast_proto::manifest::Publisher("other".to_owned()),
+        position: position(9),
+        manifest_sha256: CONTENT.parse().unwrap(),
+    };
+    view.other_masters = vec![("web3".parse().unwrap(), other, at(65))];
+    view.exceeded = vec![("web2".parse().unwrap(), exceeded)];
+    let mut master = master(Some(Refusal {
+        kind: RefusalKind::Held,
+        reason: "daily shrank".to_owned(),
+        since: at(90),
+    }));
+    master.waits = vec![Wait {
+        name: "mirror".to_owned(),
+        text: "feed.ndb in the mirror keeps changing".to_owned(),
+        since: at(100),
+        until: Some(at(1000)),
+    }];
+    let now = at(86_400 + 91);
+    let status = status(master, &view, Some(&generation_of(6)), now);
+    let alarms: Vec<_> = status
+        .alarms
+        .iter()
+        .map(|it| (&*it.name, it.since))
+        .collect();
+    assert_eq!(
+        alarms,
+        [
+            ("disk", at(95)),
+            ("signatures-old", at(86_400)),
+            ("held", at(86_490)),
+            ("mirror-busy", at(1000)),
+            ("two-masters", at(65)),
+            ("shared-name", at(70)),
+            ("audit-budget", at(80)),
+            ("set-aside", at(15)),
+            ("withheld", at(55)),
+            ("weighing", at(50)),
+        ]
+    );
+    let waits: Vec<_> = status
+        .waits
+        .iter()
+        .map(|it| (&*it.name, it.since, it.until))
+        .collect();
+    assert_eq!(
+        waits,
+        [
+            ("rollout", at(5), Some(at(185))),
+            ("rollout", at(40), None), // an operator's pause
+            ("generation", at(60), Some(at(3610))),
+            ("mirror", at(100), Some(at(1000))),
+        ]
+    );
 }

@@ -2,8 +2,8 @@
 
 use clamcast_daemon::audit::{Record, Verification};
 use clamcast_daemon::exit::{self, Exit};
-use clamcast_daemon::say;
 use clamcast_daemon::table::{Stream, terminal_width};
+use clamcast_daemon::{say, table};
 use clamcast_proto::dsse::Envelope;
 use jiff::civil::DateTime;
 use jiff::tz::TimeZone;
@@ -87,7 +87,7 @@ impl Records {
         self.last = self.last.max(records.iter().map(|record| record.seq).max());
         if self.json {
             let records = piece.as_array().into_iter().flatten();
-            records.for_each(|record| say!("{record}")); // with fields of a newer daemon
+            records.for_each(|record| say!("{}", table::printable_json(&record.to_string()))); // with fields of a newer daemon
             return Ok(());
         }
         for line in self.table.lines(records.iter().map(row), terminal_width()) {
@@ -161,7 +161,7 @@ fn short(value: &Value) -> String {
 /// Prints what `audit verify` found; exit 1 if anything is wrong.
 pub(crate) fn verification(verification: &Verification, json: bool) -> Result<(), Exit> {
     if json {
-        say!("{:#}", verification.to_json());
+        say!("{}", table::json(&verification.to_json()));
     }
     match &verification.first_bad {
         None => {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use clamcast_daemon::say;
-use clamcast_daemon::table::{Table, printable};
+use clamcast_daemon::table::{Table, printable, printable_json};
 use clamcast_proto::AgentName;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use serde::Deserialize as _;
@@ -109,7 +109,7 @@ impl Hosts {
     pub(crate) fn show(&self, news: &Value) -> serde_json::Result<()> {
         self.ordered.store(true, Ordering::Relaxed);
         if self.json {
-            say!("{news}");
+            say!("{}", printable_json(&news.to_string()));
             return Ok(());
         }
         let mut bars = self.bars.borrow_mut();
