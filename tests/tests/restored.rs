@@ -137,3 +137,62 @@ fn what_a_killed_master_published_and_did_not_write_down_is_written_at_its_start
     assert!(!path.exists());
     lab.wait_live(3);
 }
+
+#[test]
+fn a_copy_made_in_the_middle_of_a_rollout_does_not_hold_back_the_fleet() {
+    let fleet = Fleet::new();
+    let mut master = fleet.master(&fleet.mirror());
+    let rollout = "[rollout]\nwaves = [\"50%\", \"100%\"]\nsettle = \"1h\"\n[listen]";
+    master.configure("[listen]", rollout);
+    master.start();
+    let agents = fleet.start_agents(["web1", "web2"]);
+    let lab = Restored {
+        copy: fleet.join("copy"),
+        master,
+        agents,
+        fleet,
+    };
+    let publish = |version: u64| {
+        let members = signatures(0..100 + version);
+        let container = Container::new("daily", version).member("hsb", members);
+        container.write(&lab.fleet.mirror());
+        lab.master.wait_generation(version);
+    };
+    let promote_to = |generation: u64| {
+        until(PATIENCE, "the fleet is there", || {
+            lab.master.command(&["rollout", "promote"]); // an error: nothing runs yet
+            let live = |name| {
+                lab.master
+                    .agent(name)
+                    .is_some_and(|row| row["generation"] == generation)
+            };
+            live("web1") && live("web2")
+        });
+        lab.wait_live(generation);
+    };
+    publish(1);
+    promote_to(1);
+    publish(2); // settles for an hour after its first wave
+    publish(3); // waits
+    copy(&lab.state(), &lab.copy);
+    promote_to(3);
+    let mut lab = lab;
+    lab.master.kill();
+    fs::remove_dir_all(lab.state()).unwrap();
+    copy(&lab.copy, &lab.state());
+    lab.master.start();
+    // The running generation of the copy is 2, which the agents decline.
+    let restored = lab.master.wait_audit("restored", 1);
+    assert_eq!(restored[0]["generation"], 3);
+    let running = |master: &Master| {
+        let status = master.json(&["rollout", "status"]).unwrap();
+        assert_ne!(status["state"], "paused", "{status}");
+        status["running"]["generation"]
+            .as_u64()
+            .or(status["complete"]["generation"].as_u64())
+    };
+    until(PATIENCE, "3 is on its way", || {
+        running(&lab.master) == Some(3)
+    });
+    lab.wait_live(3);
+}

@@ -34,9 +34,14 @@ pub struct SmallDisk(Mount);
 impl SmallDisk {
     /// An empty one.
     pub fn mount(directory: &Path) -> Self {
+        Self::of(directory, "24m")
+    }
+
+    /// One of another size, as tmpfs(5) has it.
+    pub fn of(directory: &Path, size: &str) -> Self {
         fs::create_dir_all(directory).expect("a scratch directory can be written");
-        let options = ["-t", "tmpfs", "-o", "size=24m"];
-        mount(&options, Path::new("tmpfs"), directory);
+        let size = format!("size={size}");
+        mount(&["-t", "tmpfs", "-o", &size], Path::new("tmpfs"), directory);
         Self(Mount(directory.into()))
     }
 

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use clamcast_master::config::Rules;
 use clamcast_master::fleet::agents::{Fleet, LinkId};
 use clamcast_master::fleet::dispatch::{
-    Action, Bounds, Closing, Dispatcher, Forcing, Message, Newcomer, Now, Order, Progress,
+    Action, Bounds, Closing, Decline, Dispatcher, Forcing, Message, Newcomer, Now, Order, Progress,
 };
 use clamcast_master::fleet::recovery;
 use clamcast_master::fleet::rollout::{self, OrderError, Owed, Rollout, Target};
@@ -286,7 +286,10 @@ impl Master {
                     if let Some(link) = running.numbers.remove(&id) {
                         running.links.remove(&link);
                         let rejected = match closing {
-                            Closing::Replaced | Closing::Revoked => true,
+                            Closing::Replaced
+                            | Closing::Revoked
+                            | Closing::Expired
+                            | Closing::NewDay => true,
                         };
                         sight.deeds.push(MasterDeed::Close(link, rejected));
                     }
@@ -409,6 +412,7 @@ impl Master {
             serial: serial.clone(),
             certificate_ends: Timestamp::MAX,
             fingerprint: Digest::of(serial.0.as_bytes()),
+            is_new_certificate: false,
         };
         let running = self.process();
         match running.dispatcher.connected(newcomer, sight.now) {
@@ -486,7 +490,14 @@ impl Master {
                 let checked = receipt.envelope().verify([key]).expect("it is its own");
                 self.receipt(id, &checked, sight);
             }
-            Said::Declined { offer, message } => dispatcher.declined(&name, id, offer, message),
+            Said::Declined { offer, message } => {
+                let decline = Decline {
+                    offer,
+                    message,
+                    other_master: None,
+                };
+                dispatcher.declined(&name, id, decline, now);
+            }
             Said::Reoffer => {
                 let published = &self.disk.published;
                 let kept = |at| published.iter().find(|it| it.position() == at).cloned();
