@@ -291,11 +291,13 @@ fn a_full_disk_keeps_space_for_operators_and_alarms() {
         (talk, offer)
     });
     disk.fill();
-    runtime.block_on(async {
+    let talking = runtime.spawn(async move {
         for seq in 1..=RECEIPTS {
             let receipt = rogue.sign(receipt(&offer, "talker", seq));
+            // Waits: the master reads nothing more of it.
             talk.say(&ToMaster::Receipt { receipt }).await;
         }
+        talk
     });
     let alarm = wait_alarm(&master, "disk");
     let text = alarm["text"].as_str().unwrap();
@@ -319,4 +321,5 @@ fn a_full_disk_keeps_space_for_operators_and_alarms() {
         alarms(&master, "disk").is_empty()
     });
     assert!(state(&master).join("reserve").is_file());
+    drop(talking);
 }
