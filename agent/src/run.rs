@@ -298,7 +298,7 @@ fn open(config: Config) -> Result<Opened, StartError> {
         "agent {}",
         env!("CARGO_PKG_VERSION")
     );
-    let rest = keeper::kept_rest(&state);
+    let kept = keeper::kept_rest(&state);
     let begin = Begin {
         state,
         credentials: credentials.clone(),
@@ -311,7 +311,7 @@ fn open(config: Config) -> Result<Opened, StartError> {
         guard: Guard::new(
             config.drift,
             config.rescan,
-            rest,
+            kept,
             Instant::now(),
             rand::random(),
         ),

@@ -295,6 +295,57 @@ fn a_real_freshclam_on_the_directory_is_named_and_not_fought() {
 }
 
 #[test]
+fn one_run_of_freshclam_that_prunes_a_database_heals_once_no_updater_was_seen_for_ten_minutes() {
+    require!(Freshclam, TestFiles);
+    let mirror = Mirror::new();
+    mirror.freshclam_to(4);
+    let fleet = Fleet::new();
+    let mut master = fleet.master(&mirror.directory());
+    master.start();
+    let mut agent = fleet.agent("web1");
+    agent.start();
+    master.wait_live("web1", 1);
+    let pruned = agent.database().join("test.cld");
+    let published = fs::read(&pruned).unwrap();
+
+    // Told to update what Talos publishes, it prunes every other container.
+    let configured = mirror.freshclam(6);
+    let mut freshclam = Command::new(configured.get_program());
+    let arguments = configured.get_args().filter(|it| *it != "--update-db=test");
+    freshclam.args(arguments);
+    freshclam.arg(format!("--datadir={}", agent.database().display()));
+    freshclam.output().unwrap();
+    assert!(!pruned.exists(), "freshclam prunes it");
+    let waits = until(PATIENCE, "the repair waits", || {
+        let status = status(&agent);
+        let missing = status["drift"]["files"][0]["name"] == "test.cld";
+        let waits = &status["drift"]["repair_waits"];
+        (missing && waits["since"].is_string() && waits["until"].is_string()).then_some(status)
+    });
+    let reason = waits["drift"]["reason"].as_str().unwrap();
+    assert!(
+        reason.contains("the repair waits until no updater"),
+        "{waits}"
+    );
+    let text = String::from_utf8(agent.command(&["status"]).stdout).unwrap();
+    assert!(text.contains("the repair waits since"), "{text}");
+
+    // Ten minutes pass, in the record that the next start reads.
+    assert!(agent.stop().success());
+    let path = agent.directory().join("state/left-alone.json");
+    let mut kept: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    let earlier = jiff::Timestamp::now() - jiff::SignedDuration::from_mins(11);
+    kept["rest"]["updater"]["seen"] = earlier.to_string().into();
+    fs::write(&path, kept.to_string()).unwrap();
+    agent.start();
+    until(PATIENCE, "the published file is back", || {
+        fs::read(&pruned).ok().filter(|found| *found == published)
+    });
+    wait_told(&master, "repair", "test.cld");
+    master.wait_agent("web1", "it conforms", |row| row["conformant"] == true);
+}
+
+#[test]
 fn a_file_that_is_rewritten_again_and_again_is_left_alone_until_an_operator_forces_it() {
     let (_fleet, master, agent) = pair(&["x.hsb"], "");
     let file = agent.database().join("x.hsb");

@@ -2,16 +2,15 @@
 //!
 //! Pure: no disk, no clock, no randomness. `keeper/drift.rs` feeds events in and carries out the
 //! actions that come back. Invariants: a look is made only after the directory was quiet for a
-//! moment or for want of quiet; nothing is repaired where the configuration says so, where somebody
-//! else's updater is at work, or where repairs did not last; what goes on being wrong is reported
-//! at longer and longer intervals.
+//! moment or for want of quiet; nothing is repaired where the configuration says so, until another
+//! updater is gone, or where repairs did not last; what goes on being wrong is reported at longer
+//! and longer intervals.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use clamcast_proto::receipt::{DRIFT_MAX, Drift, Found};
-use serde::{Deserialize, Serialize};
 
 use crate::config::DriftPolicy;
 use crate::host::updater::Updater;
@@ -43,6 +42,14 @@ pub const REPAIRS_WINDOW: Duration = Duration::from_secs(4 * 3600);
 
 /// Drift this soon after an updater was seen at work is its doing.
 const SIGHT_HOLDS: Duration = Duration::from_secs(120);
+
+/// A repair that waits for another updater is made once none was seen for this long: a run of
+/// freshclam that retries against a slow mirror ends earlier.
+pub const UPDATER_GONE: Duration = Duration::from_secs(10 * 60);
+
+/// The last sight of an updater is kept again when it is this much newer than the kept one, so that
+/// an updater that stays costs one small write a minute.
+const SIGHT_KEPT: Duration = Duration::from_secs(60);
 
 /// Waits between two reports of the same.
 const REPORT_FIRST: Duration = Duration::from_secs(10 * 60);
@@ -91,7 +98,7 @@ pub enum Action {
     /// Look for the updater of somebody else; answer with [`Event::Sighted`] if there is one.
     Scan,
     /// Keep this for the next start, before anything else is done.
-    Keep(Option<Rest>),
+    Keep(Kept),
     /// Look at the files; answer with [`Event::Looked`] or [`Event::NotLooked`].
     Look(Depth),
     /// Tell what is wrong, or is not any more.
@@ -100,14 +107,56 @@ pub enum Action {
     Repair,
 }
 
-/// Why nothing is repaired. It outlives the agent, so that a restart does not begin to fight.
-#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
-#[serde(rename_all = "snake_case")]
+/// Why nothing is repaired.
+#[derive(Clone, Debug, Eq, PartialEq)]
 pub enum Rest {
-    /// This one is at work.
-    Updater(Updater),
-    /// Somebody is.
+    /// Another updater may still be at work.
+    Updater {
+        /// The updater.
+        updater: Updater,
+        /// When the repair began to wait.
+        since: Instant,
+        /// When an updater was last seen.
+        seen: Instant,
+    },
+    /// Repairs did not last: automatic repair has ended.
     Again,
+}
+
+/// What outlives the agent, so that a restart does not begin to fight.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Kept {
+    /// Why nothing is repaired.
+    pub rest: Option<Rest>,
+    /// When files were put back, the newest last.
+    pub repaired: BTreeMap<String, VecDeque<Instant>>,
+}
+
+impl Kept {
+    /// Whether the kept `other` serves as well after a restart.
+    fn is_kept_by(&self, other: &Self) -> bool {
+        let same_rest = match (&self.rest, &other.rest) {
+            (
+                Some(Rest::Updater { since, seen, .. }),
+                Some(Rest::Updater {
+                    since: kept_since,
+                    seen: kept_seen,
+                    ..
+                }),
+            ) => since == kept_since && seen.duration_since(*kept_seen) < SIGHT_KEPT,
+            (rest, kept) => rest == kept,
+        };
+        same_rest && self.repaired == other.repaired
+    }
+}
+
+/// A repair that is put off.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Wait {
+    /// Since when.
+    pub since: Instant,
+    /// When it is tried, unless an updater is seen again before.
+    pub until: Instant,
 }
 
 /// Watches over the installed files of one host.
@@ -128,9 +177,9 @@ pub struct Guard {
     reports: Backoff,
     repair_at: Instant,
     repairs: Backoff,
-    /// When files were put back, the newest last.
-    repaired: BTreeMap<String, VecDeque<Instant>>,
-    rest: Option<Rest>,
+    now: Kept,
+    /// What the next start would find.
+    kept: Kept,
     sighted: Option<(Updater, Instant)>,
 }
 
@@ -142,13 +191,13 @@ struct Burst {
 }
 
 impl Guard {
-    /// Nothing is known to be wrong; `rest` is what was kept by the one before. The first re-hash
+    /// Nothing is known to be wrong; `kept` is what was kept by the one before. The first re-hash
     /// comes after a random part of `rescan`, so that the guests of one machine do not read their
     /// disks at once; `random` is from 0 to 1.
     pub fn new(
         policy: DriftPolicy,
         rescan: Duration,
-        rest: Option<Rest>,
+        kept: Kept,
         now: Instant,
         random: f64,
     ) -> Self {
@@ -166,8 +215,8 @@ impl Guard {
             reports: Backoff::new(REPORT_FIRST, REPORT_LONGEST),
             repair_at: now,
             repairs: Backoff::new(REPAIR_FIRST, REPAIR_LONGEST),
-            repaired: BTreeMap::new(),
-            rest,
+            now: kept.clone(),
+            kept,
             sighted: None,
         }
     }
@@ -213,16 +262,18 @@ impl Guard {
 
     /// Whether files that are wrong are to stay so until somebody says otherwise.
     pub fn holds_back(&self) -> bool {
-        !self.wrong.is_empty() && (self.policy == DriftPolicy::Report || self.rest.is_some())
+        !self.wrong.is_empty() && (self.policy == DriftPolicy::Report || self.now.rest.is_some())
     }
 
     /// Why they stay, with the next step; `None` if they do not.
     pub fn reason(&self, directory: &Path) -> Option<String> {
         let name = self.wrong.keys().next()?;
-        match (&self.rest, self.policy) {
-            (Some(Rest::Updater(updater)), _) => Some(format!(
-                "{name} is rewritten by somebody: {updater}; stop it: {}",
-                updater.remedy()
+        match (&self.now.rest, self.policy) {
+            (Some(Rest::Updater { updater, .. }), _) => Some(format!(
+                "{name} is rewritten by somebody: {updater}; stop it: {}; the repair waits until no \
+                 updater was seen for {} minutes",
+                updater.remedy(),
+                UPDATER_GONE.as_secs() / 60
             )),
             (Some(Rest::Again), _) => {
                 let owner = self.wrong.values().find_map(|wrong| wrong.owner.as_ref());
@@ -231,7 +282,8 @@ impl Guard {
                 let seen = seen.map(|(writer, _)| format!(", {writer} was seen there"));
                 Some(format!(
                     "{name} is rewritten by somebody{}, {REPAIRS_MAX} repairs did not last{}; find \
-                     out who writes to {} (cron jobs, configuration management)",
+                     out who writes to {} (cron jobs, configuration management), then \
+                     `force-sync`: automatic repair has ended",
                     owner.unwrap_or_default(),
                     seen.unwrap_or_default(),
                     directory.display(),
@@ -246,7 +298,24 @@ impl Guard {
 
     /// Whether something is known to be left alone, which may be from before a restart.
     pub fn rests(&self) -> bool {
-        self.rest.is_some()
+        self.now.rest.is_some()
+    }
+
+    /// How long the repair of what is wrong is put off, if it is; not where it has ended.
+    pub fn wait(&self, now: Instant) -> Option<Wait> {
+        let began = self.since?;
+        let wait = match (&self.now.rest, self.policy) {
+            (Some(Rest::Updater { since, seen, .. }), _) => Wait {
+                since: *since,
+                until: *seen + UPDATER_GONE,
+            },
+            (None, DriftPolicy::Repair) => Wait {
+                since: began,
+                until: self.repair_at,
+            },
+            (Some(Rest::Again), _) | (None, DriftPolicy::Report) => return None,
+        };
+        (now < wait.until).then_some(wait)
     }
 
     /// When [`Event::Tick`] is due, as long as no install keeps the directory busy.
@@ -268,12 +337,12 @@ impl Guard {
 
     /// Takes one event and returns what to do about it, in order. `random` is from 0 to 1.
     pub fn handle(&mut self, event: Event, now: Instant, random: f64) -> Vec<Action> {
-        let before = self.rest.clone();
         let mut actions = self.react(event, now, random);
-        if self.rest != before {
-            // First, so that what was told holds after a crash. One that is kept although an
-            // install has ended it goes with the next look, which finds nothing wrong.
-            actions.insert(0, Action::Keep(self.rest.clone()));
+        if !self.now.is_kept_by(&self.kept) {
+            self.kept = self.now.clone();
+            // First, so that what was told holds after a crash. What an install has ended and what
+            // is kept nonetheless goes with the next look, which finds nothing wrong.
+            actions.insert(0, Action::Keep(self.kept.clone()));
         }
         actions
     }
@@ -288,6 +357,15 @@ impl Guard {
                 begins.then_some(Action::Scan).into_iter().collect()
             }
             Event::Sighted(updater) => {
+                if let Some(Rest::Updater {
+                    updater: known,
+                    seen,
+                    ..
+                }) = &mut self.now.rest
+                    && updater.comes_again()
+                {
+                    (*known, *seen) = (updater.clone(), now);
+                }
                 self.sighted = Some((updater, now));
                 Vec::new()
             }
@@ -312,10 +390,10 @@ impl Guard {
             Event::Installed { anew } => {
                 let names = std::mem::take(&mut self.wrong).into_keys();
                 for name in names {
-                    self.repaired.entry(name).or_default().push_back(now);
+                    self.now.repaired.entry(name).or_default().push_back(now);
                 }
                 if anew {
-                    self.repaired.clear();
+                    self.now.repaired.clear();
                 }
                 self.well(now);
                 self.rehash_at = now + self.rescan; // the install has read everything
@@ -350,7 +428,7 @@ impl Guard {
         self.report_at = now;
         self.repairs.reset();
         self.repair_at = now;
-        self.rest = None;
+        self.now.rest = None;
     }
 
     fn looked(&mut self, wrong: Vec<Sighting>, now: Instant, random: f64) -> Vec<Action> {
@@ -362,7 +440,7 @@ impl Guard {
             .into_iter()
             .map(|wrong| (wrong.name.clone(), wrong))
             .collect();
-        self.rest = self.rest_for(now).or_else(|| self.rest.take());
+        self.now.rest = self.rest_for(now);
         let mut actions = Vec::new();
         let mut news = false;
         for wrong in self.wrong.values() {
@@ -376,17 +454,15 @@ impl Guard {
             self.repair_at = now + self.repairs.next(random);
             actions.push(Action::Repair);
         }
-        self.look_at = self.look_at.min(self.report_at);
-        if !self.holds_back() {
-            self.look_at = self.look_at.min(self.repair_at);
-        }
+        let wait = self.wait(now).map_or(self.look_at, |wait| wait.until);
+        self.look_at = self.look_at.min(self.report_at).min(wait);
         actions
     }
 
     /// Somebody else has put the files right. Only an install proves that clamd has them.
     fn came_right(&mut self, now: Instant) -> Vec<Action> {
         if self.wrong.is_empty() {
-            self.rest = None;
+            self.now.rest = None;
             return Vec::new();
         }
         if self.holds_back() {
@@ -406,17 +482,27 @@ impl Guard {
         if self.policy == DriftPolicy::Report {
             return None;
         }
+        match self.now.rest.take() {
+            Some(Rest::Updater { seen, .. }) if seen + UPDATER_GONE <= now => {}
+            Some(rest) => return Some(rest),
+            None => {}
+        }
         if let Some((updater, seen)) = &self.sighted
             && updater.comes_again()
             && now.duration_since(*seen) < SIGHT_HOLDS
         {
-            return Some(Rest::Updater(updater.clone()));
+            return Some(Rest::Updater {
+                updater: updater.clone(),
+                since: now,
+                seen: *seen,
+            });
         }
-        for times in self.repaired.values_mut() {
+        for times in self.now.repaired.values_mut() {
             times.retain(|time| now.duration_since(*time) < REPAIRS_WINDOW);
         }
-        self.repaired.retain(|_, times| !times.is_empty());
-        let again = |name: &String| self.repaired.get(name).map_or(0, VecDeque::len) >= REPAIRS_MAX;
+        self.now.repaired.retain(|_, times| !times.is_empty());
+        let repaired = &self.now.repaired;
+        let again = |name: &String| repaired.get(name).map_or(0, VecDeque::len) >= REPAIRS_MAX;
         self.wrong.keys().any(again).then_some(Rest::Again)
     }
 }
@@ -434,8 +520,8 @@ mod tests {
         let start = Instant::now();
         let mut now = start;
         let hour = Duration::from_secs(3600);
-        let mut guard = Guard::new(policy, hour, None, start, 1.0);
-        let mut kept = None;
+        let mut guard = Guard::new(policy, hour, Kept::default(), start, 1.0);
+        let mut kept = Kept::default();
         let mut depth = Depth::Touched;
         let mut said = Vec::new();
         for step in script.split(';').map(str::trim) {
@@ -480,9 +566,14 @@ mod tests {
                 Action::Report(drift) if drift.iter().all(|file| file.mended) => "mended".into(),
                 Action::Report(drift) => format!("report {}", drift.len()),
                 Action::Repair => "repair".to_owned(),
-                Action::Keep(rest) => {
-                    kept = rest;
-                    if kept.is_some() { "keep" } else { "forget" }.to_owned()
+                Action::Keep(now) => {
+                    kept = now;
+                    match (&kept.rest, kept.repaired.is_empty()) {
+                        (Some(_), _) => "keep",
+                        (None, false) => "count",
+                        (None, true) => "forget",
+                    }
+                    .to_owned()
                 }
             });
             said.push(words.collect::<Vec<_>>().join(" "));
@@ -516,7 +607,7 @@ mod tests {
         check(
             DriftPolicy::Repair,
             "0s; fine; touch; touch; 400ms; 100ms; a.ndb b.ndb?; installed; touch; 500ms; fine",
-            "look;; scan;;; look; report 2 repair;; scan; look;",
+            "look;; scan;;; look; report 2 repair; count; scan; look;",
         );
     }
 
@@ -551,7 +642,7 @@ mod tests {
         let now = Instant::now();
         let hour = Duration::from_secs(3600);
         for (random, minutes) in [(0.0, 0), (0.5, 30), (1.0, 60)] {
-            let guard = Guard::new(DriftPolicy::Repair, hour, None, now, random);
+            let guard = Guard::new(DriftPolicy::Repair, hour, Kept::default(), now, random);
             assert_eq!(guard.rehash_at, now + Duration::from_secs(minutes * 60));
         }
     }
@@ -579,7 +670,7 @@ mod tests {
         check(
             DriftPolicy::Repair,
             "0s; fine; touch; saw freshclam; 500ms; a.ndb; touch; 500ms; a.ndb; 1h; a.ndb",
-            "look;; scan;; look; keep report 1; scan; look;; look; report 1",
+            "look;; scan;; look; keep report 1; scan; look;; look; forget report 1 repair",
         );
         // Whoever copies a file by hand is none.
         check(
@@ -602,10 +693,8 @@ mod tests {
         // Until an operator or a new generation says otherwise, or it comes right.
         check(
             DriftPolicy::Repair,
-            &format!("{seen}; restart; a.ndb; 1h; a.ndb; forced; restart; fine; 1m; a.ndb"),
-            &format!(
-                "{left}; look; report 1; look; report 1; forget; look;; look; report 1 repair"
-            ),
+            &format!("{seen}; restart; a.ndb; 9m; a.ndb; forced; restart; fine; 1m; a.ndb"),
+            &format!("{left}; look; report 1; look;; forget; look;; look; report 1 repair"),
         );
         check(
             DriftPolicy::Repair,
@@ -622,7 +711,7 @@ mod tests {
     #[test]
     fn repairs_that_do_not_last_end() {
         let again = "touch; 500ms; a.ndb; installed; ".repeat(REPAIRS_MAX);
-        let fought = "scan; look; report 1 repair;; ".repeat(REPAIRS_MAX);
+        let fought = "scan; look; report 1 repair; count; ".repeat(REPAIRS_MAX);
         check(
             DriftPolicy::Repair,
             &format!("0s; fine; {again} touch; 500ms; a.ndb; touch; 500ms; a.ndb"),
@@ -637,13 +726,71 @@ mod tests {
         check(
             DriftPolicy::Repair,
             &format!("0s; fine; {again} forced; touch; 500ms; a.ndb"),
-            &format!("look;; {fought}; scan; look; report 1 repair"),
+            &format!("look;; {fought} forget; scan; look; report 1 repair"),
         );
         check(
             DriftPolicy::Repair,
             &format!("0s; fine; {again} touch; 4h; a.ndb"),
-            &format!("look;; {fought} scan; look; report 1 repair"),
+            &format!("look;; {fought} scan; look; forget report 1 repair"),
         );
+    }
+
+    #[test]
+    fn a_repair_waits_until_no_updater_was_seen_for_ten_minutes_also_over_a_restart() {
+        let seen = "0s; fine; run; saw freshclam; 500ms; a.ndb";
+        let left = "look;; scan;; look; keep report 1";
+        check(
+            DriftPolicy::Repair,
+            &format!("{seen}; 9m; saw freshclam; a.ndb; 9m; a.ndb; 59s; 1s; a.ndb; installed"),
+            &format!("{left}; look; keep;; look; report 1;; look; forget repair; count"),
+        );
+        check(
+            DriftPolicy::Repair,
+            &format!("{seen}; 5m; a.ndb; restart; a.ndb; 4m; a.ndb; 59s; 1s; a.ndb"),
+            &format!("{left}; look;; look; report 1; look;;; look; forget repair"),
+        );
+    }
+
+    #[test]
+    fn three_repairs_after_an_updater_in_four_hours_end_automatic_repair_also_over_restarts() {
+        let run = "run; saw freshclam; 500ms; a.ndb; 10m; a.ndb; ";
+        for (restart, looks) in [("", ""), ("restart; fine; ", "look;; ")] {
+            let hourly = format!("{run} installed; {restart}").repeat(REPAIRS_MAX);
+            let repair = |kept| {
+                format!("scan;; look; keep report 1; look; {kept} report 1 repair; count; {looks}")
+            };
+            let repairs = repair("forget") + &repair("count").repeat(REPAIRS_MAX - 1);
+            check(
+                DriftPolicy::Repair,
+                &format!("0s; fine; {hourly} {run} restart; a.ndb; 10m; a.ndb"),
+                &format!(
+                    "look;; {repairs} scan;; look; keep report 1; look; keep report 1; look; \
+                     report 1; look; report 1"
+                ),
+            );
+        }
+    }
+
+    #[test]
+    fn a_repair_that_waits_has_a_start_and_a_bound() {
+        let start = Instant::now();
+        let at = |secs| start + Duration::from_secs(secs);
+        let hour = Duration::from_secs(3600);
+        let mut guard = Guard::new(DriftPolicy::Repair, hour, Kept::default(), start, 1.0);
+        let wrong = || Event::Looked {
+            depth: Depth::Touched,
+            wrong: vec![sighting("daily.cld")],
+            watched: true,
+        };
+        guard.handle(Event::Sighted(writer("freshclam")), start, 1.0);
+        assert_eq!(guard.wait(start), None);
+        guard.handle(wrong(), at(10), 1.0);
+        let (since, gone) = (at(10), at(600));
+        assert_eq!(guard.wait(at(20)), Some(Wait { since, until: gone }));
+        // The first try; the next one waits for its turn.
+        guard.handle(wrong(), gone, 1.0);
+        let until = gone + REPAIR_FIRST;
+        assert_eq!(guard.wait(gone), Some(Wait { since, until }));
     }
 
     #[test]
@@ -660,7 +807,7 @@ mod tests {
         check(
             DriftPolicy::Repair,
             "0s; a.ndb; 15s; fine; installed; 1m; fine",
-            "look; report 1 repair; look; repair;; look;",
+            "look; report 1 repair; look; repair; count; look;",
         );
     }
 
@@ -671,7 +818,7 @@ mod tests {
         let mut guard = Guard::new(
             DriftPolicy::Repair,
             Duration::from_secs(3600),
-            None,
+            Kept::default(),
             now,
             1.0,
         );
@@ -686,7 +833,8 @@ mod tests {
         assert_eq!(
             guard.reason(directory).unwrap(),
             "daily.cld is rewritten by somebody: freshclam (pid 812, user clamav); stop it: \
-             systemctl disable --now clamav-freshclam"
+             systemctl disable --now clamav-freshclam; the repair waits until no updater was seen for \
+             10 minutes"
         );
     }
 }

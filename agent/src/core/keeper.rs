@@ -310,7 +310,9 @@ impl Keeper {
             updater: None,
             lacking: false,
             rehashed: None,
-            guarded: None,
+            guarded: installer
+                .installed()
+                .map(|installed| installed.set.sha256()),
             workers: JoinSet::new(),
             phases: mpsc::channel(PHASES_MAX),
             state,

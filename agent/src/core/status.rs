@@ -97,6 +97,9 @@ pub struct DriftStatus {
     pub files: Vec<Drift>,
     /// Why they stay so.
     pub reason: Option<String>,
+    /// The repair that is put off, if one is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub repair_waits: Option<RepairWait>,
     /// The updater of somebody else that was last seen at work on the directory, and when.
     pub updater: Option<String>,
     /// When it was seen.
@@ -108,6 +111,15 @@ pub struct DriftStatus {
     /// Why it does not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub blind: Option<Blindness>,
+}
+
+/// A repair that is put off.
+#[derive(Clone, Copy, Debug, Deserialize, Serialize)]
+pub struct RepairWait {
+    /// Since when.
+    pub since: Timestamp,
+    /// When it is tried at the latest, unless another updater is seen again before.
+    pub until: Timestamp,
 }
 
 /// Why there are no file events.

@@ -8,7 +8,7 @@ use clamcast_proto::{DatabaseName, Position};
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
-use crate::core::status::{Blindness, DriftStatus, LastStatus, Status};
+use crate::core::status::{Blindness, DriftStatus, LastStatus, RepairWait, Status};
 use crate::install::FileCheck;
 
 impl Status {
@@ -144,6 +144,17 @@ impl DriftStatus {
         }
         if let Some(reason) = &self.reason {
             line("", reason);
+        }
+        if let Some(RepairWait { since, until }) = self.repair_waits {
+            line(
+                "",
+                &format_args!(
+                    "the repair waits since {since} ({}) and is tried by {until} (in {}) unless \
+                     another updater is seen before",
+                    age(since, now),
+                    age(now, until)
+                ),
+            );
         }
         if let (Some(updater), Some(seen)) = (&self.updater, self.updater_seen) {
             line(

@@ -2,33 +2,138 @@
 //! [`crate::core::drift::Guard`] decides, one look or repair at a time, and none while an install
 //! is under way.
 
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
 use clamcast_proto::AuditEvent;
 use clamcast_proto::receipt::{Drift, InstallNumber, Outcome};
 use clamcast_proto::wire::{Phase, ToMaster};
 use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::{Done, Keeper};
 use crate::chain;
 use crate::config::DriftPolicy;
-use crate::core::drift::{Action, Event, Rest};
-use crate::core::status::{Blindness, DriftStatus};
+use crate::core::drift::{Action, Event, Kept, REPAIRS_MAX, Rest};
+use crate::core::status::{Blindness, DriftStatus, RepairWait};
 use crate::host::state::{self, State};
 use crate::host::updater::Updater;
 use crate::install::{Completed, Depth, Look, RepairError, Sighting};
 
-/// In the state directory: why changed files are left alone.
+/// In the state directory: why changed files are left alone, and which were put back.
 const REST: &str = "left-alone.json";
 
+/// Files whose repairs are kept. A host that repairs more has no updater, but a broken disk.
+const REPAIRED_MAX: usize = 100;
+
+/// What the guard keeps, with the times of this host's clock.
+#[derive(Deserialize, Serialize)]
+struct Record {
+    rest: Option<RestRecord>,
+    repaired: BTreeMap<String, Vec<Timestamp>>,
+}
+
+#[derive(Deserialize, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum RestRecord {
+    Updater {
+        updater: Updater,
+        since: Timestamp,
+        seen: Timestamp,
+    },
+    Again,
+}
+
+/// Both clocks at one moment. The wall clock may have been set since a time was kept: a time of the
+/// future counts as now.
+#[derive(Clone, Copy)]
+struct Clocks {
+    now: Instant,
+    wall: Timestamp,
+}
+
+impl Clocks {
+    fn read() -> Self {
+        Self {
+            now: Instant::now(),
+            wall: Timestamp::now(),
+        }
+    }
+
+    fn instant(self, time: Timestamp) -> Instant {
+        let ago = Duration::try_from(self.wall.duration_since(time)).unwrap_or_default();
+        self.now.checked_sub(ago).unwrap_or(self.now)
+    }
+
+    fn time(self, instant: Instant) -> Timestamp {
+        let time = match instant.checked_duration_since(self.now) {
+            Some(ahead) => self.wall.checked_add(ahead),
+            None => self.wall.checked_sub(self.now.duration_since(instant)),
+        };
+        time.unwrap_or(self.wall)
+    }
+}
+
+impl Record {
+    fn of(kept: &Kept, clocks: Clocks) -> Self {
+        let rest = kept.rest.as_ref().map(|rest| match rest {
+            Rest::Updater {
+                updater,
+                since,
+                seen,
+            } => RestRecord::Updater {
+                updater: updater.clone(),
+                since: clocks.time(*since),
+                seen: clocks.time(*seen),
+            },
+            Rest::Again => RestRecord::Again,
+        });
+        let repaired = kept.repaired.iter().take(REPAIRED_MAX);
+        let repaired = repaired.map(|(name, times)| {
+            let times = times.iter().map(|time| clocks.time(*time));
+            (name.clone(), times.collect())
+        });
+        Self {
+            rest,
+            repaired: repaired.collect(),
+        }
+    }
+
+    fn kept(self, clocks: Clocks) -> Kept {
+        let rest = self.rest.map(|rest| match rest {
+            RestRecord::Updater {
+                updater,
+                since,
+                seen,
+            } => Rest::Updater {
+                updater,
+                since: clocks.instant(since),
+                seen: clocks.instant(seen),
+            },
+            RestRecord::Again => Rest::Again,
+        });
+        let repaired = self.repaired.into_iter().take(REPAIRED_MAX);
+        let repaired = repaired.map(|(name, times)| {
+            let times = times.into_iter().take(REPAIRS_MAX);
+            (name, times.map(|time| clocks.instant(time)).collect())
+        });
+        Kept {
+            rest,
+            repaired: repaired.collect(),
+        }
+    }
+}
+
 /// What the agent before this one left alone. Without it, repairs begin anew.
-pub(crate) fn kept_rest(state: &State) -> Option<Rest> {
+pub(crate) fn kept_rest(state: &State) -> Kept {
     let path = state.path().join(REST);
-    let rest = state::load::<Option<Rest>>(&path, "what was left alone is repaired");
-    rest.unwrap_or_else(|error| {
+    let record = state::load::<Record>(&path, "what was left alone is repaired");
+    let record = record.unwrap_or_else(|error| {
         tracing::warn!(error = chain(&error), "what was left alone is repaired");
         None
-    })
-    .flatten()
+    });
+    record.map_or_else(Kept::default, |record| record.kept(Clocks::read()))
 }
 
 impl Keeper {
@@ -41,6 +146,10 @@ impl Keeper {
             true => Depth::Ordered,
             false => Depth::Surface,
         };
+        if self.guard.rests() {
+            // An updater that is still at work keeps the repair waiting.
+            self.scanned(Updater::find(self.watch.path()));
+        }
         // No install is under way yet, whatever the slot says.
         let event = match self.installer.look(depth, &self.stop) {
             Look::Made(wrong) => Event::Looked {
@@ -75,20 +184,21 @@ impl Keeper {
     }
 
     pub(super) fn guard_event(&mut self, event: Event) {
-        let (now, random) = (std::time::Instant::now(), rand::random());
+        let (now, random) = (Instant::now(), rand::random());
         for action in self.guard.handle(event, now, random) {
             match action {
                 Action::Scan => self.scan(),
                 Action::Look(depth) => self.inspect(depth),
-                Action::Keep(rest) => self.keep_rest(rest.as_ref()),
+                Action::Keep(kept) => self.keep_rest(&kept),
                 Action::Report(drift) => self.report_drift(drift),
                 Action::Repair => self.repair(),
             }
         }
     }
 
-    fn keep_rest(&self, rest: Option<&Rest>) {
-        if let Err(error) = state::save(&self.state.path().join(REST), &rest) {
+    fn keep_rest(&self, kept: &Kept) {
+        let record = Record::of(kept, Clocks::read());
+        if let Err(error) = state::save(&self.state.path().join(REST), &record) {
             tracing::warn!(
                 error = chain(&error),
                 "a restart will forget what is left alone"
@@ -167,7 +277,7 @@ impl Keeper {
                 "an installed file was changed; the order mends it"
             );
         }
-        self.guard.learn(wrong, std::time::Instant::now());
+        self.guard.learn(wrong, Instant::now());
     }
 
     /// Tells the master, and the host's own logs, what was found. What clamd has in its memory is
@@ -319,6 +429,7 @@ impl Keeper {
             policy: self.guard.policy(),
             files: self.guard.drift(false),
             reason: self.guard.reason(self.watch.path()),
+            repair_waits: self.repair_waits(),
             updater: self
                 .updater
                 .as_ref()
@@ -328,6 +439,19 @@ impl Keeper {
             watched: self.watch.is_watching(),
             blind: self.watch.blind().map(Blindness::from),
         }
+    }
+
+    /// How long the repair of a changed file is put off, if it is.
+    fn repair_waits(&self) -> Option<RepairWait> {
+        if self.repairing.is_some() {
+            return None;
+        }
+        let clocks = Clocks::read();
+        let wait = self.guard.wait(clocks.now)?;
+        Some(RepairWait {
+            since: clocks.time(wait.since),
+            until: clocks.time(wait.until),
+        })
     }
 
     /// Why an offer of what is installed is not taken: it would put files back that are to stay as
@@ -340,5 +464,41 @@ impl Keeper {
     /// Whether the set can be called installed: not if files of it can come from the master alone.
     pub(super) fn is_lacking(&self) -> bool {
         self.lacking && self.guard.policy() == DriftPolicy::Repair
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kept_times_survive_a_restart_and_a_time_of_the_future_counts_as_now() {
+        let clocks = Clocks::read();
+        let ago = |secs| clocks.now - Duration::from_secs(secs);
+        let kept = Kept {
+            rest: Some(Rest::Updater {
+                updater: Updater {
+                    name: "freshclam".into(),
+                    pid: 812,
+                    user: "clamav".into(),
+                },
+                since: ago(500),
+                seen: ago(60),
+            }),
+            repaired: [("daily.cld".to_owned(), [ago(7200)].into())].into(),
+        };
+        let record = || {
+            let json = serde_json::to_string(&Record::of(&kept, clocks)).unwrap();
+            serde_json::from_str::<Record>(&json).unwrap()
+        };
+        assert_eq!(record().kept(clocks), kept);
+        let set_back = Clocks {
+            wall: clocks.wall - Duration::from_secs(3600),
+            ..clocks
+        };
+        let Some(Rest::Updater { seen, .. }) = record().kept(set_back).rest else {
+            panic!("it is kept");
+        };
+        assert_eq!(seen, clocks.now);
     }
 }
