@@ -15,6 +15,10 @@ pub const ERROR_BYTES_MAX: usize = 4 << 10;
 /// Files of others that a receipt lists. More are only counted.
 pub const FOREIGN_MAX: usize = 100;
 
+/// Adopted files that a receipt lists. A host that has more of its own under names of the fleet was
+/// a mirror of its own before.
+pub const ADOPTED_MAX: usize = 100;
+
 /// Drifted files that a receipt lists. More are found again by the next look.
 pub const DRIFT_MAX: usize = 100;
 
@@ -64,6 +68,10 @@ pub struct Receipt {
     pub files: Vec<FileState>,
     /// Databases in the directory that are not clamcast's, at most [`FOREIGN_MAX`].
     pub foreign: Vec<String>,
+    /// The host's own files under names that the fleet publishes, at most [`ADOPTED_MAX`]. The agent
+    /// keeps them and restores one when the fleet withdraws its name.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub adopted: Vec<DatabaseName>,
     /// Files of the installed generation that were found other than published since the last
     /// receipt, at most [`DRIFT_MAX`]. An agent that does not look for drift leaves it out.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -90,6 +98,7 @@ impl Receipt {
         let texts = [&self.error, &self.clamd.version, &self.clamd.note];
         let mut texts = texts.into_iter().flatten();
         self.foreign.len() <= FOREIGN_MAX
+            && self.adopted.len() <= ADOPTED_MAX
             && self.drift.len() <= DRIFT_MAX
             && texts.all(|text| text.len() <= ERROR_BYTES_MAX)
     }

@@ -540,6 +540,10 @@ fn a_receipt_for_somebody_else_is_not_believed() {
                 of(&|it| it.foreign = vec![String::new(); 10_000]),
                 "too long",
             ),
+            (
+                of(&|it| it.adopted = vec!["x.ndb".parse().unwrap(); 10_000]),
+                "too long",
+            ),
         ] {
             talk.say(&ToMaster::Receipt { receipt }).await;
             let answer = error(&mut talk).await;

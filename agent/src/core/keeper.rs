@@ -1085,7 +1085,10 @@ impl Keeper {
             Outcome::HostFault => tracing::warn!(%position, error, "this host cannot take it"),
         }
         let outcome = Some(completed.outcome.as_str());
-        let detail = json!({ "install": completed.install, "error": error, "took": took });
+        let detail = json!({
+            "install": completed.install, "error": error, "took": took,
+            "adopted": completed.adopted,
+        });
         self.audit
             .note(AuditEvent::Installed, Some(position), outcome, detail);
         let back = self.installed_position().filter(|back| *back != position);
@@ -1113,6 +1116,7 @@ impl Keeper {
             outcome: completed.outcome,
             files: completed.files.clone(),
             foreign: completed.foreign.clone(),
+            adopted: completed.adopted.clone(),
             drift,
             clamd: completed.clamd.clone(),
             error,
@@ -1220,6 +1224,7 @@ impl Keeper {
             stale: self.stale_since().is_some(),
             clamd: self.installer.clamd(),
             foreign: last.map_or_else(Vec::new, |last| last.foreign.clone()),
+            adopted: last.map_or_else(Vec::new, |last| last.adopted.clone()),
             drift: self.drift_status(),
             error: self
                 .refusal

@@ -248,6 +248,7 @@ mod tests {
             outcome: Outcome::Live,
             files: Vec::new(),
             foreign: Vec::new(),
+            adopted: Vec::new(),
             drift: Vec::new(),
             clamd: ClamdReport::default(),
             error: None,

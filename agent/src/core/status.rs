@@ -52,6 +52,9 @@ pub struct Status {
     pub clamd: ClamdReport,
     /// Databases in the directory that are not clamcast's.
     pub foreign: Vec<String>,
+    /// The host's own files under names of the fleet, kept until the fleet withdraws the name.
+    #[serde(default)]
+    pub adopted: Vec<DatabaseName>,
     /// What became of the installed files.
     #[serde(default)]
     pub drift: DriftStatus,

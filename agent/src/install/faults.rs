@@ -10,6 +10,7 @@ use std::ffi::OsString;
 use std::fs;
 use std::path::PathBuf;
 
+use clamcast_proto::DatabaseName;
 use clamcast_proto::receipt::{InstallNumber, Outcome};
 use nix::errno::Errno;
 
@@ -18,6 +19,8 @@ use crate::clamd::proof::{CANARY, GATE, canary_number, gate_number};
 
 /// A host before an offer, and the offer.
 struct Scenario {
+    /// What the host had of its own before generation 1 was installed.
+    own: &'static str,
     /// What is installed as generation 1, if anything.
     old: &'static str,
     /// What others have in the directory. Under names of the new set it is the old set, too.
@@ -31,6 +34,7 @@ struct Scenario {
 }
 
 const UPDATE: Scenario = Scenario {
+    own: "",
     old: "daily.cld@1=daily-one main.cvd@62=main x.ndb=x",
     foreign: "local.ndb=local",
     denied: "",
@@ -40,6 +44,7 @@ const UPDATE: Scenario = Scenario {
 };
 
 const OTHER_FORM: Scenario = Scenario {
+    own: "",
     old: "daily.cvd@1=daily-one daily-1.cvd.sign=signed-one",
     foreign: "",
     denied: "",
@@ -49,6 +54,7 @@ const OTHER_FORM: Scenario = Scenario {
 };
 
 const LOWER_FORM: Scenario = Scenario {
+    own: "",
     old: "daily.cld@9=daily-nine",
     foreign: "",
     denied: "",
@@ -58,6 +64,7 @@ const LOWER_FORM: Scenario = Scenario {
 };
 
 const FIRST: Scenario = Scenario {
+    own: "",
     old: "",
     foreign: "",
     denied: "",
@@ -67,6 +74,7 @@ const FIRST: Scenario = Scenario {
 };
 
 const ADOPTION: Scenario = Scenario {
+    own: "",
     old: "",
     foreign: "daily.cvd=freshclams main.cvd=main local.ndb=local",
     denied: "",
@@ -76,6 +84,7 @@ const ADOPTION: Scenario = Scenario {
 };
 
 const REFUSED: Scenario = Scenario {
+    own: "",
     old: "daily.cvd@1=daily-one x.ndb=x",
     foreign: "local.ndb=local",
     denied: "",
@@ -90,6 +99,7 @@ const REFUSED_AFTER_A_CONTROL: Scenario = Scenario {
 };
 
 const REFUSED_BESIDE_OTHERS: Scenario = Scenario {
+    own: "",
     old: "",
     foreign: "local.ndb=local",
     denied: "",
@@ -99,6 +109,7 @@ const REFUSED_BESIDE_OTHERS: Scenario = Scenario {
 };
 
 const REFUSED_OVER_UNREADABLE: Scenario = Scenario {
+    own: "",
     old: "",
     foreign: "",
     denied: "daily.cvd=freshclams x.ndb=x",
@@ -107,7 +118,33 @@ const REFUSED_OVER_UNREADABLE: Scenario = Scenario {
     scan: FakeScan::Names,
 };
 
+const WITHDRAWAL: Scenario = Scenario {
+    own: "local.ign2=own list.ndb=own daily.cvd=freshclams",
+    old: "daily.cld@1=daily-one local.ign2=fleets x.ndb=x",
+    foreign: "",
+    denied: "",
+    new: "main.cvd@62=main x.ndb=x",
+    mood: Mood::Up,
+    scan: FakeScan::Names,
+};
+
+const REFUSED_WITHDRAWAL: Scenario = Scenario {
+    new: "main.cvd@62=BAD x.ndb=x",
+    ..WITHDRAWAL
+};
+
+const REFUSED_ADOPTION: Scenario = Scenario {
+    own: "local.ign2=own",
+    old: "daily.cvd@1=daily-one",
+    foreign: "",
+    denied: "",
+    new: "daily.cld@2=BAD local.ign2=fleets",
+    mood: Mood::Up,
+    scan: FakeScan::Names,
+};
+
 const CLAMD_AWAY: Scenario = Scenario {
+    own: "",
     old: "daily.cvd@1=daily-one",
     foreign: "",
     denied: "",
@@ -145,7 +182,7 @@ fn faults(n: u64) -> Vec<Fault> {
 
 impl Scenario {
     fn host(&self) -> Host {
-        let mut host = Host::with(1, self.old);
+        let mut host = Host::with_own(self.own, 1, self.old);
         host.clamd.scan = self.scan;
         host.put(self.foreign);
         host.put_denied(self.denied);
@@ -155,7 +192,20 @@ impl Scenario {
 
     /// The directory before the offer.
     fn before(&self) -> Files {
-        set(&format!("{} {} {}", self.old, self.foreign, self.denied))
+        let mut before = self.own_beside(self.old);
+        before.extend(set(&format!(
+            "{} {} {}",
+            self.old, self.foreign, self.denied
+        )));
+        before
+    }
+
+    /// The host's own files whose names a set does not own.
+    fn own_beside(&self, line: &str) -> Files {
+        let mut own = set(self.own);
+        let bases: BTreeSet<_> = set(line).keys().map(|name| base(name).to_owned()).collect();
+        own.retain(|name, _| !bases.contains(base(name)));
+        own
     }
 
     /// The directory after it: foreign files stay where the set has no successor for them.
@@ -164,6 +214,7 @@ impl Scenario {
         let bases: BTreeSet<_> = new.keys().map(|name| base(name)).collect();
         let mut after = set(&format!("{} {}", self.foreign, self.denied));
         after.retain(|name, _| !bases.contains(base(name)));
+        after.extend(self.own_beside(self.new));
         after.extend(new);
         after
     }
@@ -189,7 +240,7 @@ fn base(name: &str) -> &str {
 
 /// Whoever opens a name that clamd loads finds all of a file that belongs there.
 fn a_database_name_never_holds_a_partial_file(host: &Host, scenario: &Scenario, at: &str) {
-    let old = [scenario.before(), set(scenario.new)];
+    let old = [scenario.before(), set(scenario.new), set(scenario.own)];
     for (name, content) in loaded(&host.database()) {
         let whole = match name.as_str() {
             CANARY => canary_number(&content).is_some(),
@@ -202,7 +253,7 @@ fn a_database_name_never_holds_a_partial_file(host: &Host, scenario: &Scenario, 
 
 /// Whoever opens a name of both sets finds a file, at any moment.
 fn a_name_of_both_sets_is_never_missing(host: &Host, scenario: &Scenario, at: &str) {
-    let (there, new) = (host.there(), set(scenario.new));
+    let (there, new) = (host.there(), scenario.after());
     for name in scenario
         .before()
         .keys()
@@ -271,6 +322,14 @@ fn the_next_offer_ends_as_it_should(host: &Host, scenario: &Scenario, at: &str) 
         };
         let expected = generation.map(|generation| (generation, Outcome::Live));
         assert_eq!(installed, expected, "{at}");
+        let now = if refused { scenario.old } else { scenario.new };
+        let mut kept = set(scenario.own);
+        kept.retain(|name, _| !scenario.own_beside(now).contains_key(name));
+        if !scenario.own.is_empty() {
+            let adopted = completed.adopted.iter().map(DatabaseName::as_str);
+            assert!(adopted.eq(kept.keys()), "{at}: {:?}", completed.adopted);
+            assert_eq!(loaded(&host.hidden("adopted")), kept, "{at}");
+        }
         nothing_is_left_over(host, &installer, at);
     }
 }
@@ -446,6 +505,21 @@ fn a_refusal_beside_files_of_others_survives_every_fault() {
 #[test]
 fn a_refusal_over_files_that_cannot_be_read_survives_every_fault() {
     survive_everything("refusal over unreadable", &REFUSED_OVER_UNREADABLE);
+}
+
+#[test]
+fn a_withdrawal_that_restores_the_hosts_own_files_survives_every_fault() {
+    survive_everything("withdrawal", &WITHDRAWAL);
+}
+
+#[test]
+fn a_refusal_after_the_hosts_own_files_were_restored_survives_every_fault() {
+    survive_everything("refused withdrawal", &REFUSED_WITHDRAWAL);
+}
+
+#[test]
+fn a_refusal_gives_the_host_its_own_file_back_whatever_fails() {
+    survive_everything("refused adoption", &REFUSED_ADOPTION);
 }
 
 #[test]

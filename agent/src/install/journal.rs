@@ -130,6 +130,9 @@ pub struct Journal {
     pub before: Before,
     /// Names that others had put there, to be kept in `adopted/`.
     pub adopt: Vec<DatabaseName>,
+    /// The host's own files that come back from `adopted/`, as the set owns their names no more.
+    #[serde(default)]
+    pub restore: Vec<Moved>,
     /// Names that go before the gate.
     pub withdraw: Vec<DatabaseName>,
     /// Names that go after the proof: an old form that the new one outranks.

@@ -684,7 +684,13 @@ impl Host {
 
     /// With this generation installed and live, unless the line is empty.
     pub(super) fn with(generation: u64, line: &str) -> Self {
+        Self::with_own("", generation, line)
+    }
+
+    /// The same, where the host had files of its own before.
+    pub(super) fn with_own(own: &str, generation: u64, line: &str) -> Self {
         let host = Self::new();
+        host.put(own);
         if !line.is_empty() {
             let taken = host
                 .take(&host.start(), &manifest(generation, line), line)

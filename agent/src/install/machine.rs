@@ -224,6 +224,7 @@ impl Machine {
                     // It is what there is to go back to.
                     before: Before::default(),
                     adopt: Vec::new(),
+                    restore: Vec::new(),
                     withdraw: Vec::new(),
                     later: Vec::new(),
                 };
@@ -663,7 +664,6 @@ impl Machine {
             touched: true,
             whole: false,
             files: forward.before.files.clone(),
-            adopt: Vec::new(),
             withdraw,
             later: Vec::new(),
             ..*forward
@@ -693,6 +693,8 @@ impl Machine {
             control: false,
             // If clamd refuses this one too, there is nothing further back.
             before: Before::default(),
+            adopt: Vec::new(),
+            restore: Vec::new(),
             withdraw: Vec::new(),
             ..*journal
         });
@@ -801,6 +803,7 @@ mod tests {
             files,
             before,
             adopt: Vec::new(),
+            restore: Vec::new(),
             withdraw: Vec::new(),
             later: Vec::new(),
         })

@@ -13,11 +13,11 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use clamcast_daemon::{durable, input};
-use clamcast_proto::Digest;
 use clamcast_proto::dsse::Verified;
 use clamcast_proto::manifest::{Manifest, ManifestFile};
 use clamcast_proto::receipt::{ClamdReport, InstallNumber, Outcome};
 use clamcast_proto::wire::{NeedFile, Part, Phase};
+use clamcast_proto::{DatabaseName, Digest};
 use tokio::sync::OwnedMutexGuard;
 use tokio_util::sync::CancellationToken;
 
@@ -25,6 +25,7 @@ use crate::chain;
 use crate::clamd::Verdict;
 use crate::clamd::proof::Nonce;
 
+mod adopted;
 pub mod disk;
 #[cfg(test)]
 mod faults;
@@ -344,7 +345,12 @@ impl<P: Prove> Installer<P> {
 
     /// Databases in the directory that are not ours, bounded as a receipt is. Blocking.
     pub fn foreign(&self) -> Vec<String> {
-        self.shared.foreign(None)
+        self.shared.foreign()
+    }
+
+    /// The host's own files that are kept while the installed set owns their names. Blocking.
+    pub fn adopted(&self) -> Vec<DatabaseName> {
+        self.shared.adopted()
     }
 
     /// What a receipt says of a generation that this host could not take. Blocking.

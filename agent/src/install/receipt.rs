@@ -4,6 +4,7 @@ use clamcast_proto::DatabaseName;
 use clamcast_proto::manifest::Manifest;
 use clamcast_proto::receipt::{ClamdReport, FileState, InstallNumber, Outcome};
 
+use super::adopted::earlier_sets;
 use super::disk::{At, Dir};
 use super::journal::{Ending, Refusal, Set};
 use super::{Prove, Shared, lock};
@@ -25,6 +26,8 @@ pub struct Completed {
     pub files: Vec<FileState>,
     /// Databases in the directory that are not ours, bounded.
     pub foreign: Vec<String>,
+    /// The host's own files under names of the fleet, kept until the fleet withdraws the name.
+    pub adopted: Vec<DatabaseName>,
     /// The clamd it was proven with.
     pub clamd: ClamdReport,
     /// Why it is not live.
@@ -72,7 +75,8 @@ impl<P: Prove> Shared<P> {
         }
         Completed {
             files,
-            foreign: self.foreign(Some(&set)),
+            foreign: self.foreign(),
+            adopted: self.adopted(),
             clamd: self.with_passed_over(clamd, &set.manifest),
             outcome: ending.outcome,
             install: ending.install,
@@ -109,21 +113,25 @@ impl<P: Prove> Shared<P> {
         report
     }
 
-    pub(super) fn foreign(&self, set: Option<&Set>) -> Vec<String> {
-        let mut ours: Vec<DatabaseName> = Vec::new();
-        let mut know = |files: Vec<FileState>| ours.extend(files.into_iter().map(|file| file.name));
-        if let Some(set) = set {
-            know(set.files());
-        }
-        if let Some(installed) = lock(&self.installed).as_ref() {
-            know(installed.set.files());
-        }
-        if let Some(journal) = lock(&self.machine).journal() {
-            know(journal.files.clone());
-            know(journal.before.files.clone());
-        }
+    /// Databases in the directory that no set of the fleet owns.
+    pub(super) fn foreign(&self) -> Vec<String> {
+        let installed = lock(&self.installed).clone();
+        let open = lock(&self.machine).journal().cloned();
+        let sets = earlier_sets(installed.as_ref(), open.as_ref());
+        let files = sets.iter().flat_map(|set| &set.files);
+        let ours: Vec<DatabaseName> = files.map(|file| file.name.clone()).collect();
         self.swap().foreign(&ours).unwrap_or_else(|fault| {
             tracing::warn!(error = chain(&fault), "cannot look for databases of others");
+            Vec::new()
+        })
+    }
+
+    /// The host's own files that are kept while the installed set owns their names.
+    pub(super) fn adopted(&self) -> Vec<DatabaseName> {
+        let installed = lock(&self.installed).clone();
+        let adopted = installed.map(|installed| self.swap().adopted(&installed.set.manifest));
+        adopted.unwrap_or(Ok(Vec::new())).unwrap_or_else(|fault| {
+            tracing::warn!(error = chain(&fault), "cannot look for adopted files");
             Vec::new()
         })
     }

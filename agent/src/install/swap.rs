@@ -5,14 +5,14 @@
 //! stage keeps every file until the outcome is decided, and what is gone need not be removed again.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io;
 
 use clamcast_proto::DatabaseName;
 use clamcast_proto::manifest::{Manifest, ManifestFile};
 use clamcast_proto::names::{DatabaseKind, looks_like_a_database};
 use clamcast_proto::receipt::{FOREIGN_MAX, FileState, InstallNumber};
 
-use super::disk::{At, DATABASE_MODE, Dir, HostFault, Tree, io_fault};
+use super::adopted::{earlier_sets, is_owned};
+use super::disk::{At, DATABASE_MODE, Dir, HostFault, Tree};
 use super::journal::{Before, Installed, Journal, Moved, Set, Step, Way};
 use super::look::Baseline;
 use super::others::Other;
@@ -25,10 +25,6 @@ use crate::clamd::proof::{
 /// disk is noticed while nothing has happened.
 const NEW_CANARY: At<'_> = At(Dir::Hidden, "canary");
 const NEW_GATE: At<'_> = At(Dir::Hidden, "gate");
-
-/// So much is kept in `adopted/` of what stood in the place of one database. One more is a fault, for
-/// somebody to look at.
-const KEPT_MAX: u32 = 100;
 
 const CANARY_AT: At<'_> = At(Dir::Databases, CANARY);
 const GATE_AT: At<'_> = At(Dir::Databases, GATE);
@@ -125,7 +121,10 @@ impl Swap<'_> {
         let install = numbers.next(open, installed);
         let files = set.files();
         let present = self.databases()?;
-        let ours = names_of_ours(installed, open);
+        let earlier = earlier_sets(installed, open);
+        let ours = earlier.iter().flat_map(|set| &set.files);
+        let ours: BTreeSet<_> = ours.map(|file| file.name.clone()).collect();
+        let (restore, stay) = self.to_restore(&set.manifest, &earlier)?;
 
         let mut adopt = Vec::new();
         let mut in_place = true;
@@ -137,7 +136,10 @@ impl Swap<'_> {
             if !self.is_placed(file)? {
                 in_place = false;
                 let at = At(Dir::Databases, name.as_str());
-                if !ours.contains(name) && self.stage.holds(at, file)?.is_none() {
+                // A file with the fleet's own bytes is nothing that could be lost; and where the
+                // state directory was, the agent's own older file is known by its link.
+                let is_theirs = !ours.contains(name) && !self.is_current(name)?;
+                if is_theirs && self.stage.holds(at, file)?.is_none() {
                     adopt.push(name.clone());
                 }
             }
@@ -150,21 +152,29 @@ impl Swap<'_> {
             if set.manifest.file(name).is_some() {
                 continue;
             }
+            if stay.contains(name) || restore.iter().any(|restored| restored.name == *name) {
+                continue; // the host's own file is there, or is put there
+            }
             if ours.contains(name) {
                 match self.may_stay_till_the_proof(name, &set.manifest, &known)? {
                     true => later.push(name.clone()),
                     false => withdraw.push(name.clone()),
                 }
-            } else if succeeds(&set.manifest, name) {
+            } else if is_owned(&set.manifest, name) {
                 adopt.push(name.clone());
                 withdraw.push(name.clone());
             }
         }
-        in_place &= withdraw.is_empty() && later.is_empty();
+        in_place &= withdraw.is_empty() && later.is_empty() && restore.is_empty();
         in_place &= installed.is_some_and(|installed| numbers.whole == Some(installed.install));
 
         let touched: BTreeSet<_> = files.iter().map(|file| file.name.clone()).collect();
-        let touched = touched.iter().chain(&withdraw).chain(&later);
+        let restored = restore.iter().map(|restored| &restored.name);
+        let touched = touched
+            .iter()
+            .chain(&withdraw)
+            .chain(&later)
+            .chain(restored);
         let (old, moved) = self.before(touched, installed)?;
         // What is moved need not be linked.
         adopt.retain(|name| old.iter().any(|old| old.name == *name));
@@ -191,6 +201,7 @@ impl Swap<'_> {
                 files,
                 before,
                 adopt,
+                restore,
                 withdraw,
                 later,
             },
@@ -302,21 +313,6 @@ impl Swap<'_> {
         Ok((files, moved))
     }
 
-    /// This name, or the first one after it that nothing in `adopted/` has.
-    fn free_in_adopted(&self, name: &str) -> Result<String, HostFault> {
-        let mut free = name.to_owned();
-        for n in 2..=KEPT_MAX + 1 {
-            if self.tree.facts(At(Dir::Adopted, &free))?.is_none() {
-                return Ok(free);
-            }
-            free = format!("{name}-{n}");
-        }
-        let path = self.tree.path(At(Dir::Adopted, name));
-        let reason = format!("{KEPT_MAX} of that name are kept there already; remove some");
-        let source = io::Error::new(io::ErrorKind::AlreadyExists, reason);
-        Err(io_fault("keep another", &path, source))
-    }
-
     /// Carries out a journal's swap.
     pub(super) fn perform(&self, journal: &Journal) -> Result<(), SwapFault> {
         let touched = |fault| SwapFault {
@@ -343,6 +339,7 @@ impl Swap<'_> {
         for name in &journal.withdraw {
             self.withdraw(name).map_err(touched)?;
         }
+        self.restore(journal).map_err(touched)?;
         self.show_proof().map_err(touched)?;
         self.tree.sync_dir(Dir::Databases).map_err(touched)?;
         self.fill_current(&journal.files).map_err(touched)
@@ -364,7 +361,11 @@ impl Swap<'_> {
         }
         also(self.tree.sync_dir(Dir::Stage));
         for file in signatures_first(&journal.files) {
-            also(self.place(file));
+            also(self.place_back(journal, file));
+        }
+        let returns = |name: &DatabaseName| journal.files.iter().any(|file| file.name == *name);
+        for restored in journal.restore.iter().filter(|it| !returns(&it.name)) {
+            also(self.keep_restored(journal, restored));
         }
         // In reverse: what the set has no file for comes back first, beside the whole set.
         for moved in journal.before.moved.iter().rev() {
@@ -373,12 +374,17 @@ impl Swap<'_> {
         for name in &journal.withdraw {
             also(self.withdraw(name));
         }
+        also(self.give_up(&journal.adopt));
         restored?;
         // The old set comes first: it needs no room, and these two may find none.
         self.prepare_proof(journal.install)?;
         self.show_proof()?;
         self.tree.sync_dir(Dir::Databases)?;
-        self.fill_current(&journal.files)
+        // What others had put there is not the agent's.
+        let ours = earlier_sets(journal.before.installed.as_ref(), None);
+        let is_ours = |file: &&FileState| ours.iter().any(|set| set.file(&file.name).is_some());
+        let files: Vec<_> = journal.files.iter().filter(is_ours).cloned().collect();
+        self.fill_current(&files)
     }
 
     /// Puts only the next canary and gate in place.
@@ -474,25 +480,18 @@ impl Swap<'_> {
         self.tree.rename(NEW_GATE, GATE_AT)
     }
 
-    /// Keeps what others had put there, once for each name.
-    fn adopt(&self, names: &[DatabaseName]) -> Result<(), HostFault> {
-        for name in names {
-            // `previous/` has it, and as a file of ours, which may be linked.
-            let (there, kept) = (
-                At(Dir::Previous, name.as_str()),
-                At(Dir::Adopted, name.as_str()),
-            );
-            if self.tree.facts(there)?.is_some() && self.tree.facts(kept)?.is_none() {
-                self.tree.link(there, kept)?;
-            }
-        }
-        self.tree.sync_dir(Dir::Adopted)
-    }
-
     /// Gives a staged file its name in the database directory.
     fn place(&self, file: &FileState) -> Result<(), HostFault> {
         self.move_directory_away(&file.name)?;
         self.link_over(file, At(Dir::Databases, file.name.as_str()))
+    }
+
+    /// The same on the way back. The host's own file, which was restored, is kept first.
+    fn place_back(&self, journal: &Journal, file: &FileState) -> Result<(), HostFault> {
+        for restored in journal.restore.iter().filter(|it| it.name == file.name) {
+            self.keep_restored(journal, restored)?;
+        }
+        self.place(file)
     }
 
     /// A file cannot be renamed over a directory. Whoever made one in the place of a database finds
@@ -736,17 +735,9 @@ fn places_of(moved: &Moved) -> (At<'_>, At<'_>) {
     )
 }
 
-/// Names that are clamcast's from earlier installs, proven or not.
-fn names_of_ours(installed: Option<&Installed>, open: Option<&Journal>) -> BTreeSet<DatabaseName> {
-    let installed = installed.map(|installed| installed.set.files());
-    let open = open.map(|journal| [journal.files.clone(), journal.before.files.clone()].concat());
-    let files = installed.into_iter().chain(open).flatten();
-    files.map(|file| file.name).collect()
-}
-
 /// Whether the manifest has a successor for another's file: the other form of a container, or the
 /// detached signature of one of another version.
-fn succeeds(manifest: &Manifest, name: &DatabaseName) -> bool {
+pub(super) fn succeeds(manifest: &Manifest, name: &DatabaseName) -> bool {
     let stem = stem(name);
     let signed = name.kind() == DatabaseKind::Sign;
     manifest.files.iter().any(|file| {

@@ -13,6 +13,7 @@ use super::lab::{FakeInstaller, FakeScan, Fault, Files, Host, Mood, full, loaded
 use super::*;
 use crate::clamd::proof::{CANARY, GATE, gate_number};
 
+mod adopted;
 mod directory;
 mod drift;
 mod evidence;

@@ -98,6 +98,16 @@ impl Status {
         if !self.foreign.is_empty() {
             line("foreign:", &self.foreign.join(", "));
         }
+        if !self.adopted.is_empty() {
+            let names: Vec<_> = self.adopted.iter().map(DatabaseName::as_str).collect();
+            line(
+                "adopted:",
+                &format_args!(
+                    "{}; kept until the fleet withdraws the name",
+                    names.join(", ")
+                ),
+            );
+        }
         if self.receipts_pending > 0 {
             line(
                 "receipts:",

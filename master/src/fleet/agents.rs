@@ -478,6 +478,7 @@ impl Fleet {
                 failed: None,
                 clamd: ClamdReport::default(),
                 foreign: Vec::new(),
+                adopted: Vec::new(),
                 drift: Vec::new(),
                 drift_error: None,
                 receipts: VecDeque::new(),

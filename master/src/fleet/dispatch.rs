@@ -980,10 +980,14 @@ impl Dispatcher {
         let outcome = receipt.outcome.to_string();
         tracing::info!(agent = %name, %position, outcome, error = receipt.error, "receipt");
         self.drift(receipt); // before the acknowledgement
+        let mut detail = json!({ "receipt": receipt.envelope() });
+        if !receipt.adopted.is_empty() {
+            detail["adopted"] = json!(receipt.adopted);
+        }
         let draft = Draft {
             position: Some(position),
             outcome: Some(outcome),
-            detail: json!({ "receipt": receipt.envelope() }),
+            detail,
             ..Draft::new(AuditEvent::Receipt, by(name), name)
         };
         self.write(Entry {

@@ -381,6 +381,7 @@ mod tests {
                 since: Timestamp::UNIX_EPOCH,
                 clamd: ClamdReport::default(),
                 foreign: vec![],
+                adopted: vec![],
                 drift: vec![],
                 address: None,
                 certificate_ends: Timestamp::UNIX_EPOCH,

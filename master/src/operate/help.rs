@@ -106,6 +106,9 @@ OUTCOME     what the agent does (fetching, staged, swapping, reloading, proving)
             it), host_fault (disk, rights, space), declined
 SINCE       age of its last receipt, or how long ago it came or went
 
+`adopted` lines name files that hosts had of their own under a name of the fleet: the agent keeps them,
+and restores them when the fleet withdraws the name.
+
 Exit codes:
   0  it could answer
 

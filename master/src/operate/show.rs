@@ -1,6 +1,7 @@
 //! Renders the answers of the daemon: results on stdout, diagnostics on stderr.
 
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::io::Write as _;
 
 use clamcast_daemon::admin::Finish;
@@ -8,7 +9,7 @@ use clamcast_daemon::exit::{self, Exit};
 use clamcast_daemon::say;
 use clamcast_daemon::table::{self, Table, fold, printable, printable_json, terminal_width};
 use clamcast_proto::receipt::ClamdState;
-use clamcast_proto::{AgentName, Digest, GroupName, Position};
+use clamcast_proto::{AgentName, DatabaseName, Digest, GroupName, Position};
 use indicatif::{ProgressBar, ProgressStyle};
 use jiff::{SignedDuration, Timestamp};
 use serde::Deserialize as _;
@@ -24,6 +25,9 @@ use crate::fleet::agents::Row;
 pub(crate) mod audit;
 pub(crate) mod force;
 pub(crate) mod rollout;
+
+/// Hosts that are named in a line about an adopted name; `--json` has all.
+const ADOPTED_HOSTS_MAX: usize = 3;
 
 /// The answer of the daemon does not have the expected form.
 #[derive(Debug, thiserror::Error)]
@@ -341,6 +345,25 @@ fn yes_or_no(yes: bool) -> &'static str {
     if yes { "yes" } else { "no" }
 }
 
+/// A line for each adopted name, with the first hosts that have a file of their own under it.
+fn adopted_lines(rows: &[Row]) -> Vec<String> {
+    let mut hosts = BTreeMap::<&DatabaseName, Vec<&str>>::new();
+    for row in rows {
+        for name in &row.adopted {
+            hosts.entry(name).or_default().push(row.name.as_str());
+        }
+    }
+    let line = |(name, hosts): (&DatabaseName, Vec<&str>)| {
+        let named = hosts[..hosts.len().min(ADOPTED_HOSTS_MAX)].join(", ");
+        let more = match hosts.len().saturating_sub(ADOPTED_HOSTS_MAX) {
+            0 => String::new(),
+            more => format!(" and {more} more"),
+        };
+        format!("adopted: {name} of {named}{more}, restored when the fleet withdraws the name")
+    };
+    hosts.into_iter().map(line).collect()
+}
+
 pub(crate) fn agents(rows: Vec<Row>) {
     let now = Timestamp::now();
     let mut table = Table::new([
@@ -377,6 +400,9 @@ pub(crate) fn agents(rows: Vec<Row>) {
         ]);
     }
     say!("{table}");
+    for line in adopted_lines(&rows) {
+        say!("{line}");
+    }
     if rows.is_empty() {
         eprintln!("no agent has connected yet; `clamcast-certs agent` makes what a host needs");
     }

@@ -149,6 +149,7 @@ pub fn receipt(offer: &Offer, agent: &str, seq: u64) -> Receipt {
         outcome: Outcome::HostFault,
         files: Vec::new(),
         foreign: Vec::new(),
+        adopted: Vec::new(),
         drift: Vec::new(),
         clamd: ClamdReport::default(),
         error: Some(format!("trouble {seq}")),

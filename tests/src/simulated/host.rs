@@ -350,6 +350,7 @@ impl Host {
             outcome: Outcome::Live,
             files: self.files(),
             foreign: Vec::new(),
+            adopted: Vec::new(),
             drift: Vec::new(),
             clamd: no_clamd(),
             error: None,

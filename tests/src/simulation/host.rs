@@ -784,6 +784,7 @@ impl Host {
             outcome: ending.outcome,
             files: files.collect(),
             foreign: Vec::new(),
+            adopted: Vec::new(),
             drift: Vec::new(),
             clamd: ending.clamd,
             error: ending.error,

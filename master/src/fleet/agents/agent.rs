@@ -9,11 +9,11 @@ use clamcast_proto::identity::Serial;
 use clamcast_proto::manifest::Manifest;
 use clamcast_proto::names::DATABASE_NAME_BYTES_MAX;
 use clamcast_proto::receipt::{
-    ClamdReport, ClamdState, DRIFT_MAX, Drift, ERROR_BYTES_MAX, FOREIGN_MAX, FileState, Outcome,
-    Proof, Receipt,
+    ADOPTED_MAX, ClamdReport, ClamdState, DRIFT_MAX, Drift, ERROR_BYTES_MAX, FOREIGN_MAX,
+    FileState, Outcome, Proof, Receipt,
 };
 use clamcast_proto::wire::{self, OfferId, OtherMaster, Phase};
-use clamcast_proto::{AgentName, Digest, GroupName, Position};
+use clamcast_proto::{AgentName, DatabaseName, Digest, GroupName, Position};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
@@ -140,6 +140,9 @@ pub struct Record {
     /// Databases of others beside ours.
     #[serde(default)]
     pub foreign: Vec<String>,
+    /// The host's own files under names of the fleet.
+    #[serde(default)]
+    pub adopted: Vec<DatabaseName>,
     /// Files that its last receipt says were found changed, and whether they are mended.
     #[serde(default)]
     pub drift: Vec<Drift>,
@@ -447,6 +450,8 @@ impl Agent {
         record.clamd = bounded(receipt.clamd.clone());
         record.learn_version();
         record.foreign = bounded_list(receipt.foreign.clone());
+        let adopted = receipt.adopted.iter().take(ADOPTED_MAX);
+        record.adopted = adopted.cloned().collect();
         record.drift = receipt.drift.iter().take(DRIFT_MAX).cloned().collect();
         let drifted = record.drift.iter().any(|file| !file.mended);
         let error = receipt.error.clone().filter(|_| drifted);

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use clamcast_proto::receipt::{ClamdReport, ClamdState, Drift, Found, Outcome};
 use clamcast_proto::wire::{OfferId, Phase};
-use clamcast_proto::{AgentName, GroupName, Position};
+use clamcast_proto::{AgentName, DatabaseName, GroupName, Position};
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
@@ -58,6 +58,9 @@ pub struct Row {
     pub clamd: ClamdReport,
     /// Databases of others beside ours.
     pub foreign: Vec<String>,
+    /// The host's own files under names of the fleet, which come back when the fleet withdraws the
+    /// name.
+    pub adopted: Vec<DatabaseName>,
     /// Files that its last receipt says were found changed, and whether they are mended.
     pub drift: Vec<Drift>,
     /// Where it connects from.
@@ -130,6 +133,7 @@ impl Agent {
             since: times.into_iter().flatten().max().unwrap_or(record.seen),
             clamd: record.clamd.clone(),
             foreign: record.foreign.clone(),
+            adopted: record.adopted.clone(),
             drift: record.drift.clone(),
             address: self.link.as_ref().map(|link| link.address),
             certificate_ends: record.certificate_ends,

@@ -65,6 +65,7 @@ pub(crate) fn receipt(generation: u64, seq: u64, outcome: Outcome) -> Verified<R
         outcome,
         files: files.collect(),
         foreign: vec![],
+        adopted: vec![],
         drift: vec![],
         clamd: ClamdReport {
             proof: Proof::Canary,

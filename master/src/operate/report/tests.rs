@@ -81,6 +81,7 @@ fn host(name: &str, installed: u64, outcome: &str) -> Row {
             note: None,
         },
         foreign: vec!["urlhaus.ndb".to_owned()],
+        adopted: vec!["local.ign2".parse().unwrap()],
         drift: vec![Drift {
             name: "daily.cld".parse().unwrap(),
             found: Found::Changed,
@@ -103,6 +104,7 @@ fn newcomer(name: &str) -> Row {
         wanted: None,
         clamd: ClamdReport::default(),
         foreign: vec![],
+        adopted: vec![],
         drift: vec![],
         address: None,
         certificate_ends: at(86_400),

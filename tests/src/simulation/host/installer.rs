@@ -155,6 +155,7 @@ impl Host {
             files,
             before,
             adopt: Vec::new(),
+            restore: Vec::new(),
             withdraw,
             later: Vec::new(),
         }))

@@ -198,6 +198,7 @@ impl Host {
             outcome,
             files: files.collect(),
             foreign: Vec::new(),
+            adopted: Vec::new(),
             drift: Vec::new(),
             clamd,
             error: Some("so it says".to_owned()),
