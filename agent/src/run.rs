@@ -132,7 +132,9 @@ impl Agent {
     /// operators' socket from before a reload.
     pub async fn start(config: Config, kept: &mut Option<Listener>) -> Result<Self, StartError> {
         let (addresses, socket) = (config.master.clone(), config.admin.clone());
-        let opened = tokio::task::spawn_blocking(move || open(config));
+        let keeper_stop = CancellationToken::new();
+        let stops = keeper_stop.clone();
+        let opened = tokio::task::spawn_blocking(move || open(config, stops));
         let opened = opened.await.unwrap_or_else(re_raise)?;
         let Opened {
             begin,
@@ -143,7 +145,7 @@ impl Agent {
         let endpoint = endpoint::bind().map_err(StartError::Socket)?;
         let listener = Listener::open(config::DAEMON.program, &socket, None, kept)?;
 
-        let (stop, keeper_stop) = (CancellationToken::new(), CancellationToken::new());
+        let stop = CancellationToken::new();
         let admin_stop = CancellationToken::new();
         let (events, from_link) = mpsc::channel(LINK_EVENTS_MAX);
         let (questions, asked) = mpsc::channel(QUESTIONS_MAX);
@@ -258,7 +260,7 @@ pub fn look(config: &Config, now: Timestamp) -> Result<(), StartError> {
 }
 
 /// Opens everything on disk, and ends there what the last run left. Blocking.
-fn open(config: Config) -> Result<Opened, StartError> {
+fn open(config: Config, stop: CancellationToken) -> Result<Opened, StartError> {
     let now = Timestamp::now();
     let state = State::open(&config.state)?;
     let trust = TrustStore::open(state.path(), &config.keys)?;
@@ -283,7 +285,7 @@ fn open(config: Config) -> Result<Opened, StartError> {
         tracing::warn!("{note}");
     }
     let nonce = install::nonce(state.path(), rand::random())?;
-    let prover = Prover::with_state(settings, nonce, state.path());
+    let prover = Prover::with_state(settings, nonce, state.path(), stop);
     let watch = Watch::new(&database);
     let settings = install::Settings {
         database,

@@ -30,6 +30,14 @@ use crate::chain;
 /// Load tests that are kept: of a set alone and beside the files of others, and of the set before.
 const SCANS_MAX: usize = 4;
 
+/// Why a proof was broken off: the agent stops.
+const STOPPED: &str =
+    "the agent stopped before clamd was seen with the install, its next start asks again";
+
+/// Why a proof was broken off: something else needs the directory or clamd.
+const INTERRUPTED: &str = "an install or a change of the databases interrupted the wait for clamd, \
+                           the agent asks again";
+
 /// What came of an install, as far as clamd is concerned.
 #[derive(Clone, Debug)]
 pub enum Verdict {
@@ -86,6 +94,8 @@ struct Shared {
     /// Load tests of this install, the newest last.
     scans: Mutex<Vec<Scanned>>,
     watch: tokio::sync::Mutex<Option<Watch>>,
+    /// Fires when the agent stops.
+    stop: CancellationToken,
 }
 
 /// What goes on being known of an install that was not proven in time.
@@ -113,15 +123,27 @@ struct Log {
 impl Prover {
     /// A prover for the clamds of this host.
     pub fn new(settings: Settings, nonce: Nonce) -> Self {
-        Self::with_last_load(settings, nonce, LastLoad::default())
+        let stop = CancellationToken::new();
+        Self::with_last_load(settings, nonce, LastLoad::default(), stop)
     }
 
-    /// The same, which keeps the duration of clamd's last load in the directory `state`. Blocking.
-    pub fn with_state(settings: Settings, nonce: Nonce, state: &Path) -> Self {
-        Self::with_last_load(settings, nonce, LastLoad::open(state))
+    /// The same, which keeps the duration of clamd's last load in the directory `state`. `stop`
+    /// fires when the agent stops, which is then the reason of a proof that was broken off. Blocking.
+    pub fn with_state(
+        settings: Settings,
+        nonce: Nonce,
+        state: &Path,
+        stop: CancellationToken,
+    ) -> Self {
+        Self::with_last_load(settings, nonce, LastLoad::open(state), stop)
     }
 
-    fn with_last_load(settings: Settings, nonce: Nonce, last_load: LastLoad) -> Self {
+    fn with_last_load(
+        settings: Settings,
+        nonce: Nonce,
+        last_load: LastLoad,
+        stop: CancellationToken,
+    ) -> Self {
         let state = if settings.instances.is_empty() {
             ClamdState::None
         } else {
@@ -139,6 +161,7 @@ impl Prover {
                 last_load,
                 scans: Mutex::default(),
                 watch: tokio::sync::Mutex::default(),
+                stop,
             }),
         }
     }
@@ -286,7 +309,15 @@ impl Prover {
     }
 
     /// Every clamd must have it; one that reports a content error is enough to look for its cause.
-    async fn conclude(&self, findings: Vec<Finding>, stop: &CancellationToken) -> Verdict {
+    async fn conclude(&self, mut findings: Vec<Finding>, stop: &CancellationToken) -> Verdict {
+        for finding in &mut findings {
+            let reason = match finding.end {
+                End::Live => continue,
+                End::Refused { .. } => "it rejected the databases",
+                End::Unproven | End::Absent => "it was not seen with the install yet",
+            };
+            finding.note.get_or_insert_with(|| reason.to_owned());
+        }
         let report = report_of(&findings);
         self.remember(&report);
         let refusal = findings.iter().find_map(|finding| match &finding.end {
@@ -416,14 +447,20 @@ impl Courier {
         });
         let mut state = ClamdState::Silent;
         let carried = enough.run_until_cancelled(self.carry_out(n, &mut attempt, &mut state));
-        let end = carried.await.unwrap_or(End::Unproven);
+        let carried = carried.await;
         let mut trouble = attempt.trouble().map(str::to_owned);
-        if enough.is_cancelled() && end == End::Unproven {
-            trouble = Some(match stop.is_cancelled() {
-                true => "stopped before it was proven".into(),
-                false => "not proven when another clamd rejected the databases".into(),
+        if carried.is_none() {
+            let why = match (self.shared.stop.is_cancelled(), stop.is_cancelled()) {
+                (true, _) => STOPPED,
+                (false, true) => INTERRUPTED,
+                (false, false) => "not proven when another clamd rejected the databases",
+            };
+            trouble = Some(match trouble {
+                Some(last) => format!("{why}; before that: {last}"),
+                None => why.into(),
             });
         }
+        let end = carried.unwrap_or(End::Unproven);
         let finding = self
             .shared
             .finding(&self.clamd, end, state, trouble, logs)
@@ -904,10 +941,54 @@ mod tests {
         let stop = CancellationToken::new();
         stop.cancel();
         let verdict = words_of(&prover.prove(InstallNumber(7), prover.mark(), stop).await);
-        assert_eq!(
-            verdict,
-            "unproven, silent none: stopped before it was proven"
+        assert_eq!(verdict, format!("unproven, silent none: {INTERRUPTED}"));
+    }
+
+    #[tokio::test]
+    async fn a_proof_that_is_broken_off_names_the_agents_stop_only_if_the_agent_stops() {
+        let fake = clamd(6, 0);
+        let state = tempfile::tempdir().unwrap();
+        for (agent_stops, why) in [(false, INTERRUPTED), (true, STOPPED)] {
+            let (agent, probe) = (CancellationToken::new(), CancellationToken::new());
+            let settings = Host::new().prover(&[fake.address()]).settings().clone();
+            let prover = Prover::with_state(settings, NONCE, state.path(), agent.clone());
+            let proving = prover.prove(InstallNumber(7), prover.mark(), probe.clone());
+            let stopping = async {
+                while fake.asked().len() < 3 {
+                    tokio::task::yield_now().await;
+                }
+                if agent_stops {
+                    agent.cancel();
+                }
+                probe.cancel();
+            };
+            let (verdict, ()) = tokio::join!(proving, stopping);
+            let said = words_of(&verdict);
+            assert!(said.contains(why), "{said}");
+        }
+    }
+
+    #[tokio::test]
+    async fn of_several_clamds_those_that_did_not_prove_the_install_are_named() {
+        let (live, other) = (
+            clamd(7, 0),
+            Fake::new(|command| {
+                Some(match command {
+                    "PING" => b"PONG\0".to_vec(),
+                    "VERSION" => VERSION.to_vec(),
+                    "RELOAD" => b"RELOADING\0".to_vec(),
+                    _ => b"stream: OK\0".to_vec(),
+                })
+            }),
         );
+        let mut host = Host::new();
+        host.deadline = Duration::from_millis(50);
+        let verdict = host.prove(&[live.address(), other.address()], 7).await;
+        let expected = format!(
+            "unproven, up none: clamd at {}: it was not seen with the install yet",
+            other.address()
+        );
+        assert_eq!(verdict, expected);
     }
 
     /// A clamd that never finds the canary, and for each RELOAD writes these lines into its log.
@@ -981,7 +1062,7 @@ mod tests {
         let host = Host::new();
         let state = tempfile::tempdir().unwrap();
         let settings = host.prover(&[fake.address()]).settings().clone();
-        let prover = Prover::with_state(settings, NONCE, state.path());
+        let prover = Prover::with_state(settings, NONCE, state.path(), CancellationToken::new());
         let stop = CancellationToken::new();
         let verdict = prover.prove(InstallNumber(7), prover.mark(), stop).await;
         assert_eq!(words_of(&verdict), "live, up canary: -");
@@ -1010,10 +1091,13 @@ mod tests {
         let prover = host.prover(&[fake.address()]);
         let stop = CancellationToken::new();
         let verdict = prover.prove(InstallNumber(7), prover.mark(), stop).await;
-        assert_eq!(words_of(&verdict), "unproven, up none: -");
+        assert_eq!(
+            words_of(&verdict),
+            "unproven, up none: it was not seen with the install yet"
+        );
         assert_eq!(
             words_of(&prover.probe(InstallNumber(7)).await),
-            "unproven, up none: -"
+            "unproven, up none: it was not seen with the install yet"
         );
         let fake = clamd(7, 0);
         let prover = host.prover(&[fake.address()]);
