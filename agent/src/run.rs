@@ -92,10 +92,7 @@ impl StartError {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Trust(trust::OpenError::State(_)) => exit::FAILED,
-            Self::Trust(_)
-            | Self::Credentials(_)
-            | Self::ClamdConf(_)
-            | Self::Install(HostFault::NoDirectory { .. }) => exit::USAGE,
+            Self::Trust(_) | Self::Credentials(_) | Self::ClamdConf(_) => exit::USAGE,
             Self::State(_)
             | Self::Install(_)
             | Self::Audit(_)
@@ -128,7 +125,8 @@ struct Opened {
 
 impl Agent {
     /// Starts everything. When this returns, an install that the last run left in the middle is
-    /// whole on disk, and the daemon is ready; it need not have reached its master. `kept` is the
+    /// whole on disk, unless the database directory cannot be used, and the daemon is ready; it need
+    /// not have reached its master. `kept` is the
     /// operators' socket from before a reload.
     pub async fn start(config: Config, kept: &mut Option<Listener>) -> Result<Self, StartError> {
         let (addresses, socket) = (config.master.clone(), config.admin.clone());

@@ -137,6 +137,8 @@ pub struct Keeper {
     scanning: bool,
     /// The last one that was seen.
     updater: Option<(Updater, Timestamp)>,
+    /// Why the database directory cannot be used, as it was reported.
+    blocked: Option<String>,
     /// Whether damaged files can come from the master alone.
     lacking: bool,
     /// When every byte was read last.
@@ -308,6 +310,7 @@ impl Keeper {
             repairing: None,
             scanning: false,
             updater: None,
+            blocked: None,
             lacking: false,
             rehashed: None,
             guarded: installer
@@ -839,7 +842,7 @@ impl Keeper {
                     let look = rehash.then(|| installer.look(Depth::Ordered, &stop));
                     let wrong = match look {
                         Some(Look::Made(wrong)) => wrong,
-                        Some(Look::NotNow | Look::Stopped) | None => Vec::new(),
+                        Some(Look::NotNow | Look::Stopped | Look::Blocked(_)) | None => Vec::new(),
                     };
                     let planned = installer.plan(manifest, *rehash, full || job.full);
                     Done::Planned(planned, wrong)
@@ -1229,6 +1232,7 @@ impl Keeper {
             error: self
                 .refusal
                 .clone()
+                .or_else(|| self.blocked.clone())
                 .or_else(|| self.guard.reason(self.watch.path()))
                 .or_else(|| unwell.and_then(|last| last.error.clone())),
             receipts_pending: self.receipts.pending().len(),

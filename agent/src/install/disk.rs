@@ -285,18 +285,52 @@ pub struct HostDisk {
     open: RwLock<Open>,
 }
 
-/// What is open, all of one directory.
+/// What is open.
 #[derive(Debug)]
 struct Open {
-    dirs: Vec<(Dir, Arc<OwnedFd>)>,
+    state: Arc<OwnedFd>,
+    database: Database,
     /// Held as long as it is open. The kernel gives it up when the process dies.
     lock: Option<File>,
+}
+
+/// The database directory and those below it.
+#[derive(Debug)]
+enum Database {
+    /// All of one directory.
+    Open(Vec<(Dir, Arc<OwnedFd>)>),
+    /// It could not be opened yet, for this reason. [`Disk::reopen`] tries again.
+    Closed(String),
 }
 
 impl HostDisk {
     /// Opens the directories and makes the hidden ones.
     pub fn open(database: &Path, state: &Path) -> Result<Self, HostFault> {
         let open = open_all(database, state)?;
+        Ok(Self {
+            database: database.to_owned(),
+            state: state.to_owned(),
+            open: RwLock::new(open),
+        })
+    }
+
+    /// The same, for one agent alone. A database directory that cannot be used now is opened by
+    /// [`Disk::reopen`]: an agent that exits looks like a host that is switched off.
+    pub fn open_or_wait(database: &Path, state: &Path) -> Result<Self, HostFault> {
+        let fault = match Self::open(database, state).and_then(Self::locked) {
+            Err(fault) if !matches!(fault, HostFault::Shared { .. }) => fault,
+            opened => return opened,
+        };
+        let state_fd = open_directory(state, &this_user())?;
+        tracing::error!(
+            error = crate::chain(&fault),
+            "cannot use the database directory, trying again"
+        );
+        let open = Open {
+            state: Arc::new(state_fd),
+            database: Database::Closed(crate::chain(&fault)),
+            lock: None,
+        };
         Ok(Self {
             database: database.to_owned(),
             state: state.to_owned(),
@@ -319,7 +353,9 @@ impl HostDisk {
         let path = self.path(At(Dir::Hidden, LOCK));
         let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         let mode = Mode::from_bits_truncate(RECORD_MODE);
-        let opened = openat(open.fd(Dir::Hidden), LOCK, flags, mode);
+        let hidden = open.fd(Dir::Hidden);
+        let hidden = hidden.map_err(|source| io_fault("open", &path, source))?;
+        let opened = openat(hidden, LOCK, flags, mode);
         let file = File::from(opened.map_err(|errno| io_fault("open", &path, errno.into()))?);
         let inode = |file: &File| Input::facts(file).ok().map(|facts| facts.inode);
         if let Some(held) = held
@@ -336,16 +372,24 @@ impl HostDisk {
         }
     }
 
-    fn fd(&self, dir: Dir) -> Arc<OwnedFd> {
+    fn fd(&self, dir: Dir) -> io::Result<Arc<OwnedFd>> {
         let open = self.open.read().unwrap_or_else(PoisonError::into_inner);
         open.fd(dir)
     }
 }
 
 impl Open {
-    fn fd(&self, dir: Dir) -> Arc<OwnedFd> {
-        let found = self.dirs.iter().find(|(open, _)| *open == dir);
-        found.expect("every directory was opened").1.clone()
+    fn fd(&self, dir: Dir) -> io::Result<Arc<OwnedFd>> {
+        if dir == Dir::State {
+            return Ok(self.state.clone());
+        }
+        match &self.database {
+            Database::Open(dirs) => {
+                let found = dirs.iter().find(|(open, _)| *open == dir);
+                Ok(found.expect("every directory was opened").1.clone())
+            }
+            Database::Closed(reason) => Err(io::Error::other(reason.clone())),
+        }
     }
 }
 
@@ -361,10 +405,13 @@ fn open_all(database: &Path, state: &Path) -> Result<Open, HostFault> {
         let fd = hidden_directory(&hidden, name, &path, &user)?;
         dirs.push((dir, Arc::new(fd)));
     }
-    dirs.push((Dir::State, Arc::new(open_directory(state, &user)?)));
     dirs.push((Dir::Databases, Arc::new(databases)));
     dirs.push((Dir::Hidden, Arc::new(hidden)));
-    Ok(Open { dirs, lock: None })
+    Ok(Open {
+        state: Arc::new(open_directory(state, &user)?),
+        database: Database::Open(dirs),
+        lock: None,
+    })
 }
 
 const DIRECTORY: OFlag = OFlag::O_RDONLY
@@ -447,7 +494,7 @@ impl Disk for HostDisk {
     fn open(&self, At(dir, name): At<'_>) -> io::Result<Box<dyn Input>> {
         // Without waiting: a planted pipe must not hold us up.
         let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK;
-        let file = File::from(openat(self.fd(dir), name, flags, Mode::empty())?);
+        let file = File::from(openat(self.fd(dir)?, name, flags, Mode::empty())?);
         if !file.metadata()?.is_file() {
             let message = "it is not a regular file";
             return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
@@ -458,7 +505,7 @@ impl Disk for HostDisk {
     fn create(&self, At(dir, name): At<'_>, mode: u32) -> io::Result<Box<dyn Output>> {
         let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_CLOEXEC;
         let file = File::from(openat(
-            self.fd(dir),
+            self.fd(dir)?,
             name,
             flags,
             Mode::from_bits_truncate(0o600),
@@ -470,29 +517,29 @@ impl Disk for HostDisk {
 
     fn append(&self, At(dir, name): At<'_>) -> io::Result<Box<dyn Output>> {
         let flags = OFlag::O_WRONLY | OFlag::O_APPEND | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        let file = File::from(openat(self.fd(dir), name, flags, Mode::empty())?);
+        let file = File::from(openat(self.fd(dir)?, name, flags, Mode::empty())?);
         Ok(Box::new(file))
     }
 
     fn link(&self, At(from, old): At<'_>, At(to, new): At<'_>) -> io::Result<()> {
         // No flag: a symbolic link is linked itself, never what it points to.
         Ok(linkat(
-            self.fd(from),
+            self.fd(from)?,
             old,
-            self.fd(to),
+            self.fd(to)?,
             new,
             AtFlags::empty(),
         )?)
     }
 
     fn symlink(&self, target: &str, At(dir, name): At<'_>) -> io::Result<()> {
-        Ok(symlinkat(target, self.fd(dir), name)?)
+        Ok(symlinkat(target, self.fd(dir)?, name)?)
     }
 
     fn set_mode(&self, At(dir, name): At<'_>, mode: u32) -> io::Result<()> {
         let mode = Mode::from_bits_truncate(mode);
         Ok(fchmodat(
-            self.fd(dir),
+            self.fd(dir)?,
             name,
             mode,
             FchmodatFlags::FollowSymlink,
@@ -500,33 +547,33 @@ impl Disk for HostDisk {
     }
 
     fn rename(&self, At(from, old): At<'_>, At(to, new): At<'_>) -> io::Result<()> {
-        Ok(renameat(self.fd(from), old, self.fd(to), new)?)
+        Ok(renameat(self.fd(from)?, old, self.fd(to)?, new)?)
     }
 
     fn exchange(&self, At(one, old): At<'_>, At(other, new): At<'_>) -> io::Result<()> {
         let flags = RenameFlags::RENAME_EXCHANGE;
-        Ok(renameat2(self.fd(one), old, self.fd(other), new, flags)?)
+        Ok(renameat2(self.fd(one)?, old, self.fd(other)?, new, flags)?)
     }
 
     fn remove(&self, At(dir, name): At<'_>) -> io::Result<()> {
-        Ok(unlinkat(self.fd(dir), name, UnlinkatFlags::NoRemoveDir)?)
+        Ok(unlinkat(self.fd(dir)?, name, UnlinkatFlags::NoRemoveDir)?)
     }
 
     fn facts(&self, At(dir, name): At<'_>) -> io::Result<Facts> {
-        let stat = fstatat(self.fd(dir), name, AtFlags::AT_SYMLINK_NOFOLLOW)?;
+        let stat = fstatat(self.fd(dir)?, name, AtFlags::AT_SYMLINK_NOFOLLOW)?;
         Ok(facts_of(&stat))
     }
 
     fn behind(&self, At(dir, name): At<'_>) -> io::Result<Behind> {
-        let facts = facts_of(&fstatat(self.fd(dir), name, AtFlags::empty())?);
+        let facts = facts_of(&fstatat(self.fd(dir)?, name, AtFlags::empty())?);
         // A pipe is not opened: whoever waits to write to it is not meant for us.
         let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK;
-        let readable = facts.regular && openat(self.fd(dir), name, flags, Mode::empty()).is_ok();
+        let readable = facts.regular && openat(self.fd(dir)?, name, flags, Mode::empty()).is_ok();
         Ok(Behind { facts, readable })
     }
 
     fn list(&self, dir: Dir) -> io::Result<Vec<OsString>> {
-        let mut open = nix::dir::Dir::openat(self.fd(dir), ".", DIRECTORY, Mode::empty())?;
+        let mut open = nix::dir::Dir::openat(self.fd(dir)?, ".", DIRECTORY, Mode::empty())?;
         let mut names = BTreeSet::new(); // sorted, so that a repeated run makes the same calls
         for entry in open.iter() {
             let name = OsString::from_vec(entry?.file_name().to_bytes().to_vec());
@@ -544,23 +591,29 @@ impl Disk for HostDisk {
     }
 
     fn sync_dir(&self, dir: Dir) -> io::Result<()> {
-        Ok(nix::unistd::fsync(self.fd(dir))?)
+        Ok(nix::unistd::fsync(self.fd(dir)?)?)
     }
 
     fn free_bytes(&self) -> io::Result<u64> {
-        let stat = fstatvfs(self.fd(Dir::Databases))?;
+        let stat = fstatvfs(self.fd(Dir::Databases)?)?;
         Ok(stat.blocks_available().saturating_mul(stat.fragment_size()))
     }
 
     fn in_place(&self) -> io::Result<bool> {
         let is_there = |dir| -> io::Result<bool> {
-            let opened = fstat(self.fd(dir))?;
+            let opened = fstat(self.fd(dir)?)?;
             let there = match std::fs::metadata(self.path(At(dir, ""))) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
                 there => there?,
             };
             Ok((there.dev(), there.ino()) == (opened.st_dev, opened.st_ino))
         };
+        {
+            let open = self.open.read().unwrap_or_else(PoisonError::into_inner);
+            if let Database::Closed(_) = open.database {
+                return Ok(false);
+            }
+        }
         let hidden = BELOW_HIDDEN.map(|(dir, _)| dir);
         let mut dirs = [Dir::Databases, Dir::Hidden].into_iter().chain(hidden);
         dirs.try_fold(true, |all, dir| Ok(all && is_there(dir)?))
@@ -576,6 +629,8 @@ impl Disk for HostDisk {
                 open.lock = kept.ok(); // a clone is the same lock
             }
             new.lock = Some(locked?);
+        } else if let Database::Closed(_) = open.database {
+            new.lock = Some(self.lock(&new, None)?);
         }
         *open = new;
         Ok(())
@@ -677,7 +732,7 @@ impl Tree {
                 self.disk.reopen()?;
                 tracing::warn!(
                     ?path,
-                    "the database directory was replaced, going on in the new one"
+                    "the database directory is there again or was replaced, going on in it"
                 );
                 Ok(())
             }

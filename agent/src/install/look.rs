@@ -22,6 +22,7 @@ use tokio_util::sync::CancellationToken;
 use super::disk::{At, DATABASE_MODE, Dir, Facts, Input, Tree};
 use super::journal::Step;
 use super::{Prove, Shared, lock};
+use crate::chain;
 use crate::clamd::proof::{CANARY, GATE, canary, gate};
 
 /// Bytes of a file that are read at a time.
@@ -66,6 +67,8 @@ pub struct Sighting {
 pub enum Look {
     /// Every file that is wrong.
     Made(Vec<Sighting>),
+    /// The database directory cannot be used, for this reason.
+    Blocked(String),
     /// An install is under way.
     NotNow,
     /// It was broken off.
@@ -102,6 +105,10 @@ enum Unread {
 impl<P: Prove> Shared<P> {
     /// Looks at every file of the installed set, and at canary and gate. The caller holds the slot.
     pub(super) fn look(&self, depth: Depth, stop: &CancellationToken) -> Look {
+        // A directory that was replaced is opened anew.
+        if let Err(fault) = self.tree.check_in_place() {
+            return Look::Blocked(chain(&fault));
+        }
         // In the middle of an install names come and go.
         let open = lock(&self.machine).journal().cloned();
         if open.as_ref().is_some_and(|open| open.step != Step::Waiting) {
@@ -110,9 +117,6 @@ impl<P: Prove> Shared<P> {
         let Some(installed) = lock(&self.installed).clone() else {
             return Look::Made(Vec::new()); // nothing that could be wrong
         };
-        // A directory that was replaced is opened anew; what cannot be opened is all gone, and that
-        // is what there is to see.
-        let _ = self.tree.check_in_place();
         let old_forms = open.map_or_else(Vec::new, |open| open.later);
         let files = installed.set.files().into_iter().map(|file| Wanted {
             name: file.name.to_string(),

@@ -149,6 +149,11 @@ impl Machine {
         self.journal.as_deref()
     }
 
+    /// Takes over a journal that cannot be ended now: the next install, probe or start ends it.
+    pub fn hold(&mut self, journal: Journal) {
+        self.journal = Some(Box::new(journal));
+    }
+
     /// Whether the set is on disk and clamd has yet to be seen with it.
     pub fn waits_for_clamd(&self) -> bool {
         matches!(self.journal(), Some(journal) if journal.step == Step::Waiting)

@@ -150,14 +150,14 @@ enum Prepared {
 
 impl<P: Prove> Installer<P> {
     /// Opens the directories and ends, on disk, an install that a crash interrupted. Call it before
-    /// the network is touched. Blocking.
+    /// the network is touched. Where the database directory is missing or cannot be used, looks and
+    /// installs report that as a fault of the host until it can be. Blocking.
     ///
     /// # Errors
     ///
-    /// If the database directory is missing or not the agent's, with the command that mends it; or
-    /// if another agent works on it.
+    /// If the state directory cannot be used, or another agent works on the database directory.
     pub fn open(settings: &Settings, nonce: Nonce, prover: P) -> Result<Self, HostFault> {
-        let disk = HostDisk::open(&settings.database, &settings.state)?.locked()?;
+        let disk = HostDisk::open_or_wait(&settings.database, &settings.state)?;
         Self::with_disk(disk, nonce, prover)
     }
 
@@ -184,8 +184,16 @@ impl<P: Prove> Installer<P> {
         if let Some(journal) = journal {
             let set = journal.set.clone();
             tracing::info!(generation = %set.manifest.position(), step = ?journal.step, "ending an interrupted install");
-            let next = shared.resume(journal)?;
-            *lock(&shared.opened) = Some((set, next));
+            match shared.resume(journal.clone()) {
+                Ok(next) => *lock(&shared.opened) = Some((set, next)),
+                Err(fault) => {
+                    tracing::error!(
+                        error = chain(&fault),
+                        "the interrupted install is ended with the next probe or install"
+                    );
+                    lock(&shared.machine).hold(journal);
+                }
+            }
         }
         let shared = Arc::new(shared);
         Ok(Self { shared })

@@ -157,6 +157,10 @@ impl Keeper {
                 wrong,
                 watched: self.watch.is_watching(),
             },
+            Look::Blocked(reason) => {
+                self.blocked_by(reason);
+                Event::NotLooked
+            }
             Look::NotNow | Look::Stopped => Event::NotLooked,
         };
         self.guard_event(event);
@@ -254,13 +258,43 @@ impl Keeper {
                     self.rehashed = Some(Timestamp::now());
                     tracing::debug!(wrong = wrong.len(), "every file was hashed anew");
                 }
+                let is_right = wrong.is_empty();
                 self.guard_event(Event::Looked {
                     depth,
                     wrong,
                     watched,
                 });
+                self.unblocked(is_right);
+            }
+            Look::Blocked(reason) => {
+                self.blocked_by(reason);
+                self.guard_event(Event::NotLooked);
             }
             Look::NotNow | Look::Stopped => self.guard_event(Event::NotLooked),
+        }
+    }
+
+    /// The database directory cannot be used: a fault of the host, reported once for each reason.
+    fn blocked_by(&mut self, reason: String) {
+        if self.blocked.as_ref() == Some(&reason) {
+            return;
+        }
+        tracing::error!(reason, "the database directory cannot be used");
+        self.blocked = Some(reason.clone());
+        self.report_host_fault(reason);
+    }
+
+    /// It can be used. What is right in it is proven again, which ends the fault for the master, and
+    /// a generation that could not be taken is asked for.
+    fn unblocked(&mut self, is_right: bool) {
+        if self.blocked.take().is_none() {
+            return;
+        }
+        tracing::info!("the database directory can be used again");
+        if self.slot.is_resting() || self.installer.installed().is_none() {
+            self.say(&ToMaster::Reoffer {});
+        } else if is_right {
+            self.repair();
         }
     }
 
@@ -363,14 +397,15 @@ impl Keeper {
             }
             Err(error @ RepairError::Host(_)) => {
                 tracing::warn!(error = chain(&error), "cannot put the published files back");
-                self.trouble_with_drift(&error);
+                self.report_host_fault(chain(&error));
             }
         }
         self.schedule_probe();
     }
 
-    /// A repair that this host cannot make is a fault of the host, as an install would be.
-    fn trouble_with_drift(&mut self, error: &RepairError) {
+    /// A directory that cannot be used, and a repair that this host cannot make, are faults of the
+    /// host, as with an install.
+    fn report_host_fault(&mut self, reason: String) {
         let Some(installed) = self.installer.installed() else {
             return;
         };
@@ -381,7 +416,7 @@ impl Keeper {
             foreign: Vec::new(),
             adopted: self.installer.adopted(),
             clamd: self.installer.clamd(),
-            error: Some(chain(error)),
+            error: Some(reason),
             set: installed.set,
         };
         self.complete(&completed, self.guard.since(), false);

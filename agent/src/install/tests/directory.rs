@@ -97,3 +97,38 @@ fn a_replaced_or_emptied_directory_is_worked_on_and_the_one_that_was_open_is_not
         }
     }
 }
+
+#[test]
+fn an_install_that_was_interrupted_is_ended_once_a_missing_directory_is_back() {
+    let host = Host::with(1, "daily.cld@1=one");
+    let line = "daily.cld@2=two";
+    let journal = host.state().join("journal.json");
+    let mut call = 0;
+    while !journal.exists() {
+        if let Ok((installer, _)) = host.start_on(host.shim(Fault::Stop(call))) {
+            let _ = host.take(&installer, &manifest(2, line), line);
+        }
+        call += 1;
+    }
+    let away = host.state().join("away");
+    fs::rename(host.database(), &away).unwrap();
+    let settings = Settings {
+        database: host.database(),
+        state: host.state(),
+    };
+    let installer = Installer::open(&settings, Nonce([3; 16]), host.clamd.clone()).unwrap();
+    let stop = CancellationToken::new();
+    for _ in 0..2 {
+        let Look::Blocked(reason) = installer.look(Depth::Surface, &stop) else {
+            panic!("there is no directory");
+        };
+        assert!(reason.contains("install -d -o "), "{reason}");
+        let planned = installer.plan(&manifest(2, line), false, false);
+        assert!(planned.unwrap_err().to_string().contains("no directory"));
+    }
+    fs::rename(&away, host.database()).unwrap();
+    assert_eq!(installer.look(Depth::Surface, &stop), Look::NotNow);
+    let completed = host.probe_on(&installer).unwrap();
+    assert_eq!(completed.outcome, Outcome::Live, "{:?}", completed.error);
+    assert_eq!(host.there(), set(line));
+}
