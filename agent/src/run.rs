@@ -327,7 +327,7 @@ fn open(config: Config, stop: CancellationToken) -> Result<Opened, StartError> {
 
 fn warn_if_it_ends_soon(certificate: &Certificate, now: Timestamp) {
     let left = certificate.not_after.duration_since(now);
-    if left < CERTIFICATE_ENDS_SOON {
+    if left.is_positive() && left < CERTIFICATE_ENDS_SOON {
         tracing::warn!(
             not_after = %certificate.not_after,
             "this host's certificate ends soon; make a new one with `clamcast-certs agent --force`"

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use clamcast_agent::config::{Config, DAEMON};
+use clamcast_agent::core::keeper::FRESH_UNHEARD;
 use clamcast_agent::core::status::Status;
 use clamcast_agent::operate::admin::Request;
 use clamcast_agent::operate::status::Verification;
@@ -300,7 +301,7 @@ async fn a_stale_offer_is_refused_where_the_configuration_says_so() {
     offer.fresh = lab.fresh(1, digest, expired - HOUR, expired);
     talk.say(&ToAgent::Offer(offer)).await;
     let why = talk.refusal().await;
-    assert!(why.contains("ran out"), "{why}");
+    assert!(why.contains("expired"), "{why}");
     agent.stop(Occasion::Exit).await;
 }
 
@@ -767,15 +768,73 @@ async fn a_transfer_that_dies_with_the_agent_leaves_nothing_and_is_resumed() {
 }
 
 #[tokio::test]
+async fn an_agent_with_an_expired_certificate_repairs_drift_and_its_status_says_that_it_expired() {
+    let lab = Lab::new();
+    let master = lab.master("bank");
+    let agent = lab.start(&master).await;
+    let mut talk = master.greet().await;
+    talk.install(&lab, 1, &[("a.ndb", b"one")]).await;
+    agent.stop(Occasion::Exit).await;
+
+    let web1 = "clamcast://bank/agent/web1";
+    let client = ExtendedKeyUsagePurpose::ClientAuth;
+    lab.give(&lab.leaf(web1, client, SignedDuration::from_mins(-1)));
+    fs::remove_file(lab.database().join("a.ndb")).unwrap();
+    let agent = lab.start(&master).await;
+    lab.until("the file is back and proven", |status| {
+        status.drift.files.is_empty() && status.live && lab.database().join("a.ndb").exists()
+    })
+    .await;
+    let status: Status = lab.ask(&Request::Status).await.1;
+    assert!(status.certificate_expired && !status.master.connected);
+    let ends = status.certificate_expires;
+    let alarm = status.alarm.as_deref().unwrap();
+    assert!(alarm.contains(&format!("expired at {ends}")), "{alarm}");
+    let text = status.text(Timestamp::now());
+    let line = format!("certificate:  expired at {ends}");
+    assert!(text.contains(&line), "{text}");
+    agent.stop(Occasion::Exit).await;
+}
+
+#[tokio::test]
+async fn a_host_that_never_received_a_freshness_statement_becomes_stale_from_its_first_start() {
+    let lab = Lab::new();
+    let silent = lab.master("bank");
+    let status = async || lab.ask::<Status>(&Request::Status).await.1;
+    let agent = lab.start(&silent).await;
+    assert!(!status().await.stale);
+    let path = lab.path("state").join("first-start.json");
+    let first: Timestamp = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    agent.stop(Occasion::Exit).await;
+    // It survives a restart.
+    let agent = lab.start(&silent).await;
+    let kept: Timestamp = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    assert_eq!(kept, first);
+    agent.stop(Occasion::Exit).await;
+
+    let since = first - SignedDuration::from_mins(1);
+    let long_ago = since - SignedDuration::try_from(FRESH_UNHEARD).unwrap();
+    fs::write(&path, serde_json::to_vec(&long_ago).unwrap()).unwrap();
+    let master = lab.master("bank");
+    let agent = lab.start(&master).await;
+    let now = status().await;
+    assert_eq!((now.stale, now.stale_since), (true, Some(since)));
+    assert!(now.text(first).contains("no freshness statement came"));
+    let mut talk = master.greet().await;
+    talk.install(&lab, 1, &[("a.ndb", b"one")]).await;
+    let now = status().await;
+    assert_eq!((now.stale, now.stale_since), (false, None));
+    agent.stop(Occasion::Exit).await;
+}
+
+#[tokio::test]
 async fn an_agent_without_a_usable_identity_does_not_start_and_says_what_to_do() {
     let lab = Lab::new();
     let master = lab.master("bank");
     let client = ExtendedKeyUsagePurpose::ClientAuth;
-    let past = SignedDuration::from_mins(-1);
     let web1 = "clamcast://bank/agent/web1";
     let leaf = |uri, left| lab.leaf(uri, client.clone(), left);
     for (leaf, why) in [
-        (leaf(web1, past), "ran out"),
         (
             leaf("clamcast://bank/master", HOUR),
             "not the certificate of an agent",

@@ -74,6 +74,10 @@ const CLOCK_LOOK: Duration = Duration::from_secs(600);
 /// more than a message travels, less than what certificates and logs suffer from.
 pub const CLOCK_SKEW_SECS_MAX: i64 = 300;
 
+/// So long a host that never received a freshness statement is not stale: what a master's `[signing]
+/// fresh` is unless told otherwise, which the host learns only with the first statement.
+pub const FRESH_UNHEARD: Duration = Duration::from_secs(48 * 3600);
+
 /// Longest checkpoint in bytes that is kept.
 const CHECKPOINT_BYTES_MAX: usize = clamcast_proto::audit::CHECKPOINT_BYTES_MAX;
 
@@ -121,6 +125,7 @@ pub struct Keeper {
 
     master: Master,
     fresh: Option<KeptFresh>,
+    first_start: Timestamp,
     stale_said: bool,
     clock_said: bool,
     refusal: Option<String>,
@@ -253,7 +258,9 @@ enum Refusal {
     Trust(#[from] TrustError),
     #[error("{0}")]
     Keys(String),
-    #[error("the word that {position} is current ran out at {expires}, and `stale = \"refuse\"`")]
+    #[error(
+        "the freshness statement for {position} expired at {expires}, and `stale = \"refuse\"`"
+    )]
     Stale {
         position: Position,
         expires: Timestamp,
@@ -280,6 +287,7 @@ impl Keeper {
             tracing::warn!(error = chain(&error), "the kept freshness is of no use");
             None
         });
+        let first_start = first_start(&state, Timestamp::now());
         Self {
             fleet: credentials.fleet.clone(),
             slot: Slot::new(true),
@@ -295,6 +303,7 @@ impl Keeper {
                 error: None,
             },
             fresh,
+            first_start,
             stale_said: false,
             clock_said: false,
             refusal: None,
@@ -420,8 +429,8 @@ impl Keeper {
         if self.slot.job().is_some() && !self.slot.is_resting() {
             due(Some(self.progress_at));
         }
-        if let Some(fresh) = self.fresh.as_ref().filter(|_| !self.stale_said) {
-            let left = fresh.until.duration_since(Timestamp::now());
+        if !self.stale_said {
+            let left = self.fresh_until().duration_since(Timestamp::now());
             due(Some(now + Duration::try_from(left).unwrap_or_default()));
         }
         wake
@@ -444,15 +453,24 @@ impl Keeper {
         let stale = self.stale_since().is_some();
         if stale && !mem::replace(&mut self.stale_said, stale) {
             tracing::warn!(
-                "no fresh word from the master for longer than it promised; if it is not reached \
-                 in the meantime, this host's signatures grow old"
+                heard = self.fresh.is_some(),
+                "the freshness statement of the master expired, or none ever came; this host's \
+                 signatures grow old"
             );
         }
     }
 
-    /// When the master's word ran out, if it has.
+    /// Until when the newest freshness statement holds; without any, until when this host is not
+    /// stale.
+    fn fresh_until(&self) -> Timestamp {
+        let unheard = || self.first_start.checked_add(FRESH_UNHEARD);
+        let heard = self.fresh.as_ref().map(|fresh| fresh.until);
+        heard.unwrap_or_else(|| unheard().unwrap_or(Timestamp::MAX))
+    }
+
+    /// When this host became stale, if it has.
     fn stale_since(&self) -> Option<Timestamp> {
-        let until = self.fresh.as_ref()?.until;
+        let until = self.fresh_until();
         (until < Timestamp::now()).then_some(until)
     }
 
@@ -716,7 +734,7 @@ impl Keeper {
             if self.stale == Stale::Refuse {
                 return Err(Refusal::Stale { position, expires });
             }
-            tracing::warn!(%position, %expires, "the word that this is current has run out");
+            tracing::warn!(%position, %expires, "the freshness statement of an offer expired");
         }
         Ok((manifest, fresh))
     }
@@ -1188,6 +1206,15 @@ impl Keeper {
         Some(installed.set.manifest.position())
     }
 
+    /// What somebody should look at although the agent works.
+    fn alarm(&self) -> Option<String> {
+        let unused = self.unused_configuration.as_ref();
+        let unused = unused.map(|reason| format!("configuration on disk is not in use: {reason}"));
+        let invalid = self.credentials.invalid(Timestamp::now());
+        let alarms: Vec<_> = unused.into_iter().chain(invalid).collect();
+        (!alarms.is_empty()).then(|| alarms.join("; "))
+    }
+
     fn status(&self) -> Status {
         let trust = self.trust.trust();
         let installed = self.installer.installed();
@@ -1212,10 +1239,7 @@ impl Keeper {
                 && self.guard.wrong().len() == 0
                 && self.prover.report().state != ClamdState::Down,
             outcome: last.map(|last| last.outcome).or(outcome),
-            alarm: self
-                .unused_configuration
-                .as_ref()
-                .map(|reason| format!("configuration on disk is not in use: {reason}")),
+            alarm: self.alarm(),
             phase: if self.repairing.is_some() {
                 self.phase
             } else {
@@ -1225,6 +1249,7 @@ impl Keeper {
             last: last.map(LastStatus::from),
             fresh_until: self.fresh.as_ref().map(|fresh| fresh.until),
             stale: self.stale_since().is_some(),
+            stale_since: self.stale_since(),
             clamd: self.installer.clamd(),
             foreign: last.map_or_else(Vec::new, |last| last.foreign.clone()),
             adopted: last.map_or_else(Vec::new, |last| last.adopted.clone()),
@@ -1237,6 +1262,7 @@ impl Keeper {
                 .or_else(|| unwell.and_then(|last| last.error.clone())),
             receipts_pending: self.receipts.pending().len(),
             certificate_expires: self.credentials.certificate.not_after,
+            certificate_expired: self.credentials.certificate.not_after < Timestamp::now(),
             root: trust.root().id(),
             keys_version: trust.keys().version,
         }
@@ -1275,6 +1301,27 @@ impl Master {
 /// How far this host's clock is ahead of one that showed `time` just now.
 fn ahead_secs(time: Timestamp) -> i64 {
     Timestamp::now().duration_since(time).as_secs()
+}
+
+/// When this host's agent started first, by its clock, kept at the first start. A time of the
+/// future, of a clock that was wrong, counts as now.
+fn first_start(state: &State, now: Timestamp) -> Timestamp {
+    let path = state.path().join("first-start.json");
+    match state::load::<Timestamp>(&path, "staleness counts from now") {
+        Ok(Some(first)) if first <= now => return first,
+        Ok(_) => {}
+        Err(error) => tracing::warn!(
+            error = chain(&error),
+            "staleness counts from this start, the kept time of the first one is of no use"
+        ),
+    }
+    if let Err(error) = state::save(&path, &now) {
+        tracing::warn!(
+            error = chain(&error),
+            "the time of the first start is not kept"
+        );
+    }
+    now
 }
 
 fn fresh_path(state: &State) -> PathBuf {

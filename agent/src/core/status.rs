@@ -44,10 +44,14 @@ pub struct Status {
     pub working_on: Option<Position>,
     /// The newest generation that came to an end here.
     pub last: Option<LastStatus>,
-    /// Until when the master's word holds that the newest accepted generation is current.
+    /// Until when the freshness statement for the newest accepted generation holds; `None` if none
+    /// ever came.
     pub fresh_until: Option<Timestamp>,
-    /// Whether that has run out.
+    /// Whether it expired, or none came in time after the first start.
     pub stale: bool,
+    /// Since when.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stale_since: Option<Timestamp>,
     /// clamd, as it was last seen.
     pub clamd: ClamdReport,
     /// Databases in the directory that are not clamcast's.
@@ -67,6 +71,9 @@ pub struct Status {
     pub receipts_pending: usize,
     /// Last second of the host certificate's validity.
     pub certificate_expires: Timestamp,
+    /// Whether that is over.
+    #[serde(default)]
+    pub certificate_expired: bool,
     /// The pinned root key.
     pub root: KeyId,
     /// Version of the key set in use.

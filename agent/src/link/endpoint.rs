@@ -55,6 +55,8 @@ pub struct Credentials {
     pub agent: AgentName,
     /// The certificate.
     pub certificate: Certificate,
+    /// Its file.
+    path: PathBuf,
     /// Signs receipts, and nothing that leaves this process unsigned.
     pub key: Key,
     /// Why no master would believe the certificate. It is the master's to refuse it: a host whose
@@ -144,7 +146,7 @@ pub enum CredentialsError {
     },
     /// Its time is over.
     #[error(
-        "tls.cert: {path} ran out at {not_after}; make a new one with `clamcast-certs agent \
+        "tls.cert: {path} expired at {not_after}; make a new one with `clamcast-certs agent \
          --force`, or set this host's clock"
     )]
     Expired {
@@ -194,7 +196,7 @@ impl Credentials {
     pub fn load(tls: &Tls, fleet: &FleetName, now: Timestamp) -> Result<Self, CredentialsError> {
         let (_, ca) = load_chain("tls.ca", &tls.ca)?;
         let (chain, own) = load_chain("tls.cert", &tls.cert)?;
-        let (certificate, agent) = own_certificate(&tls.cert, &own, fleet, now)?;
+        let (certificate, agent) = own_certificate(&tls.cert, &own, fleet)?;
 
         let key_pem = input::read("tls.key", &tls.key, FILE_BYTES_MAX, ORIGIN)?;
         let key =
@@ -226,8 +228,10 @@ impl Credentials {
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
         let mut roots = RootCertStore::empty();
         roots.add(ca).map_err(unusable)?;
-        let checked = check_signer(&chain, &roots, &provider, now);
-        let doubt = checked.err().map(|error| doubt(tls, error));
+        let doubt = validity(&tls.cert, &certificate, now).or_else(|| {
+            let checked = check_signer(&chain, &roots, &provider, now);
+            checked.err().map(|error| doubt(tls, error))
+        });
         let verifier = MasterVerifier {
             roots,
             master: Identity {
@@ -251,11 +255,18 @@ impl Credentials {
             fleet: fleet.clone(),
             agent,
             certificate,
+            path: tls.cert.clone(),
             key: Key(key),
             doubt,
             tls: config,
             verifier,
         })
+    }
+
+    /// Why no master takes the certificate at the time `now`, if its validity is the reason.
+    pub fn invalid(&self, now: Timestamp) -> Option<String> {
+        let invalid = validity(&self.path, &self.certificate, now)?;
+        Some(invalid.to_string())
     }
 
     /// How to connect, with a keep-alive every `keep_alive`. The agent sends them, since it notices
@@ -424,12 +435,21 @@ fn doubt(tls: &Tls, source: rustls::Error) -> CredentialsError {
     }
 }
 
-/// Checks that a certificate is an agent's of this fleet, now.
+/// Why a certificate does not count at the time `now`, if it does not.
+fn validity(path: &Path, certificate: &Certificate, now: Timestamp) -> Option<CredentialsError> {
+    let (not_before, not_after) = (certificate.not_before, certificate.not_after);
+    let path = path.to_owned();
+    if not_after < now {
+        return Some(CredentialsError::Expired { path, not_after });
+    }
+    (not_before > now).then_some(CredentialsError::NotYetValid { path, not_before })
+}
+
+/// Checks that a certificate is an agent's of this fleet.
 fn own_certificate(
     path: &Path,
     der: &CertificateDer<'_>,
     expected: &FleetName,
-    now: Timestamp,
 ) -> Result<(Certificate, AgentName), CredentialsError> {
     let path = || path.to_owned();
     let certificate =
@@ -449,20 +469,6 @@ fn own_certificate(
             path: path(),
             found: fleet,
             expected: expected.clone(),
-        });
-    }
-    if certificate.not_after < now {
-        let not_after = certificate.not_after;
-        return Err(CredentialsError::Expired {
-            path: path(),
-            not_after,
-        });
-    }
-    if certificate.not_before > now {
-        let not_before = certificate.not_before;
-        return Err(CredentialsError::NotYetValid {
-            path: path(),
-            not_before,
         });
     }
     Ok((certificate, name))

@@ -74,15 +74,16 @@ impl Status {
             Some(position) => line("phase:", &format_args!("{} {position}", self.phase)),
             None => line("phase:", &self.phase),
         }
-        match (self.fresh_until, self.stale) {
-            (None, _) => line("fresh:", &"no word from the master yet"),
-            (Some(until), false) => {
-                line("fresh:", &format_args!("for another {}", age(now, until)))
-            }
-            (Some(until), true) => line(
+        match (self.fresh_until, self.stale_since) {
+            (Some(until), _) => line("fresh:", &validity(until, now)),
+            (None, Some(since)) => line(
                 "fresh:",
-                &format_args!("no: the master's word ran out {} ago", age(until, now)),
+                &format_args!(
+                    "{}: no freshness statement came since the first start",
+                    validity(since, now)
+                ),
             ),
+            (None, None) => line("fresh:", &"no freshness statement from the master yet"),
         }
         let version = self.clamd.version.as_deref().unwrap_or("version unknown");
         match self.clamd.state {
@@ -114,8 +115,7 @@ impl Status {
                 &format_args!("{} wait for the master", self.receipts_pending),
             );
         }
-        let expires = age(now, self.certificate_expires);
-        line("certificate:", &format_args!("valid for another {expires}"));
+        line("certificate:", &validity(self.certificate_expires, now));
         line(
             "root key:",
             &format_args!("{}, key set {}", self.root, self.keys_version),
@@ -156,13 +156,16 @@ impl DriftStatus {
             line("", reason);
         }
         if let Some(RepairWait { since, until }) = self.repair_waits {
+            let when = match until <= now {
+                true => "now".to_owned(),
+                false => format!("by {until} (in {})", age(now, until)),
+            };
             line(
                 "",
                 &format_args!(
-                    "the repair waits since {since} ({}) and is tried by {until} (in {}) unless \
-                     another updater is seen before",
-                    age(since, now),
-                    age(now, until)
+                    "the repair waits since {since} ({}) and is tried {when} unless another updater \
+                     is seen before",
+                    age(since, now)
                 ),
             );
         }
@@ -172,6 +175,14 @@ impl DriftStatus {
                 &format_args!("{updater} was at work {} ago", age(seen, now)),
             );
         }
+    }
+}
+
+/// How long something holds that ends at `until`, or since when it does not.
+fn validity(until: Timestamp, now: Timestamp) -> String {
+    match until < now {
+        true => format!("expired at {until} ({} ago)", age(until, now)),
+        false => format!("valid until {until} (another {})", age(now, until)),
     }
 }
 
@@ -347,6 +358,24 @@ mod tests {
     #[test]
     fn a_host_without_a_generation_does_not_conform() {
         assert!(!Verification::new(None, Vec::new()).ok);
+    }
+
+    #[test]
+    fn what_is_past_its_end_is_reported_as_expired_with_the_time() {
+        let at = |secs| Timestamp::from_second(secs).unwrap();
+        let ends = at(3600);
+        for now in [3601, 7200] {
+            let said = validity(ends, at(now));
+            assert!(
+                said.starts_with("expired at 1970-01-01T01:00:00Z"),
+                "{said}"
+            );
+        }
+        assert_eq!(
+            validity(ends, at(3540)),
+            "valid until 1970-01-01T01:00:00Z (another 1m)"
+        );
+        assert!(!validity(ends, ends).contains("expired"), "its last second");
     }
 
     #[test]

@@ -217,6 +217,9 @@ pub(super) fn judge(agent: &Agent, tried: &[Tried]) -> Vec<Finding> {
             Some((*advice).into()),
         )),
     }
+    if let Agent::Runs(status) = agent {
+        findings.extend(judge_freshness(status.fresh_until, status.stale_since));
+    }
     let reached =
         |tried: &Tried| matches!(&tried.answer, Ok((_, Answer::Master | Answer::Welcome(_))));
     let any = tried.iter().any(reached);
@@ -261,6 +264,17 @@ pub(super) fn judge(agent: &Agent, tried: &[Tried]) -> Vec<Finding> {
         });
     }
     findings
+}
+
+/// A stale host, with or without an expired freshness statement.
+fn judge_freshness(heard: Option<Timestamp>, stale_since: Option<Timestamp>) -> Option<Finding> {
+    let since = stale_since?;
+    let found = match heard {
+        Some(_) => format!("the freshness statement of the master expired at {since}"),
+        None => format!("expired at {since}: no freshness statement came since the first start"),
+    };
+    let advice = "see why the agent is not connected; where the master is: clamcast-master status";
+    Some(Finding::bad("freshness", found, advice))
 }
 
 /// The name, and the address where that is something else.
@@ -387,6 +401,29 @@ mod tests {
                 "good master: b:7310 (192.0.2.1:7310) answers over UDP as",
             ],
         );
+    }
+
+    #[test]
+    fn a_stale_host_is_told_since_when_and_whether_it_ever_heard_of_its_master() {
+        let since = Timestamp::UNIX_EPOCH;
+        for (heard, stale, expected) in [
+            (Some(since), None, None),
+            (None, None, None),
+            (
+                Some(since),
+                Some(since),
+                Some("bad freshness: | expired at 1970-01-01T00:00:00Z | clamcast-master status"),
+            ),
+            (
+                None,
+                Some(since),
+                Some("bad freshness: | expired at 1970-01-01T00:00:00Z: no freshness statement"),
+            ),
+        ] {
+            let findings: Vec<_> = judge_freshness(heard, stale).into_iter().collect();
+            let expected: Vec<_> = expected.into_iter().collect();
+            testing::assert_lines(&findings, &expected);
+        }
     }
 
     #[test]
