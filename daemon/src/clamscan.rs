@@ -34,7 +34,7 @@ const EXIT_ERROR: i32 = 2;
 /// 190 memory limits: the last line often says `Malformed database`, and a line before it always has
 /// one of the phrases on memory. The others are strerror(3)'s. A phrase has a blank, so that no file
 /// name matches.
-const HOSTS_TROUBLE: [&str; 24] = [
+const HOSTS_TROUBLE: [&str; 26] = [
     "can't open file or directory",
     "can't create new file",
     "can't unlink file",
@@ -51,6 +51,8 @@ const HOSTS_TROUBLE: [&str; 24] = [
     "can't realloc",
     "failed to grow",
     "out of memory",
+    "memory allocation of",         // Rust's, before it aborts
+    "instance of 'std::bad_alloc'", // C++'s
     "no space left on device",
     "disk quota exceeded",
     "permission denied",
@@ -112,10 +114,7 @@ pub fn find() -> Option<PathBuf> {
 }
 
 /// Loads `databases` with `program`, a clamscan; as a clamd with `OfficialDatabaseOnly` would if
-/// `official_only`. That takes as much memory as clamd needs for them.
-///
-/// Only files with the extension of a database are loaded; others are skipped in silence. When the
-/// time is up, or the future is dropped, clamscan and all that it started are killed.
+/// `official_only`. See [`run`].
 pub async fn load(
     program: &Path,
     databases: &Path,
@@ -123,10 +122,25 @@ pub async fn load(
     limit: Duration,
 ) -> Result<(), LoadError> {
     let mut command = Command::new(program);
-    command.env("LC_ALL", "C").arg("--no-summary");
     if official_only {
         command.arg("--official-db-only=yes");
     }
+    run(command, databases, limit, |_| Ok(())).await
+}
+
+/// Loads `databases` with `command`, a clamscan. That takes as much memory as clamd needs for them.
+/// `started` gets its process id; on an error of it clamscan is killed.
+///
+/// Only files with the extension of a database are loaded; others are skipped in silence. When the
+/// time is up, or the future is dropped, clamscan and all that it started are killed.
+pub async fn run(
+    mut command: Command,
+    databases: &Path,
+    limit: Duration,
+    started: impl FnOnce(Pid) -> io::Result<()>,
+) -> Result<(), LoadError> {
+    let program = PathBuf::from(command.as_std().get_program());
+    command.env("LC_ALL", "C").arg("--no-summary");
     command.arg("--database").arg(databases);
     // An empty list of files: it ends when everything is loaded.
     command.arg("--file-list=/dev/null");
@@ -134,6 +148,7 @@ pub async fn load(
     command.stderr(Stdio::piped());
     let ended = timeout(limit, async {
         let mut clamscan = Group::spawn(command)?;
+        started(clamscan.pid().expect("nobody has waited for it"))?;
         let stderr = clamscan.0.stderr.take().expect("it was asked for");
         let said = Said::read(stderr).await?;
         io::Result::Ok((clamscan.0.wait().await?, said))
@@ -141,28 +156,24 @@ pub async fn load(
     let (status, said) = ended
         .await
         .map_err(|_| LoadError::TimedOut { limit })?
-        .map_err(|source| LoadError::Run {
-            program: program.to_owned(),
-            source,
-        })?;
+        .map_err(|source| LoadError::Run { program, source })?;
     if status.success() {
         return Ok(());
     }
-    // Whatever it said before a signal ended it says nothing about the databases.
-    if status.code() != Some(EXIT_ERROR) {
-        return Err(LoadError::NoReason { status });
-    }
     // Where they stand is not what is wrong with them, and one reason stays one reason.
     let place = format!("{}/", databases.display());
-    Err(
-        match (said.trouble, reason(&said.end.replace(&place, ""))) {
-            (Some(trouble), _) => LoadError::Hindered {
-                reason: printable(&trouble.replace(&place, "")),
-            },
-            (None, Some(reason)) => LoadError::Refused { reason },
-            (None, None) => LoadError::NoReason { status },
-        },
-    )
+    if let Some(trouble) = said.trouble {
+        let reason = printable(&trouble.replace(&place, ""));
+        return Err(LoadError::Hindered { reason });
+    }
+    // Whatever else it said before a signal ended it says nothing about the databases.
+    let reason = (status.code() == Some(EXIT_ERROR))
+        .then(|| reason(&said.end.replace(&place, "")))
+        .flatten();
+    Err(match reason {
+        Some(reason) => LoadError::Refused { reason },
+        None => LoadError::NoReason { status },
+    })
 }
 
 /// Whether a line of libclamav reports trouble of the host and nothing about the databases.
@@ -182,13 +193,17 @@ impl Group {
             .spawn()
             .map(Self)
     }
+
+    /// Once it was waited for there is no id, which another process may have by then.
+    fn pid(&self) -> Option<Pid> {
+        let id = self.0.id()?;
+        Some(Pid::from_raw(i32::try_from(id).expect("process ids fit")))
+    }
 }
 
 impl Drop for Group {
     fn drop(&mut self) {
-        // Once it was waited for there is no id, which another process may have by then.
-        if let Some(id) = self.0.id() {
-            let group = Pid::from_raw(i32::try_from(id).expect("process ids fit"));
+        if let Some(group) = self.pid() {
             // An error means that nobody is left of it.
             let _ = killpg(group, Signal::SIGKILL);
         }

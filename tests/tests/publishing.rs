@@ -67,15 +67,19 @@ fn a_stop_does_not_wait_for_the_load_test_and_the_next_start_publishes() {
     let mirror = fleet.mirror();
     let good = Container::new("daily", 1).member("hsb", signatures(0..10));
     good.write(&mirror);
-    let pid = fleet.join("pid");
-    let slow = format!(
-        "echo $$ > {0}.new; mv {0}.new {0}; sleep 1000",
-        pid.display()
-    );
-    let fake = fake_clamscan(&fleet, &slow);
+    let fake = fake_clamscan(&fleet, "echo $$ > \"$TMPDIR/pid\"; sleep 1000");
     let mut master = fleet.master(&mirror);
     start_with(&mut master, &fake);
-    let pid = until(PATIENCE, "clamscan runs", || fs::read_to_string(&pid));
+    let pid = until(PATIENCE, "clamscan runs", || {
+        // All that it may write in.
+        let places = fs::read_dir(master.directory().join("state/tmp"))?;
+        let mut pids = places.flatten().flat_map(|place| {
+            let pid = fs::read_to_string(place.path().join("tmp/pid"));
+            pid.ok().filter(|pid| pid.ends_with('\n'))
+        });
+        pids.next()
+            .ok_or(std::io::Error::other("there is none yet"))
+    });
     let waiting = {
         let mut publish = program("clamcast-master");
         publish.arg("--socket").arg(master.socket()).arg("publish");
@@ -104,26 +108,56 @@ fn a_load_test_that_was_killed_is_made_again_and_refuses_nothing() {
     Container::new("daily", 1)
         .member("hsb", signatures(0..10))
         .write(&mirror);
-    let killed = fleet.join("killed").display().to_string();
-    let once = format!("test -e {killed} || {{ : > {killed}; kill -KILL $$; }}");
-    let fake = fake_clamscan(&fleet, &once);
+    let fake = fake_clamscan(&fleet, "kill -KILL $$");
     let mut master = fleet.master(&mirror);
     start_with(&mut master, &fake);
     until(PATIENCE, "status shows why", || {
         let status = master.json(&["status"]).unwrap();
         let alarm = status["alarm"].as_str().unwrap_or_default().to_owned();
-        if alarm.contains("gave no reason") {
+        if alarm.contains("SIGKILL") {
             Ok(())
         } else {
             Err(status)
         }
     });
+    fake_clamscan(&fleet, "exit 0");
     master.wait_generation(1);
     assert!(
         master.json(&["status"]).unwrap()["alarm"].is_null(),
         "and that it is over"
     );
-    assert!(fs::exists(killed).unwrap());
     assert_eq!(master.audit("refused").len(), 0);
-    assert!(master.log().contains("gave no reason"), "it is told");
+    assert!(master.log().contains("SIGKILL"), "it is told");
+}
+
+#[test]
+fn databases_that_crash_clamscan_are_refused_with_the_signal() {
+    let fleet = Fleet::new();
+    let mirror = fleet.mirror();
+    let good = Container::new("daily", 1).member("hsb", signatures(0..10));
+    good.write(&mirror);
+    let fake = fake_clamscan(&fleet, "kill -SEGV $$");
+    let mut master = fleet.master(&mirror);
+    start_with(&mut master, &fake);
+    let refusal = master.wait_audit("refused", 1).remove(0);
+    assert!(refusal.to_string().contains("SIGSEGV"), "{refusal}");
+}
+
+#[test]
+fn the_load_test_cannot_read_the_keys_of_the_master_that_runs_it() {
+    let fleet = Fleet::new();
+    let mirror = fleet.mirror();
+    let good = Container::new("daily", 1).member("hsb", signatures(0..10));
+    good.write(&mirror);
+    // Any key that can be read ends it with what would be a refusal.
+    let keys = ["manifest.key", "audit.key", "master/key.pem"].map(|key| fleet.pki().join(key));
+    let mut script = String::new();
+    for key in keys {
+        assert!(!fs::read(&key).unwrap().is_empty());
+        script += &format!("cat {} && kill -SEGV $$\n", key.display());
+    }
+    let fake = fake_clamscan(&fleet, &(script + "exit 0"));
+    let mut master = fleet.master(&mirror);
+    start_with(&mut master, &fake);
+    master.wait_generation(1);
 }

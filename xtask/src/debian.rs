@@ -7,7 +7,7 @@
 use std::env;
 use std::ffi::OsString;
 use std::fs::{self, File};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -52,6 +52,12 @@ pub(crate) fn provide(target: &Path, wanted: &[&str]) -> anyhow::Result<()> {
     // Another run in this workspace may be at it.
     let lock = File::create(debian.join("lock"))?;
     lock.lock()?;
+    // The master confines clamscan to its own file and the `lib` beside its directory, and so the
+    // scripts find what they start there.
+    let lib = debian.join("lib");
+    if lib.symlink_metadata().is_err() {
+        symlink("root", lib)?;
+    }
     let missing: Vec<_> = PROGRAMS
         .into_iter()
         .filter(|(name, _)| wanted.contains(name) && find(name, target).is_none())

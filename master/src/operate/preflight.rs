@@ -19,6 +19,7 @@ use crate::config::{self, Config, LoadTest, Wave};
 use crate::fleet::agents::{CANARIES_MIN, Record, ThinVersion, thin_versions};
 use crate::link::endpoint::{self, EndpointError};
 use crate::link::revocations;
+use crate::publish::check;
 use crate::publish::mirror::listing::ENTRIES_MAX;
 use crate::record::recorder;
 
@@ -197,6 +198,9 @@ pub fn doubts(config: &Config, now: Timestamp) -> Vec<String> {
              published; install clamav, or set it to \"auto\""
                 .to_owned(),
         );
+    }
+    if config.mirror.load_test != LoadTest::Never && clamscan::find().is_some() {
+        doubts.extend(check::gaps());
     }
     doubts.extend(canary_doubts(config));
     doubts.extend(endpoint::receive_buffer_doubt());

@@ -1,5 +1,6 @@
 //! The checks that a capture must pass before anything is signed.
 
+mod jail;
 mod load_test;
 
 use std::collections::{BTreeMap, HashMap};
@@ -14,6 +15,7 @@ use crate::config::{Mirror, Unsigned};
 use crate::publish::capture::{Capture, Captured};
 use crate::store::{Store, StoreError};
 
+pub use jail::{JailError, gaps};
 pub use load_test::{LoadTestError, TIME_MAX};
 
 /// A capture that may be signed.
