@@ -14,6 +14,9 @@ use crate::input;
 /// How the name of a file begins and ends that is being written beside its target.
 const BESIDE: (&str, &str) = (".", ".new");
 
+/// How many random letters and digits stand between.
+const RANDOM_CHARS: usize = 6;
+
 /// Replaces the content of `path` by `bytes`, with permissions `mode` from the first byte on, so
 /// that a private key is never readable by others, not even for a moment.
 ///
@@ -61,6 +64,7 @@ fn beside(directory: &Path, bytes: &[u8], mode: u32) -> io::Result<NamedTempFile
     let mut file = tempfile::Builder::new()
         .prefix(BESIDE.0)
         .suffix(BESIDE.1)
+        .rand_bytes(RANDOM_CHARS)
         .permissions(Permissions::from_mode(mode))
         .tempfile_in(directory)?;
     file.write_all(bytes)?;
@@ -88,11 +92,19 @@ pub fn sweep(directory: &Path) {
     let entries = fs::read_dir(directory).into_iter().flatten();
     for entry in entries.take(SWEPT_MAX).flatten() {
         let name = entry.file_name();
-        let name = name.to_string_lossy();
-        if name.starts_with(BESIDE.0) && name.ends_with(BESIDE.1) {
+        if is_beside(&name.to_string_lossy()) {
             let _ = fs::remove_file(entry.path());
         }
     }
+}
+
+/// Whether a file of this name was being written beside its target.
+fn is_beside(name: &str) -> bool {
+    let random = name.strip_prefix(BESIDE.0);
+    let random = random.and_then(|name| name.strip_suffix(BESIDE.1));
+    random.is_some_and(|random| {
+        random.len() == RANDOM_CHARS && random.chars().all(|c| c.is_ascii_alphanumeric())
+    })
 }
 
 /// Makes the names in a directory durable: a rename, a link or a removal counts only after this.
@@ -239,13 +251,29 @@ mod tests {
     #[test]
     fn what_a_crash_left_beside_its_target_is_swept_away() {
         let dir = tempfile::tempdir().unwrap();
-        for name in ["kept", ".kept", "kept.new", ".AbCdEf.new"] {
+        let similar = [
+            "kept",
+            ".kept",
+            "kept.new",
+            ".new",
+            ".web1.new",
+            ".AbCdE.new",
+            ".AbCdEfG.new",
+            ".AbC-Ef.new",
+            ".AbCdEf.new.json",
+        ];
+        for name in similar.into_iter().chain([".AbCdEf.new"]) {
             fs::write(dir.path().join(name), b"half").unwrap();
         }
+        // As `write` names them.
+        let beside = beside(dir.path(), b"half", 0o600).unwrap();
+        let beside = beside.into_temp_path().keep().unwrap();
         sweep(dir.path());
-        let left = |name: &str| dir.path().join(name).exists();
-        assert!(left("kept") && left(".kept") && left("kept.new"));
-        assert!(!left(".AbCdEf.new"));
+        for name in similar {
+            assert!(dir.path().join(name).exists(), "{name}");
+        }
+        assert!(!dir.path().join(".AbCdEf.new").exists());
+        assert!(!beside.exists());
     }
 
     #[test]

@@ -150,6 +150,9 @@ impl Master {
         let mirror_path = &config.mirror.path;
         let store = Store::open(&config.state, mirror_path, &keys, alarms.clone())?;
         let store = Arc::new(store);
+        for directory in [&config.state, &agents, &certificates, &audit_dir] {
+            durable::sweep(directory);
+        }
         let log = audit::Log::open(&audit_dir, audit_key, audit_origin(&config.fleet))?;
         let saved = load_rollout(&store)?;
         let lost = saved.as_ref().err().cloned();

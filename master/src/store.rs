@@ -221,6 +221,9 @@ impl Store {
             _lock: lock,
         };
         store.clear_temporary()?;
+        for name in ["generations", "keys"] {
+            durable::sweep(&directory.join(name));
+        }
         store.save(&format!("keys/{}.json", keys.version), keys.envelope())?;
         let signers = store.signers(keys)?;
         *store.write_generations() = store.load_generations(&signers)?;

@@ -209,3 +209,36 @@ fn a_full_disk_on_the_agent_keeps_the_old_set_and_says_so() {
     assert_eq!(published.status.code(), Some(0), "{published:?}");
     master.wait_live("web1", 3);
 }
+
+#[test]
+fn what_a_kill_left_of_writes_is_removed_at_the_start_and_nothing_else() {
+    let fleet = Fleet::new();
+    let mirror = fleet.mirror();
+    Container::new("daily", 1)
+        .member("hsb", signatures(0..10))
+        .write(&mirror);
+    let mut master = fleet.master(&mirror);
+    master.start();
+    let [mut agent] = fleet.start_agents(["web1"]);
+    master.wait_live("web1", 1);
+    agent.kill();
+    master.kill();
+    let of_master = ["", "agents", "certificates", "audit", "generations", "keys"];
+    let of_master = of_master.map(|name| master.directory().join("state").join(name));
+    let of_agent = ["", "audit", "receipts"].map(|name| agent.directory().join("state").join(name));
+    let directories: Vec<_> = of_master.into_iter().chain(of_agent).collect();
+    let (left, similar) = (".AbC123.new", ".web1.new");
+    for directory in &directories {
+        for name in [left, similar] {
+            fs::write(directory.join(name), "half").unwrap();
+        }
+    }
+    master.start();
+    agent.start();
+    master.wait_live("web1", 1);
+    for directory in &directories {
+        let shown = directory.display();
+        assert!(!directory.join(left).exists(), "{shown}");
+        assert!(directory.join(similar).exists(), "{shown}");
+    }
+}
