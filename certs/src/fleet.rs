@@ -8,11 +8,12 @@ use clamcast_daemon::config::{self, ConfigError, Settings};
 use clamcast_daemon::durable::{self, LockError, LockGuard};
 use clamcast_daemon::exit;
 use clamcast_daemon::input::InputError;
-use clamcast_proto::dsse::{Envelope, EnvelopeError, PublicKey, Verified};
+use clamcast_proto::dsse::{Envelope, EnvelopeError, PublicKey, Verified, sign};
 use clamcast_proto::identity::{Certificate, Role};
 use clamcast_proto::keys::{KeySet, KeySetError};
 use clamcast_proto::revocation::RevocationList;
 use clamcast_proto::{AgentName, FleetName};
+use ed25519_dalek::SigningKey;
 use serde::{Deserialize, Serialize};
 
 use crate::files::{
@@ -29,6 +30,10 @@ pub(crate) const CA_KEY: &str = "ca.key";
 pub(crate) const ROOT_KEY: &str = "root.key";
 pub(crate) const MANIFEST_KEY: &str = "manifest.key";
 pub(crate) const AUDIT_KEY: &str = "audit.key";
+pub(crate) const MANIFEST_KEY_NEXT: &str = "manifest.key.next";
+pub(crate) const MANIFEST_KEY_OLD: &str = "manifest.key.old";
+pub(crate) const AUDIT_KEY_NEXT: &str = "audit.key.next";
+pub(crate) const AUDIT_KEY_OLD: &str = "audit.key.old";
 pub(crate) const KEYS: &str = "manifest.pub";
 pub(crate) const CHARTER: &str = "fleet.toml";
 pub(crate) const MASTER: &str = "master";
@@ -75,6 +80,19 @@ impl Charter {
         );
         write(file, &format!("{head}{toml}"), PUBLIC)
     }
+}
+
+/// Signs a key set with the root key and writes it into `dir`.
+pub(crate) fn write_keys(
+    dir: &Path,
+    set: KeySet,
+    root: &SigningKey,
+) -> Result<Written, WriteError> {
+    let signed = sign(set, root);
+    let text = serde_json::to_string_pretty(signed.envelope()).expect("an envelope serialises");
+    let what = "key set: what agents trust, by its root key";
+    let file = Written::new(dir.join(KEYS), what).with_key(&signed.root);
+    write(file, &(text + "\n"), PUBLIC)
 }
 
 /// A fleet's directory, opened.
@@ -209,6 +227,7 @@ impl Fleet {
         // what counts is what is there once the lock is held.
         Self::open(dir)?;
         let guard = lock(dir)?;
+        durable::sweep(dir); // it may have left a private key behind
         Ok((Self::open(dir)?, guard))
     }
 

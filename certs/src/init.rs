@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use clamcast_daemon::durable::{self, LockError};
 use clamcast_daemon::exit;
-use clamcast_proto::dsse::{PublicKey, sign};
+use clamcast_proto::dsse::PublicKey;
 use clamcast_proto::keys::KeySet;
 use clamcast_proto::{Epoch, FleetName};
 use ed25519_dalek::SigningKey;
@@ -73,6 +73,10 @@ const ENTRIES: &[&str] = &[
     fleet::ROOT_KEY,
     fleet::MANIFEST_KEY,
     fleet::AUDIT_KEY,
+    fleet::MANIFEST_KEY_NEXT,
+    fleet::MANIFEST_KEY_OLD,
+    fleet::AUDIT_KEY_NEXT,
+    fleet::AUDIT_KEY_OLD,
     fleet::KEYS,
     fleet::MASTER,
     fleet::AGENTS,
@@ -161,18 +165,10 @@ fn write_fleet(dir: &Path, fleet: &FleetName, now: Timestamp) -> Result<Vec<Writ
         manifest: vec![PublicKey::of(&manifest)],
         audit: vec![PublicKey::of(&audit)],
     };
-    let envelope = serde_json::to_string_pretty(sign(set, &root).envelope())
-        .expect("an envelope serialises")
-        + "\n";
     let charter = Charter {
         fleet: fleet.clone(),
         hosts: Vec::new(),
     };
-    let keys = Written::new(
-        dir.join(fleet::KEYS),
-        "key set: what agents trust, by its root key",
-    )
-    .with_key(&PublicKey::of(&root));
     let certificate = Written::new(dir.join(fleet::CA), "certificate of the CA")
         .with_certificate(&made.certificate);
     Ok(vec![
@@ -192,7 +188,7 @@ fn write_fleet(dir: &Path, fleet: &FleetName, now: Timestamp) -> Result<Vec<Writ
             &audit,
             "audit key: signs the master's log",
         )?,
-        files::write(keys, &envelope, files::PUBLIC)?,
+        fleet::write_keys(dir, set, &root)?,
         files::write(certificate, &made.pem, files::PUBLIC)?,
         charter.write(dir)?,
     ])

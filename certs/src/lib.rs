@@ -1,4 +1,4 @@
-//! Issues, revokes and lists the fleet's certificates and signing keys.
+//! Issues, revokes and lists the fleet's certificates, makes and rotates its signing keys.
 //!
 //! Everything lives in one directory, made by [`init`] and kept where the CA's key is safe. The
 //! daemons never see it: they get copies of a few files. Time is an argument, so that tests can
@@ -12,6 +12,7 @@ mod issue;
 mod key;
 mod list;
 mod revoke;
+mod rotate;
 mod x509;
 
 pub use files::{FileError, WriteError, Written};
@@ -21,3 +22,4 @@ pub use init::{InitError, Initialised, init};
 pub use issue::{HOSTS_MAX, IssueError, Issued, issue_agent, issue_master};
 pub use list::{EXPIRING_DAYS, Listed, State, list};
 pub use revoke::{REASON_CHARS_MAX, Revocation, RevokeError, revoke};
+pub use rotate::{RotateError, Rotated, Rotation, rotate};

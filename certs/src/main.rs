@@ -5,7 +5,7 @@ use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use clamcast_certs::{Host, Issued, Listed, Written};
+use clamcast_certs::{Host, Issued, Listed, Rotated, Written};
 use clamcast_daemon::exit::{self, Exit};
 use clamcast_daemon::table::Table;
 use clamcast_proto::identity::{Certificate, Role};
@@ -13,7 +13,7 @@ use clamcast_proto::{AgentName, FleetName, GroupName};
 use clap::{Args, Parser, Subcommand};
 use jiff::{Timestamp, Unit};
 
-/// Makes the certificates and signing keys of a clamcast fleet, lists and revokes them
+/// Makes the certificates and signing keys of a clamcast fleet, lists, revokes and rotates them
 ///
 /// All of it lives in one directory, which holds the keys to every scanner of the fleet: keep it
 /// on a machine of its own, away from the master. Master and agents get copies of the few files
@@ -126,6 +126,26 @@ enum Command {
         #[arg(long, value_name = "TEXT")]
         reason: Option<String>,
     },
+    /// Makes a new manifest or audit key, and a key set in which it stands before the old ones
+    ///
+    /// Needs DIR/root.key. Writes DIR/manifest.key or audit.key, keeps the one before as NAME.key.old,
+    /// and raises the version of DIR/manifest.pub. What the old key signed still counts. A rotation that
+    /// was interrupted is simply run again.
+    Rotate {
+        #[command(flatten)]
+        at: Directory,
+        /// The key to replace
+        #[arg(value_name = "KEY")]
+        key: Rotated,
+        /// Make no key, but a key set without the old ones, and delete NAME.key.old
+        ///
+        /// For an old key that was stolen, or when nothing needs it any more. Without old manifest keys
+        /// a new epoch begins: the master publishes again, and agents refuse everything of before. The
+        /// master must have run with the new audit key before the old ones go, so that it has signed the
+        /// log.
+        #[arg(long)]
+        drop_old: bool,
+    },
 }
 
 #[derive(Args)]
@@ -159,6 +179,7 @@ fn run(command: Command) -> Result<(), Exit> {
             agent(&at.dir, &name, &issued)
         }
         Command::List { at, json } => list(&at.dir, json, now),
+        Command::Rotate { at, key, drop_old } => rotate(&at.dir, key, drop_old, now),
         Command::Revoke { at, name, reason } => revoke(&at.dir, &name, reason.as_deref(), now),
     }
 }
@@ -314,6 +335,53 @@ fn revoke(dir: &Path, name: &AgentName, reason: Option<&str>, now: Timestamp) ->
         done.version,
     );
     report("it was revoked", &text)
+}
+
+fn rotate(dir: &Path, key: Rotated, drop_old: bool, now: Timestamp) -> Result<(), Exit> {
+    let done = clamcast_certs::rotate(dir, key, drop_old, now)
+        .map_err(|error| Exit::new(error.exit_code(), error))?;
+    if done.files.is_empty() {
+        return print("the key set has no old key of this kind; nothing was changed\n");
+    }
+    if done.resumed {
+        eprintln!("{PROGRAM}: an earlier rotation had not finished; it is finished now");
+    }
+    let mut text = describe(&done.files);
+    if let Some(old) = &done.old {
+        let _ = writeln!(text, "{}: the private key before this one", old.display());
+    }
+    for dropped in &done.dropped {
+        let _ = writeln!(text, "no longer in the key set: SHA-256 {dropped}");
+    }
+    let (version, epoch, keys) = (done.version, done.epoch, done.keys);
+    let name = match key {
+        Rotated::Manifest => "manifest",
+        Rotated::Audit => "audit",
+    };
+    let _ = writeln!(
+        text,
+        "key set: version {version}, epoch {epoch}, {keys} {name} {}\n",
+        if keys == 1 { "key" } else { "keys" },
+    );
+    let paths: Vec<_> = done.files.iter().map(|file| quoted(&file.path)).collect();
+    let _ = writeln!(
+        text,
+        "next: copy {} to /etc/clamcast on the master, and restart the master or send it SIGHUP;\n      \
+         agents get the key set from it",
+        paths.join(" and "),
+    );
+    if drop_old {
+        if key == Rotated::Manifest {
+            let _ = writeln!(text, "      it publishes again, in epoch {epoch}");
+        }
+    } else {
+        let _ = writeln!(
+            text,
+            "then, if an old key was stolen: clamcast-certs rotate --dir {} {name} --drop-old",
+            quoted(dir),
+        );
+    }
+    report("the key set was written", &text)
 }
 
 /// `in group dmz`, as the certificate says it.

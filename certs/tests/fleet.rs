@@ -6,12 +6,12 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
 use clamcast_certs::{
-    Host, InitError, IssueError, Issued, RevokeError, State, init, issue_agent, issue_master, list,
-    revoke,
+    Host, InitError, IssueError, Issued, RevokeError, RotateError, Rotated, Rotation, State, init,
+    issue_agent, issue_master, list, revoke, rotate,
 };
 use clamcast_proto::dsse::{Envelope, PublicKey};
 use clamcast_proto::identity::{Certificate, Role};
-use clamcast_proto::keys::KeySet;
+use clamcast_proto::keys::{KEYS_MAX, KeySet};
 use clamcast_proto::names::AGENT_NAME_BYTES_MAX;
 use clamcast_proto::revocation::RevocationList;
 use clamcast_proto::{AgentName, GroupName};
@@ -408,7 +408,7 @@ fn an_init_that_was_interrupted_is_recognised_and_run_again() {
 }
 
 #[test]
-fn everything_but_init_works_without_the_root_key() {
+fn everything_but_init_and_rotate_works_without_the_root_key() {
     let lab = Lab::initialised();
     fs::remove_file(lab.dir().join("root.key")).unwrap();
     lab.master(&["a"], false).unwrap();
@@ -687,4 +687,123 @@ fn serials_and_keys_are_never_the_same_twice() {
         assert_eq!(issued.certificate.serial.0.len(), 32);
         assert!(serials.insert(issued.certificate.serial));
     }
+}
+
+impl Lab {
+    fn rotate(&self, rotated: Rotated, drop_old: bool) -> Result<Rotation, RotateError> {
+        rotate(&self.dir(), rotated, drop_old, self.now)
+    }
+
+    fn key_set(&self) -> KeySet {
+        let text = fs::read(self.dir().join("manifest.pub")).unwrap();
+        let envelope: Envelope = serde_json::from_slice(&text).unwrap();
+        (*KeySet::verify(&envelope).unwrap()).clone()
+    }
+
+    fn has(&self, name: &str) -> bool {
+        self.dir().join(name).exists()
+    }
+}
+
+#[test]
+fn a_rotation_puts_a_new_key_before_the_old_ones_and_keeps_the_one_before() {
+    let lab = Lab::with_master();
+    let before = lab.key_set();
+    let [old_manifest, old_audit] = ["manifest.key", "audit.key"].map(|name| lab.key(name));
+    let rotation = lab.rotate(Rotated::Audit, false).unwrap();
+    assert_eq!((rotation.version, rotation.keys), (2, 2));
+    let set = lab.key_set();
+    assert_eq!(set.audit, [lab.key("audit.key"), old_audit.clone()]);
+    assert_eq!((&set.manifest, set.epoch), (&before.manifest, before.epoch));
+    assert_eq!(lab.key("audit.key.old"), old_audit);
+    let mode = fs::metadata(lab.dir().join("audit.key"))
+        .unwrap()
+        .permissions()
+        .mode();
+    assert_eq!(mode & 0o777, 0o600);
+
+    lab.rotate(Rotated::Manifest, false).unwrap();
+    let set = lab.key_set();
+    assert_eq!(set.version, 3);
+    assert_eq!(set.manifest, [lab.key("manifest.key"), old_manifest]);
+    // New hosts get the newest set.
+    let issued = lab.agent("web1", &[], false).unwrap();
+    let given = fs::read(issued.bundle.join("manifest.pub")).unwrap();
+    assert_eq!(given, fs::read(lab.dir().join("manifest.pub")).unwrap());
+}
+
+#[test]
+fn old_keys_are_dropped_on_demand_and_without_old_manifest_keys_an_epoch_begins() {
+    let lab = Lab::with_master();
+    for (rotated, name, epoch) in [
+        (Rotated::Audit, "audit.key", 1),
+        (Rotated::Manifest, "manifest.key", 2),
+    ] {
+        let nothing = lab.rotate(rotated, true).unwrap();
+        assert!(nothing.files.is_empty() && nothing.dropped.is_empty());
+        let old = lab.key(name);
+        lab.rotate(rotated, false).unwrap();
+        let dropped = lab.rotate(rotated, true).unwrap();
+        assert_eq!(dropped.dropped, [old.id()]);
+        assert_eq!(dropped.epoch.0, epoch);
+        let set = lab.key_set();
+        let keys = match rotated {
+            Rotated::Audit => set.audit,
+            Rotated::Manifest => set.manifest,
+        };
+        assert_eq!(keys, [lab.key(name)]);
+        assert!(!lab.has(&format!("{name}.old")), "it is of no use any more");
+    }
+}
+
+#[test]
+fn an_interrupted_rotation_loses_no_key_and_goes_on_where_it_stopped() {
+    // What is on disk after a crash at each point; see the table in rotate.rs.
+    for crashed_after in ["new key", "key set", "old key aside"] {
+        let lab = Lab::with_master();
+        let path = |name: &str| lab.dir().join(name);
+        let old = lab.key("manifest.key");
+        let set = fs::read(path("manifest.pub")).unwrap();
+        lab.rotate(Rotated::Manifest, false).unwrap();
+        let new = lab.key("manifest.key");
+        fs::rename(path("manifest.key"), path("manifest.key.next")).unwrap();
+        if crashed_after != "old key aside" {
+            fs::rename(path("manifest.key.old"), path("manifest.key")).unwrap();
+        }
+        if crashed_after == "new key" {
+            fs::write(path("manifest.pub"), set).unwrap();
+        }
+
+        let rotation = lab.rotate(Rotated::Manifest, false).unwrap();
+        assert_eq!(rotation.version, 2, "{crashed_after}");
+        assert_eq!(lab.key_set().manifest, [new.clone(), old.clone()]);
+        assert_eq!(lab.key("manifest.key"), new, "{crashed_after}");
+        assert_eq!(lab.key("manifest.key.old"), old, "{crashed_after}");
+        assert!(!lab.has("manifest.key.next"));
+    }
+}
+
+#[test]
+fn a_key_set_holds_a_bounded_number_of_keys_and_the_oldest_go_first() {
+    let lab = Lab::with_master();
+    let first = lab.key("audit.key");
+    let dropped: Vec<_> = (0..KEYS_MAX)
+        .map(|_| lab.rotate(Rotated::Audit, false).unwrap().dropped)
+        .collect();
+    assert_eq!(dropped.concat(), [first.id()]);
+    assert_eq!(lab.key_set().audit.len(), KEYS_MAX);
+}
+
+#[test]
+fn a_rotation_without_the_right_root_key_changes_nothing() {
+    let lab = Lab::with_master();
+    let before = fs::read(lab.dir().join("manifest.pub")).unwrap();
+    let root = lab.dir().join("root.key");
+    fs::copy(lab.dir().join("ca.key"), &root).unwrap();
+    let refused = lab.rotate(Rotated::Manifest, false).unwrap_err();
+    assert!(matches!(refused, RotateError::Root { .. }), "{refused}");
+    fs::remove_file(root).unwrap(); // it is offline
+    lab.rotate(Rotated::Manifest, false).unwrap_err();
+    assert_eq!(fs::read(lab.dir().join("manifest.pub")).unwrap(), before);
+    assert!(!lab.has("manifest.key.next"));
 }

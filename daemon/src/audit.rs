@@ -170,6 +170,8 @@ pub struct Log {
     dir: PathBuf,
     origin: Origin,
     key: SigningKey,
+    /// Keys that may have signed the log before this one.
+    former: Vec<PublicKey>,
     file: File,
     leaves: File,
     tree: Tree,
@@ -198,6 +200,17 @@ impl Log {
     /// Reads all of it: a log that is not what was signed is an error, lines that a crash left are
     /// removed (see [`Log::repair`]).
     pub fn open(dir: &Path, key: SigningKey, origin: String) -> Result<Self, AuditError> {
+        Self::open_after(dir, key, &[], origin)
+    }
+
+    /// [`Log::open`] for a log that any of the `former` keys may have signed last. It is signed with
+    /// `key` before this returns, so that it can be verified when the former keys no longer count.
+    pub fn open_after(
+        dir: &Path,
+        key: SigningKey,
+        former: &[PublicKey],
+        origin: String,
+    ) -> Result<Self, AuditError> {
         let origin: Origin = origin.parse()?;
         durable::create_dir(dir, 0o700).map_err(cannot_write(dir))?;
         let open = |name| {
@@ -217,6 +230,7 @@ impl Log {
             dir: dir.to_owned(),
             origin,
             key,
+            former: former.to_vec(),
             tree: Tree::default(),
             length: 0,
             checkpoint: String::new(),
@@ -365,7 +379,9 @@ impl Log {
 
     /// Goes on where the log was left.
     fn take_up(&mut self) -> Result<(), AuditError> {
-        let keys = [PublicKey::of(&self.key)];
+        let own = PublicKey::of(&self.key);
+        let mut keys = self.former.clone();
+        keys.push(own.clone());
         let examined = Snapshot::take(&self.dir)?.examine(&keys, Some(&self.origin))?;
         match examined.bad {
             None => {}
@@ -386,6 +402,10 @@ impl Log {
         self.tree = examined.tree;
         self.length = examined.length;
         self.checkpoint = examined.checkpoint;
+        if Checkpoint::verify(&self.checkpoint, [&own], Some(&self.origin)).is_err() {
+            tracing::info!(key = %own.id(), "the audit log is signed with another key from now on");
+            self.sign()?;
+        }
         Ok(())
     }
 
@@ -868,6 +888,35 @@ mod tests {
         fs::remove_file(dir.path().join(LEAVES)).unwrap();
         let found = verified(dir.path()).first_bad.expect("is red");
         assert_eq!(found.line, 1, "{found}");
+    }
+
+    #[test]
+    fn a_log_is_taken_over_from_a_former_key_and_verifies_without_it() {
+        let dir = log_of(3);
+        let take_over = |former: &[u8]| {
+            let former: Vec<_> = former
+                .iter()
+                .map(|&seed| PublicKey::of(&key(seed)))
+                .collect();
+            Log::open_after(dir.path(), key(2), &former, ORIGIN.to_owned())
+        };
+        assert!(matches!(take_over(&[]), Err(AuditError::Bad { .. })));
+        assert!(matches!(take_over(&[3]), Err(AuditError::Bad { .. })));
+        assert!(verified_by(dir.path(), 1).ok());
+
+        let mut log = take_over(&[3, 1]).unwrap();
+        assert!(verified_by(dir.path(), 2).ok(), "it is signed at once");
+        assert!(!verified_by(dir.path(), 1).ok());
+        append(&mut log, "subject 4").unwrap();
+        drop(log);
+        let log = take_over(&[]).unwrap();
+        assert_eq!(log.records(), 4);
+        assert!(verified_by(dir.path(), 2).ok());
+
+        let mut changed = lines(dir.path());
+        changed[0].push(' ');
+        write_lines(dir.path(), &changed);
+        assert!(matches!(take_over(&[1]), Err(AuditError::Bad { .. })));
     }
 
     #[test]

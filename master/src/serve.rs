@@ -153,7 +153,9 @@ impl Master {
         for directory in [&config.state, &agents, &certificates, &audit_dir] {
             durable::sweep(directory);
         }
-        let log = audit::Log::open(&audit_dir, audit_key, audit_origin(&config.fleet))?;
+        let origin = audit_origin(&config.fleet);
+        // Another key of the set may have signed it last.
+        let log = audit::Log::open_after(&audit_dir, audit_key, &keys.audit, origin)?;
         let saved = load_rollout(&store)?;
         let lost = saved.as_ref().err().cloned();
         let withdrawn = load_withdrawn(&store);

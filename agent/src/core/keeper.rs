@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use clamcast_daemon::durable;
+use clamcast_proto::audit::Checkpoint;
 use clamcast_proto::dsse::{Envelope, Verified};
 use clamcast_proto::fresh::Freshness;
 use clamcast_proto::keys::KeySetError;
@@ -77,9 +78,6 @@ pub const CLOCK_SKEW_SECS_MAX: i64 = 300;
 /// So long a host that never received a freshness statement is not stale: what a master's `[signing]
 /// fresh` is unless told otherwise, which the host learns only with the first statement.
 pub const FRESH_UNHEARD: Duration = Duration::from_secs(48 * 3600);
-
-/// Longest checkpoint in bytes that is kept.
-const CHECKPOINT_BYTES_MAX: usize = clamcast_proto::audit::CHECKPOINT_BYTES_MAX;
 
 /// After this long at the end, what is still going on is left to the journal.
 const STOP_GRACE: Duration = Duration::from_secs(20);
@@ -633,8 +631,10 @@ impl Keeper {
                 }
             }
             ToAgent::Checkpoint { checkpoint } => {
-                if checkpoint.len() > CHECKPOINT_BYTES_MAX {
-                    tracing::warn!(bytes = checkpoint.len(), "checkpoint too long, not kept");
+                let keys = &self.trust.trust().keys().audit;
+                // Of any key in the set: the master's may have changed. They are this fleet's alone.
+                if let Err(error) = Checkpoint::verify(&checkpoint, keys, None) {
+                    tracing::warn!(error = chain(&error), "the checkpoint is not believed");
                     return;
                 }
                 let path = self.state.path().join("checkpoint");
