@@ -1,5 +1,6 @@
 //! Rules that no compiler holds: who may depend on whom, and what may stand in a file.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::{env, fs};
@@ -190,6 +191,51 @@ fn the_readme_names_the_two_commands() {
             "README.md does not name `{command}`"
         );
     }
+}
+
+/// Each row of SECURITY.md's table names the tests that show what it claims.
+#[test]
+fn each_claim_of_the_security_page_names_a_test_that_exists() {
+    let page = fs::read_to_string(root().join("SECURITY.md")).expect("there is one");
+    let table = page
+        .split("\n## What is met")
+        .nth(1)
+        .expect("the table's heading");
+    let table = table.split("\n## ").next().expect("a part");
+    let rows = table.lines().filter(|line| line.starts_with('|')).skip(2);
+    let rows: Vec<Vec<&str>> = rows
+        .map(|row| row.trim_matches('|').split('|').collect())
+        .collect();
+    assert!(rows.len() > 20, "{} rows", rows.len());
+    let tests = tests();
+    for row in rows {
+        let [claim, _, named] = row[..] else {
+            panic!("a row has three cells: {row:?}");
+        };
+        let named: Vec<_> = named.split('`').skip(1).step_by(2).collect();
+        assert!(!named.is_empty(), "no test shows: {claim}");
+        for name in named {
+            assert!(tests.contains(name), "{claim}: there is no test `{name}`");
+        }
+    }
+}
+
+/// The names of all tests.
+fn tests() -> BTreeSet<String> {
+    let rust = files(&root()).into_iter();
+    let rust = rust.filter(|(path, _)| path.extension().is_some_and(|it| it == "rs"));
+    let mut names = BTreeSet::new();
+    for (_, text) in rust {
+        let parts = text.split("#[test]").chain(text.split("#[tokio::test"));
+        // What stands before the first attribute is no test.
+        for part in parts.filter(|part| part.len() < text.len()) {
+            let Some((_, named)) = part.split_once("fn ") else {
+                continue;
+            };
+            names.extend(named.split('(').next().map(str::to_owned));
+        }
+    }
+    names
 }
 
 /// The sources of every crate.
