@@ -124,7 +124,7 @@ impl Alarms {
     /// writes them into the audit log.
     pub async fn raised(&self) -> Vec<Alarm> {
         loop {
-            let new = self.new();
+            let new = self.take_new();
             if !new.is_empty() {
                 return new;
             }
@@ -132,7 +132,7 @@ impl Alarms {
         }
     }
 
-    fn new(&self) -> Vec<Alarm> {
+    fn take_new(&self) -> Vec<Alarm> {
         let mut standing = self.lock();
         let new = standing
             .values_mut()
