@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::{env, fs};
 
+use clamcast_tests::lab::Part;
+use clamcast_tests::require;
 use serde_json::Value;
 
 #[path = "../../xtask/src/source.rs"]
@@ -92,6 +94,129 @@ fn every_dependency_says_what_it_is_for() {
         count += 1;
     }
     assert!(count > 10, "only {count} dependencies were found");
+}
+
+#[test]
+fn every_dependency_is_used() {
+    let metadata = cargo(&["metadata", "--format-version=1"]);
+    let metadata: Value = serde_json::from_str(&metadata).expect("cargo writes JSON");
+    let list = |value: &Value| value.as_array().expect("a list").clone();
+    let text = |value: &Value| value.as_str().expect("a text").to_owned();
+    let ours = list(&metadata["workspace_members"]);
+    let mut count = 0;
+    for package in list(&metadata["packages"]) {
+        if !ours.contains(&package["id"]) {
+            continue;
+        }
+        let manifest = PathBuf::from(text(&package["manifest_path"]));
+        let directory = manifest.parent().expect("it is in a directory");
+        // Attributes are no tokens of a source, and may name a library.
+        let production = sources(&directory.join("src")).into_iter().map(|source| {
+            let text = fs::read_to_string(source.path).expect("it was read before");
+            let (code, _) = text
+                .split_once("\n#[cfg(test)]\nmod tests {")
+                .unwrap_or((&text, ""));
+            code.to_owned()
+        });
+        let production: Vec<_> = production.collect();
+        let mut all: Vec<_> = files(directory).into_iter().map(|(_, text)| text).collect();
+        if package["name"] == "clamcast-tests" {
+            let shared = root().join("xtask/src/source.rs"); // a module of this file
+            all.push(fs::read_to_string(shared).expect("it is there"));
+        }
+        let nodes = list(&metadata["resolve"]["nodes"]);
+        let node = nodes.iter().find(|node| node["id"] == package["id"]);
+        for dependency in list(&node.expect("it is resolved")["deps"]) {
+            // The name that the code uses: that of the library.
+            let name = text(&dependency["name"]);
+            let kinds = list(&dependency["dep_kinds"]);
+            let for_tests = kinds.iter().all(|kind| kind["kind"] == "dev");
+            let used = if for_tests || package["name"] == "clamcast-tests" {
+                all.iter().any(|text| mentions(text, &name))
+            } else {
+                production.iter().any(|text| mentions(text, &name))
+            };
+            let whose = if for_tests { "tests" } else { "programs" };
+            assert!(
+                used,
+                "{}: no use of {name} in the {whose}",
+                manifest.display()
+            );
+            count += 1;
+        }
+    }
+    assert!(count > 100, "only {count} dependencies were found");
+}
+
+/// Whether code names something of the library `name`.
+fn mentions(code: &str, name: &str) -> bool {
+    let lines = code
+        .lines()
+        .filter(|line| !line.trim_start().starts_with("//"));
+    let path = format!("{name}::");
+    lines.into_iter().any(|line| {
+        line.match_indices(&path).any(|(at, _)| {
+            let before = line[..at].chars().next_back();
+            before.is_none_or(|c| !c.is_alphanumeric() && c != '_')
+        })
+    })
+}
+
+#[test]
+fn dependencies_have_allowed_licences_and_sources_and_none_is_banned() {
+    require!(CargoDeny);
+    let check = |config: &Path| {
+        let mut deny = Command::new(Part::CargoDeny.path());
+        deny.current_dir(root()).args(["--offline", "--config"]);
+        deny.arg(config)
+            .args(["check", "licenses", "bans", "sources"]);
+        let ran = deny.output().expect("cargo-deny was found");
+        let said = String::from_utf8_lossy(&ran.stderr).into_owned();
+        if ran.status.success() {
+            Ok(())
+        } else {
+            Err(said)
+        }
+    };
+    let rules = root().join("deny.toml");
+    check(&rules).unwrap();
+
+    // And these rules are applied: each change of them is found.
+    let rules = fs::read_to_string(rules).unwrap();
+    let changed = tempfile::NamedTempFile::new().unwrap();
+    for (from, to, found) in [
+        ("    \"ISC\",\n", "", "rejected"),
+        ("\"openssl\"", "\"aws-lc-rs\"", "banned"),
+        ("crates.io-index", "another-index", "source-not-allowed"),
+    ] {
+        assert!(rules.contains(from), "{from}");
+        fs::write(changed.path(), rules.replace(from, to)).unwrap();
+        let said = check(changed.path()).unwrap_err();
+        assert!(said.contains(found), "{from}: {said}");
+    }
+    for banned in ["ring", "openssl", "openssl-sys"] {
+        assert!(
+            rules.contains(&format!("{{ crate = {banned:?}, ")),
+            "{banned}"
+        );
+    }
+}
+
+#[test]
+fn no_dependency_has_a_known_vulnerability() {
+    // There is no network in a test: a copy of https://github.com/RustSec/advisory-db.
+    let Some(database) = env::var_os("CLAMCAST_ADVISORY_DB") else {
+        println!("not run: CLAMCAST_ADVISORY_DB names no advisory database");
+        return;
+    };
+    require!(CargoAudit);
+    let mut audit = Command::new(Part::CargoAudit.path());
+    audit
+        .current_dir(root())
+        .args(["audit", "--no-fetch", "--stale", "--db"]);
+    let ran = audit.arg(database).output().expect("cargo-audit was found");
+    let said = [ran.stdout, ran.stderr].concat();
+    assert!(ran.status.success(), "{}", String::from_utf8_lossy(&said));
 }
 
 #[test]

@@ -13,8 +13,9 @@ use crate::{cargo, command, debian, finish, target};
 /// Format, lints, documentation and all tests.
 ///
 /// Programs that tests run and that are not here (clamd, freshclam, rsync ...) are unpacked from
-/// Debian's packages in the target directory; nothing is installed. Tests that need what is still
-/// not here are skipped, counted and listed; with CI=true they fail.
+/// Debian's packages in the target directory, and cargo-deny is built there; nothing is installed.
+/// Tests that need what is still not here are skipped, counted and listed; with CI=true they fail.
+/// Where CLAMCAST_ADVISORY_DB names a copy of RustSec's advisory database, cargo-audit runs, too.
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
     /// Also run the tests that are too slow for every run
@@ -37,6 +38,13 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
             }
             provided => provided,
         }
+    })?;
+    step("tools that tests run", || match tools(&target) {
+        Err(error) if env::var_os("CI").is_none_or(|ci| ci != "true") => {
+            eprintln!("{error:#}\ntests that need them will be skipped");
+            Ok(())
+        }
+        provided => provided,
     })?;
     step("clippy", || {
         cargo(&[
@@ -62,6 +70,25 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     })?;
     report(&not_run)?;
     println!("all of it passed in {} s", started.elapsed().as_secs());
+    Ok(())
+}
+
+/// Installs the tools that judge our dependencies in `target/tools`, where the lab of `tests/` looks,
+/// unless they are there. Two cores need about three minutes for one.
+fn tools(target: &Path) -> anyhow::Result<()> {
+    let root = target.join("tools");
+    let mut wanted = vec!["cargo-deny"];
+    if env::var_os("CLAMCAST_ADVISORY_DB").is_some() {
+        wanted.push("cargo-audit");
+    }
+    for tool in wanted {
+        let path = env::var_os("PATH").unwrap_or_default();
+        let mut places = env::split_paths(&path).chain([root.join("bin")]);
+        if !places.any(|place| place.join(tool).is_file()) {
+            let mut install = command(&["install", tool, "--locked", "--quiet", "--root"]);
+            finish(install.arg(&root)).with_context(|| format!("cannot install {tool}"))?;
+        }
+    }
     Ok(())
 }
 

@@ -26,6 +26,10 @@ pub enum Part {
     Rdiff,
     /// What stops a program at a system call, or spoils one; and the right to do that here.
     Strace,
+    /// What judges the licences and sources of our dependencies.
+    CargoDeny,
+    /// What looks for advisories on them.
+    CargoAudit,
     /// A user namespace, which has limits of its own.
     Namespace,
     /// Databases that Talos signed; `CLAMCAST_TESTFILES` names another place for them.
@@ -56,6 +60,8 @@ impl Part {
             Part::Rsync => program("rsync"),
             Part::Rdiff => program("rdiff"),
             Part::Strace => program("strace").and_then(may_trace),
+            Part::CargoDeny => program("cargo-deny"),
+            Part::CargoAudit => program("cargo-audit"),
             Part::Namespace => program("unshare").and_then(may_unshare),
             Part::TestFiles => {
                 let there = env::var_os("CLAMCAST_TESTFILES").map(PathBuf::from);
@@ -208,6 +214,7 @@ fn program_directories() -> impl Iterator<Item = PathBuf> {
     path.into_iter()
         .chain(["/usr/local/sbin", "/usr/sbin"].map(PathBuf::from))
         .chain(iter::once_with(|| target().join("debian/bin")))
+        .chain(iter::once_with(|| target().join("tools/bin")))
 }
 
 /// One file a test, so that running a test twice does not count it twice; `cargo xtask test`
