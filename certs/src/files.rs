@@ -39,7 +39,7 @@ pub struct Written {
     /// SHA-256 of what it holds: of a certificate's DER encoding, or of a key's 32 public bytes
     /// (its id in key sets, receipts and logs). A key set goes by its root key. `None` for text.
     pub fingerprint: Option<Digest>,
-    /// When a certificate runs out.
+    /// When a certificate expires.
     pub not_after: Option<Timestamp>,
 }
 

@@ -87,9 +87,9 @@ pub enum IssueError {
         /// Until when.
         not_after: Timestamp,
     },
-    /// The CA ran out.
+    /// The CA has expired.
     #[error(
-        "the CA's certificate {path} ran out at {not_after}; the fleet needs a new CA \
+        "the CA's certificate {path} expired at {not_after}; the fleet needs a new CA \
          (`clamcast-certs init --force`), or this host's clock is wrong"
     )]
     AuthorityExpired {

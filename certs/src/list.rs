@@ -52,7 +52,7 @@ pub enum State {
     Valid,
     /// It does, for less than [`EXPIRING_DAYS`].
     Expiring,
-    /// It ran out.
+    /// It has expired.
     Expired,
     /// It was revoked; it may have run out since.
     Revoked,

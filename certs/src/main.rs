@@ -97,7 +97,7 @@ enum Command {
         /// Issue a new key and certificate although there are some, and write all files again
         ///
         /// An agent.toml that was edited is kept as agent.toml.old. The old certificate counts
-        /// until it runs out; to withdraw it, revoke NAME before.
+        /// until it expires; to withdraw it, revoke NAME before.
         #[arg(long)]
         force: bool,
     },
@@ -320,7 +320,7 @@ fn revoke(dir: &Path, name: &AgentName, reason: Option<&str>, now: Timestamp) ->
                 last.time,
                 because(last.reason.as_deref()),
             ),
-            None => format!("every certificate of {name} ran out already; nothing was changed\n"),
+            None => format!("every certificate of {name} has expired; nothing was changed\n"),
         });
     }
     let mut text = String::new();
@@ -432,7 +432,7 @@ fn table(listed: &[Listed]) -> String {
     format!("{table}\n")
 }
 
-/// What was written: path, what it is, when it runs out, and its fingerprint.
+/// What was written: path, what it is, when it expires, and its fingerprint.
 fn describe(files: &[Written]) -> String {
     let mut text = String::new();
     for file in files {

@@ -252,7 +252,7 @@ fn a_leaf_never_outlives_its_ca() {
         ca
     );
     lab.now = ca;
-    says(lab.agent("web2", &[], false), &["ran out", "2040-01-02"]);
+    says(lab.agent("web2", &[], false), &["expired", "2040-01-02"]);
 }
 
 #[test]

@@ -320,10 +320,10 @@ fn date_doubt(
         ))
     } else if ends < now {
         Some(format!(
-            "{key}: {path} ran out at {ends}, so no agent can connect; {next}, or set this host's clock"
+            "{key}: {path} expired at {ends}, so no agent can connect; {next}, or set this host's clock"
         ))
     } else if ends.duration_since(now) < CERTIFICATE_ENDS_SOON {
-        Some(format!("{key}: {path} runs out at {ends}; {next}"))
+        Some(format!("{key}: {path} expires at {ends}; {next}"))
     } else {
         None
     }

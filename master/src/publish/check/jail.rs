@@ -324,7 +324,9 @@ fn is_unsupported(error: &seccompiler::Error) -> bool {
         seccompiler::Error::Prctl(error) | seccompiler::Error::Seccomp(error) => {
             matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EINVAL))
         }
-        _ => false,
+        seccompiler::Error::Backend(_)
+        | seccompiler::Error::EmptyFilter
+        | seccompiler::Error::ThreadSync(_) => false,
     }
 }
 
