@@ -7,9 +7,12 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
 
-/// Alarms that stand at a time, at most. A disk that loses bits may damage many files, and `status`
-/// must stay readable.
-const ALARMS_MAX: usize = 200;
+/// Alarms of one name that stand at a time, at most: a disk that loses bits may damage many files, and
+/// `status` must stay readable. One more says that there are others.
+const OF_ONE_NAME_MAX: usize = 20;
+
+/// The subject of that one.
+const OTHERS: &str = "others";
 
 /// Something that an operator should look at.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
@@ -72,15 +75,18 @@ impl Alarms {
         now: Timestamp,
     ) {
         let mut standing = self.standing_at(now);
-        let key = (name, subject.to_owned());
+        let of_one_name = standing.keys().filter(|(other, _)| *other == name).count();
+        let mut key = (name, subject.to_owned());
+        let mut text = text;
+        if of_one_name >= OF_ONE_NAME_MAX && !standing.contains_key(&key) {
+            key.1 = OTHERS.to_owned();
+            text = "there are more alarms of this kind; the log names them".to_owned();
+        }
         if let Some(known) = standing.get_mut(&key) {
             (known.alarm.text, known.until) = (text, until);
             return;
         }
         tracing::error!(alarm = name, "{text}");
-        if standing.len() >= ALARMS_MAX {
-            return; // the log has it
-        }
         let alarm = Alarm {
             name: name.to_owned(),
             text,
@@ -189,12 +195,14 @@ mod tests {
     }
 
     #[test]
-    fn standing_alarms_are_bounded() {
+    fn one_kind_of_alarm_is_bounded_and_hides_no_other() {
         let alarms = Alarms::default();
-        for number in 0..2 * ALARMS_MAX {
+        for number in 0..2 * OF_ONE_NAME_MAX {
             alarms.raise("store", &number.to_string(), String::new(), at(1));
         }
-        assert_eq!(alarms.all(at(1)).len(), ALARMS_MAX);
+        assert_eq!(alarms.all(at(1)).len(), OF_ONE_NAME_MAX + 1);
+        alarms.raise("disk", "", String::new(), at(1));
+        assert_eq!(alarms.all(at(1)).len(), OF_ONE_NAME_MAX + 2);
     }
 
     #[tokio::test]

@@ -57,6 +57,9 @@ const DISK_PATIENCE: Duration = Duration::from_secs(5);
 /// before it was closed may keep it for three probe timeouts (RFC 9000 section 10.2).
 const PORT_PATIENCE: Duration = Duration::from_secs(10);
 
+/// The alarm about a configuration that cannot be used.
+const CONFIGURATION: &str = "configuration";
+
 /// The alarm about the revocation list.
 const REVOCATIONS: &str = "revocations";
 
@@ -109,6 +112,7 @@ pub struct Master {
     tasks: JoinSet<()>,
     admin: JoinHandle<Listener>,
     life: Life,
+    alarms: Alarms,
     hub_task: JoinHandle<()>,
     hub_stop: CancellationToken,
     recorder: Recorder,
@@ -335,6 +339,7 @@ impl Master {
             tasks,
             admin,
             life,
+            alarms,
             hub_task,
             hub_stop,
             recorder,
@@ -358,7 +363,9 @@ impl Master {
         let (word, detail) = match outcome {
             Ok(()) => ("done", json!({})),
             Err(reason) => {
-                self.life.configuration_is_unused(reason.clone());
+                let text = format!("configuration on disk is not in use: {reason}");
+                let now = Timestamp::now();
+                self.alarms.raise(CONFIGURATION, "", text, now);
                 (
                     "failed",
                     json!({ "reason": reason, "in_use": "the old configuration" }),

@@ -28,12 +28,13 @@ mod map;
 #[cfg(test)]
 pub(crate) mod tests;
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::{self, File, Permissions};
 use std::io::{self, Read as _, Seek as _};
 use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::{Duration, Instant};
 
 use clamcast_daemon::alarms::Alarms;
 use clamcast_daemon::durable::{self, LockError, LockGuard};
@@ -69,6 +70,9 @@ const BUFFER_BYTES: usize = 256 << 10;
 /// The alarm about damaged files of the store.
 const ALARM: &str = "store";
 
+/// A lost object is looked for in the mirror again after this time: every host asks for it.
+const RECAPTURES_APART: Duration = Duration::from_secs(60);
+
 /// How long `status` shows that a file of the store was damaged and healed: long enough for somebody
 /// to look at the disk.
 const HEALED_SHOWN: SignedDuration = SignedDuration::from_hours(24);
@@ -82,6 +86,8 @@ pub struct Store {
     needed: RwLock<HashSet<Position>>,
     encoder: Encoder,
     whole: Whole,
+    /// Objects that could not be captured again, and when that was tried last.
+    lost: Mutex<HashMap<Digest, Instant>>,
     /// Where an object may be captured again.
     mirror: PathBuf,
     alarms: Alarms,
@@ -216,6 +222,7 @@ impl Store {
             needed: RwLock::default(),
             encoder: Encoder::default(),
             whole: Whole::default(),
+            lost: Mutex::default(),
             mirror: mirror.to_owned(),
             alarms,
             _lock: lock,
@@ -310,8 +317,8 @@ impl Store {
         let object = self.object(&digest);
         if !matches!(self.intact(&digest)?, Found::Intact(_)) {
             self.keep(temporary, &object)?;
-            self.alarms.end(ALARM, &digest.to_string());
         }
+        self.is_back(&digest);
         Ok((digest, length))
     }
 
@@ -319,10 +326,22 @@ impl Store {
     /// again from the mirror first.
     pub(crate) fn open_object(&self, digest: &Digest) -> Result<File, StoreError> {
         let state = match self.intact(digest)? {
-            Found::Intact(file) => return Ok(file),
+            Found::Intact(file) => {
+                self.is_back(digest);
+                return Ok(file);
+            }
             Found::Missing => "missing",
             Found::Damaged => "damaged",
         };
+        let lost = StoreError::Lost {
+            digest: *digest,
+            state,
+        };
+        let is_needed = !self.files_of(digest, |_| ()).is_empty();
+        let tried = self.lost().get(digest).copied();
+        if !is_needed || tried.is_some_and(|at| at.elapsed() < RECAPTURES_APART) {
+            return Err(lost); // retention removed it, or nothing has changed since
+        }
         let now = Timestamp::now();
         let (subject, what) = (digest.to_string(), self.describe(digest));
         self.recapture(digest);
@@ -335,14 +354,26 @@ impl Store {
             self.alarms.raise_until(ALARM, &subject, text, until, now);
             return Ok(file);
         }
+        self.lost().insert(*digest, Instant::now());
         let text = format!(
             "{what} is {state} in the store, and no file of the mirror has that content: hosts cannot \
              get it; check the disk, then publish other databases or restore {}",
             self.object(digest).display()
         );
         self.alarms.raise(ALARM, &subject, text, now);
-        let digest = *digest;
-        Err(StoreError::Lost { digest, state })
+        Err(lost)
+    }
+
+    /// An object that was lost is there again, or nothing needs it any more.
+    fn is_back(&self, digest: &Digest) {
+        if self.lost().remove(digest).is_some() {
+            self.alarms.end(ALARM, &digest.to_string());
+        }
+    }
+
+    /// Each change is one insertion or removal: a panic leaves the map whole.
+    fn lost(&self) -> MutexGuard<'_, HashMap<Digest, Instant>> {
+        self.lost.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Looks whether an object has the content that its name says.
@@ -542,7 +573,13 @@ impl Store {
         })?;
         self.encoder
             .retain(|digest| needed.contains(&digest.to_string()));
-        self.whole.retain(Path::exists);
+        self.whole.forget_removed();
+        let lost: Vec<_> = self.lost().keys().copied().collect();
+        for digest in lost {
+            if !needed.contains(&digest.to_string()) {
+                self.is_back(&digest);
+            }
+        }
         Ok(())
     }
 
@@ -552,7 +589,7 @@ impl Store {
         for path in entries(&directory)? {
             let name = path.file_name().unwrap_or_default();
             if !name.to_str().is_some_and(&keep) {
-                fs::remove_file(&path).map_err(io_error("remove", &path))?;
+                remove(&path)?;
             }
         }
         Ok(())
@@ -630,6 +667,16 @@ impl Store {
         self.generations
             .write()
             .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Removes a file; one that is gone already is as good.
+fn remove(path: &Path) -> Result<(), StoreError> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(io_error("remove", path)(error))
+        }
+        Ok(()) | Err(_) => Ok(()),
     }
 }
 

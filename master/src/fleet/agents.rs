@@ -25,7 +25,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::{Rules, Wave};
 use crate::fleet::rollout::{
-    Agents, Effect, Ending, Member, Order, OrderError, Rollout, Tally, Target, Wanted,
+    Agents, Effect, Ending, Member, Order, OrderError, PauseKind, Rollout, Tally, Target, Wanted,
 };
 use crate::fleet::twins::{Arrivals, Twins};
 use crate::publish::withdrawn::Withdrawal;
@@ -73,6 +73,8 @@ pub struct Arrival {
     pub replaced: Option<LinkId>,
     /// Two hosts use the name, as this connection shows first.
     pub twins: Option<Twins>,
+    /// A known agent came with a certificate that it had not come with before.
+    pub is_new_certificate: bool,
 }
 
 /// A generation that waits for its turn.
@@ -82,8 +84,8 @@ pub struct Turn {
     pub position: Position,
     /// When it was published.
     pub since: Timestamp,
-    /// When the generation before it makes way, if that is paused then and no operator paused it.
-    pub until: Timestamp,
+    /// When the generation before it makes way, if that has paused by itself.
+    pub until: Option<Timestamp>,
 }
 
 /// How many agents stand where.
@@ -272,7 +274,11 @@ impl Fleet {
         Some(Turn {
             position: waiting.position,
             since: manifest.created,
-            until: self.rollout.running()?.is_stuck_at(&self.rules),
+            until: self.rollout.running().and_then(|run| {
+                let pause = run.paused.as_ref()?;
+                let is_operators = pause.kind == PauseKind::Operator;
+                (!is_operators).then(|| run.is_stuck_at(&self.rules))
+            }),
         })
     }
 
@@ -428,6 +434,10 @@ impl Fleet {
         now: Timestamp,
     ) -> bool {
         let position = manifest.position();
+        let waits = self.rollout.waiting().map(|it| it.position) == Some(position);
+        // Operators drive hosts to what waits, and a host may have been revoked and enrolled since.
+        let mut others = self.agents.0.values();
+        let was_offered = others.any(|agent| agent.at() >= Some(position));
         let Some(agent) = self.agents.0.get_mut(name) else {
             return false;
         };
@@ -437,7 +447,7 @@ impl Fleet {
         let version = agent.record.version.clone();
         let taken = Taken::new(position, manifest.payload_sha256(), version, now);
         agent.record.taken = Some(taken);
-        self.rollout.waiting().map(|it| it.position) == Some(position)
+        waits && !was_offered
     }
 
     /// The newest generation that was not taken back: also one that waits for its turn.
@@ -460,7 +470,13 @@ impl Fleet {
     }
 
     /// An agent is connected.
-    pub fn connected(&mut self, name: &AgentName, groups: Vec<GroupName>, link: Link) -> Arrival {
+    pub fn connected(
+        &mut self,
+        name: &AgentName,
+        groups: Vec<GroupName>,
+        fingerprint: Digest,
+        link: Link,
+    ) -> Arrival {
         let now = link.since;
         let new = !self.agents.0.contains_key(name);
         let agent = self.agents.0.entry(name.clone()).or_insert_with(|| Agent {
@@ -471,6 +487,7 @@ impl Fleet {
                 seen: now,
                 serial: link.serial.clone(),
                 certificate_ends: link.certificate_ends,
+                certificates: VecDeque::new(),
                 connected: true,
                 taken: None,
                 version: None,
@@ -492,6 +509,7 @@ impl Fleet {
         agent.returning = false;
         let record = &mut agent.record;
         let was_connected = std::mem::replace(&mut record.connected, true);
+        let is_new_certificate = record.learn_certificate(fingerprint);
         let changed =
             new || !was_connected || record.groups != groups || record.serial != link.serial;
         record.groups = groups;
@@ -508,6 +526,7 @@ impl Fleet {
             changed,
             replaced,
             twins,
+            is_new_certificate,
         }
     }
 
@@ -529,7 +548,8 @@ impl Fleet {
         self.agents.0.iter().filter_map(|(name, agent)| {
             let declined = agent.link.as_ref()?.declined.as_ref()?;
             let other = declined.other_master.as_deref()?;
-            Some((name, other, declined.since))
+            let is_ours = self.manifests.contains_key(&other.manifest_sha256);
+            (!is_ours).then_some((name, other, declined.since))
         })
     }
 
@@ -546,10 +566,10 @@ impl Fleet {
         links.filter(move |(_, link)| link.certificate_ends <= now)
     }
 
-    /// The master cannot send a file of an agent's offer, for this reason.
-    pub fn unsent(&mut self, name: &AgentName, id: LinkId, reason: String) {
+    /// The master cannot send a file of an agent's offer, for this reason, or can again.
+    pub fn unsent(&mut self, name: &AgentName, id: LinkId, reason: Option<String>) {
         if let Some(link) = self.link(name, id) {
-            link.unsent = Some(reason);
+            link.unsent = reason;
         }
     }
 
@@ -744,7 +764,12 @@ impl Fleet {
         let manifest = self.manifests.get(&receipt.manifest_sha256);
         let manifest = manifest.map(|manifest| &***manifest);
         let agent = self.agents.0.get_mut(&receipt.agent);
-        agent.is_some_and(|agent| agent.receipt(receipt, manifest, now))
+        agent.is_some_and(|agent| {
+            if let Some(link) = &mut agent.link {
+                link.unsent = None;
+            }
+            agent.receipt(receipt, manifest, now)
+        })
     }
 
     /// The offer that an agent has not answered.
@@ -831,6 +856,7 @@ impl Fleet {
     ) -> Option<Position> {
         let link = self.link(name, id)?;
         let offer = link.offer.take()?;
+        link.unsent = None;
         link.answered = Some(Answered {
             offer: offer.id,
             outcome: None,

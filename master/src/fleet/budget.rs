@@ -65,8 +65,18 @@ impl Budgets {
 
     /// Whether an agent has exceeded its budget.
     pub fn is_exceeded(&self, name: &AgentName) -> bool {
-        let used = self.0.get(name);
-        used.is_some_and(|used| used.exceeded.is_some())
+        self.of(name).is_some()
+    }
+
+    /// How an agent has exceeded its budget, if it has.
+    pub fn of(&self, name: &AgentName) -> Option<Exceeded> {
+        self.0.get(name)?.exceeded
+    }
+
+    /// Gives an agent a new budget, because an operator drives it to a generation. Returns how it had
+    /// exceeded the one before, if it had.
+    pub fn renew(&mut self, name: &AgentName) -> Option<Exceeded> {
+        self.0.remove(name)?.exceeded
     }
 
     /// The agents that have exceeded their budgets.
@@ -127,6 +137,16 @@ mod tests {
         );
         assert!(!budgets.is_exceeded(&name));
         assert!(budgets.spend(&name, 1000, at(2 * 86_400)));
+    }
+
+    #[test]
+    fn an_operator_gives_an_agent_a_new_budget() {
+        let name = "web1".parse().unwrap();
+        let mut budgets = Budgets::default();
+        assert_eq!(budgets.renew(&name), None);
+        assert!(!budgets.spend(&name, BYTES_PER_DAY + 1, at(5)));
+        assert_eq!(budgets.renew(&name).unwrap().lines, 1);
+        assert!(budgets.spend(&name, BYTES_PER_DAY, at(5)));
     }
 
     #[test]

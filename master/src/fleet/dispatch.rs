@@ -27,7 +27,7 @@ use serde_json::{Value, json};
 
 use crate::fleet::Twins;
 use crate::fleet::agents::{Arrival, Fleet, Link, LinkId, Standing};
-use crate::fleet::budget::{Budgets, LINE_BYTES};
+use crate::fleet::budget::{Budgets, Exceeded, LINE_BYTES};
 use crate::fleet::rollout::{self, Effect, OrderError, Owed, Rollout};
 use crate::record::entry::{Entry, FileName};
 
@@ -77,6 +77,10 @@ pub struct Dispatcher {
     offers_wait: bool,
     /// What agents add to the audit log.
     budgets: Budgets,
+    /// Whether the disk is so full that offers and records of agents wait.
+    is_short: bool,
+    /// The generation that waits for its turn although the fleet has it.
+    overtaken: Option<Position>,
     actions: Vec<Action>,
 }
 
@@ -206,8 +210,6 @@ pub struct Newcomer {
     pub certificate_ends: Timestamp,
     /// SHA-256 of it.
     pub fingerprint: Digest,
-    /// Whether the master has not seen it before.
-    pub is_new_certificate: bool,
 }
 
 /// An offer that an agent does not take.
@@ -316,6 +318,8 @@ impl Dispatcher {
             unkept: BTreeSet::new(),
             offers_wait: false,
             budgets: Budgets::default(),
+            is_short: false,
+            overtaken: None,
             actions: Vec::new(),
         }
     }
@@ -355,7 +359,7 @@ impl Dispatcher {
             self.release(held);
         }
         // Not before half of them are on disk: each look goes through the whole fleet.
-        if self.written - self.durable <= self.bounds.backlog / 2 {
+        if !self.is_short && self.written - self.durable <= self.bounds.backlog / 2 {
             for name in std::mem::take(&mut self.unkept) {
                 self.keep(&name);
             }
@@ -407,7 +411,13 @@ impl Dispatcher {
 
     /// Whether as many entries wait for the disk as may.
     fn is_busy(&self) -> bool {
-        self.written - self.durable >= self.bounds.backlog
+        self.is_short || self.written - self.durable >= self.bounds.backlog
+    }
+
+    /// Whether the disk is so full that what is left is for operators and alarms. To be called before
+    /// [`Dispatcher::tick`].
+    pub fn disk_is_short(&mut self, is_short: bool) {
+        self.is_short = is_short;
     }
 
     /// To be called every second or so: silence is no event, and neither is a window that opens.
@@ -444,13 +454,11 @@ impl Dispatcher {
     /// reconnects, and sends again what was left out.
     fn begin_day(&mut self, now: Now) {
         for (name, exceeded) in self.budgets.begin_day(now.clock) {
-            let draft = Draft::new(AuditEvent::BudgetExceeded, "master", &name);
-            let detail = json!({ "left_out": exceeded.lines, "since": exceeded.since });
-            self.write(Entry::line(Draft { detail, ..draft }));
+            self.summarise(&name, exceeded);
             if let Some(id) = self.fleet.link_of(&name) {
                 self.actions.push(Action::Close(id, Closing::NewDay));
+                self.disconnected(&name, id, now);
             }
-            self.look_soon();
         }
     }
 
@@ -459,10 +467,15 @@ impl Dispatcher {
         let exceeded = self.budgets.exceeded();
         let exceeded: Vec<_> = exceeded.map(|(name, it)| (name.clone(), it)).collect();
         for (name, exceeded) in exceeded {
-            let draft = Draft::new(AuditEvent::BudgetExceeded, "master", &name);
-            let detail = json!({ "left_out": exceeded.lines, "since": exceeded.since });
-            self.write(Entry::line(Draft { detail, ..draft }));
+            self.summarise(&name, exceeded);
         }
+    }
+
+    /// Writes down how many lines of an agent were left out.
+    fn summarise(&mut self, name: &AgentName, exceeded: Exceeded) {
+        let draft = Draft::new(AuditEvent::BudgetExceeded, "master", name);
+        let detail = json!({ "left_out": exceeded.lines, "since": exceeded.since });
+        self.write(Entry::line(Draft { detail, ..draft }));
     }
 
     /// Takes a line of so many bytes from an agent's budget in the audit log.
@@ -471,8 +484,12 @@ impl Dispatcher {
         let fits = self
             .budgets
             .spend(name, LINE_BYTES + bytes as u64, now.clock);
-        if !fits && !known {
-            tracing::warn!(agent = %name, "audit budget exceeded: lines are left out and receipts stay unacknowledged until the next day");
+        if let (false, false, Some(exceeded)) = (fits, known, self.budgets.of(name)) {
+            let until = exceeded.until;
+            tracing::warn!(agent = %name, %until, "audit budget exceeded, lines are left out");
+            let draft = Draft::new(AuditEvent::BudgetExceeded, "master", name);
+            let detail = json!({ "until": until });
+            self.write(Entry::line(Draft { detail, ..draft }));
         }
         fits
     }
@@ -487,6 +504,7 @@ impl Dispatcher {
     /// Looks at the rollout, and offers what follows. Returns whether anything did.
     pub fn look(&mut self, now: Now) -> bool {
         self.look_at = None;
+        self.begin_overtaken(now);
         let effects = self.fleet.step(now.clock);
         let mut changed = *self.fleet.rollout() != self.kept;
         self.carry_out(effects, None, now);
@@ -680,6 +698,9 @@ impl Dispatcher {
                 forced.offline.push(name);
                 continue;
             };
+            if let Some(exceeded) = self.budgets.renew(&name) {
+                self.summarise(&name, exceeded);
+            }
             let offer = self.offer(&name, id, manifest.clone(), manner, now);
             let order = Ordered {
                 manner,
@@ -725,7 +746,6 @@ impl Dispatcher {
             serial,
             certificate_ends,
             fingerprint,
-            is_new_certificate,
         } = newcomer;
         let list = self.revoked.as_ref().map(|list| &list.revoked);
         let revoked = list.into_iter().flatten().find(|it| it.serial == serial);
@@ -745,7 +765,8 @@ impl Dispatcher {
             changed,
             replaced,
             twins,
-        } = self.fleet.connected(&name, groups, link);
+            is_new_certificate,
+        } = self.fleet.connected(&name, groups, fingerprint, link);
         if let Some(old) = replaced {
             self.actions.push(Action::Close(old, Closing::Replaced));
         }
@@ -756,7 +777,12 @@ impl Dispatcher {
         } else if is_new_certificate {
             tracing::info!(agent = %name, %address, certificate = %fingerprint, "new certificate of a known agent");
             let detail = json!({ "address": address.to_string(), "certificate": fingerprint });
-            self.note(AuditEvent::Certificate, &name, None, None, detail);
+            let draft = Draft::new(AuditEvent::Certificate, by(&name), &name);
+            // In one entry: the record that knows the certificate follows the line.
+            self.write(Entry {
+                draft: Some(Draft { detail, ..draft }),
+                files: self.record(&name),
+            });
         }
         if let Some(twins) = twins {
             self.report_twins(&name, &twins);
@@ -787,9 +813,11 @@ impl Dispatcher {
         self.write(Entry::line(Draft { detail, ..draft }));
     }
 
-    /// A file of an agent's offer cannot be sent.
-    pub fn unsent(&mut self, name: &AgentName, id: LinkId, reason: String) {
-        self.fleet.unsent(name, id, reason);
+    /// A file of an agent's offer cannot be sent, for this reason, or can be sent again.
+    pub fn unsent(&mut self, name: &AgentName, id: LinkId, offer: OfferId, reason: Option<String>) {
+        if self.fleet.offer(name) == Some(offer) {
+            self.fleet.unsent(name, id, reason);
+        }
     }
 
     /// A connection ended.
@@ -837,7 +865,10 @@ impl Dispatcher {
             self.is_forced(name, instead_of)
         });
         // A restored master lacks the receipt of what the agent has; the answer to an offer is one.
-        let is_news = |it: &Arc<Verified<Manifest>>| !self.fleet.has(name, &it.payload_sha256());
+        let is_news = |it: &Arc<Verified<Manifest>>| {
+            let is_taken_back = self.fleet.rollout().is_taken_back(it.position());
+            !is_taken_back && !self.fleet.has(name, &it.payload_sha256())
+        };
         let unreported = known.filter(is_news);
         let Some(manifest) = ordered.or(wanted).or(unreported) else {
             return self.vouch_to(name, id, now);
@@ -853,7 +884,7 @@ impl Dispatcher {
             self.fleet
                 .has_it(name, id, manifest.payload_sha256(), says_live);
             self.vouch_to(name, id, now);
-        } else if manner.is_some() || self.spend_on_offer(name, now) {
+        } else if self.spend_on_offer(name, now) {
             self.offer(name, id, manifest, manner.unwrap_or_default(), now);
         }
     }
@@ -865,17 +896,28 @@ impl Dispatcher {
             return;
         }
         let position = known.position();
-        // An error: an operator paused the rollout, and resumes it.
+        tracing::warn!(agent = %name, %position, "an agent has the generation that waits: the master was restored from a copy");
+        let draft = Draft::new(AuditEvent::Restored, "master", "fleet");
+        self.write(Entry::line(Draft {
+            position: Some(position),
+            detail: json!({ "reported_by": name }),
+            ..draft
+        }));
+        self.overtaken = Some(position);
+        self.look(now);
+    }
+
+    /// Begins the waiting generation if the fleet has it already. Not during an operator's pause: it is
+    /// tried again with each look.
+    fn begin_overtaken(&mut self, now: Now) {
+        let waiting = self.fleet.rollout().waiting().map(|it| it.position);
+        if self.overtaken.is_none() || waiting != self.overtaken {
+            self.overtaken = None;
+            return;
+        }
         if let Ok(effects) = self.fleet.order(rollout::Order::Supersede, now.clock) {
-            tracing::warn!(agent = %name, %position, "an agent has the generation that waits: the master was restored from a copy");
-            let draft = Draft::new(AuditEvent::Restored, "master", "fleet");
-            self.write(Entry::line(Draft {
-                position: Some(position),
-                detail: json!({ "reported_by": name }),
-                ..draft
-            }));
+            self.overtaken = None;
             self.carry_out(effects, None, now);
-            self.look(now);
         }
     }
 
@@ -956,7 +998,7 @@ impl Dispatcher {
         }
         self.look_soon();
         let acknowledgement = Held::Acknowledge(id, receipt.seq);
-        let bytes = receipt.envelope().payload.len();
+        let bytes = lines_bytes(receipt);
         if !self.fleet.knows(receipt) && !self.spend(name, bytes, now) {
             return; // unacknowledged, it comes again
         }
@@ -1143,6 +1185,15 @@ impl Closing {
             Self::NewDay => (wire::close::BUSY, "the audit budget of a new day begins"),
         }
     }
+}
+
+/// Bytes that a receipt adds to the audit log at most: its envelope in base64, and what it says of changed
+/// files and of their trouble once more in a line of their own each.
+fn lines_bytes(receipt: &Verified<Receipt>) -> usize {
+    let payload = receipt.envelope().payload.len();
+    let has = |mended| receipt.drift.iter().any(|file| file.mended == mended);
+    let more = usize::from(has(false)) + usize::from(has(true));
+    payload * 4 / 3 + more * (payload + LINE_BYTES as usize)
 }
 
 /// An agent, as the actor of a record.

@@ -14,11 +14,11 @@ use clamcast_proto::keys::KeySet;
 use clamcast_proto::manifest::Manifest;
 use clamcast_proto::receipt::Receipt;
 use clamcast_proto::revocation::RevocationList;
-use clamcast_proto::wire::{self, Hello, OtherMaster};
+use clamcast_proto::wire::{self, Hello, OfferId, OtherMaster};
 use clamcast_proto::{AgentName, Position};
 use jiff::Timestamp;
 use quinn::{Connection, VarInt};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
@@ -52,6 +52,9 @@ const LOOK: Duration = Duration::from_secs(1);
 
 /// How long a connection that was replaced has to answer: several round trips of a slow path.
 const ANSWER: Duration = Duration::from_secs(3);
+
+/// Connections that are probed at a time. When a whole fleet reconnects, the others are closed at once.
+const PROBES_MAX: usize = 64;
 
 /// Time between two looks whether it has.
 const ANSWER_LOOK: Duration = Duration::from_millis(50);
@@ -120,14 +123,16 @@ pub enum Event {
         /// Which one, and why.
         decline: Decline,
     },
-    /// A file of its offer cannot be sent.
+    /// A file of its offer cannot be sent, or can be sent again.
     Unsent {
-        /// Who.
+        /// Which agent.
         name: AgentName,
         /// On which connection.
         id: LinkId,
-        /// Why.
-        reason: String,
+        /// Which offer.
+        offer: OfferId,
+        /// Why it cannot be sent, if so.
+        reason: Option<String>,
     },
     /// The other end of a connection that was replaced still answers.
     BothAnswer {
@@ -294,6 +299,7 @@ pub fn start(
     dispatcher.durable(0, &means.recorder.watch().borrow().checkpoint);
     let running = Running {
         events: events.downgrade(),
+        probes: Arc::new(Semaphore::new(PROBES_MAX)),
         dispatcher,
         numbers: VecDeque::new(),
         means,
@@ -309,6 +315,8 @@ pub fn start(
 struct Running {
     /// For tasks of the hub's own.
     events: mpsc::WeakSender<Event>,
+    /// Places for probes of connections that were replaced.
+    probes: Arc<Semaphore>,
     dispatcher: Dispatcher,
     /// The recorder's numbers of the dispatcher's entries that are not on disk.
     numbers: VecDeque<u64>,
@@ -338,10 +346,10 @@ impl Line {
         }
     }
 
-    /// Whether the other end acknowledges what is sent to it. It is sent the head of the audit log,
-    /// which it may hear at any time.
+    /// Whether the other end acknowledges the head of the audit log, which the master may send at any
+    /// time. Only authenticated acknowledgements count.
     async fn answers(&self, checkpoint: Arc<str>) -> bool {
-        let heard = || self.connection.stats().udp_rx.datagrams;
+        let heard = || self.connection.stats().frame_rx.acks;
         let before = heard();
         self.send(Message::Checkpoint(checkpoint));
         let answered = async {
@@ -381,6 +389,8 @@ impl Running {
                 }
                 Some(ended) = self.tasks.join_next() => report(ended),
                 _ = looks.tick() => {
+                    let is_short = self.means.recorder.is_short();
+                    self.dispatcher.disk_is_short(is_short);
                     self.dispatcher.tick(Now::get());
                     self.carry_out();
                     self.look_again();
@@ -439,6 +449,8 @@ impl Running {
         self.numbers.drain(..on_disk);
         let waiting = self.numbers.len();
         self.dispatcher.durable(waiting, &durable.checkpoint);
+        self.dispatcher
+            .disk_is_short(self.means.recorder.is_short());
         self.carry_out();
     }
 
@@ -485,7 +497,12 @@ impl Running {
             Event::Declined { name, id, decline } => {
                 dispatcher.declined(&name, id, decline, now);
             }
-            Event::Unsent { name, id, reason } => dispatcher.unsent(&name, id, reason),
+            Event::Unsent {
+                name,
+                id,
+                offer,
+                reason,
+            } => dispatcher.unsent(&name, id, offer, reason),
             Event::BothAnswer { name, old } => dispatcher.both_answer(&name, old, now),
             Event::Reoffer { name, id } => {
                 let store = self.means.publisher.store();
@@ -573,15 +590,19 @@ impl Running {
     /// Closes a connection that was replaced, after a look whether its other end still answers. An agent
     /// that lost it does not; a second host with the same identity does.
     fn replace(&mut self, line: Line) {
+        let (code, reason) = Closing::Replaced.code();
+        let Ok(place) = self.probes.clone().try_acquire_owned() else {
+            return line.close(code, reason); // a whole fleet reconnects
+        };
         let (events, checkpoint) = (self.events.clone(), self.dispatcher.checkpoint());
         self.tasks.spawn(async move {
+            let _place = place;
             if line.answers(checkpoint).await
                 && let Some(events) = events.upgrade()
             {
                 let (name, old) = (line.name.clone(), line.connection.remote_address());
                 let _ = events.send(Event::BothAnswer { name, old }).await; // the hub stops
             }
-            let (code, reason) = Closing::Replaced.code();
             line.close(code, reason);
         });
     }
@@ -625,6 +646,15 @@ impl View {
         let twins = fleet.twins(now);
         let exceeded = dispatcher.budgets().exceeded();
         let deadline = fleet.rules().deadline;
+        let mut rows = fleet.rows(now, deadline);
+        for row in rows.iter_mut().filter(|row| !row.conformant) {
+            if let Some(exceeded) = dispatcher.budgets().of(&row.name) {
+                row.error = Some(format!(
+                    "exceeded its daily budget in the audit log; what it reports counts again at {:.0}",
+                    exceeded.until
+                ));
+            }
+        }
         Self {
             current: fleet.current().cloned(),
             waiting: fleet.turn(),
@@ -638,7 +668,7 @@ impl View {
             thin: fleet.thin_versions(),
             counts: fleet.counts(now, deadline),
             unsettled: fleet.unsettled(now, deadline).cloned().collect(),
-            rows: fleet.rows(now, deadline),
+            rows,
             twins: twins.map(|(name, it)| (name.clone(), it.clone())).collect(),
             other_masters: fleet
                 .other_masters()

@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -388,8 +388,7 @@ async fn admit(
     if !shared.meters.spend(&name, 0, Instant::now()) {
         return Err(LinkError::TooMuch(name));
     }
-    let is_new_certificate = shared.archive.learn(&name, &certificate);
-    if is_new_certificate {
+    if shared.archive.learn(&name, &certificate) {
         // It stands in the recorder's queue before every receipt that its key signs.
         let file = FileName::Certificate(certificate.fingerprint);
         shared.recorder.write(Entry::file(file, Some(der.to_vec())));
@@ -403,7 +402,6 @@ async fn admit(
         serial: certificate.serial.clone(),
         certificate_ends: certificate.not_after,
         fingerprint: certificate.fingerprint,
-        is_new_certificate,
     };
     let connected = Event::Connected {
         newcomer: Box::new(newcomer),
@@ -433,17 +431,27 @@ struct Link<'a> {
     waiting: Option<Box<Event>>,
 }
 
-/// Names of files.
+/// What became of the files of an offer.
 #[derive(Clone, Debug, Default)]
-struct Complete(Arc<Mutex<HashSet<DatabaseName>>>);
+struct Complete {
+    names: Arc<Mutex<HashSet<DatabaseName>>>,
+    /// Whether the hub was told last that a file cannot be sent.
+    failed: Arc<AtomicBool>,
+}
 
 impl Complete {
     fn insert(&self, name: DatabaseName) {
-        self.0.lock().expect("nothing panics with it").insert(name);
+        self.names
+            .lock()
+            .expect("nothing panics with it")
+            .insert(name);
     }
 
     fn remove(&self, name: &DatabaseName) -> bool {
-        self.0.lock().expect("nothing panics with it").remove(name)
+        self.names
+            .lock()
+            .expect("nothing panics with it")
+            .remove(name)
     }
 }
 
@@ -746,13 +754,14 @@ impl Link<'_> {
             self.sent.clone(),
         );
         let (name, id, complete) = (self.name.clone(), self.id, self.complete.clone());
+
         // One file after the other: the link is the bottleneck, and a file that is complete early
         // survives a lost connection whole.
         self.parts.spawn(async move {
             for need in needs.values() {
                 let target = manifest.file(&need.name).expect("looked up above");
                 if complete.remove(&need.name) && need.resume_at == 0 {
-                    shared.pusher.doubt(need, target, full); // it may have arrived damaged
+                    shared.pusher.doubt(need, target, full).await; // it may have arrived damaged
                 }
                 let request = Request {
                     agent: &name,
@@ -765,6 +774,18 @@ impl Link<'_> {
                     Ok(bytes) => {
                         tracing::debug!(agent = %name, file = %need.name, bytes, "sent");
                         complete.insert(need.name.clone());
+                        if complete.failed.swap(false, Ordering::Relaxed) {
+                            let name = name.clone();
+                            let event = Event::Unsent {
+                                name,
+                                id,
+                                offer,
+                                reason: None,
+                            };
+                            if shared.hub.tell(event).await.is_err() {
+                                return; // the daemon stops
+                            }
+                        }
                         let progress = Progress {
                             offer,
                             phase: wire::Phase::Fetching,
@@ -784,7 +805,13 @@ impl Link<'_> {
                         if error.is_ours() {
                             let reason = format!("the master cannot send {}: {reason}", need.name);
                             let name = name.clone();
-                            let event = Event::Unsent { name, id, reason };
+                            complete.failed.store(true, Ordering::Relaxed);
+                            let event = Event::Unsent {
+                                name,
+                                id,
+                                offer,
+                                reason: Some(reason),
+                            };
                             if shared.hub.tell(event).await.is_err() {
                                 return; // the daemon stops
                             }

@@ -12,7 +12,7 @@ use std::time::Duration;
 use bytes::BytesMut;
 use clamcast_proto::AgentName;
 use clamcast_proto::manifest::ManifestFile;
-use clamcast_proto::wire::{self, NeedFile, OfferId, Part};
+use clamcast_proto::wire::{self, Have, NeedFile, OfferId, Part};
 use quinn::{Connection, SendStream, VarInt};
 use tokio::fs::File;
 use tokio::io::{AsyncReadExt as _, AsyncSeekExt as _};
@@ -40,6 +40,9 @@ const SLOW_MAX: usize = 64;
 /// were away may ask from many old generations at once.
 const MAKERS_MAX: usize = 2;
 
+/// Threads that look whether an encoding is there, which waits for the disk.
+const LOOKS_MAX: usize = 4;
+
 /// Makes and sends what agents need.
 #[derive(Debug)]
 pub struct Pusher {
@@ -51,6 +54,8 @@ pub struct Pusher {
     making: Mutex<HashMap<Pair, Weak<OnceCell<Encoded>>>>,
     /// Threads that make encodings.
     makers: Semaphore,
+    /// Threads that look whether an encoding is there.
+    looks: Semaphore,
     /// Agents that wait for an encoding. Each waits for one at a time, over all its connections: an
     /// agent that asks for many occupies one thread at most.
     asking: Mutex<HashMap<AgentName, Weak<Semaphore>>>,
@@ -130,6 +135,7 @@ impl Pusher {
         let cores = thread::available_parallelism().map_or(1, usize::from);
         Self {
             makers: Semaphore::new(cores.min(MAKERS_MAX)),
+            looks: Semaphore::new(LOOKS_MAX),
             asking: Mutex::default(),
             store,
             transfers: Semaphore::new(concurrent),
@@ -153,9 +159,8 @@ impl Pusher {
         sent: &AtomicU64,
     ) -> Result<u64, PushError> {
         let name = || need.name.to_string();
-        let pair = self.store.pair(&need.have, target, full);
         let encoded = self
-            .encode(agent, pair)
+            .encode(agent, need, target, full)
             .await
             .map_err(|source| PushError::Encode {
                 name: name(),
@@ -216,22 +221,20 @@ impl Pusher {
         Ok(length)
     }
 
-    /// Has the encoding that answers `need` hashed before it is sent again.
-    pub fn doubt(&self, need: &NeedFile, target: &ManifestFile, full: bool) {
-        self.store.doubt(self.store.pair(&need.have, target, full));
-    }
-
-    /// An encoding for an agent, made once however many agents ask.
+    /// The encoding of a file for an agent, made once however many agents ask.
     async fn encode(
         self: &Arc<Self>,
         agent: &AgentName,
-        pair: Pair,
+        need: &NeedFile,
+        target: &ManifestFile,
+        full: bool,
     ) -> Result<Encoded, StoreError> {
-        if let Some(encoded) = self.store.ready(pair) {
-            return Ok(encoded);
-        }
         // Before the computation is joined: nobody else waits behind this agent.
         let asked = self.ask(agent).await;
+        let (pair, ready) = self.look(need.have.clone(), target.clone(), full).await;
+        if let Some(encoded) = ready {
+            return Ok(encoded);
+        }
         let cell = self.cell(pair);
         let pusher = self.clone();
         // In a task of its own, which lasts as long as the thread: an agent that asks again has this
@@ -247,6 +250,24 @@ impl Pusher {
             made.await.cloned()
         });
         made.await.expect("encoding does not panic")
+    }
+
+    /// Which encoding that is, and whether it is there. In a thread: it waits for the disk.
+    async fn look(&self, have: Have, target: ManifestFile, full: bool) -> (Pair, Option<Encoded>) {
+        let _look = self.looks.acquire().await.expect("never closed");
+        let store = self.store.clone();
+        let looked = tokio::task::spawn_blocking(move || {
+            let pair = store.pair(&have, &target, full);
+            (pair, store.ready(pair))
+        });
+        looked.await.expect("a look does not panic")
+    }
+
+    /// Has a file that an agent received hashed before it is sent again, for it may have been damaged
+    /// here.
+    pub async fn doubt(&self, need: &NeedFile, target: &ManifestFile, full: bool) {
+        let (pair, _) = self.look(need.have.clone(), target.clone(), full).await;
+        self.store.doubt(pair);
     }
 
     /// Waits until the agent waits for no other encoding.

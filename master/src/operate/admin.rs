@@ -6,7 +6,7 @@ mod rollout;
 mod waits;
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use clamcast_daemon::admin::{AdminError, Finish, Listener, Session};
@@ -113,25 +113,13 @@ pub struct Life(Arc<Shared>);
 
 #[derive(Debug, Default)]
 struct Shared {
-    unused: Mutex<Option<String>>,
     ending: OnceLock<Occasion>,
 }
 
 impl Life {
-    /// The configuration on disk is not in use, for this reason.
-    pub fn configuration_is_unused(&self, reason: String) {
-        *self.0.unused.lock().expect("nothing panics with it") = Some(reason);
-    }
-
     /// Commands that are still served end soon, for this reason.
     pub fn ends(&self, occasion: Occasion) {
         let _ = self.0.ending.set(occasion); // it ends once
-    }
-
-    fn unused(&self) -> Option<String> {
-        let unused = self.0.unused.lock().expect("nothing panics with it");
-        let reason = unused.as_ref()?;
-        Some(format!("configuration on disk is not in use: {reason}"))
     }
 
     fn ending(&self) -> Occasion {
@@ -267,8 +255,6 @@ impl Commands {
     async fn status(&self) -> Result<Finish, Stopping> {
         let view = self.hub.view().await?;
         let now = Timestamp::now();
-        self.alarms
-            .set("configuration", "", self.life.unused(), now);
         let disk = self.recorder.alarms();
         let mirror = self.activity.waiting().map(|wait| Wait {
             name: "mirror".to_owned(),

@@ -165,14 +165,17 @@ fn ages(
     let from = |since: Timestamp| since.saturating_add(span(age_alarm)).unwrap_or(since);
     let signatures = current.and_then(|current| current.signatures.as_ref());
     let old = signatures.and_then(|it| {
-        let limit = match it.alarm.as_deref()? {
-            "7d" => "the 7 days that auditors allow",
-            limit => limit,
+        let (limit, since) = match it.alarm.as_deref()? {
+            "7d" => {
+                let since = it.built.saturating_add(SIGNATURES_AUDITED);
+                ("the 7 days that auditors allow", since.unwrap_or(it.built))
+            }
+            limit => (limit, from(it.built)),
         };
         Some(Alarm {
             name: "signatures-old".to_owned(),
             text: format!("signatures older than {limit}; does freshclam run on the mirror?"),
-            since: from(it.built),
+            since,
         })
     });
     let refused = refused.filter(|it| now.duration_since(it.since) > span(age_alarm));
@@ -199,8 +202,8 @@ fn other_master(view: &View) -> Option<Alarm> {
     Some(Alarm {
         name: TWO_MASTERS.to_owned(),
         text: format!(
-            "{name}{more} decline offers because they follow another master, which published {} \
-             (publisher {}); stop one of the two, or raise the epoch with a new key",
+            "{name}{more} reported that they follow another master, which published {} (publisher \
+             {}), and declined offers; stop one of the two, or raise the epoch with a new key",
             other.position,
             printable(&other.publisher.0)
         ),
@@ -210,7 +213,7 @@ fn other_master(view: &View) -> Option<Alarm> {
 
 /// Alarms about names that two hosts use.
 fn shared_names(view: &View) -> impl Iterator<Item = Alarm> {
-    view.twins.iter().map(|(name, twins)| {
+    view.twins.iter().take(NAMED_MAX).map(|(name, twins)| {
         let [one, other] = twins.addresses;
         Alarm {
             name: "shared-name".to_owned(),
@@ -237,10 +240,21 @@ fn budgets(view: &View) -> impl Iterator<Item = Alarm> {
     })
 }
 
+/// A wait for the mirror that lasts longer is an alarm, whatever is waited for.
+const RESTLESS_AT_MOST: SignedDuration = SignedDuration::from_hours(1);
+
 /// Alarms about waits for the mirror that lasted too long.
 fn restless(waits: &[Wait], now: Timestamp) -> Option<Alarm> {
     let mirror = waits.iter().find(|wait| wait.name == "mirror")?;
-    let over = mirror.until.filter(|until| *until <= now)?;
+    // A run that goes on and on ends by itself only when it pauses for a quarter of an hour.
+    let most = mirror
+        .since
+        .saturating_add(RESTLESS_AT_MOST)
+        .unwrap_or(mirror.since);
+    let over = mirror.until.map_or(most, |until| until.min(most));
+    if over > now {
+        return None;
+    }
     Some(Alarm {
         name: "mirror-busy".to_owned(),
         text: format!(
@@ -280,7 +294,7 @@ fn waits(view: &View, now: Timestamp) -> Vec<Wait> {
         let running =
             running.map_or_else(String::new, |at| format!(" until {at} has gone through"));
         let text = format!("{} waits{running}", turn.position);
-        waits.push(wait("generation", text, turn.since, Some(turn.until)));
+        waits.push(wait("generation", text, turn.since, turn.until));
     }
     if let Some(owed) = rollout.owed() {
         let text = format!("the databases of {} are published again", owed.to.position);

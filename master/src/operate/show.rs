@@ -143,7 +143,7 @@ fn status_lines(status: &Status, now: Timestamp, width: Option<usize>) -> Vec<St
     for Expiry { name, ends } in &status.certificates {
         let command = if name == "master" { "master" } else { "agent" };
         let ends = match *ends <= now {
-            true => format!("has expired at {ends:.0}"),
+            true => format!("expired at {ends:.0}"),
             false => format!("expires at {ends:.0}"),
         };
         lines.alarm(&format!(
@@ -569,7 +569,7 @@ mod tests {
                 "signatures   daily.cud version 5, built 2026-11-01 (21d ago)",
                 "agents       2 enrolled, 1 connected, 1 conformant, 1 behind, 0 failed",
                 "alarm: signatures older than the 7 days that auditors allow (signatures-old, since 2026-11-08 (14d ago))",
-                "certificate of web2 has expired at 2026-11-22T08:59:00Z; `clamcast-certs agent --force` makes a new one",
+                "certificate of web2 expired at 2026-11-22T08:59:00Z; `clamcast-certs agent --force` makes a new one",
                 "waits        mirror: feed.ndb in the mirror keeps changing (since 10m ago, until 2026-11-22T09:05:00Z)",
                 "",
                 "NOT CONFORMANT OR AWAY  LINK  OUTCOME  SINCE  WHY",
@@ -592,7 +592,7 @@ mod tests {
                 "alarm: signatures older than the 7 days that",
                 "auditors allow (signatures-old, since 2026-11-08",
                 "(14d ago))",
-                "certificate of web2 has expired at",
+                "certificate of web2 expired at",
                 "2026-11-22T08:59:00Z; `clamcast-certs agent",
                 "--force` makes a new one",
                 "waits        mirror: feed.ndb in the mirror keeps",

@@ -52,7 +52,7 @@ const FILE_BYTES_MAX: u64 = 1 << 20;
 const FILES_MAX: usize = 100_000;
 
 /// What a file is written as to see whether its directory takes it.
-const PROBE: &str = ".probe.new"; // a start removes what a crash left of it
+const PROBE: &str = ".probed.new"; // a start removes what a crash left of it
 
 /// Where the files are, beside the audit log.
 #[derive(Clone, Debug)]
@@ -129,7 +129,12 @@ impl Recorder {
         let trouble = Arc::<Trouble>::default();
         let reserve = Reserve::new(&places.state);
         if !reserve.is_held() {
-            *lock(&trouble.unreserved) = Some((Unreserved::NoSpace, Timestamp::now()));
+            // The last process may have given it to a full disk: what is left is for operators.
+            let why = match reserve.is_short() {
+                true => Unreserved::InUse,
+                false => Unreserved::NoSpace,
+            };
+            *lock(&trouble.unreserved) = Some((why, Timestamp::now()));
         }
         let give_up = Arc::<AtomicBool>::default();
         let writer = Writer {
@@ -187,11 +192,15 @@ impl Recorder {
     }
 
     /// Whether there is room for what agents add: fewer than [`ENTRIES_MAX`] entries wait for the disk, and
-    /// the disk is not so full that what is left is for operators and alarms.
+    /// the reserve is not in use.
     pub fn has_room(&self) -> bool {
+        !self.is_short() && self.last() < self.durable.borrow().number + ENTRIES_MAX
+    }
+
+    /// Whether the disk is full and the reserve for operators and alarms is in use.
+    pub fn is_short(&self) -> bool {
         let unreserved = lock(&self.trouble.unreserved).map(|(why, _)| why);
-        unreserved != Some(Unreserved::InUse)
-            && self.last() < self.durable.borrow().number + ENTRIES_MAX
+        unreserved == Some(Unreserved::InUse)
     }
 
     /// Returns when there is room for more entries.
@@ -490,7 +499,7 @@ impl Writer {
     ) -> bool {
         while let Err(error) = write(self) {
             if reserve::is_full(&error) && self.reserve.release() {
-                tracing::error!("the disk is full: what is left is for operators and alarms");
+                tracing::error!("disk full, reserve released for lines of operators and alarms");
                 *lock(&self.trouble.unreserved) = Some((Unreserved::InUse, Timestamp::now()));
                 continue;
             }

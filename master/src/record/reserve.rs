@@ -25,36 +25,44 @@ impl Reserve {
     /// Makes the reserve, if the disk has space for it.
     pub(super) fn new(directory: &Path) -> Self {
         let path = directory.join("reserve");
-        let is_held = false;
+        let is_held = fs::metadata(&path).is_ok_and(|file| file.len() == BYTES);
         let mut reserve = Self { path, is_held };
+        if !is_held {
+            let _ = fs::remove_file(&reserve.path); // what a crash left of it
+        }
         reserve.restore();
         reserve
     }
 
-    /// Whether it is there.
+    /// Whether the reserve is on the disk.
     pub(super) fn is_held(&self) -> bool {
         self.is_held
     }
 
-    /// Gives the space back to the disk. Returns whether there was any.
+    /// Gives the space back to the disk. Returns whether the reserve was there.
     pub(super) fn release(&mut self) -> bool {
         let was_held = std::mem::take(&mut self.is_held);
         was_held && fs::remove_file(&self.path).is_ok()
     }
 
-    /// Takes the space again, as soon as the disk has more than enough. Returns whether it is there.
+    /// Takes the space again, as soon as the disk has more than enough. Returns whether the reserve is
+    /// there.
     pub(super) fn restore(&mut self) -> bool {
         if !self.is_held {
-            let is_there = fs::metadata(&self.path).is_ok_and(|file| file.len() == BYTES);
-            self.is_held = is_there || (self.has_space() && self.allocate().is_ok());
+            self.is_held = self.free() >= FREE_BYTES && self.allocate().is_ok();
         }
         self.is_held
     }
 
-    fn has_space(&self) -> bool {
-        let directory = self.path.parent().expect("it is in a directory");
-        let space = statvfs(directory);
-        space.is_ok_and(|it| it.blocks_available() * it.fragment_size() >= FREE_BYTES)
+    /// Whether the disk has less free space than the reserve.
+    pub(super) fn is_short(&self) -> bool {
+        self.free() < BYTES
+    }
+
+    /// Free bytes of the disk.
+    fn free(&self) -> u64 {
+        let directory = self.path.parent().expect("the reserve is in a directory");
+        statvfs(directory).map_or(0, |it| it.blocks_available() * it.fragment_size())
     }
 
     fn allocate(&self) -> io::Result<()> {

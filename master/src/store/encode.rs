@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{self, BufReader};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -147,7 +148,12 @@ impl Store {
             self.whole.insert(path, &metadata);
             return Ok(true);
         }
-        fs::remove_file(path).map_err(io_error("remove", path))?;
+        // Another thread may have made it again meanwhile.
+        let is_same = fs::metadata(path).is_ok_and(|there| there.ino() == metadata.ino());
+        if !is_same {
+            return Ok(false);
+        }
+        super::remove(path)?;
         let now = Timestamp::now();
         let until = now.saturating_add(HEALED_SHOWN).unwrap_or(Timestamp::MAX);
         let text = format!(
@@ -228,7 +234,7 @@ impl Store {
         };
         let new = map(to)?;
         let old = match map(from) {
-            Err(StoreError::Lost { .. }) => return Ok(None), // the whole file does, too
+            Err(StoreError::Lost { .. }) => return Ok(None), // fall back to the full file
             old => old?,
         };
         if is_compressed(&old) || is_compressed(&new) {

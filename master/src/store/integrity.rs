@@ -78,9 +78,12 @@ impl Whole {
         }
     }
 
-    /// Forgets files that are gone.
-    pub(super) fn retain(&self, exists: impl Fn(&Path) -> bool) {
-        self.lock().retain(|path, _| exists(path));
+    /// Forgets files that are gone. The disk is not waited for under the lock.
+    pub(super) fn forget_removed(&self) {
+        let known: Vec<_> = self.lock().keys().cloned().collect();
+        for path in known.iter().filter(|path| !path.exists()) {
+            self.lock().remove(path);
+        }
     }
 
     /// Each change is one insertion or removal: a panic leaves the map whole.

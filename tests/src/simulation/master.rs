@@ -412,7 +412,6 @@ impl Master {
             serial: serial.clone(),
             certificate_ends: Timestamp::MAX,
             fingerprint: Digest::of(serial.0.as_bytes()),
-            is_new_certificate: false,
         };
         let running = self.process();
         match running.dispatcher.connected(newcomer, sight.now) {

@@ -122,6 +122,9 @@ pub struct Record {
     pub serial: Serial,
     /// When that certificate ends.
     pub certificate_ends: Timestamp,
+    /// SHA-256 of its last certificates. Records of earlier versions have none.
+    #[serde(default)]
+    pub certificates: VecDeque<Digest>,
     /// Whether it was connected when this was kept.
     #[serde(default)]
     pub connected: bool,
@@ -216,7 +219,24 @@ pub struct Link {
     pub says_live: bool,
 }
 
+/// Certificates of one name that are remembered.
+const CERTIFICATES_MAX: usize = 16;
+
 impl Record {
+    /// Takes note of the certificate that the agent came with. Returns whether a known agent has not come
+    /// with it before.
+    pub(super) fn learn_certificate(&mut self, fingerprint: Digest) -> bool {
+        if self.certificates.contains(&fingerprint) {
+            return false;
+        }
+        let is_new = !self.certificates.is_empty();
+        self.certificates.push_back(fingerprint);
+        if self.certificates.len() > CERTIFICATES_MAX {
+            self.certificates.pop_front();
+        }
+        is_new
+    }
+
     /// Keeps the version of ClamAV that clamd reports. A clamd that is down has none to report.
     pub(super) fn learn_version(&mut self) {
         let said = self.clamd.version.as_deref();

@@ -100,7 +100,12 @@ pub(crate) fn fleet_of(waves: &[&str]) -> Fleet {
 /// One agent, `web1`, connected, with these receipts, generation `wanted` wanted.
 fn fleet(wanted: u64, receipts: &[(u64, Outcome)]) -> Fleet {
     let mut fleet = fleet_of(&[]);
-    fleet.connected(&"web1".parse().unwrap(), vec![], link(1));
+    fleet.connected(
+        &"web1".parse().unwrap(),
+        vec![],
+        Digest::of(b"certificate"),
+        link(1),
+    );
     fleet.published(&manifest(wanted), false, at(0));
     fleet.step(at(0)); // without waves everybody is wanted at it
     for (seq, (generation, outcome)) in (1..).zip(receipts) {
@@ -132,7 +137,12 @@ fn versions_with_less_than_three_canaries_are_reported() {
     let mut check = |hosts: &[(&str, &str, &str)], expected: &[(&str, usize, usize)]| {
         for (id, (name, group, version)) in (2..).zip(hosts) {
             let name = name.parse().unwrap();
-            fleet.connected(&name, vec![group.parse().unwrap()], link(id));
+            fleet.connected(
+                &name,
+                vec![group.parse().unwrap()],
+                Digest::of(b"certificate"),
+                link(id),
+            );
             let clamd = ClamdReport {
                 version: Some((*version).to_owned()),
                 ..ClamdReport::default()
@@ -488,8 +498,12 @@ fn a_new_connection_replaces_the_old_one_whose_end_then_means_nothing() {
         changed: false,
         replaced: Some(LinkId(1)),
         twins: None,
+        is_new_certificate: false,
     };
-    assert_eq!(fleet.connected(&name, vec![], link(2)), arrival);
+    assert_eq!(
+        fleet.connected(&name, vec![], Digest::of(b"certificate"), link(2)),
+        arrival
+    );
     fleet.disconnected(&name, LinkId(1), at(5));
     assert_eq!(fleet.counts(at(5), DEADLINE).connected, 1);
     fleet.disconnected(&name, LinkId(2), at(6));
@@ -542,7 +556,7 @@ fn bytes_are_progress_at_a_minimum_rate_only() {
 fn a_reconnect_or_a_restart_of_the_master_is_no_progress() {
     let (mut fleet, name) = offered_8();
     fleet.progress(&name, LinkId(1), Phase::Fetching, None, 1 << 30, at(1010));
-    fleet.connected(&name, vec![], link(2));
+    fleet.connected(&name, vec![], Digest::of(b"certificate"), link(2));
     fleet.offered(&name, LinkId(2), OfferId(2), &manifest(8), at(1500));
     fleet.progress(&name, LinkId(2), Phase::Fetching, None, 10, at(1510));
     assert_eq!(renewed(&fleet), 1010);

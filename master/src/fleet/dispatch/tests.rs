@@ -112,7 +112,6 @@ fn newcomer(name: &str, group: &str) -> Newcomer {
         serial: Serial(format!("{name}-1")),
         certificate_ends: Timestamp::MAX,
         fingerprint: Digest::of(name.as_bytes()),
-        is_new_certificate: false,
     }
 }
 
@@ -587,13 +586,14 @@ fn a_connection_whose_certificate_has_expired_is_closed() {
 #[test]
 fn a_new_certificate_of_a_known_name_is_recorded() {
     let mut desk = Desk::new(&["100%"]);
-    for (is_new_certificate, expected) in [
-        (true, &["write enrolled"][..]),
-        (false, &[]),
-        (true, &["write certificate"]),
+    for (certificate, expected) in [
+        ("first", &["write enrolled"][..]),
+        ("first", &[]),
+        ("second", &["write certificate"]),
+        ("first", &[]),
     ] {
         let newcomer = Newcomer {
-            is_new_certificate,
+            fingerprint: Digest::of(certificate.as_bytes()),
             ..newcomer("web1", "canary")
         };
         let now = desk.now();

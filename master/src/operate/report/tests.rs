@@ -401,7 +401,7 @@ fn status_names_every_alarm_and_every_wait_with_its_start_and_bound() {
     view.waiting = Some(Turn {
         position: position(8),
         since: at(60),
-        until: at(3610),
+        until: Some(at(3610)),
     });
     view.reconnecting = Some((at(5), at(185)));
     let addresses = ["10.0.0.1:1", "10.0.0.2:1"].map(|it| it.parse().unwrap());
