@@ -74,7 +74,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
 }
 
 /// Installs the tools that judge our dependencies in `target/tools`, where the lab of `tests/` looks,
-/// unless they are there. Two cores need about three minutes for one.
+/// unless they are there. Two cores need about three minutes for cargo-deny, and five for cargo-audit.
 fn tools(target: &Path) -> anyhow::Result<()> {
     let root = target.join("tools");
     let mut wanted = vec!["cargo-deny"];
