@@ -589,7 +589,7 @@ fn a_new_certificate_of_a_known_name_is_recorded() {
     for (certificate, expected) in [
         ("first", &["write enrolled"][..]),
         ("first", &[]),
-        ("second", &["write certificate"]),
+        ("second", &["write certificate, keep web1"]),
         ("first", &[]),
     ] {
         let newcomer = Newcomer {
