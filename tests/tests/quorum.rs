@@ -167,7 +167,8 @@ fn a_lone_refusal_is_outweighed_by_two_real_clamds_and_its_host_is_set_aside() {
     let set_aside = &status["rollout"]["set_aside"]["web1"];
     assert_eq!(set_aside["refused"]["generation"], 2, "{status}");
     assert!(text.contains("set aside"), "{text}");
-    assert_eq!(status["alarms"][0]["name"], "set-aside", "{status}");
+    let mut alarms = status["alarms"].as_array().unwrap().iter();
+    assert!(alarms.any(|it| it["name"] == "set-aside"), "{status}");
     assert_eq!(master.audit("set-aside")[0]["subject"], "web1");
     assert!(master.audit("halt").is_empty());
     // An operator ends it by hand, and can set a host aside.

@@ -867,7 +867,8 @@ impl Dispatcher {
         // A restored master lacks the receipt of what the agent has; the answer to an offer is one.
         let is_news = |it: &Arc<Verified<Manifest>>| {
             let is_taken_back = self.fleet.rollout().is_taken_back(it.position());
-            !is_taken_back && !self.fleet.has(name, &it.payload_sha256())
+            let is_past = self.fleet.past(name, it).is_some();
+            !is_taken_back && !is_past && !self.fleet.has(name, &it.payload_sha256())
         };
         let unreported = known.filter(is_news);
         let Some(manifest) = ordered.or(wanted).or(unreported) else {
