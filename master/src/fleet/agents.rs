@@ -418,36 +418,28 @@ impl Fleet {
         known.find(|manifest| manifest.envelope().payload == installed.payload)
     }
 
-    /// Whether an agent's last receipts say that it has this manifest.
-    pub fn has(&self, name: &AgentName, manifest_sha256: &Digest) -> bool {
+    /// Whether an agent has a generation that this master never offered it, as far as the master's state
+    /// knows: the state is a copy from before.
+    pub fn has_forgotten(&self, name: &AgentName, manifest: &Manifest) -> bool {
         let agent = self.agents.0.get(name);
-        agent.is_some_and(|agent| agent.has(manifest_sha256))
+        agent.is_some_and(|agent| agent.at() < Some(manifest.position()))
     }
 
-    /// Takes note that an agent has a generation that it was never offered by this master, whose state is
-    /// a copy from before: it declines what is lower. Returns whether that generation waits for its
-    /// turn.
-    pub fn overtaken(
-        &mut self,
-        name: &AgentName,
-        manifest: &Verified<Manifest>,
-        now: Timestamp,
-    ) -> bool {
-        let position = manifest.position();
+    /// Whether a generation waits for its turn that no agent was offered, as far as the master's state
+    /// knows. Operators drive hosts to what waits, and a host may have been revoked and enrolled since.
+    pub fn is_overtaken(&self, position: Position) -> bool {
         let waits = self.rollout.waiting().map(|it| it.position) == Some(position);
-        // Operators drive hosts to what waits, and a host may have been revoked and enrolled since.
-        let mut others = self.agents.0.values();
-        let was_offered = others.any(|agent| agent.at() >= Some(position));
-        let Some(agent) = self.agents.0.get_mut(name) else {
-            return false;
-        };
-        if agent.at() >= Some(position) {
-            return false;
+        let mut agents = self.agents.0.values();
+        waits && !agents.any(|agent| agent.at() >= Some(position))
+    }
+
+    /// Takes note that an agent took a generation: it declines what is lower.
+    pub fn took(&mut self, name: &AgentName, manifest: &Verified<Manifest>, now: Timestamp) {
+        if let Some(agent) = self.agents.0.get_mut(name) {
+            let version = agent.record.version.clone();
+            let sha256 = manifest.payload_sha256();
+            agent.record.taken = Some(Taken::new(manifest.position(), sha256, version, now));
         }
-        let version = agent.record.version.clone();
-        let taken = Taken::new(position, manifest.payload_sha256(), version, now);
-        agent.record.taken = Some(taken);
-        waits && !was_offered
     }
 
     /// The newest generation that was not taken back: also one that waits for its turn.

@@ -851,11 +851,10 @@ impl Dispatcher {
         if let Some(installed) = installed {
             self.actions.push(Action::Ahead(installed.clone()));
         }
-        let known = installed
-            .and_then(|installed| self.fleet.known(installed))
-            .cloned();
-        if let Some(known) = &known {
-            self.catch_up(name, known, now);
+        let known = installed.and_then(|installed| self.fleet.known(installed));
+        let known = known.filter(|known| self.fleet.has_forgotten(name, known));
+        if let Some(forgotten) = known.cloned() {
+            self.catch_up(name, &forgotten, now);
         }
         let forced = self.forced.get(name).cloned();
         let manner = forced.as_ref().map(|order| order.manner);
@@ -864,23 +863,15 @@ impl Dispatcher {
             let instead_of = wanted.as_ref().unwrap_or(ordered);
             self.is_forced(name, instead_of)
         });
-        // A restored master lacks the receipt of what the agent has; the answer to an offer is one.
-        let is_news = |it: &Arc<Verified<Manifest>>| {
-            let is_taken_back = self.fleet.rollout().is_taken_back(it.position());
-            let is_past = self.fleet.past(name, it).is_some();
-            !is_taken_back && !is_past && !self.fleet.has(name, &it.payload_sha256())
-        };
-        let unreported = known.filter(is_news);
-        let Some(manifest) = ordered.or(wanted).or(unreported) else {
+        let Some(manifest) = ordered.or(wanted) else {
             return self.vouch_to(name, id, now);
         };
-        let is_reported = self.fleet.has(name, &manifest.payload_sha256());
         let has_it = installed.is_some_and(|it| it.payload == manifest.envelope().payload);
         // Also a host that is there already hears of the offer when the master lacks its receipt
         // (a restored master): the answer is a receipt and costs nothing.
         let deadline = self.fleet.rules().deadline;
         let standing = self.fleet.standing(name, now.clock, deadline);
-        if has_it && is_reported && standing == Standing::Conformant && manner.is_none() {
+        if has_it && standing == Standing::Conformant && manner.is_none() {
             let says_live = outcome == Some(Outcome::Live);
             self.fleet
                 .has_it(name, id, manifest.payload_sha256(), says_live);
@@ -893,7 +884,9 @@ impl Dispatcher {
     /// Begins the generation that waits for its turn, if the fleet has it already: the state of this
     /// master is a copy that was made in the middle of a rollout, and agents decline what is on its way.
     fn catch_up(&mut self, name: &AgentName, known: &Verified<Manifest>, now: Now) {
-        if !self.fleet.overtaken(name, known, now.clock) {
+        let waits = self.fleet.is_overtaken(known.position());
+        self.fleet.took(name, known, now.clock);
+        if !waits {
             return;
         }
         let position = known.position();
