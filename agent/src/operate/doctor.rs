@@ -277,6 +277,10 @@ fn is_yes(value: &str) -> bool {
     ["1", "yes", "y", "true", "t", "on"].contains(&value.as_str())
 }
 
+fn displayed<'p>(paths: impl Iterator<Item = &'p Path>) -> Vec<String> {
+    paths.map(|path| path.display().to_string()).collect()
+}
+
 /// Judges whether the unit's sandbox, which this process is not in, leaves the agent what it needs:
 /// the directories of databases and state (both after links) to write, and clamd's sockets.
 fn judge_unit(unit: &str, written: [&Path; 2], sockets: &[&Path]) -> Finding {
@@ -294,13 +298,18 @@ fn judge_unit(unit: &str, written: [&Path; 2], sockets: &[&Path]) -> Finding {
         .collect();
     let shut = |path: &&Path| closed && !open.iter().any(|open| path.starts_with(open));
     let shut = written.iter().copied().filter(shut);
-    let shut: Vec<_> = shut.map(|path| path.display().to_string()).collect();
+    let shut: Vec<_> = shut.collect();
     if !shut.is_empty() {
         let found = format!(
             "{UNIT} does not let the agent write {} (ProtectSystem=strict)",
-            shut.join(" and ")
+            displayed(shut.iter().copied()).join(" and ")
         );
-        let setting = format!("ReadWritePaths={}", shut.join(" "));
+        // The parent of the database directory, which may be removed and made again.
+        let opened = shut.iter().map(|path| match path.parent() {
+            Some(parent) if *path == written[0] && parent != Path::new("/") => parent,
+            Some(_) | None => path,
+        });
+        let setting = format!("ReadWritePaths={}", displayed(opened).join(" "));
         return Finding::bad("unit", found, edit(&setting));
     }
     let private = settings(unit, "PrivateTmp").last().filter(|value| {
@@ -826,7 +835,7 @@ mod tests {
             "",
             "/srv/clamav",
             socket,
-            "bad unit: | does not let the agent write /srv/clamav | `ReadWritePaths=/srv/clamav`",
+            "bad unit: | does not let the agent write /srv/clamav ( | `ReadWritePaths=/srv`",
         );
         check_sandbox(
             "ReadWritePaths=-/srv /x\n",
@@ -845,18 +854,20 @@ mod tests {
         let (own, private) = ("/tmp/clamd.socket", "PrivateTmp=True\n");
         check_sandbox(private, usual, own, "bad unit: | PrivateTmp=True");
         check_sandbox("PrivateTmp=0\n", usual, own, "good unit");
+        let closed = "ReadWritePaths=\nReadWritePaths=/var/lib/clamav\n";
         check_sandbox(
-            "StateDirectory=\n",
+            &format!("StateDirectory=\n{closed}"),
             usual,
             socket,
             "bad unit: | write /var/lib/clamcast/agent ( | `ReadWritePaths=/var/lib/clamcast/agent`",
         );
         check_sandbox(
-            "StateDirectory=\nReadWritePaths=/var/lib/clamcast\n",
+            &format!("StateDirectory=\n{closed}ReadWritePaths=/var/lib/clamcast\n"),
             usual,
             socket,
             "good unit",
         );
-        check_sandbox("StateDirectory=x:y\n", "/var/lib/x/db", socket, "good unit");
+        let named = format!("StateDirectory=x:y\n{closed}");
+        check_sandbox(&named, "/var/lib/x/db", socket, "good unit");
     }
 }
