@@ -1,9 +1,10 @@
 //! The host's own files under names of the fleet: kept in `adopted/` while the fleet publishes the
 //! name, and restored when the fleet withdraws it.
 //!
-//! `adopted/` itself is the record, so nothing else has to survive a restart or the loss of the
-//! state directory. A file is restored by a rename over the fleet's file: the name is never
-//! missing, and a replay finds that the kept file is gone and does nothing.
+//! `adopted/` and `current/` are the records, so nothing else has to survive a restart or the loss of
+//! the state directory: `current/` has the names of the last set. A file is restored by a rename over
+//! the fleet's file: the name is never missing, and a replay finds that the kept file is gone and does
+//! nothing.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -13,13 +14,27 @@ use clamcast_proto::manifest::Manifest;
 use clamcast_proto::receipt::ADOPTED_MAX;
 
 use super::disk::{At, Dir, Facts, HostFault, io_fault};
-use super::journal::{Installed, Journal, Moved};
+use super::journal::{Installed, Journal, Moved, PutAside};
 use super::stage::state_of;
 use super::swap::{Swap, succeeds};
 
 /// So much is kept in `adopted/` of what stood in the place of one database. One more is a fault, for
 /// somebody to look at.
 const KEPT_MAX: u32 = 100;
+
+/// Ends the name of a file that no set restores any more. No database's name ends like this.
+const OBSOLETE: &str = "obsolete";
+
+/// What an install has to do with the files in `adopted/`.
+pub(super) struct Adopted {
+    /// Files that come back: the set does not own their names, and an earlier set did.
+    pub(super) restore: Vec<Moved>,
+    /// The same where the host has put a newer file of its own there meanwhile. That file stays.
+    pub(super) stay: BTreeSet<DatabaseName>,
+    /// Files that no set restores any more. Before this set no set owned their names, and so the file
+    /// that the host has there now, or that none is there, is newer.
+    pub(super) obsolete: Vec<PutAside>,
+}
 
 impl Swap<'_> {
     /// The host's own files under names that `manifest` owns, bounded as a receipt is.
@@ -29,9 +44,9 @@ impl Swap<'_> {
         Ok(adopted.take(ADOPTED_MAX).collect())
     }
 
-    /// What `adopted/` holds: for each name the file that was kept last.
-    fn kept(&self) -> Result<BTreeMap<DatabaseName, String>, HostFault> {
-        let mut newest = BTreeMap::<DatabaseName, (i128, String)>::new();
+    /// The files in `adopted/` by the names that they had, the one that was kept last first.
+    fn kept(&self) -> Result<BTreeMap<DatabaseName, Vec<String>>, HostFault> {
+        let mut kept = BTreeMap::<DatabaseName, Vec<(i128, String)>>::new();
         for entry in self.tree.list(Dir::Adopted)? {
             let Some(entry) = entry.to_str() else {
                 continue;
@@ -42,38 +57,67 @@ impl Swap<'_> {
                 continue;
             };
             // A directory that stood in the place of a database is no file to restore.
-            let known = newest.get(&name).map(|(kept, _)| *kept);
-            if !facts.directory && known < Some(facts.changed) {
-                newest.insert(name, (facts.changed, entry.to_owned()));
+            if !facts.directory {
+                let kept = kept.entry(name).or_default();
+                kept.push((facts.changed, entry.to_owned()));
             }
         }
-        let newest = newest.into_iter();
-        Ok(newest.map(|(name, (_, entry))| (name, entry)).collect())
+        let newest_first = |mut entries: Vec<(i128, String)>| {
+            entries.sort_by(|a, b| b.cmp(a));
+            entries.into_iter().map(|(_, entry)| entry).collect()
+        };
+        let kept = kept.into_iter();
+        Ok(kept
+            .map(|(name, entries)| (name, newest_first(entries)))
+            .collect())
     }
 
-    /// The host's files that come back with `target`: it owns their names no more, and an earlier
-    /// set did. Where the host has put a newer file of its own there meanwhile, that one stays:
-    /// these names are returned, too.
-    pub(super) fn to_restore(
+    /// Compares `adopted/` with a new set.
+    pub(super) fn survey_adopted(
         &self,
         target: &Manifest,
         earlier: &[&Manifest],
-    ) -> Result<(Vec<Moved>, BTreeSet<DatabaseName>), HostFault> {
-        let (mut restore, mut stay) = (Vec::new(), BTreeSet::new());
+    ) -> Result<Adopted, HostFault> {
+        let mut adopted = Adopted {
+            restore: Vec::new(),
+            stay: BTreeSet::new(),
+            obsolete: Vec::new(),
+        };
+        let current = self.current_names()?;
         for (name, kept) in self.kept()? {
-            let was_owned = earlier.iter().any(|set| is_owned(set, &name));
-            if is_owned(target, &name) || !was_owned {
-                continue;
-            }
-            let there = self.tree.facts(At(Dir::Databases, name.as_str()))?;
-            if there.is_some_and(|there| there.regular) && self.is_taken(&name, earlier)? {
-                tracing::warn!(%name, "the host has a newer file of its own, the adopted one stays kept");
-                stay.insert(name);
-            } else {
-                restore.push(Moved { name, kept });
+            let was_owned =
+                earlier.iter().any(|set| is_owned(set, &name)) || is_among(current.iter(), &name);
+            match (was_owned, is_owned(target, &name)) {
+                (true, true) | (false, false) => {}
+                (false, true) => {
+                    for kept in kept {
+                        let aside = self.free_in_adopted(&format!("{kept}.{OBSOLETE}"))?;
+                        adopted.obsolete.push(PutAside { kept, aside });
+                    }
+                }
+                (true, false) => {
+                    let there = self.tree.facts(At(Dir::Databases, name.as_str()))?;
+                    let is_file = there.is_some_and(|there| there.regular);
+                    if is_file && self.is_taken(&name, earlier)? {
+                        tracing::warn!(%name, "the host has a newer file of its own, the adopted one stays kept");
+                        adopted.stay.insert(name);
+                    } else {
+                        let newest = kept.into_iter().next();
+                        let newest = newest.map(|kept| Moved { name, kept });
+                        adopted.restore.extend(newest);
+                    }
+                }
             }
         }
-        Ok((restore, stay))
+        Ok(adopted)
+    }
+
+    /// Names of the set that the agent put in place last.
+    fn current_names(&self) -> Result<Vec<DatabaseName>, HostFault> {
+        let names = self.tree.list(Dir::Current)?.into_iter();
+        Ok(names
+            .filter_map(|name| name.to_str()?.parse().ok())
+            .collect())
     }
 
     /// Whether a file that is not of an earlier set stands under this name.
@@ -129,6 +173,19 @@ impl Swap<'_> {
             let source = io::Error::new(io::ErrorKind::AlreadyExists, reason);
             io_fault("keep another", &path, source)
         })
+    }
+
+    /// Gives obsolete files names from which nothing is restored. A replay does nothing: by then
+    /// the old name may be that of a file that was kept since.
+    pub(super) fn put_aside(&self, obsolete: &[PutAside]) -> Result<(), HostFault> {
+        for PutAside { kept, aside } in obsolete {
+            let (kept_at, aside_at) = (At(Dir::Adopted, kept), At(Dir::Adopted, aside));
+            if self.tree.facts(aside_at)?.is_none() && self.tree.facts(kept_at)?.is_some() {
+                self.tree.rename(kept_at, aside_at)?;
+                tracing::info!(kept, aside, "an obsolete file of the host is put aside");
+            }
+        }
+        Ok(())
     }
 
     /// Keeps what others had put there.
@@ -192,12 +249,10 @@ impl Swap<'_> {
         journal: &Journal,
         Moved { name, kept }: &Moved,
     ) -> Result<(), HostFault> {
-        let earlier = earlier_sets(journal.before.installed.as_ref(), None);
-        let kept = At(Dir::Adopted, kept);
-        if self.tree.facts(kept)?.is_some() || !self.is_taken(name, &earlier)? {
+        let (kept, there) = (At(Dir::Adopted, kept), At(Dir::Databases, name.as_str()));
+        if self.tree.facts(kept)?.is_some() || self.tree.facts(there)?.is_none() {
             return Ok(()); // it was not restored, or is kept again
         }
-        let there = At(Dir::Databases, name.as_str());
         let returns = journal.files.iter().any(|file| file.name == *name);
         // With a second name it is not missing until the set's file is placed over it.
         if !returns || self.tree.link(there, kept).is_err() {
@@ -209,7 +264,12 @@ impl Swap<'_> {
 
 /// Whether a set owns this name: it has a file of it, or a successor for one.
 pub(super) fn is_owned(manifest: &Manifest, name: &DatabaseName) -> bool {
-    manifest.file(name).is_some() || succeeds(manifest, name)
+    is_among(manifest.files.iter().map(|file| &file.name), name)
+}
+
+/// The same of the names of a set.
+fn is_among<'n>(mut names: impl Iterator<Item = &'n DatabaseName>, name: &DatabaseName) -> bool {
+    names.any(|owned| owned == name || succeeds(owned, name))
 }
 
 /// The manifests of the sets before a new one, proven or not.

@@ -119,8 +119,8 @@ const REFUSED_OVER_UNREADABLE: Scenario = Scenario {
 };
 
 const WITHDRAWAL: Scenario = Scenario {
-    own: "local.ign2=own list.ndb=own daily.cvd=freshclams",
-    old: "daily.cld@1=daily-one local.ign2=fleets x.ndb=x",
+    own: "local.ign2=own list.ndb=own daily.cvd=freshclams same.ndb=same",
+    old: "daily.cld@1=daily-one local.ign2=fleets same.ndb=same x.ndb=x",
     foreign: "",
     denied: "",
     new: "main.cvd@62=main x.ndb=x",

@@ -128,6 +128,9 @@ pub struct Journal {
     pub files: Vec<FileState>,
     /// What stood there before.
     pub before: Before,
+    /// Files in `adopted/` that no set restores any more.
+    #[serde(default)]
+    pub obsolete: Vec<PutAside>,
     /// Names that others had put there, to be kept in `adopted/`.
     pub adopt: Vec<DatabaseName>,
     /// The host's own files that come back from `adopted/`, as the set owns their names no more.
@@ -230,6 +233,15 @@ pub struct Moved {
     pub name: DatabaseName,
     /// Its name in `adopted/`, from where it comes back.
     pub kept: String,
+}
+
+/// A file in `adopted/` that gets a name from which nothing is restored.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub struct PutAside {
+    /// Its name.
+    pub kept: String,
+    /// The new one.
+    pub aside: String,
 }
 
 /// A generation with evidence against it, found by `clamscan` or by clamd.

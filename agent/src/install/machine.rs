@@ -228,6 +228,7 @@ impl Machine {
                     control: false,
                     // It is what there is to go back to.
                     before: Before::default(),
+                    obsolete: Vec::new(),
                     adopt: Vec::new(),
                     restore: Vec::new(),
                     withdraw: Vec::new(),
@@ -698,6 +699,7 @@ impl Machine {
             control: false,
             // If clamd refuses this one too, there is nothing further back.
             before: Before::default(),
+            obsolete: Vec::new(),
             adopt: Vec::new(),
             restore: Vec::new(),
             withdraw: Vec::new(),
@@ -807,6 +809,7 @@ mod tests {
             control: false,
             files,
             before,
+            obsolete: Vec::new(),
             adopt: Vec::new(),
             restore: Vec::new(),
             withdraw: Vec::new(),

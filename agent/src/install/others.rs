@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 
 use clamcast_daemon::clamscan::is_hosts_trouble;
 
-use super::disk::Behind;
+use super::disk::{Behind, HIDDEN};
 use crate::clamd::{LoadTest, Verdict};
 
 /// Whose fault it is that clamd does not have a set.
@@ -50,9 +50,10 @@ impl Blame {
                 let note = report.note.as_deref().filter(|note| is_hosts_trouble(note));
                 let private = others.iter().find(|other| !other.is_for_everybody());
                 match (note, private) {
-                    (Some(note), Some(Other { name, .. })) => Self::Others(format!(
-                        "{name} beside the set is not readable for everybody, and {note}; \
-                         `chmod a+r` or remove it"
+                    (Some(note), Some(other)) => Self::Others(format!(
+                        "{} beside the set is not readable for everybody, and {note}; \
+                         `chmod a+r` or remove it",
+                        other.place()
                     )),
                     (_, _) => Self::Set,
                 }
@@ -64,14 +65,15 @@ impl Blame {
     /// The same from a content error of `clamscan`.
     pub(super) fn of_failure(said: &str, ours: &BTreeSet<&str>, others: &[Other]) -> Self {
         let culprit = culprit(said);
-        let theirs = |name: &&str| others.iter().any(|other| other.name == *name);
-        match culprit {
-            Some(name) if ours.contains(name) => Self::Set,
-            Some(name) if theirs(&name) => Self::Others(format!(
-                "{name} is not of this set, and clamd loads no set beside it: {said}; mend or \
-                 remove it"
+        let theirs = culprit.and_then(|name| others.iter().find(|other| other.name == name));
+        match (culprit, theirs) {
+            (Some(name), _) if ours.contains(name) => Self::Set,
+            (_, Some(other)) => Self::Others(format!(
+                "{} is not of this set, and clamd loads no set beside it: {said}; mend or remove \
+                 it",
+                other.place()
             )),
-            Some(_) | None => match others.iter().find(|other| !other.is_file()) {
+            (_, None) => match others.iter().find(|other| !other.is_file()) {
                 Some(other) => Self::Others(other.spins()),
                 None => Self::Unknown,
             },
@@ -93,14 +95,24 @@ pub(super) fn culprit(reason: &str) -> Option<&str> {
 pub(super) struct Other {
     /// Its name, as a message can have it.
     pub(super) name: String,
+    /// Its name in `adopted/` if it is still to be restored from there.
+    pub(super) kept: Option<String>,
     /// What a reader finds there; `None` where the name is no text, and nobody looked.
     pub(super) behind: Option<Behind>,
 }
 
 impl Other {
+    /// Where it is now, from the database directory.
+    fn place(&self) -> String {
+        match &self.kept {
+            Some(kept) => format!("{HIDDEN}/adopted/{kept}"),
+            None => self.name.clone(),
+        }
+    }
+
     /// Why nobody can try it in clamd's place.
     pub(super) fn obstacle(&self) -> Option<String> {
-        let name = &self.name;
+        let name = self.place();
         match &self.behind {
             Some(behind) if !behind.facts.regular => Some(self.spins()),
             Some(behind) if behind.readable => None,
@@ -126,7 +138,7 @@ impl Other {
     }
 
     fn spins(&self) -> String {
-        let name = &self.name;
+        let name = self.place();
         format!(
             "{name} is not of this set and no file: clamd reads it for ever, or not at all, and \
              loads nothing else; remove it, and restart clamd if it does not come back"
@@ -157,6 +169,7 @@ mod tests {
             };
             Other {
                 name: name.to_owned(),
+                kept: None,
                 behind: Some(Behind {
                     facts,
                     readable: !word.ends_with('!'),

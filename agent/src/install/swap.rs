@@ -11,7 +11,7 @@ use clamcast_proto::manifest::{Manifest, ManifestFile};
 use clamcast_proto::names::{DatabaseKind, looks_like_a_database};
 use clamcast_proto::receipt::{FOREIGN_MAX, FileState, InstallNumber};
 
-use super::adopted::{earlier_sets, is_owned};
+use super::adopted::{Adopted, earlier_sets, is_owned};
 use super::disk::{At, DATABASE_MODE, Dir, HostFault, Tree};
 use super::journal::{Before, Installed, Journal, Moved, Set, Step, Way};
 use super::look::Baseline;
@@ -124,7 +124,11 @@ impl Swap<'_> {
         let earlier = earlier_sets(installed, open);
         let ours = earlier.iter().flat_map(|set| &set.files);
         let ours: BTreeSet<_> = ours.map(|file| file.name.clone()).collect();
-        let (restore, stay) = self.to_restore(&set.manifest, &earlier)?;
+        let Adopted {
+            restore,
+            stay,
+            obsolete,
+        } = self.survey_adopted(&set.manifest, &earlier)?;
 
         let mut adopt = Vec::new();
         let mut in_place = true;
@@ -133,15 +137,18 @@ impl Swap<'_> {
                 in_place = false;
                 continue;
             };
-            if !self.is_placed(file)? {
-                in_place = false;
-                let at = At(Dir::Databases, name.as_str());
-                // A file with the fleet's own bytes is nothing that could be lost; and where the
-                // state directory was, the agent's own older file is known by its link.
-                let is_theirs = !ours.contains(name) && !self.is_current(name)?;
-                if is_theirs && self.stage.holds(at, file)?.is_none() {
-                    adopt.push(name.clone());
-                }
+            let is_placed = self.is_placed(file)?;
+            in_place &= is_placed;
+            // After the loss of the state directory the agent's own file is known by its link.
+            if ours.contains(name) || self.is_current(name)? {
+                continue;
+            }
+            // A loose file with the published bytes is kept too: the fleet may withdraw the name. A
+            // container with the published bytes is not, because its publisher replaces it daily.
+            let at = At(Dir::Databases, name.as_str());
+            let is_published = is_placed || self.stage.holds(at, file)?.is_some();
+            if !is_published || name.kind() == DatabaseKind::Loose {
+                adopt.push(name.clone());
             }
         }
         // A set that waits for clamd may still have the old forms of the one before it beside it.
@@ -155,7 +162,8 @@ impl Swap<'_> {
             if stay.contains(name) || restore.iter().any(|restored| restored.name == *name) {
                 continue; // the host's own file is there, or is put there
             }
-            if ours.contains(name) {
+            // After the loss of the state directory the agent's own file is known by its link.
+            if ours.contains(name) || self.is_current(name)? {
                 match self.may_stay_till_the_proof(name, &set.manifest, &known)? {
                     true => later.push(name.clone()),
                     false => withdraw.push(name.clone()),
@@ -200,6 +208,7 @@ impl Swap<'_> {
                 control: false,
                 files,
                 before,
+                obsolete,
                 adopt,
                 restore,
                 withdraw,
@@ -331,6 +340,7 @@ impl Swap<'_> {
         }
         self.tree.sync_dir(Dir::Stage)?;
         self.prepare_proof(journal.install)?;
+        self.put_aside(&journal.obsolete)?;
         self.adopt(&journal.adopt)?;
         self.move_away(journal).map_err(touched)?;
         for file in signatures_first(&journal.files) {
@@ -342,7 +352,8 @@ impl Swap<'_> {
         self.restore(journal).map_err(touched)?;
         self.show_proof().map_err(touched)?;
         self.tree.sync_dir(Dir::Databases).map_err(touched)?;
-        self.fill_current(&journal.files).map_err(touched)
+        self.fill_current(&journal.files, Some(&journal.set.manifest))
+            .map_err(touched)
     }
 
     /// The way back: whatever cannot be restored, everything else is, before it fails.
@@ -374,17 +385,15 @@ impl Swap<'_> {
         for name in &journal.withdraw {
             also(self.withdraw(name));
         }
-        also(self.give_up(&journal.adopt));
         restored?;
+        // After every file is back: where one is not, the kept copy may be the last one.
+        self.give_up(&journal.adopt)?;
         // The old set comes first: it needs no room, and these two may find none.
         self.prepare_proof(journal.install)?;
         self.show_proof()?;
         self.tree.sync_dir(Dir::Databases)?;
-        // What others had put there is not the agent's.
-        let ours = earlier_sets(journal.before.installed.as_ref(), None);
-        let is_ours = |file: &&FileState| ours.iter().any(|set| set.file(&file.name).is_some());
-        let files: Vec<_> = journal.files.iter().filter(is_ours).cloned().collect();
-        self.fill_current(&files)
+        let old = journal.before.installed.as_ref();
+        self.fill_current(&journal.files, old.map(|old| &old.set.manifest))
     }
 
     /// Puts only the next canary and gate in place.
@@ -411,11 +420,15 @@ impl Swap<'_> {
         self.tree.sync_dir(Dir::Previous)
     }
 
-    fn fill_current(&self, files: &[FileState]) -> Result<(), HostFault> {
-        for file in files {
+    /// Links to the files of this set among those that were put in place. After the way back the
+    /// host's own files are among them, too, and they are not the agent's.
+    fn fill_current(&self, files: &[FileState], set: Option<&Manifest>) -> Result<(), HostFault> {
+        let is_ours = |file: &&FileState| set.is_some_and(|set| set.file(&file.name).is_some());
+        let files = files.iter().filter(is_ours);
+        for file in files.clone() {
             self.link_over(file, At(Dir::Current, file.name.as_str()))?;
         }
-        self.keep_only(Dir::Current, files.iter().map(|file| file.name.as_str()))?;
+        self.keep_only(Dir::Current, files.map(|file| file.name.as_str()))?;
         self.tree.sync_dir(Dir::Current)
     }
 
@@ -579,8 +592,25 @@ impl Swap<'_> {
     /// Databases of others that lie beside this journal's set once it is in place, as clamd meets
     /// them. A link that leads nowhere it passes over.
     pub(super) fn others(&self, journal: &Journal) -> Result<Vec<Other>, HostFault> {
-        let ours: BTreeSet<_> = names_of(journal).chain([CANARY, GATE]).collect();
+        let ours = names_of(journal).chain([CANARY, GATE]);
+        let mut ours: BTreeSet<_> = ours.map(str::to_owned).collect();
         let mut others = Vec::new();
+        // A file that is still to be restored replaces the file that has its name now.
+        let forward = journal.way == Way::Forward;
+        for Moved { name, kept } in journal.restore.iter().filter(|_| forward) {
+            let kept_at = At(Dir::Adopted, kept);
+            if self.tree.facts(kept_at)?.is_none() || !ours.insert(name.to_string()) {
+                continue;
+            }
+            let behind = self.tree.behind(kept_at)?;
+            if is_loaded(name.as_str()) && behind.is_some() {
+                others.push(Other {
+                    name: name.to_string(),
+                    kept: Some(kept.clone()),
+                    behind,
+                });
+            }
+        }
         for name in self.tree.list(Dir::Databases)? {
             let shown = name.to_string_lossy();
             if ours.contains(&*shown) || !is_loaded(&shown) {
@@ -594,25 +624,31 @@ impl Swap<'_> {
                 },
             };
             let name = printable(&shown);
-            others.push(Other { name, behind });
+            others.push(Other {
+                name,
+                kept: None,
+                behind,
+            });
         }
         Ok(others)
     }
 
     /// The directory as clamd would see it after the swap, for a load test: the set under its real
-    /// names, and what lies beside it. That may be another user's, which the kernel may forbid to
-    /// give a second name; a symbolic link takes no right.
+    /// names, and what lies beside it, files that the install restores included. That may be another
+    /// user's, which the kernel may forbid to give a second name; a symbolic link takes no right.
     pub(super) fn make_trial(&self, journal: &Journal, others: &[Other]) -> Result<(), HostFault> {
         for file in &journal.files {
             self.must_be_staged(file)?;
             self.link_over(file, At(Dir::Trial, file.name.as_str()))?;
         }
         let later = journal.later.iter().map(DatabaseName::as_str);
-        let beside = later.chain(others.iter().map(|other| other.name.as_str()));
-        let beside: Vec<_> = beside.collect();
-        self.link_beside(&beside)?;
+        let later = later.map(|name| (name, in_databases(name)));
+        let others = others
+            .iter()
+            .map(|other| (other.name.as_str(), target(other)));
+        let beside: Vec<_> = later.chain(others).collect();
         let files = journal.files.iter().map(|file| file.name.as_str());
-        self.keep_only(Dir::Trial, files.chain(beside))
+        self.link_beside(files, &beside)
     }
 
     /// The directory as clamd would see it with what stood there before, for a load test of the
@@ -623,20 +659,31 @@ impl Swap<'_> {
             self.link_over(file, At(Dir::Trial, file.name.as_str()))?;
         }
         let files = before.files.iter().map(|file| file.name.as_str());
-        let others: Vec<_> = others.iter().map(|other| other.name.as_str()).collect();
-        self.link_beside(&others)?;
-        self.keep_only(Dir::Trial, files.chain(others))
+        // The previous set owned the name of a file that is restored.
+        let others = others.iter().filter(|other| {
+            let is_before = files.clone().any(|name| name == other.name);
+            other.kept.is_none() && !is_before
+        });
+        let beside = others.map(|other| (other.name.as_str(), target(other)));
+        let beside: Vec<_> = beside.collect();
+        self.link_beside(files, &beside)
     }
 
-    /// Symbolic links to these names in the database directory.
-    fn link_beside(&self, names: &[&str]) -> Result<(), HostFault> {
-        for name in names {
+    /// Makes symbolic links beside these files in the trial directory, and removes everything else.
+    fn link_beside<'n>(
+        &self,
+        files: impl Iterator<Item = &'n str>,
+        beside: &'n [(&'n str, String)],
+    ) -> Result<(), HostFault> {
+        for (name, target) in beside {
             let link = At(Dir::Trial, name);
             self.tree.remove(link)?;
-            // From `.clamcast/trial`.
-            self.tree.symlink(&format!("../../{name}"), link)?;
+            self.tree.symlink(target, link)?;
         }
-        Ok(())
+        self.keep_only(
+            Dir::Trial,
+            files.chain(beside.iter().map(|(name, _)| *name)),
+        )
     }
 
     /// Removes what an ended install leaves behind.
@@ -714,6 +761,19 @@ fn is_loaded(name: &str) -> bool {
     looks_like_a_database(name) && !signs
 }
 
+/// A file of others, from `.clamcast/trial`.
+fn target(other: &Other) -> String {
+    match &other.kept {
+        Some(kept) => format!("../adopted/{kept}"),
+        None => in_databases(&other.name),
+    }
+}
+
+/// A name in the database directory, from `.clamcast/trial`.
+fn in_databases(name: &str) -> String {
+    format!("../../{name}")
+}
+
 /// As `clamscan`'s reason shows it, too.
 fn printable(name: &str) -> String {
     let shown = |c: char| if c.is_control() { '?' } else { c };
@@ -735,15 +795,11 @@ fn places_of(moved: &Moved) -> (At<'_>, At<'_>) {
     )
 }
 
-/// Whether the manifest has a successor for another's file: the other form of a container, or the
-/// detached signature of one of another version.
-pub(super) fn succeeds(manifest: &Manifest, name: &DatabaseName) -> bool {
-    let stem = stem(name);
-    let signed = name.kind() == DatabaseKind::Sign;
-    manifest.files.iter().any(|file| {
-        (name.other_form().as_ref() == Some(&file.name))
-            || (signed && self::stem(&file.name) == stem)
-    })
+/// Whether a file of the fleet is the successor of another's file: the other form of a container, or
+/// the file that a detached signature of any version belongs to.
+pub(super) fn succeeds(successor: &DatabaseName, name: &DatabaseName) -> bool {
+    name.other_form().as_ref() == Some(successor)
+        || (name.kind() == DatabaseKind::Sign && stem(successor) == stem(name))
 }
 
 /// `daily` for `daily.cld` and for `daily-27001.cvd.sign`.

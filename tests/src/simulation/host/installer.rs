@@ -154,6 +154,7 @@ impl Host {
             control: false,
             files,
             before,
+            obsolete: Vec::new(),
             adopt: Vec::new(),
             restore: Vec::new(),
             withdraw,
