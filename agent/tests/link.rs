@@ -815,6 +815,13 @@ async fn a_host_that_never_received_a_freshness_statement_becomes_stale_from_its
     let since = first - SignedDuration::from_mins(1);
     let long_ago = since - SignedDuration::try_from(FRESH_UNHEARD).unwrap();
     fs::write(&path, serde_json::to_vec(&long_ago).unwrap()).unwrap();
+    // A start before the certificate is that of a wrong clock or of a cloned image.
+    let agent = lab.start(&silent).await;
+    assert!(!status().await.stale);
+    agent.stop(Occasion::Exit).await;
+    let client = ExtendedKeyUsagePurpose::ClientAuth;
+    let (web1, ends) = ("clamcast://bank/agent/web1", Timestamp::now() + HOUR);
+    lab.give(&lab.leaf_between(web1, client, long_ago - HOUR, ends));
     let master = lab.master("bank");
     let agent = lab.start(&master).await;
     let now = status().await;
@@ -933,13 +940,23 @@ socket = "none"
     }
 
     fn leaf(&self, uri: &str, usage: ExtendedKeyUsagePurpose, left: SignedDuration) -> Leaf {
+        let ends = Timestamp::now() + left;
+        self.leaf_between(uri, usage, ends - HOUR - HOUR, ends)
+    }
+
+    fn leaf_between(
+        &self,
+        uri: &str,
+        usage: ExtendedKeyUsagePurpose,
+        begins: Timestamp,
+        ends: Timestamp,
+    ) -> Leaf {
         let signing = SigningKey::from_bytes(&rand::random());
         let key = signing.to_pkcs8_pem(LineEnding::LF).unwrap().to_string();
         let mut params = CertificateParams::default();
         params.extended_key_usages = vec![usage];
         params.subject_alt_names = vec![SanType::URI(uri.try_into().unwrap())];
-        let ends = Timestamp::now() + left;
-        params.not_before = SystemTime::from(ends - HOUR - HOUR).into();
+        params.not_before = SystemTime::from(begins).into();
         params.not_after = SystemTime::from(ends).into();
         let pair = KeyPair::from_pem(&key).unwrap();
         let cert = params.signed_by(&pair, &self.ca).unwrap().pem();

@@ -1,10 +1,13 @@
 //! Decides when the installed files are looked at, and what is done about one that was changed.
 //!
 //! Pure: no disk, no clock, no randomness. `keeper/drift.rs` feeds events in and carries out the
-//! actions that come back. Invariants: a look is made only after the directory was quiet for a
-//! moment or for want of quiet; nothing is repaired where the configuration says so, until another
-//! updater is gone, or where repairs did not last; what goes on being wrong is reported at longer
-//! and longer intervals.
+//! actions that come back. Invariants:
+//!
+//! - A look waits until the directory was quiet for a moment, and no longer than a bound.
+//! - The guard repairs no file while the configuration says `report`.
+//! - A repair that another updater delays waits until no updater was seen for ten minutes.
+//! - Automatic repair ends after three repairs of one file that did not last.
+//! - The intervals between reports of one lasting fault grow.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::Path;
@@ -150,13 +153,62 @@ impl Kept {
     }
 }
 
-/// A repair that is put off.
+/// A repair that waits.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Wait {
-    /// Since when.
+    /// When the wait began.
     pub since: Instant,
-    /// When it is tried, unless an updater is seen again before.
+    /// When the repair starts, unless another updater is seen again before.
     pub until: Instant,
+}
+
+/// Decides which faults of the database directory are reported. The end of a reported fault costs an
+/// install and a proof, so that a directory that comes and goes must not have each fault reported.
+#[derive(Debug)]
+pub struct Outages {
+    /// The fault that was reported and has not ended.
+    open: Option<String>,
+    /// Faults that were reported since the waits began.
+    known: BTreeSet<String>,
+    /// When a fault was last seen.
+    seen: Option<Instant>,
+    report_at: Instant,
+    reports: Backoff,
+}
+
+impl Outages {
+    /// No fault was seen yet.
+    pub fn new(now: Instant) -> Self {
+        Self {
+            open: None,
+            known: BTreeSet::new(),
+            seen: None,
+            report_at: now,
+            reports: Backoff::new(REPORT_FIRST, REPORT_LONGEST),
+        }
+    }
+
+    /// The directory cannot be used: whether to report it. `random` is from 0 to 1.
+    pub fn blocked(&mut self, reason: &str, now: Instant, random: f64) -> bool {
+        let seen = self.seen.replace(now);
+        if seen.is_none_or(|seen| now.duration_since(seen) >= REPORT_LONGEST) {
+            self.known.clear();
+            self.reports.reset();
+        }
+        let is_new = !self.known.contains(reason);
+        if self.open.as_deref() == Some(reason) || (!is_new && now < self.report_at) {
+            return false;
+        }
+        self.known.insert(reason.to_owned());
+        self.open = Some(reason.to_owned());
+        self.report_at = now + self.reports.next(random);
+        true
+    }
+
+    /// The directory can be used: whether that ends a reported fault.
+    pub fn usable(&mut self) -> bool {
+        self.open.take().is_some()
+    }
 }
 
 /// Watches over the installed files of one host.
@@ -226,7 +278,7 @@ impl Guard {
         self.policy
     }
 
-    /// The files that are wrong.
+    /// Files that differ from the published ones.
     pub fn wrong(&self) -> impl ExactSizeIterator<Item = &Sighting> {
         self.wrong.values()
     }
@@ -301,7 +353,7 @@ impl Guard {
         self.now.rest.is_some()
     }
 
-    /// How long the repair of what is wrong is put off, if it is; not where it has ended.
+    /// The wait of the repair, if it waits. A repair that has ended waits for nothing.
     pub fn wait(&self, now: Instant) -> Option<Wait> {
         let began = self.since?;
         let wait = match (&self.now.rest, self.policy) {
@@ -579,6 +631,46 @@ mod tests {
             said.push(words.collect::<Vec<_>>().join(" "));
         }
         assert_eq!(said.join(";").replace(' ', ""), expected.replace(' ', ""));
+    }
+
+    /// Feeds looks at the directory, one every two seconds, and compares how many faults and ends of
+    /// faults were reported. A word is a fault, `ok`, or `WORD*N` for N looks in a row.
+    #[track_caller]
+    fn check_outages(looks: &str, faults: usize, ends: usize) {
+        let mut now = Instant::now();
+        let mut outages = Outages::new(now);
+        let mut reported = (0, 0);
+        for word in looks.split_whitespace() {
+            let (word, times) = word.split_once('*').unwrap_or((word, "1"));
+            for _ in 0..times.parse().unwrap() {
+                match word {
+                    "ok" => reported.1 += usize::from(outages.usable()),
+                    fault => reported.0 += usize::from(outages.blocked(fault, now, 1.0)),
+                }
+                now += LOOK_AGAIN;
+            }
+        }
+        assert_eq!(reported, (faults, ends), "{looks}");
+    }
+
+    #[test]
+    fn a_fault_of_the_directory_is_reported_once_and_its_end_at_once() {
+        check_outages("ok missing*9000 ok*9", 1, 1);
+        // What an operator does step by step is reported at once.
+        check_outages("missing*9 not_ours*9 read_only ok", 3, 1);
+        // A fault after a calm of six hours is as good as the first.
+        check_outages("missing ok*10800 missing ok missing", 2, 2);
+    }
+
+    #[test]
+    fn a_directory_that_comes_and_goes_is_reported_at_longer_and_longer_intervals() {
+        // A quarter of an hour has 450 looks, and the second wait has passed after thirty minutes.
+        check_outages(&"missing ok ".repeat(225), 2, 2);
+        check_outages(&"missing ok ".repeat(460), 3, 3);
+        check_outages(&"missing ok read_only ok ".repeat(70), 2, 2);
+        // A fault that stays is reported when its wait has passed.
+        check_outages("missing ok missing*290", 1, 1);
+        check_outages("missing ok missing*310 ok", 2, 2);
     }
 
     fn writer(name: &str) -> Updater {

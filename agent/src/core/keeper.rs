@@ -39,7 +39,7 @@ use crate::chain;
 use crate::clamd::Prover;
 use crate::config::Stale;
 use crate::core::audit::AuditLog;
-use crate::core::drift::{Event as GuardEvent, Guard};
+use crate::core::drift::{Event as GuardEvent, Guard, Outages};
 use crate::core::receipts::Receipts;
 use crate::core::slot::{Action, Ending, Event as SlotEvent, Slot, Work};
 use crate::core::status::{LastStatus, MasterStatus, Status};
@@ -140,8 +140,10 @@ pub struct Keeper {
     scanning: bool,
     /// The last one that was seen.
     updater: Option<(Updater, Timestamp)>,
-    /// Why the database directory cannot be used, as it was reported.
+    /// Why the database directory cannot be used.
     blocked: Option<String>,
+    /// Which of these faults are reported.
+    outages: Outages,
     /// Whether damaged files can come from the master alone.
     lacking: bool,
     /// When every byte was read last.
@@ -285,7 +287,7 @@ impl Keeper {
             tracing::warn!(error = chain(&error), "the kept freshness is of no use");
             None
         });
-        let first_start = first_start(&state, Timestamp::now());
+        let first_start = first_start(&state, Timestamp::now(), credentials.certificate.not_before);
         Self {
             fleet: credentials.fleet.clone(),
             slot: Slot::new(true),
@@ -318,6 +320,7 @@ impl Keeper {
             scanning: false,
             updater: None,
             blocked: None,
+            outages: Outages::new(Instant::now()),
             lacking: false,
             rehashed: None,
             guarded: installer
@@ -1304,8 +1307,13 @@ fn ahead_secs(time: Timestamp) -> i64 {
 }
 
 /// When this host's agent started first, by its clock, kept at the first start. A time of the
-/// future, of a clock that was wrong, counts as now.
-fn first_start(state: &State, now: Timestamp) -> Timestamp {
+/// future, of a clock that was wrong, counts as now. A time before the agent's certificate counts as
+/// the start of the certificate: the clock was wrong, or the file is that of a cloned image.
+fn first_start(state: &State, now: Timestamp, not_before: Timestamp) -> Timestamp {
+    kept_start(state, now).max(not_before)
+}
+
+fn kept_start(state: &State, now: Timestamp) -> Timestamp {
     let path = state.path().join("first-start.json");
     match state::load::<Timestamp>(&path, "staleness counts from now") {
         Ok(Some(first)) if first <= now => return first,

@@ -34,6 +34,22 @@ struct Record {
     repaired: BTreeMap<String, Vec<Timestamp>>,
 }
 
+/// The file as this version writes it, or as versions before it wrote it.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum AnyRecord {
+    Now(Record),
+    Before(Option<RestBefore>),
+}
+
+/// Why changed files were left alone, without times.
+#[derive(Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum RestBefore {
+    Updater(Updater),
+    Again,
+}
+
 #[derive(Deserialize, Serialize)]
 #[serde(rename_all = "snake_case")]
 enum RestRecord {
@@ -125,10 +141,31 @@ impl Record {
     }
 }
 
+impl AnyRecord {
+    fn kept(self, clocks: Clocks) -> Kept {
+        let rest = match self {
+            Self::Now(record) => return record.kept(clocks),
+            Self::Before(rest) => rest,
+        };
+        let rest = rest.map(|rest| match rest {
+            RestBefore::Updater(updater) => Rest::Updater {
+                updater,
+                since: clocks.now,
+                seen: clocks.now,
+            },
+            RestBefore::Again => Rest::Again,
+        });
+        Kept {
+            rest,
+            repaired: BTreeMap::new(),
+        }
+    }
+}
+
 /// What the agent before this one left alone. Without it, repairs begin anew.
 pub(crate) fn kept_rest(state: &State) -> Kept {
     let path = state.path().join(REST);
-    let record = state::load::<Record>(&path, "what was left alone is repaired");
+    let record = state::load::<AnyRecord>(&path, "what was left alone is repaired");
     let record = record.unwrap_or_else(|error| {
         tracing::warn!(error = chain(&error), "what was left alone is repaired");
         None
@@ -274,20 +311,23 @@ impl Keeper {
         }
     }
 
-    /// The database directory cannot be used: a fault of the host, reported once for each reason.
+    /// The database directory cannot be used, which is a fault of the host. [`Outages`] says whether
+    /// to report it.
     fn blocked_by(&mut self, reason: String) {
-        if self.blocked.as_ref() == Some(&reason) {
-            return;
-        }
-        tracing::error!(reason, "the database directory cannot be used");
         self.blocked = Some(reason.clone());
-        self.report_host_fault(reason);
+        let now = Instant::now();
+        if self.outages.blocked(&reason, now, rand::random()) {
+            tracing::error!(reason, "the database directory cannot be used");
+            self.report_host_fault(reason);
+        }
     }
 
-    /// It can be used. What is right in it is proven again, which ends the fault for the master, and
-    /// a generation that could not be taken is asked for.
+    /// The database directory can be used. After a reported fault the installed set is proven again,
+    /// which ends the fault for the master, and a generation that could not be taken is asked for. A
+    /// fault that was not reported needs neither: a failed offer is tried again in time.
     fn unblocked(&mut self, is_right: bool) {
-        if self.blocked.take().is_none() {
+        self.blocked = None;
+        if !self.outages.usable() {
             return;
         }
         tracing::info!("the database directory can be used again");
@@ -507,6 +547,23 @@ impl Keeper {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_upgrade_keeps_what_older_agents_left_alone() {
+        let clocks = Clocks::read();
+        let rest = |json: &str| {
+            let record: AnyRecord = serde_json::from_str(json).unwrap();
+            record.kept(clocks).rest
+        };
+        assert_eq!(rest("null"), None);
+        assert_eq!(rest("\"again\""), Some(Rest::Again));
+        let freshclam = r#"{"updater":{"name":"freshclam","pid":812,"user":"clamav"}}"#;
+        let Some(Rest::Updater { updater, seen, .. }) = rest(freshclam) else {
+            panic!("it is kept");
+        };
+        assert_eq!((updater.pid, seen), (812, clocks.now));
+        assert_eq!(rest(r#"{"rest":"again","repaired":{}}"#), Some(Rest::Again));
+    }
 
     #[test]
     fn kept_times_survive_a_restart_and_a_time_of_the_future_counts_as_now() {
