@@ -15,8 +15,8 @@ pub const ERROR_BYTES_MAX: usize = 4 << 10;
 /// Files of others that a receipt lists. More are only counted.
 pub const FOREIGN_MAX: usize = 100;
 
-/// Adopted files that a receipt lists. A host that has more of its own under names of the fleet was
-/// a mirror of its own before.
+/// Adopted files that a receipt lists. The agent keeps further files without listing them. Only a
+/// host that was a mirror before has so many files of its own under names of the fleet.
 pub const ADOPTED_MAX: usize = 100;
 
 /// Drifted files that a receipt lists. More are found again by the next look.

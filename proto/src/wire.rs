@@ -118,9 +118,9 @@ pub enum ToMaster {
     },
 }
 
-/// What an agent follows that declines an offer because two masters publish in one epoch. The
-/// publisher is the offering master's own where one state directory was copied or a manifest key
-/// was stolen: then only the manifests differ.
+/// The master that an agent follows, in the answer that declines the offer of a second master in the
+/// same epoch. Both masters have one publisher if a state directory was copied or a manifest key was
+/// stolen: then only the manifests differ.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct OtherMaster {
     /// The publisher that the agent follows.

@@ -36,20 +36,20 @@ pub struct Status {
     pub files: Vec<DatabaseName>,
     /// Whether clamd was seen scanning with it.
     pub live: bool,
-    /// What came of the newest generation that came to an end here.
+    /// Outcome of the newest generation that ended on this host.
     pub outcome: Option<Outcome>,
-    /// What is going on.
+    /// Phase of the install under way; idle if there is none.
     pub phase: Phase,
-    /// The generation that it is going on for.
+    /// The generation of the install under way.
     pub working_on: Option<Position>,
-    /// The newest generation that came to an end here.
+    /// The newest generation that ended on this host.
     pub last: Option<LastStatus>,
-    /// Until when the freshness statement for the newest accepted generation holds; `None` if none
-    /// ever came.
+    /// When the freshness statement for the newest accepted generation expires; `None` if no
+    /// statement ever came.
     pub fresh_until: Option<Timestamp>,
-    /// Whether it expired, or none came in time after the first start.
+    /// Whether the freshness statement expired, or none came in time after the first start.
     pub stale: bool,
-    /// Since when.
+    /// When the host became stale.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stale_since: Option<Timestamp>,
     /// clamd, as it was last seen.
@@ -59,19 +59,19 @@ pub struct Status {
     /// The host's own files under names of the fleet, kept until the fleet withdraws the name.
     #[serde(default)]
     pub adopted: Vec<DatabaseName>,
-    /// What became of the installed files.
+    /// Drift of the installed files.
     #[serde(default)]
     pub drift: DriftStatus,
-    /// What stands in the way, if anything does.
+    /// The current error, if there is one.
     pub error: Option<String>,
-    /// What somebody should look at although nothing stands in the way.
+    /// A condition that an operator should look at although it is no error.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub alarm: Option<String>,
     /// Receipts that the master has not acknowledged.
     pub receipts_pending: usize,
     /// Last second of the host certificate's validity.
     pub certificate_expires: Timestamp,
-    /// Whether that is over.
+    /// Whether the host certificate has expired.
     #[serde(default)]
     pub certificate_expired: bool,
     /// The pinned root key.
@@ -83,76 +83,76 @@ pub struct Status {
 /// The connection to the master.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct MasterStatus {
-    /// Whether it is there.
+    /// Whether the agent is connected.
     pub connected: bool,
-    /// Where the master is.
+    /// The master's address.
     pub address: Option<String>,
-    /// Its program version.
+    /// The master's program version.
     pub version: Option<String>,
-    /// Since when the connection is there, or is not.
+    /// When the agent connected or disconnected last.
     pub since: Timestamp,
-    /// Why it is not there.
+    /// Why the agent is not connected.
     pub error: Option<String>,
     /// Seconds that this host's clock was ahead of the master's when the connection was made.
     #[serde(default)]
     pub clock_ahead_secs: Option<i64>,
 }
 
-/// How the installed files are watched over.
+/// Drift of the installed files.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 pub struct DriftStatus {
-    /// What is done about a changed one.
+    /// The policy for changed files.
     pub policy: DriftPolicy,
-    /// Those that are not what was published.
+    /// Files that differ from the published ones.
     pub files: Vec<Drift>,
-    /// Why they stay so.
+    /// Why the agent does not repair these files.
     pub reason: Option<String>,
-    /// The repair that is put off, if one is.
+    /// The repair that waits, if one does.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub repair_waits: Option<RepairWait>,
-    /// The updater of somebody else that was last seen at work on the directory, and when.
+    /// The other updater that was last seen at work on the directory.
     pub updater: Option<String>,
-    /// When it was seen.
+    /// When that updater was seen.
     pub updater_seen: Option<Timestamp>,
-    /// When every byte was read and hashed last.
+    /// When the agent last read and hashed every byte.
     pub rehashed: Option<Timestamp>,
-    /// Whether the file system tells of changes; else there are looks from time to time.
+    /// Whether the file system reports changes. Otherwise the agent looks every five seconds.
     pub watched: bool,
-    /// Why it does not.
+    /// Why the file system does not report changes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub blind: Option<Blindness>,
 }
 
-/// A repair that is put off.
+/// A repair that waits.
 #[derive(Clone, Copy, Debug, Deserialize, Serialize)]
 pub struct RepairWait {
-    /// Since when.
+    /// When the wait began.
     pub since: Timestamp,
-    /// When it is tried at the latest, unless another updater is seen again before.
+    /// When the repair starts at the latest, unless another updater is seen again before.
     pub until: Timestamp,
 }
 
 /// Why there are no file events.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Blindness {
-    /// What is in the way.
+    /// The cause.
     pub why: String,
-    /// What to do about it.
+    /// The command or change that removes the cause.
     pub remedy: String,
 }
 
 /// How a generation ended.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct LastStatus {
-    /// Its epoch.
+    /// The generation's epoch.
     pub epoch: Epoch,
-    /// Its number.
+    /// The generation's number.
     pub generation: Generation,
-    /// What came of it.
+    /// The outcome.
     pub outcome: Outcome,
-    /// Why it is not live.
+    /// Why the generation is not live.
     pub error: Option<String>,
-    /// When.
+    /// When the generation ended.
     pub time: Timestamp,
 }
 

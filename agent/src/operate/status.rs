@@ -163,8 +163,8 @@ impl DriftStatus {
             line(
                 "",
                 &format_args!(
-                    "the repair waits since {since} ({}) and is tried {when} unless another updater \
-                     is seen before",
+                    "the repair waits since {since} ({}) and starts {when} unless another updater is \
+                     seen before",
                     age(since, now)
                 ),
             );
@@ -178,7 +178,7 @@ impl DriftStatus {
     }
 }
 
-/// How long something holds that ends at `until`, or since when it does not.
+/// The end of a validity, and how far it lies ahead or in the past.
 fn validity(until: Timestamp, now: Timestamp) -> String {
     match until < now {
         true => format!("expired at {until} ({} ago)", age(until, now)),
@@ -186,7 +186,7 @@ fn validity(until: Timestamp, now: Timestamp) -> String {
     }
 }
 
-/// From one time to the next in the two largest units; nothing if the order is the other one.
+/// The time between two instants in the two largest units; zero if `to` lies before `from`.
 fn age(from: Timestamp, to: Timestamp) -> String {
     let duration = to.duration_since(from).max(SignedDuration::ZERO);
     let secs = Duration::from_secs(duration.as_secs().unsigned_abs());
@@ -195,7 +195,7 @@ fn age(from: Timestamp, to: Timestamp) -> String {
     units.join(" ")
 }
 
-/// Whether the installed set is live, and by what.
+/// Whether the installed set is live, and the evidence.
 fn is_live(live: bool, changed: bool, clamd: &ClamdReport) -> &'static str {
     match (live, clamd.state, clamd.proof) {
         (true, ClamdState::None, _) => "yes: this host has no clamd by configuration",
@@ -212,34 +212,34 @@ fn is_live(live: bool, changed: bool, clamd: &ClamdReport) -> &'static str {
     }
 }
 
-/// What `verify` found.
+/// The result of `verify`.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Verification {
-    /// Whether every database is what the installed generation says.
+    /// Whether every database is as published.
     pub ok: bool,
     /// The installed generation.
     pub position: Option<Position>,
-    /// Its databases.
+    /// The generation's databases.
     pub files: Vec<CheckedFile>,
 }
 
 /// One database, compared.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct CheckedFile {
-    /// Its name.
+    /// The database's name.
     pub name: DatabaseName,
-    /// Whether it is what it should be.
+    /// Whether the file is as published.
     pub ok: bool,
-    /// What it should be.
+    /// The published file.
     pub expected: FileState,
-    /// What is there.
+    /// The file on disk.
     pub found: Option<FileState>,
-    /// Why it could not be read.
+    /// Why the file could not be read.
     pub error: Option<String>,
 }
 
 impl Verification {
-    /// Judges what was found on disk of the generation at `position`.
+    /// Judges the files on disk of the generation at `position`.
     pub fn new(position: Option<Position>, checks: Vec<FileCheck>) -> Self {
         let files: Vec<_> = checks.into_iter().map(CheckedFile::from).collect();
         Self {
