@@ -223,3 +223,23 @@ fn a_withdrawal_is_tried_with_the_file_that_is_restored() {
         assert_eq!(host.there(), set("a.ndb=a local.ndb=fleets"));
     }
 }
+
+#[test]
+fn the_adopted_copy_stays_while_the_hosts_file_cannot_be_put_back() {
+    let host = Host::with(1, "a.ndb=a");
+    host.put("local.ign2=own");
+    let shim = host.shim(Fault::None);
+    let (installer, _) = host.start_on(shim.clone()).unwrap();
+    mood(&host, Mood::Away);
+    let bad = "a.ndb=BAD local.ign2=fleets";
+    host.take(&installer, &manifest(2, bad), bad).unwrap();
+    shim.make_immutable(At(Dir::Databases, "local.ign2"));
+    mood(&host, Mood::Up);
+    host.probe_on(&installer);
+    assert_eq!(host.there(), set("a.ndb=a local.ign2=fleets"));
+    assert_eq!(kept(&host), set("local.ign2=own"));
+    drop(installer);
+    host.start();
+    assert_eq!(host.there(), set("a.ndb=a local.ign2=own"));
+    assert_eq!(kept(&host), Files::new());
+}
