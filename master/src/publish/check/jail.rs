@@ -104,7 +104,6 @@ const FORBIDDEN: &[libc::c_long] = &[
     // Landlock leaves these to the owner of a file, and the files of the master have the same owner.
     libc::SYS_fchmod,
     libc::SYS_fchmodat,
-    FCHMODAT2,
     libc::SYS_fchown,
     libc::SYS_fchownat,
     libc::SYS_utimensat,
@@ -118,8 +117,9 @@ const FORBIDDEN: &[libc::c_long] = &[
     libc::SYS_truncate,
 ];
 
-/// Its number is the same everywhere, and not everywhere in libc.
-const FCHMODAT2: libc::c_long = 452;
+/// Of these the numbers are the same on every architecture, and not in libc everywhere: fchmodat2,
+/// setxattrat, removexattrat, file_setattr.
+const FORBIDDEN_NEW: &[libc::c_long] = &[452, 463, 466, 469];
 
 /// The same under older names, which newer architectures do not have.
 #[cfg(target_arch = "x86_64")]
@@ -268,7 +268,7 @@ fn landlock_gaps(status: LandlockStatus) -> Vec<Gap> {
 }
 
 fn restrict_calls() -> Result<Vec<Gap>, JailError> {
-    let forbidden = FORBIDDEN.iter().chain(FORBIDDEN_OLD);
+    let forbidden = FORBIDDEN.iter().chain(FORBIDDEN_NEW).chain(FORBIDDEN_OLD);
     let mut rules = rules(forbidden.map(|&call| (call, Vec::new())));
     rules.extend(self::rules([(libc::SYS_clone, vec![user_namespace()])]));
     // The flags of this one are out of a filter's sight; without it the C library uses the other.

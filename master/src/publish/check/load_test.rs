@@ -374,8 +374,9 @@ mod tests {
             memory: 128 << 20,
             ..generous
         };
-        // `tail` keeps a line until it ends.
-        let script = "head -c 300000000 /dev/zero | tail -n 1 > /dev/null && exit 0; exit 2";
+        // The limits come once it runs. `tail` keeps a line until it ends.
+        let script = "while [ \"$(ulimit -v)\" = unlimited ]; do :; done; \
+                      head -c 300000000 /dev/zero | tail -n 1 > /dev/null && exit 0; exit 2";
         check(script).unwrap();
         let stop = CancellationToken::new();
         let error = Scene::new(script).test(narrow, &stop).unwrap_err();
