@@ -89,6 +89,10 @@ fn a_stop_does_not_wait_for_the_load_test_and_the_next_start_publishes() {
     assert!(master.stop().success()); // or it waits longer than this test does
     let ended = until(PATIENCE, "the command ends", || waiting.try_wait().unwrap());
     assert!(!ended.success());
+    assert!(
+        !master.log().contains("panicked"),
+        "the signal reached the thread in the jail"
+    );
     until(PATIENCE, "clamscan is gone", || {
         // Of one that nobody has reaped yet there is a directory, and no command line.
         let command_line = fs::read(format!("/proc/{}/cmdline", pid.trim()));

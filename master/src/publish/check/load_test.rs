@@ -210,7 +210,7 @@ fn load(
         write: &temporary,
     };
     let confined = || {
-        // Made before the thread is confined: it opens a socket of its own for signals.
+        // Made before the thread is confined: the first one opens a pair of sockets for signals.
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
@@ -376,7 +376,8 @@ mod tests {
         };
         // The limits come once it runs. `tail` keeps a line until it ends.
         let script = "while [ \"$(ulimit -v)\" = unlimited ]; do :; done; \
-                      head -c 300000000 /dev/zero | tail -n 1 > /dev/null && exit 0; exit 2";
+                      yes | tr -d '\\n' | head -c 300000000 | tail -n 1 > /dev/null && exit 0; \
+                      exit 2";
         check(script).unwrap();
         let stop = CancellationToken::new();
         let error = Scene::new(script).test(narrow, &stop).unwrap_err();
