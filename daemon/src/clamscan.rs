@@ -1,8 +1,9 @@
-//! Loads a directory of databases as clamd would: with the real `clamscan`, which has the same
-//! loader and says what clamd's log keeps to itself.
+//! Loads a directory of databases with the real `clamscan`. It has the same loader as clamd, and
+//! reports details that clamd's log lacks.
 
 use std::env;
 use std::io;
+use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
@@ -13,11 +14,10 @@ use tokio::io::{AsyncRead, AsyncReadExt as _};
 use tokio::process::{Child, Command};
 use tokio::time::timeout;
 
-/// So much of what it says is kept, in bytes. The reason comes last, after a warning for every odd
-/// line; the rest is thrown away.
+/// How much of stderr is kept, in bytes. The reason comes last, after a warning for every odd line.
 const SAID_BYTES_MAX: usize = 16 << 10;
 
-/// So many of its errors make a reason: the line, the file, the kind.
+/// How many errors make a reason: the line, the file, the kind.
 const ERRORS_MAX: usize = 3;
 
 /// How long a reason is at most, in characters. It goes into audit lines and receipts.
@@ -26,25 +26,14 @@ const REASON_CHARS_MAX: usize = 400;
 /// Longest line of stderr that is examined, in bytes. The lines that matter are far shorter.
 const LINE_BYTES_MAX: usize = 8 << 10;
 
-/// How clamscan ends when it cannot load its databases.
+/// The exit code of clamscan when it cannot load its databases.
 const EXIT_ERROR: i32 = 2;
 
-/// Phrases, in lower case, that report trouble of the host: rights, space, memory, limits. The first
-/// ones are libclamav's own (`cl_strerror` in libclamav/others.c). Measured with clamscan 1.4.6 under
-/// 190 memory limits: the last line often says `Malformed database`, and a line before it always has
-/// one of the phrases on memory. The others are strerror(3)'s. A phrase has a blank, so that no file
-/// name matches.
-const HOSTS_TROUBLE: [&str; 26] = [
-    "can't open file or directory",
-    "can't create new file",
-    "can't unlink file",
-    "can't get file status",
-    "can't read file",
-    "can't write to file",
-    "can't access file",
-    "can't create temporary",
+/// Phrases, in lower case, that report a lack of memory. Most are libclamav's own. Measured with
+/// clamscan 1.4.6 under 190 memory limits: the last line often says `Malformed database`, and a line
+/// before it always has one of these. A phrase has a blank, so that no file name matches.
+const LACK_OF_MEMORY: [&str; 9] = [
     "can't map file into memory",
-    "mutex lock failed",
     "can't allocate",
     "cannot allocate",
     "failed to allocate",
@@ -53,6 +42,20 @@ const HOSTS_TROUBLE: [&str; 26] = [
     "out of memory",
     "memory allocation of",         // Rust's, before it aborts
     "instance of 'std::bad_alloc'", // C++'s
+];
+
+/// Phrases, in lower case, that report other trouble of the host: rights, space, limits. The first ones
+/// are libclamav's own (`cl_strerror` in libclamav/others.c), the others are strerror(3)'s.
+const OTHER_TROUBLE: [&str; 17] = [
+    "can't open file or directory",
+    "can't create new file",
+    "can't unlink file",
+    "can't get file status",
+    "can't read file",
+    "can't write to file",
+    "can't access file",
+    "can't create temporary",
+    "mutex lock failed",
     "no space left on device",
     "disk quota exceeded",
     "permission denied",
@@ -78,21 +81,19 @@ pub enum LoadError {
         /// Memory, space or rights.
         reason: String,
     },
-    /// It was killed, or failed without a word.
-    #[error(
-        "clamscan gave no reason ({status}); is there memory for one more copy of the signatures?"
-    )]
+    /// clamscan was killed, or failed without a message.
+    #[error("clamscan gave no reason ({status}){}", no_reason_hint(*status))]
     NoReason {
-        /// How it ended.
+        /// The signal or exit code.
         status: ExitStatus,
     },
-    /// It was not done in time, and was killed.
+    /// clamscan exceeded its time, and was killed.
     #[error("clamscan was not done after {limit:?}")]
     TimedOut {
-        /// The time it had.
+        /// The time limit.
         limit: Duration,
     },
-    /// It could not be run.
+    /// clamscan could not be run.
     #[error("cannot run {program}")]
     Run {
         /// The program.
@@ -100,6 +101,16 @@ pub enum LoadError {
         /// Why.
         source: io::Error,
     },
+}
+
+/// The kernel kills with SIGKILL where memory ran out.
+fn no_reason_hint(status: ExitStatus) -> &'static str {
+    match status.signal() {
+        Some(signal) if signal == Signal::SIGKILL as i32 => {
+            "; is there memory for one more copy of the signatures?"
+        }
+        Some(_) | None => "",
+    }
 }
 
 /// `clamscan` on the search path, or where Debian, Red Hat and a build from source put it, which a
@@ -113,8 +124,8 @@ pub fn find() -> Option<PathBuf> {
         .find(|program| program.is_file())
 }
 
-/// Loads `databases` with `program`, a clamscan; as a clamd with `OfficialDatabaseOnly` would if
-/// `official_only`. See [`run`].
+/// Loads `databases` with `program`, a clamscan. With `official_only` it loads what a clamd with
+/// `OfficialDatabaseOnly` would. See [`run`].
 pub async fn load(
     program: &Path,
     databases: &Path,
@@ -128,11 +139,11 @@ pub async fn load(
     run(command, databases, limit, |_| Ok(())).await
 }
 
-/// Loads `databases` with `command`, a clamscan. That takes as much memory as clamd needs for them.
-/// `started` gets its process id; on an error of it clamscan is killed.
+/// Loads `databases` with `command`, a clamscan. The load takes as much memory as clamd needs for the
+/// databases. `started` gets the process id of clamscan. An error of `started` kills clamscan.
 ///
-/// Only files with the extension of a database are loaded; others are skipped in silence. When the
-/// time is up, or the future is dropped, clamscan and all that it started are killed.
+/// clamscan loads only files with the extension of a database, and skips others without a message. At
+/// the time limit, or when the future is dropped, clamscan and its process group are killed.
 pub async fn run(
     mut command: Command,
     databases: &Path,
@@ -142,7 +153,7 @@ pub async fn run(
     let program = PathBuf::from(command.as_std().get_program());
     command.env("LC_ALL", "C").arg("--no-summary");
     command.arg("--database").arg(databases);
-    // An empty list of files: it ends when everything is loaded.
+    // With an empty list of files clamscan ends when the databases are loaded.
     command.arg("--file-list=/dev/null");
     command.stdin(Stdio::null()).stdout(Stdio::null());
     command.stderr(Stdio::piped());
@@ -160,13 +171,14 @@ pub async fn run(
     if status.success() {
         return Ok(());
     }
-    // Where they stand is not what is wrong with them, and one reason stays one reason.
+    // The path differs between runs. Without it the same fault has the same reason.
     let place = format!("{}/", databases.display());
     if let Some(trouble) = said.trouble {
         let reason = printable(&trouble.replace(&place, ""));
         return Err(LoadError::Hindered { reason });
     }
-    // Whatever else it said before a signal ended it says nothing about the databases.
+    // Only with this exit code is stderr a verdict on the databases. A signal may have ended clamscan
+    // in the middle of anything.
     let reason = (status.code() == Some(EXIT_ERROR))
         .then(|| reason(&said.end.replace(&place, "")))
         .flatten();
@@ -178,11 +190,20 @@ pub async fn run(
 
 /// Whether a line of libclamav reports trouble of the host and nothing about the databases.
 pub fn is_hosts_trouble(line: &str) -> bool {
-    let line = line.to_lowercase();
-    HOSTS_TROUBLE.iter().any(|known| line.contains(known))
+    is_about_memory(line) || has_any(line, &OTHER_TROUBLE)
 }
 
-/// A process in a group of its own, so that a wrapper's own children end with it.
+/// Whether a line of libclamav reports a lack of memory.
+pub fn is_about_memory(line: &str) -> bool {
+    has_any(line, &LACK_OF_MEMORY)
+}
+
+fn has_any(line: &str, phrases: &[&str]) -> bool {
+    let line = line.to_lowercase();
+    phrases.iter().any(|phrase| line.contains(phrase))
+}
+
+/// A process in a group of its own, so that the children of a wrapper script are killed with it.
 struct Group(Child);
 
 impl Group {
@@ -194,7 +215,7 @@ impl Group {
             .map(Self)
     }
 
-    /// Once it was waited for there is no id, which another process may have by then.
+    /// `None` once the process is reaped: another process may have its id by then.
     fn pid(&self) -> Option<Pid> {
         let id = self.0.id()?;
         Some(Pid::from_raw(i32::try_from(id).expect("process ids fit")))
@@ -204,18 +225,18 @@ impl Group {
 impl Drop for Group {
     fn drop(&mut self) {
         if let Some(group) = self.pid() {
-            // An error means that nobody is left of it.
+            // An error means that the group has no process left.
             let _ = killpg(group, Signal::SIGKILL);
         }
     }
 }
 
-/// What clamscan wrote to stderr. One that lacks memory can write gigabytes.
+/// The stderr of clamscan. A clamscan that lacks memory can write gigabytes.
 #[derive(Default)]
 struct Said {
-    /// The end of it.
+    /// The last bytes.
     end: String,
-    /// The first line, wherever it stands, that reports trouble of the host.
+    /// The first line of the whole stderr that reports trouble of the host.
     trouble: Option<String>,
 }
 
@@ -257,13 +278,13 @@ fn trouble_in(line: &[u8]) -> Option<String> {
     is_hosts_trouble(said).then(|| said.to_owned())
 }
 
-/// What libclamav gave as the reason of a failed load, which ends with a line `ERROR: ...`.
+/// The reason of a failed load, which libclamav ends with a line `ERROR: ...`.
 fn reason(said: &str) -> Option<String> {
     let last = said.lines().rev().find_map(|l| l.strip_prefix("ERROR: "))?;
     let errors: Vec<_> = said
         .lines()
         .filter_map(|line| line.strip_prefix("LibClamAV Error: "))
-        // Says the same as the line before it, without the kind.
+        // Repeats the line before it, without the kind.
         .filter(|error| !error.starts_with("cli_loaddbdir: error loading"))
         .collect();
     let mut errors = errors[errors.len().saturating_sub(ERRORS_MAX)..].to_vec();
@@ -284,7 +305,7 @@ mod tests {
     use std::fs;
     use std::os::unix::fs::PermissionsExt as _;
 
-    /// Plenty: only a test that fails waits so long.
+    /// Only a failing test waits so long.
     const PATIENCE: Duration = Duration::from_secs(60);
 
     #[track_caller]
@@ -292,8 +313,8 @@ mod tests {
         assert_eq!(reason(said).as_deref(), expected, "{said}");
     }
 
-    /// Loads a directory with a shell script in the place of clamscan, which is a fake that says
-    /// and does what the real one does only under conditions that a test cannot make.
+    /// Loads a directory with a shell script in the place of clamscan. The script is a fake: a test
+    /// cannot make the real clamscan fail in these ways.
     async fn load_with(script: &str, limit: Duration) -> Result<(), LoadError> {
         let root = tempfile::tempdir().unwrap();
         let program = root.path().join("clamscan");
@@ -310,7 +331,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn only_what_libclamav_says_of_the_databases_counts_against_them() {
+    async fn databases_are_refused_only_for_an_error_that_libclamav_reports() {
         load_with("exit 0", PATIENCE).await.unwrap();
         let refused = load_with("echo 'ERROR: Malformed database' >&2; exit 2", PATIENCE).await;
         assert!(
@@ -333,7 +354,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_line_about_memory_anywhere_in_stderr_is_the_hosts_trouble() {
+    async fn a_line_about_memory_anywhere_in_stderr_is_trouble_of_the_host() {
         // The lines of clamscan 1.4.6 under `ulimit -v 200000`, and more output than is kept.
         let early = "echo \"LibClamAV Error: cli_ac_addpatt: Can't allocate memory for new->trans\" >&2; \
                      yes 'LibClamAV Warning: odd' | head -c 100000 >&2; \
@@ -345,14 +366,14 @@ mod tests {
             "hm_addhash_bin: failed to grow hash array to 1 entries",
             "malloc_problem: Cannot allocate memory",
         ] {
-            assert!(is_hosts_trouble(line), "{line}");
+            assert!(is_about_memory(line) && is_hosts_trouble(line), "{line}");
         }
         let hindered = load_with(early, PATIENCE).await;
         assert!(
             matches!(&hindered, Err(LoadError::Hindered { reason }) if reason.contains("new->trans")),
             "{hindered:?}"
         );
-        // It frees what it never had, and dies of it, after it has named a file.
+        // clamscan names a file, and then crashes as it frees memory that it did not get.
         let killed = "echo \"LibClamAV Error: Can't load $3/x.ldb: Malformed database\" >&2; \
                       echo 'ERROR: Malformed database' >&2; kill -SEGV $$";
         let ended = load_with(killed, PATIENCE).await;
@@ -363,7 +384,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn where_the_databases_stand_is_no_part_of_the_reason() {
+    async fn the_path_of_the_databases_is_no_part_of_the_reason() {
         let script = "echo \"LibClamAV Error: Can't load $3/x.hdb: Malformed database\" >&2; \
                       echo 'ERROR: Malformed database' >&2; exit 2";
         let refused = load_with(script, PATIENCE).await.unwrap_err();
@@ -374,7 +395,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_program_that_talks_without_end_is_stopped_with_its_children() {
+    async fn a_program_with_endless_output_is_killed_with_its_children_at_the_time_limit() {
         // Not by exec: `yes` is the child of a child, and has the pipe, too.
         let ended = load_with("yes >&2; true", Duration::from_millis(300)).await;
         assert!(
@@ -384,7 +405,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn nothing_is_left_running_when_nobody_waits_for_it_any_more() {
+    async fn the_program_and_its_children_are_killed_when_the_future_is_dropped() {
         let root = tempfile::tempdir().unwrap();
         let started = root.path().join("started");
         let script = format!(
@@ -407,7 +428,7 @@ mod tests {
         };
         let gone = async {
             let mut looks = tokio::time::interval(Duration::from_millis(5));
-            // Whoever adopted it may not have reaped it yet.
+            // The process that adopted the child may not have reaped it yet.
             while is_running(child) {
                 looks.tick().await;
             }
@@ -417,7 +438,7 @@ mod tests {
 
     fn is_running(pid: Pid) -> bool {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat"));
-        // proc_pid_stat(5): the state follows the name in brackets; a zombie runs no more.
+        // proc_pid_stat(5): the state follows the name in brackets. A zombie does not run.
         stat.is_ok_and(|stat| !stat.contains(") Z"))
     }
 
