@@ -1,5 +1,5 @@
-//! Confines the load test: `clamscan` parses what a stranger may have written into the mirror, and
-//! must not be able to reach the keys, the network or other processes of this host.
+//! Confines the load test: `clamscan` parses databases that a stranger may have written into the
+//! mirror, and must not reach the keys, the network or other processes of this host.
 //!
 //! Capabilities, Landlock domains and seccomp filters belong to a thread on Linux, and its children
 //! inherit them. So a thread is confined and `clamscan` started from it: the rest of the daemon keeps
@@ -18,7 +18,7 @@ use landlock::{
 };
 use nix::libc;
 use nix::unistd::Pid;
-use rustix::process::{Resource, Rlimit, prlimit};
+use rustix::process::{Resource, Rlimit, getrlimit, prlimit};
 use rustix::thread::{
     CapabilitySet, CapabilitySets, clear_ambient_capability_set,
     remove_capability_from_bounding_set, set_capabilities, set_no_new_privs,
@@ -28,11 +28,12 @@ use seccompiler::{
     SeccompFilter, SeccompRule, apply_filter,
 };
 
-/// The Landlock version that the rules are written for, and tested with. An older kernel enforces
-/// those that it knows.
+/// The Landlock version that the rules are written for and tested with. An older kernel enforces the
+/// rules that it knows.
 const LANDLOCK: ABI = ABI::V6;
 
-/// Where distributions and builds from source put programs and libraries. Nothing there is secret.
+/// Directories of programs and libraries on distributions and after builds from source. They hold
+/// nothing secret.
 const PROGRAMS: [&str; 11] = [
     "/bin",
     "/lib",
@@ -47,8 +48,8 @@ const PROGRAMS: [&str; 11] = [
     "/usr/local/lib64",
 ];
 
-/// What the loader, the C library, OpenSSL and ClamAV 1.5 read beside that. Of `/etc` nothing else can
-/// be read.
+/// Other files that the loader, the C library, OpenSSL and ClamAV 1.5 read. The rest of `/etc` is
+/// unreadable.
 const FILES: [&str; 13] = [
     "/dev/random",
     "/dev/urandom",
@@ -65,14 +66,27 @@ const FILES: [&str; 13] = [
     "/usr/share/zoneinfo",
 ];
 
-/// What a program at PREFIX/bin has beside it: its libraries, and the certificates of ClamAV.
+/// Directories below PREFIX that a program at PREFIX/bin needs: libraries, and the certificates of
+/// ClamAV.
 const BESIDE: [&str; 3] = ["lib", "lib64", "etc/certs"];
 
-/// System calls that fail with EPERM. A list of the forbidden ones: libraries change which of the
-/// harmless ones they use, and a load test that fails for that would hold back every update.
+/// The largest file that clamscan may write, in bytes. clamscan 1.4.6 writes no file while it loads
+/// databases. A version that unpacks containers into temporary files has room for the official ones,
+/// which hold half a gigabyte in all.
+const FILE_BYTES_MAX: u64 = 1 << 30;
+
+// The numbers of newer system calls are the same on every architecture. libc lacks some of them.
+const FCHMODAT2: libc::c_long = 452;
+const SETXATTRAT: libc::c_long = 463;
+const REMOVEXATTRAT: libc::c_long = 466;
+const FILE_SETATTR: libc::c_long = 469;
+
+/// System calls that fail with EPERM. A list of the permitted calls would break with libraries that
+/// use other harmless calls, and a failing load test holds back every update.
 const FORBIDDEN: &[libc::c_long] = &[
-    // The network. io_uring makes sockets without these calls. Sending and receiving stay allowed: no
-    // child inherits a socket, and the thread hears of signals through a pair of them.
+    // The network. io_uring makes sockets without `socket`. Sending and receiving stay allowed: no
+    // child inherits a socket, and tokio reports signals to the confined thread through a pair of
+    // sockets.
     libc::SYS_socket,
     libc::SYS_socketpair,
     libc::SYS_connect,
@@ -82,21 +96,37 @@ const FORBIDDEN: &[libc::c_long] = &[
     libc::SYS_io_uring_setup,
     libc::SYS_io_uring_enter,
     libc::SYS_io_uring_register,
-    // Other processes, and keys that the kernel keeps for this user.
+    // Other processes, and keys that the kernel keeps for this user. For prlimit64 see
+    // `another_process`.
     libc::SYS_ptrace,
     libc::SYS_process_vm_readv,
     libc::SYS_process_vm_writev,
     libc::SYS_pidfd_getfd,
+    libc::SYS_sched_setattr,
+    libc::SYS_sched_setparam,
+    libc::SYS_sched_setscheduler,
+    libc::SYS_sched_setaffinity,
+    libc::SYS_setpriority,
+    libc::SYS_ioprio_set,
     libc::SYS_add_key,
     libc::SYS_request_key,
     libc::SYS_keyctl,
-    // Namespaces, in which it would have capabilities, and large interfaces of the kernel.
+    // Leaving the process group, which is killed as a whole. setpgid leaves it, too, but the child
+    // makes the group with that call after it has inherited the filter. A process that leaves stays
+    // confined.
+    libc::SYS_setsid,
+    // Namespaces, in which a process has capabilities, and large interfaces of the kernel.
     libc::SYS_unshare,
     libc::SYS_setns,
     libc::SYS_bpf,
     libc::SYS_perf_event_open,
     libc::SYS_userfaultfd,
-    // Landlock leaves these to the owner of a file, and the files of the master have the same owner.
+    // Modes, owners, times and attributes of files. Landlock does not cover them, and the master's
+    // files have the same owner.
+    FCHMODAT2,
+    SETXATTRAT,
+    REMOVEXATTRAT,
+    FILE_SETATTR,
     libc::SYS_fchmod,
     libc::SYS_fchmodat,
     libc::SYS_fchown,
@@ -108,15 +138,11 @@ const FORBIDDEN: &[libc::c_long] = &[
     libc::SYS_removexattr,
     libc::SYS_lremovexattr,
     libc::SYS_fremovexattr,
-    // And this one before Linux 6.2.
+    // Landlock covers truncate only from Linux 6.2 on.
     libc::SYS_truncate,
 ];
 
-/// Of these the numbers are the same on every architecture, and not in libc everywhere: fchmodat2,
-/// setxattrat, removexattrat, file_setattr.
-const FORBIDDEN_NEW: &[libc::c_long] = &[452, 463, 466, 469];
-
-/// The same under older names, which newer architectures do not have.
+/// Older calls for the same purposes. Newer architectures lack all but `accept`.
 #[cfg(target_arch = "x86_64")]
 const FORBIDDEN_OLD: &[libc::c_long] = &[
     libc::SYS_accept,
@@ -130,27 +156,27 @@ const FORBIDDEN_OLD: &[libc::c_long] = &[
 #[cfg(not(target_arch = "x86_64"))]
 const FORBIDDEN_OLD: &[libc::c_long] = &[libc::SYS_accept];
 
-/// On x86-64 some kernels take each system call under a second number, that of the x32 ABI.
+/// Added to the number of a call for the x32 ABI, which some kernels on x86-64 also serve.
 const X32: i64 = if cfg!(target_arch = "x86_64") {
     0x4000_0000
 } else {
     0
 };
 
-/// What the confined program may use.
+/// Files that the confined program may use.
 pub(super) struct Cell<'a> {
-    /// The program; what it needs beside it goes with it.
+    /// The program. The [`BESIDE`] directories of its prefix are readable, too.
     pub(super) program: &'a Path,
-    /// Files and directories to read.
+    /// A directory to read.
     pub(super) read: &'a Path,
     /// A directory to write in.
     pub(super) write: &'a Path,
 }
 
-/// What of the confinement this kernel lacks, as a sentence.
+/// A part of the confinement that this kernel lacks, as a sentence for the operator.
 type Gap = String;
 
-/// The thread could not be confined although the kernel has what it takes.
+/// The thread could not be confined although the kernel supports it.
 #[derive(Debug, thiserror::Error)]
 pub enum JailError {
     /// Capabilities or privileges.
@@ -164,7 +190,7 @@ pub enum JailError {
     Calls(#[source] seccompiler::Error),
 }
 
-/// What the kernel lacks to confine a load test, in sentences for the operator. Empty: nothing.
+/// The parts of the confinement that this kernel lacks.
 pub fn gaps() -> Vec<Gap> {
     let nothing = Path::new("/dev/null");
     let cell = Cell {
@@ -172,7 +198,7 @@ pub fn gaps() -> Vec<Gap> {
         read: nothing,
         write: nothing,
     };
-    // On a thread that does nothing else, since what is given up does not come back.
+    // On a thread of its own: a thread stays confined until it ends.
     let confined = thread::scope(|scope| scope.spawn(|| confine(&cell)).join());
     match confined.expect("it does not panic") {
         Ok(gaps) => gaps,
@@ -183,8 +209,8 @@ pub fn gaps() -> Vec<Gap> {
     }
 }
 
-/// Confines the calling thread, and all that it starts from now on, for good. Returns what this
-/// kernel cannot do; the rest is done all the same.
+/// Confines the calling thread, and all processes that it starts from now on, for good. Returns the
+/// parts that this kernel lacks; the other parts are in force.
 pub(super) fn confine(cell: &Cell<'_>) -> Result<Vec<Gap>, JailError> {
     give_up_privileges().map_err(JailError::Privileges)?;
     let mut gaps = restrict_files(cell).map_err(JailError::Files)?;
@@ -195,7 +221,8 @@ pub(super) fn confine(cell: &Cell<'_>) -> Result<Vec<Gap>, JailError> {
 fn give_up_privileges() -> io::Result<()> {
     set_no_new_privs(true)?;
     clear_ambient_capability_set()?;
-    // Only a thread that may change this set can; another one gains nothing by it without privileges.
+    // Fails without CAP_SETPCAP. The bounding set of a thread without privileges is no danger:
+    // `no_new_privs` keeps it from getting any.
     for capability in CapabilitySet::all().iter() {
         let _ = remove_capability_from_bounding_set(capability);
     }
@@ -212,7 +239,7 @@ fn give_up_privileges() -> io::Result<()> {
 }
 
 fn restrict_files(cell: &Cell<'_>) -> Result<Vec<Gap>, landlock::RulesetError> {
-    // PREFIX/bin/PROGRAM; of a symbolic link, where it leads.
+    // PREFIX/bin/PROGRAM: of the path as given, and of the target of a symbolic link.
     let real = cell.program.canonicalize().ok();
     let programs = [Some(cell.program), real.as_deref()];
     let prefixes = programs
@@ -247,7 +274,7 @@ fn restrict_files(cell: &Cell<'_>) -> Result<Vec<Gap>, landlock::RulesetError> {
 fn landlock_gaps(status: LandlockStatus) -> Vec<Gap> {
     let LandlockStatus::Available { effective_abi, .. } = status else {
         return vec![
-            "this kernel has no Landlock: clamscan can read in a load test whatever the master can, \
+            "this kernel has no Landlock: in a load test clamscan can read every file of the master, \
              its keys too; boot with `lsm=landlock,...` (Linux 5.13 or newer)"
                 .to_owned(),
         ];
@@ -263,10 +290,13 @@ fn landlock_gaps(status: LandlockStatus) -> Vec<Gap> {
 }
 
 fn restrict_calls() -> Result<Vec<Gap>, JailError> {
-    let forbidden = FORBIDDEN.iter().chain(FORBIDDEN_NEW).chain(FORBIDDEN_OLD);
+    let forbidden = FORBIDDEN.iter().chain(FORBIDDEN_OLD);
     let mut rules = rules(forbidden.map(|&call| (call, Vec::new())));
-    rules.extend(self::rules([(libc::SYS_clone, vec![user_namespace()])]));
-    // The flags of this one are out of a filter's sight; without it the C library uses the other.
+    rules.extend(self::rules([
+        (libc::SYS_clone, vec![user_namespace()]),
+        (libc::SYS_prlimit64, vec![another_process()]),
+    ]));
+    // A filter cannot see the flags of clone3. The C library falls back to clone if there is no clone3.
     let unknown = self::rules([(libc::SYS_clone3, Vec::new())]);
     for (rules, errno) in [(rules, libc::EPERM), (unknown, libc::ENOSYS)] {
         match apply(rules, errno) {
@@ -290,12 +320,22 @@ fn rules(calls: impl IntoIterator<Item = (libc::c_long, Vec<SeccompRule>)>) -> R
     calls.into_iter().flat_map(both).collect()
 }
 
-/// Matches a `clone` that makes a user namespace, in which the process would have capabilities. All
-/// other namespaces take one.
+/// Matches a `clone` that makes a user namespace, in which the process has capabilities. All other
+/// namespaces need a capability.
 fn user_namespace() -> SeccompRule {
     let flag = u64::try_from(libc::CLONE_NEWUSER).expect("a flag");
-    let is_set = SeccompCmpOp::MaskedEq(flag);
-    SeccompCondition::new(0, SeccompCmpArgLen::Qword, is_set, flag)
+    rule(SeccompCmpArgLen::Qword, SeccompCmpOp::MaskedEq(flag), flag)
+}
+
+/// Matches a `prlimit64` of another process: 0 is the caller. The C library sets the limits of its
+/// own process with this call.
+fn another_process() -> SeccompRule {
+    rule(SeccompCmpArgLen::Dword, SeccompCmpOp::Ne, 0)
+}
+
+/// Matches by the first argument.
+fn rule(length: SeccompCmpArgLen, operator: SeccompCmpOp, value: u64) -> SeccompRule {
+    SeccompCondition::new(0, length, operator, value)
         .and_then(|condition| SeccompRule::new(vec![condition]))
         .expect("there is a first argument")
 }
@@ -312,7 +352,7 @@ fn apply(rules: Rules, errno: libc::c_int) -> Result<(), seccompiler::Error> {
     apply_filter(&program)
 }
 
-/// Whether a kernel without filters, or this architecture, is the reason.
+/// Whether the kernel has no filters, or seccompiler does not know this architecture.
 fn is_unsupported(error: &seccompiler::Error) -> bool {
     match error {
         seccompiler::Error::Backend(BackendError::InvalidTargetArch(_)) => true,
@@ -325,24 +365,29 @@ fn is_unsupported(error: &seccompiler::Error) -> bool {
     }
 }
 
-/// Limits the memory and the CPU time of a process, and turns its core dumps off.
+/// Limits the memory, CPU time and file size of a child process, and turns its core dumps off.
 ///
-/// It runs already, so this binds what it takes from now on.
-pub(super) fn limit(process: Pid, memory: u64, cpu: Duration) -> io::Result<()> {
-    let process = rustix::process::Pid::from_raw(process.as_raw());
+/// The child runs already, so the limits apply to memory that it takes from now on. A confined thread
+/// cannot call this: see `another_process`. There is no limit on the number of processes, since that
+/// limit counts all processes and threads of the user, the master's among them.
+pub(super) fn limit(child: Pid, memory: u64, cpu: Duration) -> io::Result<()> {
+    let child = rustix::process::Pid::from_raw(child.as_raw());
     let seconds = cpu.as_secs();
     for (resource, soft, hard) in [
-        (Resource::As, memory, memory),
         // SIGXCPU, and SIGKILL for a process that ignores it.
         (Resource::Cpu, seconds, seconds + 1),
         // Not 0: a pipe to a collector takes a dump of any other length (core(5), fs/coredump.c).
         (Resource::Core, 1, 1),
+        (Resource::Fsize, FILE_BYTES_MAX, FILE_BYTES_MAX),
+        (Resource::As, memory, memory),
     ] {
+        // The child has inherited this hard limit. Raising it takes a capability.
+        let inherited = getrlimit(resource).maximum.unwrap_or(u64::MAX);
         let limit = Rlimit {
-            current: Some(soft),
-            maximum: Some(hard),
+            current: Some(soft.min(inherited)),
+            maximum: Some(hard.min(inherited)),
         };
-        prlimit(process, resource, limit)?;
+        prlimit(child, resource, limit)?;
     }
     Ok(())
 }
@@ -352,7 +397,7 @@ pub(super) mod tests {
     use super::*;
     use std::io::{Read as _, Write as _};
 
-    /// Runs `work` on a thread whose kernel has no Landlock, as far as it can tell.
+    /// Runs `work` on a thread for which the kernel seems to have no Landlock.
     pub(crate) fn without_landlock<T: Send>(work: impl FnOnce() -> T + Send) -> T {
         let old = || {
             let unknown = rules([(libc::SYS_landlock_create_ruleset, Vec::new())]);
@@ -363,7 +408,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn what_the_kernel_lacks_for_the_jail_is_reported() {
+    fn missing_kernel_support_for_the_jail_is_reported() {
         let gaps = without_landlock(gaps);
         assert_eq!(gaps.len(), 1, "{gaps:?}");
         assert!(gaps[0].contains("no Landlock"), "{gaps:?}");
@@ -380,28 +425,87 @@ pub(super) mod tests {
         assert_eq!(landlock_gaps(new), [] as [Gap; 0]);
     }
 
-    #[test]
-    fn a_confined_thread_cannot_open_a_socket_and_the_others_can() {
+    /// Runs `work` on a confined thread.
+    fn confined<T: Send>(work: impl FnOnce() -> T + Send) -> T {
         let nothing = Path::new("/dev/null");
         let cell = Cell {
             program: nothing,
             read: nothing,
             write: nothing,
         };
+        let work = || {
+            confine(&cell).unwrap();
+            work()
+        };
+        thread::scope(|scope| scope.spawn(work).join()).unwrap()
+    }
+
+    #[test]
+    fn a_confined_thread_cannot_open_a_socket_and_the_others_can() {
         // As tokio has one for signals.
         let (mut here, mut there) = std::os::unix::net::UnixStream::pair().unwrap();
         let open =
             || std::net::UdpSocket::bind("127.0.0.1:0").map_err(|error| error.raw_os_error());
-        let confined = thread::scope(|scope| {
-            let confined = scope.spawn(|| {
-                confine(&cell).unwrap();
-                here.write_all(b"x").unwrap();
-                there.read_exact(&mut [0]).unwrap();
-                open()
-            });
-            confined.join().unwrap()
+        let confined = confined(|| {
+            here.write_all(b"x").unwrap();
+            there.read_exact(&mut [0]).unwrap();
+            open()
         });
         assert_eq!(confined.unwrap_err(), Some(libc::EPERM));
         open().unwrap();
+    }
+
+    #[test]
+    fn a_confined_thread_cannot_change_limits_priority_or_processors_of_the_master() {
+        let master = rustix::process::Pid::from_raw(i32::try_from(std::process::id()).unwrap());
+        let limit = getrlimit(Resource::Nofile);
+        let change = move || {
+            let priority = rustix::process::getpriority_process(master).unwrap();
+            let processors = rustix::thread::sched_getaffinity(None).unwrap();
+            [
+                prlimit(master, Resource::Nofile, limit).map(drop),
+                rustix::process::setpriority_process(master, priority),
+                rustix::thread::sched_setaffinity(master, &processors),
+            ]
+        };
+        assert_eq!(confined(change), [Err(rustix::io::Errno::PERM); 3]);
+        assert_eq!(change(), [Ok(()); 3], "the confinement is the reason");
+        // The C library reads and sets limits of its own process with the same call.
+        confined(|| prlimit(None, Resource::Nofile, limit)).unwrap();
+    }
+
+    #[test]
+    fn limits_are_set_under_a_lower_inherited_hard_limit() {
+        let inherited = |hard| Rlimit {
+            current: Some(hard),
+            maximum: Some(hard),
+        };
+        rustix::process::setrlimit(Resource::Core, inherited(0)).unwrap();
+        rustix::process::setrlimit(Resource::Cpu, inherited(3600)).unwrap();
+        // Without the capability to raise a hard limit.
+        let unprivileged = || {
+            give_up_privileges().unwrap();
+            let mut child = std::process::Command::new("sleep").arg("1000").spawn();
+            let child = child.as_mut().unwrap();
+            let pid = Pid::from_raw(i32::try_from(child.id()).unwrap());
+            let limited = limit(pid, 1 << 30, Duration::from_secs(7200));
+            let limits = std::fs::read_to_string(format!("/proc/{pid}/limits"));
+            child.kill().unwrap();
+            child.wait().unwrap();
+            limited.map(|()| limits.unwrap())
+        };
+        let limits = thread::scope(|scope| scope.spawn(unprivileged).join())
+            .unwrap()
+            .unwrap();
+        for (name, value) in [
+            ("Max core file size", "0"),
+            ("Max cpu time", "3600"),
+            ("Max address space", "1073741824"),
+            ("Max file size", "1073741824"),
+        ] {
+            let line = limits.lines().find_map(|line| line.strip_prefix(name));
+            let soft = line.and_then(|values| values.split_whitespace().next());
+            assert_eq!(soft, Some(value), "{name}");
+        }
     }
 }

@@ -5,6 +5,7 @@ use std::io;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::Path;
 use std::process::ExitStatus;
+use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
@@ -21,17 +22,21 @@ use crate::store::{Store, StoreError};
 /// How long a load test may take. Half a gigabyte of signatures takes a slow host two minutes.
 pub const TIME_MAX: Duration = Duration::from_secs(10 * 60);
 
-/// How much address space clamscan may take, in bytes, beside [`MEMORY_FACTOR`].
+/// Address space of clamscan in bytes, in addition to [`MEMORY_FACTOR`]. clamscan 1.4.6 takes 1.3 GiB
+/// for YARA rules however few.
 const MEMORY_BASE: u64 = 2 << 30;
 
-/// How much of it for each byte of the databases. Too little would hold back every update, so both
-/// are far above what clamscan 1.4.6 was measured to take: 5 for each byte of a set like the official
-/// ones, 19 of `.ldb` files, 78 of the shortest `.ndb` signatures (0.8 GiB for 10 MiB), and 1.3 GiB for
-/// YARA rules however few.
-const MEMORY_FACTOR: u64 = 32;
+/// Address space of clamscan in bytes for each byte of the databases. Too little would hold back every
+/// update. clamscan 1.4.6 takes 5 bytes for a set like the official one, 19 for `.ldb` files, and 78
+/// for the shortest `.ndb` signatures (0.8 GiB for 10 MiB).
+const MEMORY_FACTOR: u64 = 128;
 
-/// Signals that end a program for a mistake of its own. Databases that make clamscan crash would make
-/// clamd crash, on every host.
+/// How much more address space clamscan may take after a crash. Code that does not check the result of
+/// an allocation crashes at a memory limit, so a crash counts only if clamscan repeats it with far more
+/// memory than any measured set needs. Without any limit the host would run out of memory.
+const MEMORY_RETRY_FACTOR: u64 = 8;
+
+/// Signals that end a crashed program. Databases that crash clamscan would crash clamd on every host.
 const CRASHES: [Signal; 5] = [
     Signal::SIGABRT,
     Signal::SIGBUS,
@@ -48,7 +53,7 @@ pub enum LoadTestError {
         "`load_test` is \"always\" and there is no clamscan; install clamav, or set it to \"auto\""
     )]
     NoClamscan,
-    /// It does not load, or clamscan could not find out.
+    /// The set does not load, or clamscan gave no verdict.
     #[error(transparent)]
     Clamscan(LoadError),
     /// The databases crash the loader.
@@ -56,40 +61,46 @@ pub enum LoadTestError {
         "clamscan crashed with {signal} while it loaded the databases; clamd would do the same"
     )]
     Crashed {
-        /// How it ended.
+        /// The signal that ended clamscan.
         signal: Signal,
     },
-    /// It was stopped by its limit.
-    #[error("clamscan was stopped after {limit:?} of CPU time")]
+    /// The CPU time limit ended clamscan.
+    #[error("clamscan reached its limit of CPU time, which is at most {limit:?}")]
     CpuTime {
-        /// The limit.
+        /// The limit, unless the daemon has inherited a lower one.
         limit: Duration,
     },
-    /// Memory of this host or its limit was not enough, or something else of this host.
+    /// The memory of this host or the memory limit was not enough.
     #[error("clamscan could not load the databases in {} MiB of memory", memory >> 20)]
-    Hindered {
-        /// Its limit in bytes.
+    Memory {
+        /// The limit in bytes.
         memory: u64,
-        /// What it said, or how it ended.
+        /// The message or the end of clamscan.
+        source: LoadError,
+    },
+    /// The confinement or this host kept clamscan from a verdict.
+    #[error("clamscan could not run in its confinement")]
+    Hindered {
+        /// The message or the end of clamscan.
         source: LoadError,
     },
     /// The daemon stops, and clamscan with it.
     #[error("the daemon stops")]
     Stopping,
-    /// The directory to load could not be made, or nothing be run at all.
+    /// The directories, the thread or its runtime could not be made.
     #[error("cannot prepare the load test")]
     Prepare(#[source] io::Error),
-    /// Without its confinement it does not run.
+    /// The confinement failed, so clamscan was not started.
     #[error("cannot confine the load test")]
     Jail(#[from] JailError),
-    /// Ours.
+    /// The store failed.
     #[error("cannot prepare the load test")]
     Store(#[from] StoreError),
 }
 
 impl LoadTestError {
-    /// Whether it says nothing about the set and is worth another try: memory or a disk may have
-    /// been full.
+    /// Whether the error says nothing about the set, so that the test is repeated: memory or a disk
+    /// may have been full.
     pub(crate) fn is_ours(&self) -> bool {
         match self {
             Self::NoClamscan | Self::Clamscan(LoadError::Refused { .. }) | Self::Crashed { .. } => {
@@ -102,6 +113,7 @@ impl LoadTestError {
                 | LoadError::Run { .. },
             )
             | Self::CpuTime { .. }
+            | Self::Memory { .. }
             | Self::Hindered { .. }
             | Self::Stopping
             | Self::Prepare(_)
@@ -110,21 +122,25 @@ impl LoadTestError {
         }
     }
 
-    /// What the error of a run with these limits means here.
+    /// Converts the error of a run with these limits.
     fn of(error: LoadError, limits: &Limits) -> Self {
-        match error {
-            LoadError::NoReason { status } => match signal(status) {
+        let memory = limits.memory;
+        match &error {
+            LoadError::NoReason { status } => match signal(*status) {
                 Some(signal) if CRASHES.contains(&signal) => Self::Crashed { signal },
                 Some(Signal::SIGXCPU) => Self::CpuTime { limit: limits.cpu },
-                Some(_) | None => Self::Hindered {
-                    memory: limits.memory,
+                // The kernel kills with it where memory ran out.
+                Some(Signal::SIGKILL) => Self::Memory {
+                    memory,
                     source: error,
                 },
+                Some(_) | None => Self::Hindered { source: error },
             },
-            LoadError::Hindered { .. } => Self::Hindered {
-                memory: limits.memory,
+            LoadError::Hindered { reason } if clamscan::is_about_memory(reason) => Self::Memory {
+                memory,
                 source: error,
             },
+            LoadError::Hindered { .. } => Self::Hindered { source: error },
             LoadError::Refused { .. } | LoadError::TimedOut { .. } | LoadError::Run { .. } => {
                 Self::Clamscan(error)
             }
@@ -137,7 +153,7 @@ fn signal(status: ExitStatus) -> Option<Signal> {
     Signal::try_from(status.signal()?).ok()
 }
 
-/// What clamscan may use up.
+/// Resource limits of clamscan.
 #[derive(Clone, Copy)]
 struct Limits {
     /// Address space in bytes.
@@ -147,19 +163,19 @@ struct Limits {
 }
 
 impl Limits {
-    /// For databases of so many bytes.
+    /// The limits for databases of this total size.
     fn for_databases(bytes: u64) -> Self {
         Self {
             memory: MEMORY_BASE + MEMORY_FACTOR * bytes,
-            // It has one thread, and cannot use more before it is stopped; but a process that outlives
-            // this daemon ends by this limit alone.
+            // clamscan has one thread, so TIME_MAX ends it first. This limit ends a process that
+            // outlives this daemon.
             cpu: TIME_MAX,
         }
     }
 }
 
-/// Runs the test if the rule and what is installed say so. Blocks until it is done, or until
-/// `stop`.
+/// Runs the load test if the rule demands one, or permits one and clamscan is installed. Blocks until
+/// the test ends or `stop` is cancelled.
 pub(super) fn run(
     objects: &[(&DatabaseName, &Digest)],
     store: &Store,
@@ -194,13 +210,32 @@ fn load(
     limits: &Limits,
     stop: &CancellationToken,
 ) -> Result<(), LoadTestError> {
+    let tested = load_once(program, objects, store, limits, stop);
+    let Err(LoadTestError::Crashed { signal }) = tested else {
+        return tested;
+    };
+    tracing::warn!(%signal, "clamscan crashed, repeating the load test with more memory");
+    let limits = Limits {
+        memory: limits.memory.saturating_mul(MEMORY_RETRY_FACTOR),
+        ..*limits
+    };
+    load_once(program, objects, store, &limits, stop)
+}
+
+fn load_once(
+    program: &Path,
+    objects: &[(&DatabaseName, &Digest)],
+    store: &Store,
+    limits: &Limits,
+    stop: &CancellationToken,
+) -> Result<(), LoadTestError> {
     let place = store.temporary_directory()?;
     let (databases, temporary) = (place.path().join("db"), place.path().join("tmp"));
     for directory in [&databases, &temporary] {
         fs::create_dir(directory).map_err(LoadTestError::Prepare)?;
     }
     for (name, digest) in objects {
-        // Under their real names: clamscan skips in silence what it does not know by its extension.
+        // Under their real names: clamscan skips files with unknown extensions without a message.
         fs::hard_link(store.object(digest), databases.join(name.as_str()))
             .map_err(LoadTestError::Prepare)?;
     }
@@ -209,32 +244,46 @@ fn load(
         read: &databases,
         write: &temporary,
     };
-    let confined = || {
-        // Made before the thread is confined: the first one opens a pair of sockets for signals.
+    let (started, children) = mpsc::channel();
+    let (limited, outcome) = mpsc::channel();
+    let cell = &cell;
+    let confined = move || {
+        // Made before the thread is confined: the first runtime opens a pair of sockets for signals.
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
             .map_err(LoadTestError::Prepare)?;
-        jail::confine(&cell)?; // what the kernel lacks was reported at the start
+        jail::confine(cell)?; // the start of the daemon reports what the kernel lacks
         runtime.block_on(async {
             let mut command = Command::new(program);
-            command.env_clear().env("TMPDIR", &temporary);
-            let limit = |process| jail::limit(process, limits.memory, limits.cpu);
+            command.env_clear().env("TMPDIR", cell.write);
+            let limit = |child| {
+                let asked = started.send(child).ok();
+                asked
+                    .and_then(|()| outcome.recv().ok())
+                    .expect("the unconfined thread answers for as long as this one runs")
+            };
             tokio::select! {
                 biased;
                 () = stop.cancelled() => Err(LoadTestError::Stopping),
-                loaded = clamscan::run(command, &databases, TIME_MAX, limit) => {
+                loaded = clamscan::run(command, cell.read, TIME_MAX, limit) => {
                     loaded.map_err(|error| LoadTestError::of(error, limits))
                 }
             }
         })
     };
-    // A thread of its own, since the confinement is for good; on it clamscan and `stop` are waited for
-    // together.
+    // On a thread of its own, since a thread stays confined. This thread sets the limits, which a
+    // confined one cannot.
     thread::scope(|scope| {
         let thread = thread::Builder::new().name("load-test".to_owned());
-        let testing = thread.spawn_scoped(scope, confined);
-        let tested = testing.map_err(LoadTestError::Prepare)?.join();
+        let testing = thread
+            .spawn_scoped(scope, confined)
+            .map_err(LoadTestError::Prepare)?;
+        for child in children {
+            // An error means that the confined thread has ended.
+            let _ = limited.send(jail::limit(child, limits.memory, limits.cpu));
+        }
+        let tested = testing.join();
         tested.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })
 }
@@ -249,8 +298,8 @@ mod tests {
     use std::path::PathBuf;
     use tempfile::TempDir;
 
-    /// One object in a store, and a shell script in the place of clamscan: a fake, for the real one
-    /// cannot be made to fail as it does on a host without memory, or to attack its host.
+    /// One object in a store, and a shell script in the place of clamscan. The script is a fake: a test
+    /// cannot make the real clamscan run out of memory at will, or attack its host.
     struct Scene {
         root: TempDir,
         store: Store,
@@ -295,7 +344,7 @@ mod tests {
             tested
         }
 
-        /// What the script writes into its temporary directory as `file`, once it is whole.
+        /// The content of `file` in the script's temporary directory, once a line of it is complete.
         fn wait_for(&self, file: &str, is_over: impl Fn() -> bool) -> Option<String> {
             while !is_over() {
                 for place in fs::read_dir(self.root.path().join("tmp")).unwrap() {
@@ -322,7 +371,7 @@ mod tests {
     }
 
     #[test]
-    fn only_the_word_of_libclamav_and_a_crash_are_held_against_the_set() {
+    fn a_set_is_refused_only_for_an_error_of_libclamav_or_a_crash() {
         for (script, is_ours) in [
             ("echo 'ERROR: Malformed database' >&2; exit 2", false),
             ("echo \"ERROR: Can't allocate memory\" >&2; exit 2", true),
@@ -334,7 +383,7 @@ mod tests {
             ("kill -FPE $$", false),
             ("kill -ILL $$", false),
             ("kill -SEGV $$", false),
-            // It lacked memory, and died of what it did not get.
+            // An allocation failed, and clamscan crashed for it.
             (
                 "echo \"LibClamAV Error: mpool_malloc(): Can't allocate memory\" >&2; kill -SEGV $$",
                 true,
@@ -359,7 +408,53 @@ mod tests {
     }
 
     #[test]
-    fn memory_and_cpu_time_of_the_load_test_are_limited_and_their_lack_refuses_nothing() {
+    fn memory_is_named_only_where_memory_ran_out() {
+        let memory = "clamscan could not load the databases in 2048 MiB of memory";
+        let confinement = "clamscan could not run in its confinement";
+        for (script, expected, reason) in [
+            (
+                "echo \"ERROR: Can't allocate memory\" >&2; exit 2",
+                memory,
+                "Can't allocate memory",
+            ),
+            ("kill -KILL $$", memory, "SIGKILL"),
+            ("kill -TERM $$", confinement, "SIGTERM"),
+            ("exec /nowhere/clamscan", confinement, "127"),
+            (
+                "cat /etc/shadow || exit 2",
+                confinement,
+                "Permission denied",
+            ),
+            (
+                "echo 'ERROR: write: No space left on device' >&2; exit 2",
+                confinement,
+                "No space left on device",
+            ),
+        ] {
+            let error = check(script).unwrap_err();
+            assert_eq!(error.to_string(), expected, "{script}");
+            let said = crate::chain(&error);
+            assert!(said.contains(reason), "{script}: {said}");
+            assert_eq!(said.contains("memory"), expected == memory, "{said}");
+        }
+    }
+
+    #[test]
+    fn a_crash_that_a_larger_memory_limit_prevents_is_no_refusal() {
+        let narrow = Limits {
+            memory: 512 << 20,
+            ..Limits::for_databases(0)
+        };
+        // The limits come once the script runs. ulimit counts in KiB.
+        let scene = Scene::new(
+            "while [ \"$(ulimit -v)\" = unlimited ]; do :; done; \
+             [ \"$(ulimit -v)\" -gt 524288 ] || kill -SEGV $$",
+        );
+        scene.test(narrow, &CancellationToken::new()).unwrap();
+    }
+
+    #[test]
+    fn memory_and_cpu_time_of_the_load_test_are_limited_and_exceeding_them_is_no_refusal() {
         let generous = Limits::for_databases(0);
         let short = Limits {
             cpu: Duration::from_secs(1),
@@ -374,10 +469,10 @@ mod tests {
             memory: 128 << 20,
             ..generous
         };
-        // The limits come once it runs. `tail` keeps a line until it ends.
+        // The limits come once the script runs. `tail` keeps a line until it is complete.
         let script = "while [ \"$(ulimit -v)\" = unlimited ]; do :; done; \
                       yes | tr -d '\\n' | head -c 300000000 | tail -n 1 > /dev/null && exit 0; \
-                      exit 2";
+                      echo \"ERROR: Can't allocate memory\" >&2; exit 2";
         check(script).unwrap();
         let stop = CancellationToken::new();
         let error = Scene::new(script).test(narrow, &stop).unwrap_err();
@@ -390,11 +485,11 @@ mod tests {
 
     #[test]
     fn the_load_test_reads_nothing_but_its_input_and_writes_nothing_but_its_own_files() {
-        // In the place of the key that signs manifests.
+        // Stands for the key that signs manifests.
         let secret = tempfile::NamedTempFile::new().unwrap();
         fs::write(secret.path(), "secret").unwrap();
         let secret = secret.path().display();
-        // Not `:`, at whose failed redirection a shell ends.
+        // `true` and not `:`, since a failed redirection of `:` ends the shell.
         check(&format!(
             "! cat {secret} && ! true >> {secret} && ! chmod 666 {secret}"
         ))
@@ -404,7 +499,7 @@ mod tests {
         check("! cat /etc/passwd && ! ls /etc && ! ls / && ! ls /proc").unwrap();
         check(&format!("! cat /proc/{}/environ", std::process::id())).unwrap();
         check("echo mine > \"$TMPDIR/file\" && cat \"$TMPDIR/file\"").unwrap();
-        // Without the jail the same commands succeed, so it is the jail that forbids them.
+        // Without the jail the same command succeeds.
         assert_eq!(fs::read_to_string(secret.to_string()).unwrap(), "secret");
         let scene = Scene::new(&format!("cat {secret}"));
         let limits = Limits::for_databases(0);
@@ -421,7 +516,7 @@ mod tests {
         let unconfined = std::process::Command::new("bash")
             .args(["-c", &format!(": > /dev/tcp/127.0.0.1/{port}")])
             .status();
-        assert!(unconfined.unwrap().success(), "it can be connected to");
+        assert!(unconfined.unwrap().success(), "the port is open");
         let error = check(&script).unwrap_err();
         assert!(matches!(error, LoadTestError::Hindered { .. }), "{error}");
         let said = "bash -c ': > /dev/tcp/127.0.0.1/PORT' 2>&1 | grep -q 'Operation not permitted'";
@@ -441,7 +536,7 @@ mod tests {
             };
             let memory = format!(" {MEMORY_BASE} ");
             while !proc("limits").contains(&memory) && !testing.is_finished() {
-                thread::yield_now(); // the limits come once it runs
+                thread::yield_now(); // the limits come once the script runs, that of memory last
             }
             let [status, environment, limits] = ["status", "environ", "limits"].map(proc);
             stop.cancel();
@@ -467,11 +562,12 @@ mod tests {
             };
             assert_eq!(limit("Max address space"), MEMORY_BASE.to_string());
             assert_eq!(limit("Max core file size"), "1");
+            assert_eq!(limit("Max file size"), (1_u64 << 30).to_string());
         });
     }
 
     #[test]
-    fn a_stop_ends_it_at_once() {
+    fn a_stop_ends_the_load_test_at_once() {
         let stop = CancellationToken::new();
         let scene = Scene::new("echo yes > \"$TMPDIR/started\"; sleep 1000");
         let tested = thread::scope(|scope| {
