@@ -22,4 +22,4 @@ pub use init::{InitError, Initialised, init};
 pub use issue::{HOSTS_MAX, IssueError, Issued, issue_agent, issue_master};
 pub use list::{EXPIRING_DAYS, Listed, State, list};
 pub use revoke::{REASON_CHARS_MAX, Revocation, RevokeError, revoke};
-pub use rotate::{RotateError, Rotated, Rotation, rotate};
+pub use rotate::{Change, Outcome, RotateError, Rotated, Rotation, rotate};

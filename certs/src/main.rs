@@ -5,7 +5,7 @@ use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use clamcast_certs::{Host, Issued, Listed, Rotated, Written};
+use clamcast_certs::{Change, Host, Issued, Listed, Outcome, Rotated, Written};
 use clamcast_daemon::exit::{self, Exit};
 use clamcast_daemon::table::Table;
 use clamcast_proto::identity::{Certificate, Role};
@@ -126,25 +126,30 @@ enum Command {
         #[arg(long, value_name = "TEXT")]
         reason: Option<String>,
     },
-    /// Makes a new manifest or audit key, and a key set in which it stands before the old ones
+    /// Makes a new manifest or audit key, and a key set in which it precedes the old ones
     ///
-    /// Needs DIR/root.key. Writes DIR/manifest.key or audit.key, keeps the one before as NAME.key.old,
-    /// and raises the version of DIR/manifest.pub. What the old key signed still counts. A rotation that
-    /// was interrupted is simply run again.
+    /// Needs DIR/root.key. Writes DIR/manifest.key or audit.key, keeps the previous key as NAME.key.old,
+    /// and raises the version of DIR/manifest.pub. Statements that the old key signed still count. The
+    /// previous key may be lost. After an interruption run the command again.
     Rotate {
         #[command(flatten)]
         at: Directory,
         /// The key to replace
         #[arg(value_name = "KEY")]
         key: Rotated,
-        /// Make no key, but a key set without the old ones, and delete NAME.key.old
+        /// Make no key, but a key set without the old ones, and delete manifest.key.old
         ///
-        /// For an old key that was stolen, or when nothing needs it any more. Without old manifest keys
-        /// a new epoch begins: the master publishes again, and agents refuse everything of before. The
-        /// master must have run with the new audit key before the old ones go, so that it has signed the
-        /// log.
+        /// For an old key that was stolen or is no longer needed. Without old manifest keys a new epoch
+        /// begins: the master publishes again, and agents refuse all earlier generations. The master must
+        /// have run with the new audit key before the old ones are dropped, so that it has signed the
+        /// log. Otherwise it refuses the log until --restore-old.
         #[arg(long)]
         drop_old: bool,
+        /// Make no key, but a key set that has the key of NAME.key.old again
+        ///
+        /// For a master that refuses its log because the old audit key was dropped too early.
+        #[arg(long, conflicts_with = "drop_old")]
+        restore_old: bool,
     },
 }
 
@@ -179,7 +184,19 @@ fn run(command: Command) -> Result<(), Exit> {
             agent(&at.dir, &name, &issued)
         }
         Command::List { at, json } => list(&at.dir, json, now),
-        Command::Rotate { at, key, drop_old } => rotate(&at.dir, key, drop_old, now),
+        Command::Rotate {
+            at,
+            key,
+            drop_old,
+            restore_old,
+        } => {
+            let change = match (drop_old, restore_old) {
+                (true, _) => Change::DropOld,
+                (false, true) => Change::RestoreOld,
+                (false, false) => Change::Add,
+            };
+            rotate(&at.dir, key, change, now)
+        }
         Command::Revoke { at, name, reason } => revoke(&at.dir, &name, reason.as_deref(), now),
     }
 }
@@ -337,18 +354,26 @@ fn revoke(dir: &Path, name: &AgentName, reason: Option<&str>, now: Timestamp) ->
     report("it was revoked", &text)
 }
 
-fn rotate(dir: &Path, key: Rotated, drop_old: bool, now: Timestamp) -> Result<(), Exit> {
-    let done = clamcast_certs::rotate(dir, key, drop_old, now)
+fn rotate(dir: &Path, key: Rotated, change: Change, now: Timestamp) -> Result<(), Exit> {
+    let done = clamcast_certs::rotate(dir, key, change, now)
         .map_err(|error| Exit::new(error.exit_code(), error))?;
-    if done.files.is_empty() {
-        return print("the key set has no old key of this kind; nothing was changed\n");
-    }
-    if done.resumed {
-        eprintln!("{PROGRAM}: an earlier rotation had not finished; it is finished now");
+    match done.outcome {
+        Outcome::Changed => {}
+        Outcome::Unchanged => eprintln!(
+            "{PROGRAM}: the key set {}; it was not changed",
+            match change {
+                Change::DropOld => "has no old key of this kind",
+                Change::Add | Change::RestoreOld => "has the key already",
+            },
+        ),
+        Outcome::Resumed => eprintln!(
+            "{PROGRAM}: an earlier rotation had not finished; it is finished now, and nothing else \
+             was done"
+        ),
     }
     let mut text = describe(&done.files);
     if let Some(old) = &done.old {
-        let _ = writeln!(text, "{}: the private key before this one", old.display());
+        let _ = writeln!(text, "{}: the previous private key", old.display());
     }
     for dropped in &done.dropped {
         let _ = writeln!(text, "no longer in the key set: SHA-256 {dropped}");
@@ -366,19 +391,20 @@ fn rotate(dir: &Path, key: Rotated, drop_old: bool, now: Timestamp) -> Result<()
     let paths: Vec<_> = done.files.iter().map(|file| quoted(&file.path)).collect();
     let _ = writeln!(
         text,
-        "next: copy {} to /etc/clamcast on the master, and restart the master or send it SIGHUP;\n      \
+        "next: copy {}, in this order, to /etc/clamcast on the master, and restart the master or send \
+         it SIGHUP;\n      \
          agents get the key set from it",
         paths.join(" and "),
     );
-    if drop_old {
-        if key == Rotated::Manifest {
-            let _ = writeln!(text, "      it publishes again, in epoch {epoch}");
-        }
-    } else {
+    let again = format!("clamcast-certs rotate --dir {} {name}", quoted(dir));
+    if keys > 1 {
+        let _ = writeln!(text, "then, if an old key was stolen: {again} --drop-old");
+    } else if key == Rotated::Manifest {
+        let _ = writeln!(text, "      it publishes in epoch {epoch}");
+    } else if done.old.is_some() {
         let _ = writeln!(
             text,
-            "then, if an old key was stolen: clamcast-certs rotate --dir {} {name} --drop-old",
-            quoted(dir),
+            "if the master then refuses its audit log: {again} --restore-old",
         );
     }
     report("the key set was written", &text)

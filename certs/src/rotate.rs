@@ -1,17 +1,18 @@
-//! `clamcast-certs rotate`: another key to sign generations or the audit log with.
+//! `clamcast-certs rotate`: replaces a key that signs generations or the audit log.
 //!
-//! A rotation makes a key set `[new, old...]`: generations and logs that an old key signed still
-//! count, and master and agents change over whenever they hear of it. The private key before this one
-//! is kept beside the new one, so that the master can go back to it for as long as it is in the set.
-//! With `drop_old` the old keys go from the set, and only then the kept private key goes, too.
+//! A rotation makes a key set `[new, old...]`, so that statements of the old keys still count. The
+//! previous private key is kept beside the new one, and the master can go back to it for as long as it
+//! is in the set. [`Change::DropOld`] removes the old keys from the set. [`Change::RestoreOld`] puts the
+//! previous audit key back into the set, for a master that has not yet signed its log with the new key.
 //!
-//! A crash at any point loses no key, and the same command again goes on from there:
+//! A crash at any point loses no key, and a rerun of the command completes the rotation:
 //!
-//! | crash after | on disk | the same command |
+//! | crash after | on disk | the rerun |
 //! |---|---|---|
 //! | the new private key | `NAME.key.next`, not in the set | signs a set with it |
-//! | the key set | `NAME.key.next`, first in the set | gives it its name |
+//! | the key set | `NAME.key.next`, first in the set | renames it |
 //! | setting the old key aside | the same, and no `NAME.key` | the same |
+//! | the key set without old keys | `NAME.key.old` | removes a manifest key, and reports the set again |
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -39,7 +40,7 @@ pub enum Rotated {
 }
 
 impl Rotated {
-    /// The file of the key that is in use, of the one that is made, and of the one before.
+    /// The files of the key in use, of the key of an unfinished rotation, and of the previous key.
     fn names(self) -> [&'static str; 3] {
         match self {
             Self::Manifest => [
@@ -70,23 +71,45 @@ impl Rotated {
     }
 }
 
-/// What [`rotate`] did.
+/// The change to make.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Change {
+    /// A new key, and a key set in which it precedes the old ones.
+    Add,
+    /// A key set without the old keys, of a new epoch if they are manifest keys.
+    DropOld,
+    /// A key set that has the previous key again, after the newest.
+    RestoreOld,
+}
+
+/// The result of [`rotate`].
 #[derive(Debug)]
 pub struct Rotation {
-    /// What was written. Empty: there was no old key to drop.
+    /// The files for the master, in the order of copying: the key set, then the private key.
     pub files: Vec<Written>,
-    /// The private key before this one, if it is kept.
+    /// The previous private key, if it is kept.
     pub old: Option<PathBuf>,
     /// The key set's version.
     pub version: u64,
-    /// Its epoch.
+    /// The key set's epoch.
     pub epoch: Epoch,
-    /// How many keys of this kind count, the new one among them.
+    /// The number of keys of this kind in the set.
     pub keys: usize,
-    /// Keys that count no more.
+    /// Keys that the set no longer has.
     pub dropped: Vec<KeyId>,
-    /// A rotation before this one had not finished, and now has; nothing else was done.
-    pub resumed: bool,
+    /// What was done.
+    pub outcome: Outcome,
+}
+
+/// What [`rotate`] did.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Outcome {
+    /// The change that was asked for.
+    Changed,
+    /// The key set was as asked for before.
+    Unchanged,
+    /// An unfinished rotation was completed, and nothing else was done.
+    Resumed,
 }
 
 /// Why no key was replaced.
@@ -95,13 +118,13 @@ pub enum RotateError {
     /// The fleet's directory.
     #[error(transparent)]
     Open(#[from] OpenError),
-    /// The root key does not sign this fleet's key sets.
+    /// Another root key than that of the key set.
     #[error("{path} is not the root key of the key set; put the right one there for this command")]
     Root {
         /// The root key.
         path: PathBuf,
     },
-    /// The private key is not the first of the set.
+    /// The private key is not the newest of the set.
     #[error("{path} is not the newest key of the key set; put the right one back from a backup")]
     Key {
         /// The private key.
@@ -129,12 +152,14 @@ impl RotateError {
     }
 }
 
-/// Makes a new key and a key set that has it before the old ones; or, if `drop_old`, a key set
-/// without the old ones, of a new epoch where generations are concerned.
+/// Makes a change, or completes an unfinished rotation.
+///
+/// Old keys are not dropped in the same run as an unfinished rotation is completed: the master has not
+/// had the new audit key yet, and would refuse the log that the old key signed.
 pub fn rotate(
     dir: &Path,
     rotated: Rotated,
-    drop_old: bool,
+    change: Change,
     now: Timestamp,
 ) -> Result<Rotation, RotateError> {
     let (fleet, _guard) = Fleet::open_to_write(dir)?;
@@ -151,22 +176,20 @@ pub fn rotate(
         .is_some_and(|next| rotation.is_newest(&next));
     if unfinished {
         rotation.place()?;
+        let set = rotation.set_as_it_is();
+        return rotation.done(set, Vec::new(), Outcome::Resumed);
     }
-    match (drop_old, unfinished) {
-        (true, _) => rotation.drop_old(),
-        (false, true) => {
-            let written = Written::new(dir.join(fleet::KEYS), "key set, written before");
-            let root = rotation.set.root.clone();
-            rotation.done(written.with_key(&root), Vec::new(), true)
-        }
-        (false, false) => rotation.add(),
+    match change {
+        Change::Add => rotation.add(),
+        Change::DropOld => rotation.drop_old(),
+        Change::RestoreOld => rotation.restore_old(),
     }
 }
 
 struct Rotating<'a> {
     dir: &'a Path,
     rotated: Rotated,
-    /// Of the key in use, the one that is made, and the one before.
+    /// See [`Rotated::names`].
     paths: [PathBuf; 3],
     set: KeySet,
     now: Timestamp,
@@ -175,7 +198,10 @@ struct Rotating<'a> {
 impl Rotating<'_> {
     fn add(mut self) -> Result<Rotation, RotateError> {
         let root = self.root()?;
-        self.current()?;
+        // A rotation is the cure for a lost key. Another key in its place is a mistake.
+        if files::is_there(&self.paths[0]) {
+            self.current()?;
+        }
         let next = match self.next()? {
             Some(next) => next,
             None => {
@@ -187,60 +213,76 @@ impl Rotating<'_> {
         };
         let keys = self.rotated.keys(&mut self.set);
         keys.insert(0, PublicKey::of(&next));
-        // The oldest go first, which nothing has been signed with for many rotations.
+        // The oldest keys make room: they have signed nothing for many rotations.
         let dropped = keys.split_off(keys.len().min(KEYS_MAX));
         let written = self.sign(&root)?;
         self.place()?;
-        self.done(written, dropped, false)
+        self.done(written, dropped, Outcome::Changed)
     }
 
     fn drop_old(mut self) -> Result<Rotation, RotateError> {
         self.current()?;
         let dropped = self.rotated.keys(&mut self.set).split_off(1);
-        let mut files = Vec::new();
-        if !dropped.is_empty() {
+        let (set, outcome) = if dropped.is_empty() {
+            // Also after a crash: the operator has not seen the report of the set yet.
+            (self.set_as_it_is(), Outcome::Unchanged)
+        } else {
             let root = self.root()?;
             if self.rotated == Rotated::Manifest {
-                // A thief may have used up the numbers of this one.
+                // A thief may have used up the numbers of the current epoch.
                 self.set.epoch.0 += 1;
             }
-            files.push(self.sign(&root)?);
-        }
+            (self.sign(&root)?, Outcome::Changed)
+        };
         let old = &self.paths[2];
-        if files::is_there(old) {
+        // A master that has not run with the new audit key needs the old one, until the next rotation.
+        if self.rotated == Rotated::Manifest && files::is_there(old) {
             fs::remove_file(old)
                 .and_then(|()| durable::sync_dir(self.dir))
                 .map_err(failed(old))?;
         }
-        Ok(Rotation {
-            files,
-            old: None,
-            version: self.set.version,
-            epoch: self.set.epoch,
-            keys: 1,
-            dropped: dropped.iter().map(PublicKey::id).collect(),
-            resumed: false,
-        })
+        self.done(set, dropped, outcome)
+    }
+
+    fn restore_old(mut self) -> Result<Rotation, RotateError> {
+        self.current()?;
+        let old = PublicKey::of(&key::read(&self.paths[2])?);
+        let keys = self.rotated.keys(&mut self.set);
+        if keys.contains(&old) {
+            let set = self.set_as_it_is();
+            return self.done(set, Vec::new(), Outcome::Unchanged);
+        }
+        keys.insert(1, old);
+        let dropped = keys.split_off(keys.len().min(KEYS_MAX));
+        let root = self.root()?;
+        let written = self.sign(&root)?;
+        self.done(written, dropped, Outcome::Changed)
     }
 
     fn done(
         mut self,
         set: Written,
         dropped: Vec<PublicKey>,
-        resumed: bool,
+        outcome: Outcome,
     ) -> Result<Rotation, RotateError> {
         let current = self.current()?;
         let [path, _, old] = self.paths;
         let key = Written::new(path, self.rotated.what()).with_key(&PublicKey::of(&current));
         Ok(Rotation {
-            files: vec![key, set],
+            // The set first: a master with the new key and the old set refuses to start.
+            files: vec![set, key],
             old: files::is_there(&old).then_some(old),
             version: self.set.version,
             epoch: self.set.epoch,
             keys: self.rotated.keys(&mut self.set).len(),
             dropped: dropped.iter().map(PublicKey::id).collect(),
-            resumed,
+            outcome,
         })
+    }
+
+    /// The key set on disk.
+    fn set_as_it_is(&self) -> Written {
+        Written::new(self.dir.join(fleet::KEYS), "key set, written before").with_key(&self.set.root)
     }
 
     /// Writes the changed set.
@@ -250,7 +292,7 @@ impl Rotating<'_> {
         Ok(fleet::write_keys(self.dir, self.set.clone(), root)?)
     }
 
-    /// Gives the new private key its name; the one that has it is kept.
+    /// Renames the new private key to its final name. The previous key is kept.
     fn place(&self) -> Result<(), RotateError> {
         let [current, next, old] = &self.paths;
         if files::is_there(current) {
@@ -283,7 +325,7 @@ impl Rotating<'_> {
         }
     }
 
-    /// The private key that an interrupted rotation made.
+    /// The private key of an unfinished rotation.
     fn next(&self) -> Result<Option<SigningKey>, RotateError> {
         let path = &self.paths[1];
         Ok(match files::is_there(path) {

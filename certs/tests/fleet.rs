@@ -6,8 +6,8 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
 use clamcast_certs::{
-    Host, InitError, IssueError, Issued, RevokeError, RotateError, Rotated, Rotation, State, init,
-    issue_agent, issue_master, list, revoke, rotate,
+    Change, Host, InitError, IssueError, Issued, Outcome, RevokeError, RotateError, Rotated,
+    Rotation, State, Written, init, issue_agent, issue_master, list, revoke, rotate,
 };
 use clamcast_proto::dsse::{Envelope, PublicKey};
 use clamcast_proto::identity::{Certificate, Role};
@@ -690,8 +690,8 @@ fn serials_and_keys_are_never_the_same_twice() {
 }
 
 impl Lab {
-    fn rotate(&self, rotated: Rotated, drop_old: bool) -> Result<Rotation, RotateError> {
-        rotate(&self.dir(), rotated, drop_old, self.now)
+    fn rotate(&self, rotated: Rotated, change: Change) -> Result<Rotation, RotateError> {
+        rotate(&self.dir(), rotated, change, self.now)
     }
 
     fn key_set(&self) -> KeySet {
@@ -710,7 +710,7 @@ fn a_rotation_puts_a_new_key_before_the_old_ones_and_keeps_the_one_before() {
     let lab = Lab::with_master();
     let before = lab.key_set();
     let [old_manifest, old_audit] = ["manifest.key", "audit.key"].map(|name| lab.key(name));
-    let rotation = lab.rotate(Rotated::Audit, false).unwrap();
+    let rotation = lab.rotate(Rotated::Audit, Change::Add).unwrap();
     assert_eq!((rotation.version, rotation.keys), (2, 2));
     let set = lab.key_set();
     assert_eq!(set.audit, [lab.key("audit.key"), old_audit.clone()]);
@@ -722,7 +722,7 @@ fn a_rotation_puts_a_new_key_before_the_old_ones_and_keeps_the_one_before() {
         .mode();
     assert_eq!(mode & 0o777, 0o600);
 
-    lab.rotate(Rotated::Manifest, false).unwrap();
+    lab.rotate(Rotated::Manifest, Change::Add).unwrap();
     let set = lab.key_set();
     assert_eq!(set.version, 3);
     assert_eq!(set.manifest, [lab.key("manifest.key"), old_manifest]);
@@ -739,11 +739,11 @@ fn old_keys_are_dropped_on_demand_and_without_old_manifest_keys_an_epoch_begins(
         (Rotated::Audit, "audit.key", 1),
         (Rotated::Manifest, "manifest.key", 2),
     ] {
-        let nothing = lab.rotate(rotated, true).unwrap();
-        assert!(nothing.files.is_empty() && nothing.dropped.is_empty());
+        let nothing = lab.rotate(rotated, Change::DropOld).unwrap();
+        assert_eq!(nothing.outcome, Outcome::Unchanged);
         let old = lab.key(name);
-        lab.rotate(rotated, false).unwrap();
-        let dropped = lab.rotate(rotated, true).unwrap();
+        lab.rotate(rotated, Change::Add).unwrap();
+        let dropped = lab.rotate(rotated, Change::DropOld).unwrap();
         assert_eq!(dropped.dropped, [old.id()]);
         assert_eq!(dropped.epoch.0, epoch);
         let set = lab.key_set();
@@ -752,8 +752,114 @@ fn old_keys_are_dropped_on_demand_and_without_old_manifest_keys_an_epoch_begins(
             Rotated::Manifest => set.manifest,
         };
         assert_eq!(keys, [lab.key(name)]);
-        assert!(!lab.has(&format!("{name}.old")), "it is of no use any more");
+        // The audit key may be restored until the next rotation.
+        let is_kept = lab.has(&format!("{name}.old"));
+        assert_eq!(is_kept, rotated == Rotated::Audit);
     }
+}
+
+fn names(files: &[Written]) -> Vec<&str> {
+    files
+        .iter()
+        .filter_map(|file| file.path.file_name()?.to_str())
+        .collect()
+}
+
+#[test]
+fn every_rotation_names_the_key_set_before_the_private_key() {
+    let lab = Lab::with_master();
+    for change in [
+        Change::Add,
+        Change::DropOld,
+        Change::RestoreOld,
+        Change::RestoreOld,
+    ] {
+        let rotation = lab.rotate(Rotated::Audit, change).unwrap();
+        assert_eq!(
+            names(&rotation.files),
+            ["manifest.pub", "audit.key"],
+            "{change:?}"
+        );
+    }
+}
+
+#[test]
+fn a_rotation_replaces_a_lost_key_and_refuses_a_foreign_one() {
+    let lab = Lab::with_master();
+    for (rotated, name) in [
+        (Rotated::Manifest, "manifest.key"),
+        (Rotated::Audit, "audit.key"),
+    ] {
+        let path = lab.dir().join(name);
+        fs::copy(lab.dir().join("ca.key"), &path).unwrap();
+        let refused = lab.rotate(rotated, Change::Add).unwrap_err();
+        assert!(matches!(refused, RotateError::Key { .. }), "{refused}");
+
+        fs::remove_file(&path).unwrap();
+        lab.rotate(rotated, Change::DropOld).unwrap_err();
+        let rotation = lab.rotate(rotated, Change::Add).unwrap();
+        assert_eq!((rotation.keys, rotation.old), (2, None));
+        let mut set = lab.key_set();
+        let keys = match rotated {
+            Rotated::Audit => &mut set.audit,
+            Rotated::Manifest => &mut set.manifest,
+        };
+        assert_eq!(keys[0], lab.key(name));
+    }
+}
+
+#[test]
+fn a_repeated_drop_after_a_crash_names_the_key_set_that_was_written() {
+    let lab = Lab::with_master();
+    let old = lab.dir().join("manifest.key.old");
+    lab.rotate(Rotated::Manifest, Change::Add).unwrap();
+    let kept = fs::read(&old).unwrap();
+    let version = lab
+        .rotate(Rotated::Manifest, Change::DropOld)
+        .unwrap()
+        .version;
+    fs::write(&old, kept).unwrap(); // the crash came before it was removed
+
+    let again = lab.rotate(Rotated::Manifest, Change::DropOld).unwrap();
+    assert_eq!(
+        (again.outcome, again.version),
+        (Outcome::Unchanged, version)
+    );
+    assert_eq!(names(&again.files), ["manifest.pub", "manifest.key"]);
+    assert!(!lab.has("manifest.key.old"));
+}
+
+#[test]
+fn an_interrupted_rotation_is_completed_before_old_keys_are_dropped() {
+    let lab = Lab::with_master();
+    let path = |name: &str| lab.dir().join(name);
+    let old = lab.key("audit.key");
+    lab.rotate(Rotated::Audit, Change::Add).unwrap();
+    fs::rename(path("audit.key"), path("audit.key.next")).unwrap();
+    fs::rename(path("audit.key.old"), path("audit.key")).unwrap();
+
+    let resumed = lab.rotate(Rotated::Audit, Change::DropOld).unwrap();
+    assert_eq!(resumed.outcome, Outcome::Resumed);
+    assert_eq!(names(&resumed.files), ["manifest.pub", "audit.key"]);
+    assert_eq!(lab.key_set().audit, [lab.key("audit.key"), old.clone()]);
+    let dropped = lab.rotate(Rotated::Audit, Change::DropOld).unwrap();
+    assert_eq!(dropped.dropped, [old.id()]);
+}
+
+#[test]
+fn a_dropped_audit_key_is_restored_to_the_key_set() {
+    let lab = Lab::with_master();
+    let old = lab.key("audit.key");
+    lab.rotate(Rotated::Audit, Change::Add).unwrap();
+    let dropped = lab.rotate(Rotated::Audit, Change::DropOld).unwrap();
+    let restored = lab.rotate(Rotated::Audit, Change::RestoreOld).unwrap();
+    assert_eq!(restored.version, dropped.version + 1);
+    assert_eq!(lab.key_set().audit, [lab.key("audit.key"), old]);
+    let again = lab.rotate(Rotated::Audit, Change::RestoreOld).unwrap();
+    assert_eq!(
+        (again.outcome, again.version),
+        (Outcome::Unchanged, restored.version)
+    );
 }
 
 #[test]
@@ -764,7 +870,7 @@ fn an_interrupted_rotation_loses_no_key_and_goes_on_where_it_stopped() {
         let path = |name: &str| lab.dir().join(name);
         let old = lab.key("manifest.key");
         let set = fs::read(path("manifest.pub")).unwrap();
-        lab.rotate(Rotated::Manifest, false).unwrap();
+        lab.rotate(Rotated::Manifest, Change::Add).unwrap();
         let new = lab.key("manifest.key");
         fs::rename(path("manifest.key"), path("manifest.key.next")).unwrap();
         if crashed_after != "old key aside" {
@@ -774,7 +880,7 @@ fn an_interrupted_rotation_loses_no_key_and_goes_on_where_it_stopped() {
             fs::write(path("manifest.pub"), set).unwrap();
         }
 
-        let rotation = lab.rotate(Rotated::Manifest, false).unwrap();
+        let rotation = lab.rotate(Rotated::Manifest, Change::Add).unwrap();
         assert_eq!(rotation.version, 2, "{crashed_after}");
         assert_eq!(lab.key_set().manifest, [new.clone(), old.clone()]);
         assert_eq!(lab.key("manifest.key"), new, "{crashed_after}");
@@ -788,7 +894,7 @@ fn a_key_set_holds_a_bounded_number_of_keys_and_the_oldest_go_first() {
     let lab = Lab::with_master();
     let first = lab.key("audit.key");
     let dropped: Vec<_> = (0..KEYS_MAX)
-        .map(|_| lab.rotate(Rotated::Audit, false).unwrap().dropped)
+        .map(|_| lab.rotate(Rotated::Audit, Change::Add).unwrap().dropped)
         .collect();
     assert_eq!(dropped.concat(), [first.id()]);
     assert_eq!(lab.key_set().audit.len(), KEYS_MAX);
@@ -800,10 +906,10 @@ fn a_rotation_without_the_right_root_key_changes_nothing() {
     let before = fs::read(lab.dir().join("manifest.pub")).unwrap();
     let root = lab.dir().join("root.key");
     fs::copy(lab.dir().join("ca.key"), &root).unwrap();
-    let refused = lab.rotate(Rotated::Manifest, false).unwrap_err();
+    let refused = lab.rotate(Rotated::Manifest, Change::Add).unwrap_err();
     assert!(matches!(refused, RotateError::Root { .. }), "{refused}");
     fs::remove_file(root).unwrap(); // it is offline
-    lab.rotate(Rotated::Manifest, false).unwrap_err();
+    lab.rotate(Rotated::Manifest, Change::Add).unwrap_err();
     assert_eq!(fs::read(lab.dir().join("manifest.pub")).unwrap(), before);
     assert!(!lab.has("manifest.key.next"));
 }

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use clamcast_daemon::admin::{AdminError, Listener};
 use clamcast_daemon::alarms::Alarms;
-use clamcast_daemon::audit::{self, AuditError};
+use clamcast_daemon::audit::{self, AuditError, Bad, Fault};
 use clamcast_daemon::durable;
 use clamcast_daemon::service::Occasion;
 use clamcast_proto::AuditEvent;
@@ -96,11 +96,26 @@ pub enum StartError {
     #[error("cannot listen to operators")]
     Admin(#[from] AdminError),
     /// The audit log.
-    #[error("cannot use the audit log")]
+    #[error("cannot use the audit log{}", audit_hint(.0))]
     Audit(#[from] AuditError),
     /// What was published, and the key that signs it.
     #[error("cannot publish")]
     Publish(#[from] publisher::StartError),
+}
+
+/// A log is intact if a key that was dropped from the key set signed it last.
+fn audit_hint(error: &AuditError) -> &'static str {
+    if let AuditError::Bad { bad, .. } = error
+        && let Bad {
+            fault: Fault::Checkpoint(_),
+            ..
+        } = **bad
+    {
+        " (if its key was dropped from the key set, copy the key set of `clamcast-certs rotate --dir \
+         DIR audit --restore-old` to this host)"
+    } else {
+        ""
+    }
 }
 
 /// A running master.

@@ -94,6 +94,30 @@ fn the_audit_key_of_a_running_fleet_is_rotated_and_the_log_verifies_over_the_cha
 }
 
 #[test]
+fn a_master_whose_audit_key_was_dropped_too_early_starts_with_the_restored_key() {
+    let fleet = Fleet::new();
+    let mirror = fleet.mirror();
+    publish(&mirror, 1);
+    let mut master = fleet.master(&mirror);
+    master.start();
+    master.wait_generation(1);
+    assert!(master.stop().success());
+    fleet.certs(&["rotate", "audit"]);
+    let said = fleet.certs(&["rotate", "audit", "--drop-old"]);
+    assert!(said.contains("--restore-old"), "{said}");
+    master.launch(master.process());
+    assert!(!master.wait_ended().success());
+    assert!(master.log().contains("--restore-old"), "{}", master.log());
+
+    fleet.certs(&["rotate", "audit", "--restore-old"]);
+    master.start();
+    verify(&master);
+    fleet.certs(&["rotate", "audit", "--drop-old"]);
+    restart(&mut master);
+    verify(&master);
+}
+
+#[test]
 fn the_manifest_key_of_a_running_fleet_is_rotated_and_then_dropped() {
     let fleet = Fleet::new();
     let mirror = fleet.mirror();
