@@ -105,7 +105,8 @@ fn a_master_whose_audit_key_was_dropped_too_early_starts_with_the_restored_key()
     fleet.certs(&["rotate", "audit"]);
     let said = fleet.certs(&["rotate", "audit", "--drop-old"]);
     assert!(said.contains("--restore-old"), "{said}");
-    master.launch(master.process());
+    let process = master.process();
+    master.launch(process);
     assert!(!master.wait_ended().success());
     assert!(master.log().contains("--restore-old"), "{}", master.log());
 
