@@ -524,6 +524,14 @@ mod tests {
     }
 
     #[test]
+    fn the_load_test_cannot_start_a_session() {
+        check(
+            "! setsid --wait true 2> \"$TMPDIR/said\" && grep -q 'not permitted' \"$TMPDIR/said\"",
+        )
+        .unwrap();
+    }
+
+    #[test]
     fn the_load_test_has_no_capabilities_no_way_to_get_some_and_no_environment_of_ours() {
         let scene = Scene::new("echo $$ > \"$TMPDIR/pid\"; sleep 1000 & wait");
         let stop = CancellationToken::new();
@@ -561,7 +569,9 @@ mod tests {
                 line.unwrap().split_whitespace().next().unwrap().to_owned()
             };
             assert_eq!(limit("Max address space"), MEMORY_BASE.to_string());
-            assert_eq!(limit("Max core file size"), "1");
+            let inherited = rustix::process::getrlimit(rustix::process::Resource::Core).maximum;
+            let core = inherited.unwrap_or(u64::MAX).min(1);
+            assert_eq!(limit("Max core file size"), core.to_string());
             assert_eq!(limit("Max file size"), (1_u64 << 30).to_string());
         });
     }
