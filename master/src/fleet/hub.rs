@@ -333,6 +333,7 @@ struct Running {
 #[derive(Debug)]
 struct Line {
     name: AgentName,
+    address: SocketAddr,
     connection: Connection,
     messages: mpsc::Sender<Message>,
 }
@@ -475,11 +476,12 @@ impl Running {
                 connection,
                 reply,
             } => {
-                let name = newcomer.name.clone();
+                let (name, address) = (newcomer.name.clone(), newcomer.address);
                 let answer = dispatcher.connected(*newcomer, now).map(|id| {
                     let (messages, inbox) = mpsc::channel(MESSAGES_MAX);
                     let line = Line {
                         name,
+                        address,
                         connection,
                         messages,
                     };
@@ -600,7 +602,7 @@ impl Running {
             if line.answers(checkpoint).await
                 && let Some(events) = events.upgrade()
             {
-                let (name, old) = (line.name.clone(), line.connection.remote_address());
+                let (name, old) = (line.name.clone(), line.address);
                 let _ = events.send(Event::BothAnswer { name, old }).await; // the hub stops
             }
             line.close(code, reason);

@@ -190,7 +190,7 @@ pub async fn serve(endpoint: Endpoint, shared: Arc<Shared>, stop: CancellationTo
         }
         // Here and not in the connection's task: nobody reads the socket while an Initial is worked
         // on, so that is done for one at a time, and whoever reads comes before the next.
-        let (address, accepted) = (incoming.remote_address(), incoming.accept());
+        let (address, accepted) = (canonical(incoming.remote_address()), incoming.accept());
         let (shared, stop, permit) = (shared.clone(), stop.child_token(), handshakes.clone());
         connections.spawn(converse(address, accepted, shared, permit, stop));
         tokio::task::yield_now().await;
@@ -398,7 +398,7 @@ async fn admit(
     let newcomer = Newcomer {
         name: name.clone(),
         groups: shared.groups.of(name.as_str(), &groups),
-        address: connection.remote_address(),
+        address: canonical(connection.remote_address()),
         serial: certificate.serial.clone(),
         certificate_ends: certificate.not_after,
         fingerprint: certificate.fingerprint,
@@ -832,6 +832,12 @@ impl Link<'_> {
     }
 }
 
+/// An address as operators know it: a socket that listens on IPv6 and IPv4 reports IPv4 peers as
+/// `::ffff:192.0.2.1` (RFC 4291 section 2.5.5.2).
+fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}
+
 /// A peer's text, bounded and safe to show.
 fn said(message: &str) -> String {
     let bounded: String = message.chars().take(SAID_CHARS_MAX).collect();
@@ -863,6 +869,13 @@ mod tests {
         check(63, 63, Answer::Accept, Answer::Accept);
         check(64, 64, Answer::Accept, Answer::Retry);
         check(4095, 4095, Answer::Accept, Answer::Retry);
+    }
+
+    #[test]
+    fn an_ipv4_peer_is_named_by_its_ipv4_address() {
+        let canonical = |address: &str| canonical(address.parse().unwrap()).to_string();
+        assert_eq!(canonical("[::ffff:192.0.2.1]:7310"), "192.0.2.1:7310");
+        assert_eq!(canonical("[2001:db8::1]:7310"), "[2001:db8::1]:7310");
     }
 
     #[test]
