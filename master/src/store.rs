@@ -70,8 +70,8 @@ const BUFFER_BYTES: usize = 256 << 10;
 /// The alarm about damaged files of the store.
 const ALARM: &str = "store";
 
-/// A lost object is looked for in the mirror again after this time: every host asks for it.
-const RECAPTURES_APART: Duration = Duration::from_secs(60);
+/// A lost object is hashed, and looked for in the mirror, again after this time: every host asks for it.
+const RECAPTURES_APART: Duration = Duration::from_secs(10);
 
 /// How long `status` shows that a file of the store was damaged and healed: long enough for somebody
 /// to look at the disk.
@@ -86,8 +86,8 @@ pub struct Store {
     needed: RwLock<HashSet<Position>>,
     encoder: Encoder,
     whole: Whole,
-    /// Objects that could not be captured again, and when that was tried last.
-    lost: Mutex<HashMap<Digest, Instant>>,
+    /// Objects that could not be captured again.
+    lost: Mutex<HashMap<Digest, Lost>>,
     /// Where an object may be captured again.
     mirror: PathBuf,
     alarms: Alarms,
@@ -178,6 +178,21 @@ pub enum StoreError {
         /// What the first asker met.
         source: Arc<StoreError>,
     },
+}
+
+/// An object that could not be captured again.
+#[derive(Clone, Copy, Debug)]
+struct Lost {
+    state: &'static str,
+    /// When that was tried last.
+    at: Instant,
+}
+
+impl Lost {
+    fn error(self, digest: &Digest) -> StoreError {
+        let (digest, state) = (*digest, self.state);
+        StoreError::Lost { digest, state }
+    }
 }
 
 /// An object on disk.
@@ -325,6 +340,10 @@ impl Store {
     /// Opens an object whose content is what its name says. One that is missing or damaged is captured
     /// again from the mirror first.
     pub(crate) fn open_object(&self, digest: &Digest) -> Result<File, StoreError> {
+        let known = self.lost().get(digest).copied();
+        if let Some(lost) = known.filter(|lost| lost.at.elapsed() < RECAPTURES_APART) {
+            return Err(lost.error(digest));
+        }
         let state = match self.intact(digest)? {
             Found::Intact(file) => {
                 self.is_back(digest);
@@ -333,14 +352,10 @@ impl Store {
             Found::Missing => "missing",
             Found::Damaged => "damaged",
         };
-        let lost = StoreError::Lost {
-            digest: *digest,
-            state,
-        };
-        let is_needed = !self.files_of(digest, |_| ()).is_empty();
-        let tried = self.lost().get(digest).copied();
-        if !is_needed || tried.is_some_and(|at| at.elapsed() < RECAPTURES_APART) {
-            return Err(lost); // retention removed it, or nothing has changed since
+        let at = Instant::now();
+        let lost = Lost { state, at };
+        if self.files_of(digest, |_| ()).is_empty() {
+            return Err(lost.error(digest)); // no generation needs it
         }
         let now = Timestamp::now();
         let (subject, what) = (digest.to_string(), self.describe(digest));
@@ -354,14 +369,14 @@ impl Store {
             self.alarms.raise_until(ALARM, &subject, text, until, now);
             return Ok(file);
         }
-        self.lost().insert(*digest, Instant::now());
+        self.lost().insert(*digest, lost);
         let text = format!(
             "{what} is {state} in the store, and no file of the mirror has that content: hosts cannot \
              get it; check the disk, then publish other databases or restore {}",
             self.object(digest).display()
         );
         self.alarms.raise(ALARM, &subject, text, now);
-        Err(lost)
+        Err(lost.error(digest))
     }
 
     /// An object that was lost is there again, or nothing needs it any more.
@@ -372,7 +387,7 @@ impl Store {
     }
 
     /// Each change is one insertion or removal: a panic leaves the map whole.
-    fn lost(&self) -> MutexGuard<'_, HashMap<Digest, Instant>> {
+    fn lost(&self) -> MutexGuard<'_, HashMap<Digest, Lost>> {
         self.lost.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

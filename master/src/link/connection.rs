@@ -60,6 +60,10 @@ const STALL: Duration = Duration::from_secs(30);
 /// every agent's connection keeps as many.
 const READ_BYTES: usize = 2 << 10;
 
+/// A file that the master's own disk did not yield is tried again after this time, for as long as the
+/// agent waits for it.
+const UNSENT_RETRY: Duration = Duration::from_secs(10);
+
 /// Characters of a peer's message that are kept.
 const SAID_CHARS_MAX: usize = 1000;
 
@@ -755,68 +759,72 @@ impl Link<'_> {
         );
         let (name, id, complete) = (self.name.clone(), self.id, self.complete.clone());
 
+        let agent = name.clone();
+        let told = move |reason| Event::Unsent {
+            name: agent.clone(),
+            id,
+            offer,
+            reason,
+        };
         // One file after the other: the link is the bottleneck, and a file that is complete early
         // survives a lost connection whole.
         self.parts.spawn(async move {
-            for need in needs.values() {
-                let target = manifest.file(&need.name).expect("looked up above");
-                if complete.remove(&need.name) && need.resume_at == 0 {
-                    shared.pusher.doubt(need, target, full).await; // it may have arrived damaged
-                }
-                let request = Request {
-                    agent: &name,
-                    offer,
-                    need,
-                    target,
-                    full,
-                };
-                match shared.pusher.push(&connection, request, &sent).await {
-                    Ok(bytes) => {
-                        tracing::debug!(agent = %name, file = %need.name, bytes, "sent");
-                        complete.insert(need.name.clone());
-                        if complete.failed.swap(false, Ordering::Relaxed) {
-                            let name = name.clone();
-                            let event = Event::Unsent {
-                                name,
-                                id,
+            let mut needs: Vec<_> = needs.values().collect();
+            while !needs.is_empty() {
+                let mut unsent = Vec::new();
+                for need in needs {
+                    let target = manifest.file(&need.name).expect("looked up above");
+                    if complete.remove(&need.name) && need.resume_at == 0 {
+                        shared.pusher.doubt(need, target, full).await; // it may have arrived damaged
+                    }
+                    let request = Request {
+                        agent: &name,
+                        offer,
+                        need,
+                        target,
+                        full,
+                    };
+                    let pushed = shared.pusher.push(&connection, request, &sent).await;
+                    let events: Vec<_> = match pushed {
+                        Ok(bytes) => {
+                            tracing::debug!(agent = %name, file = %need.name, bytes, "sent");
+                            complete.insert(need.name.clone());
+                            let was_unsent = complete.failed.swap(false, Ordering::Relaxed);
+                            let again = was_unsent.then_some(None);
+                            let progress = Progress {
                                 offer,
-                                reason: None,
+                                phase: wire::Phase::Fetching,
+                                until: None,
+                                sent: sent.load(Ordering::Relaxed),
                             };
-                            if shared.hub.tell(event).await.is_err() {
-                                return; // the daemon stops
+                            let name = name.clone();
+                            let progress = Event::Progress { name, id, progress };
+                            let again = again.map(&told);
+                            again.into_iter().chain([progress]).collect()
+                        }
+                        Err(error) => {
+                            let reason = crate::chain(&error);
+                            // The others may fare better; the agent asks for this one again.
+                            tracing::warn!(agent = %name, file = %need.name, error = reason, "not sent");
+                            if error.is_ours() {
+                                complete.failed.store(true, Ordering::Relaxed);
+                                unsent.push(need);
+                                let file = &need.name;
+                                vec![told(Some(format!("the master cannot send {file}: {reason}")))]
+                            } else {
+                                Vec::new()
                             }
                         }
-                        let progress = Progress {
-                            offer,
-                            phase: wire::Phase::Fetching,
-                            until: None,
-                            sent: sent.load(Ordering::Relaxed),
-                        };
-                        let name = name.clone();
-                        let event = Event::Progress { name, id, progress };
+                    };
+                    for event in events {
                         if shared.hub.tell(event).await.is_err() {
                             return; // the daemon stops
                         }
                     }
-                    Err(error) => {
-                        let reason = crate::chain(&error);
-                        // The others may fare better; the agent asks for this one again.
-                        tracing::warn!(agent = %name, file = %need.name, error = reason, "not sent");
-                        if error.is_ours() {
-                            let reason = format!("the master cannot send {}: {reason}", need.name);
-                            let name = name.clone();
-                            complete.failed.store(true, Ordering::Relaxed);
-                            let event = Event::Unsent {
-                                name,
-                                id,
-                                offer,
-                                reason: Some(reason),
-                            };
-                            if shared.hub.tell(event).await.is_err() {
-                                return; // the daemon stops
-                            }
-                        }
-                    }
+                }
+                needs = unsent;
+                if !needs.is_empty() {
+                    sleep(UNSENT_RETRY).await; // the mirror may have the file again
                 }
             }
         });
