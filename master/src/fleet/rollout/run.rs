@@ -726,7 +726,12 @@ impl Run {
             self.waits_for_group = None;
             let substitute = Percent::new(SUBSTITUTE).expect("a percentage");
             let most = substitute.of_rounded_up(connected().count() as u64);
-            if self.begun.is_empty() && !self.skipped.is_empty() && new as u64 > most {
+            // Those that are away are in a wave of everybody, too, when they are back.
+            let reach = match begun.is_of_everybody() {
+                true => subject.len(),
+                false => new,
+            };
+            if self.begun.is_empty() && !self.skipped.is_empty() && reach as u64 > most {
                 self.ahead.insert(0, wave);
                 self.ahead.insert(0, Wave::Share(substitute));
                 continue;

@@ -63,6 +63,11 @@ impl Begun {
         }
     }
 
+    /// Whether every agent is a member, now and later.
+    pub(super) fn is_of_everybody(&self) -> bool {
+        self.members == Members::Everybody
+    }
+
     /// Whether this agent was drawn.
     pub(super) fn has_drawn(&self, name: &AgentName) -> bool {
         match &self.members {
