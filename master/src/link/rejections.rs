@@ -111,8 +111,6 @@ impl Budget {
 #[derive(Debug, Default)]
 struct Budgets {
     unknown: Budget,
-    /// Of commands on the admin socket.
-    commands: Budget,
     agents: HashMap<AgentName, Budget>,
 }
 
@@ -128,7 +126,8 @@ impl Budgets {
     }
 }
 
-/// Notes rejected connections.
+/// Notes rejected connections. The admin socket has an instance of its own, so that a flood of strangers
+/// hides no denied command either.
 #[derive(Debug)]
 pub struct Rejections {
     budgets: Mutex<Budgets>,
@@ -155,11 +154,7 @@ impl Rejections {
 
     /// A user who reached the admin socket gave a command that only operators may give.
     pub fn denied(&self, user: &Operator, command: &str) {
-        let (has_room, now) = (self.recorder.has_room(), Timestamp::now());
-        let mut budgets = self.budgets.lock().expect("nothing panics with it");
-        let admitted = budgets.commands.admit(now, has_room);
-        drop(budgets);
-        let Some(unwritten) = admitted else {
+        let Some(unwritten) = self.admit(None) else {
             return;
         };
         tracing::warn!(%user, login_uid = user.login_uid, command, "command denied");
