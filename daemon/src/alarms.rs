@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
 
@@ -53,16 +53,17 @@ impl Alarms {
         self.insert(name, subject, text, None, now);
     }
 
-    /// Raises an alarm that ends by itself: for an event that is over, and that an operator should
-    /// know of.
-    pub fn raise_until(
+    /// Raises an alarm that ends by itself after `span`: for an event that is over, and that an operator
+    /// should know of.
+    pub fn raise_for(
         &self,
         name: &'static str,
         subject: &str,
         text: String,
-        until: Timestamp,
+        span: SignedDuration,
         now: Timestamp,
     ) {
+        let until = now.saturating_add(span).unwrap_or(Timestamp::MAX);
         self.insert(name, subject, text, Some(until), now);
     }
 
@@ -189,7 +190,8 @@ mod tests {
     #[test]
     fn an_alarm_about_a_past_event_ends_by_itself() {
         let alarms = Alarms::default();
-        alarms.raise_until("store", "x", "healed".to_owned(), at(10), at(1));
+        let span = SignedDuration::from_secs(9);
+        alarms.raise_for("store", "x", "healed".to_owned(), span, at(1));
         assert_eq!(alarms.all(at(9)).len(), 1);
         assert!(alarms.all(at(10)).is_empty());
     }

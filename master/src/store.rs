@@ -361,12 +361,12 @@ impl Store {
         let (subject, what) = (digest.to_string(), self.describe(digest));
         self.recapture(digest);
         if let Found::Intact(file) = self.intact(digest)? {
-            let until = now.saturating_add(HEALED_SHOWN).unwrap_or(Timestamp::MAX);
             let text = format!(
                 "{what} was {state} in the store at {now:.0} and was captured again from the mirror; \
                  check the disk"
             );
-            self.alarms.raise_until(ALARM, &subject, text, until, now);
+            self.alarms
+                .raise_for(ALARM, &subject, text, HEALED_SHOWN, now);
             return Ok(file);
         }
         self.lost().insert(*digest, lost);

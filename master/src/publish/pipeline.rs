@@ -223,16 +223,14 @@ impl Pipeline {
                 publisher,
             }) => {
                 let now = Timestamp::now();
-                let until = now
-                    .saturating_add(OTHER_MASTER_SHOWN)
-                    .unwrap_or(Timestamp::MAX);
                 let id = publisher.0;
                 let text = format!(
                     "another master publishes with this fleet's manifest key: a host has its \
                      generation {position} (publisher {id}); stop that master, or raise the epoch \
                      with a new key"
                 );
-                self.alarms.raise_until(TWO_MASTERS, &id, text, until, now);
+                self.alarms
+                    .raise_for(TWO_MASTERS, &id, text, OTHER_MASTER_SHOWN, now);
             }
             Err(error) => tracing::warn!(
                 error = crate::chain(&error),

@@ -155,13 +155,13 @@ impl Store {
         }
         super::remove(path)?;
         let now = Timestamp::now();
-        let until = now.saturating_add(HEALED_SHOWN).unwrap_or(Timestamp::MAX);
         let text = format!(
             "{} was damaged at {now:.0} and is made again; check the disk",
             path.display()
         );
         let subject = path.display().to_string();
-        self.alarms.raise_until(ALARM, &subject, text, until, now);
+        self.alarms
+            .raise_for(ALARM, &subject, text, HEALED_SHOWN, now);
         Ok(false)
     }
 
