@@ -392,8 +392,8 @@ impl Guard {
         let mut actions = self.react(event, now, random);
         if !self.now.is_kept_by(&self.kept) {
             self.kept = self.now.clone();
-            // First, so that what was told holds after a crash. What an install has ended and what
-            // is kept nonetheless goes with the next look, which finds nothing wrong.
+            // The file is written before any message, so that each message still holds after a crash. An
+            // entry that an install has made obsolete is removed by the next look.
             actions.insert(0, Action::Keep(self.kept.clone()));
         }
         actions
@@ -658,7 +658,7 @@ mod tests {
         check_outages("ok missing*9000 ok*9", 1, 1);
         // What an operator does step by step is reported at once.
         check_outages("missing*9 not_ours*9 read_only ok", 3, 1);
-        // A fault after a calm of six hours is as good as the first.
+        // After six hours without a fault the next fault is reported at once.
         check_outages("missing ok*10800 missing ok missing", 2, 2);
     }
 
