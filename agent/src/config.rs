@@ -2,14 +2,18 @@
 //! Parses the file, and names the line and the key of a mistake.
 //! Must not know what the other modules do with a value.
 
+mod settings;
+
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clamcast_daemon::admin::{Daemon, PATH_BYTES_MAX};
-use clamcast_daemon::config::{ConfigError, File, FilePath, Settings, Span, beside, overlap};
+use clamcast_daemon::config::{ConfigError, File, FilePath, Key, Settings, Span, beside, overlap};
 use serde::{Deserialize, Serialize};
 
 use crate::clamd::{Address, ProofBy, RawClamd, ReloadBy};
+
+pub use settings::KEYS;
 
 /// Where `--config` points unless told otherwise.
 pub const DEFAULT_PATH: &str = "/etc/clamcast/agent.toml";
@@ -180,52 +184,7 @@ struct RawClamdTable {
 }
 
 impl Settings for Raw {
-    const KEYS: &'static [(&'static str, &'static str)] = &[
-        (
-            "master",
-            "1 to 16 addresses of the master with their ports, such as [\"mirror.example.net:7310\"]",
-        ),
-        (
-            "proxy",
-            "an address with its port such as \"proxy.example.net:3128\", or \"\" for none",
-        ),
-        (
-            "state",
-            "a directory such as \"/var/lib/clamcast/agent\", neither within `database.path` nor around it",
-        ),
-        ("tls.ca", "a file such as \"ca.pem\""),
-        ("tls.cert", "a file such as \"cert.pem\""),
-        ("tls.key", "a file such as \"key.pem\""),
-        ("trust.keys", "a file such as \"manifest.pub\""),
-        ("trust.stale", "\"warn\" or \"refuse\""),
-        (
-            "listen.admin",
-            "a path such as \"/run/clamcast/agent.sock\", with its directories at most 107 bytes long",
-        ),
-        ("database.path", "a directory such as \"/var/lib/clamav\""),
-        ("database.drift", "\"repair\" or \"report\""),
-        (
-            "database.rescan",
-            "a length of time from \"1s\" to \"365d\", such as \"1h\"",
-        ),
-        (
-            "clamd.config",
-            "a file such as \"/etc/clamav/clamd.conf\", \"auto\", or \"\" for none",
-        ),
-        (
-            "clamd.socket",
-            "1 to 16 sockets, each a path from / on or \"host:port\", such as \"/run/clamav/clamd.ctl\"; \
-             or \"none\" for no clamd",
-        ),
-        ("clamd.reload", "\"socket\" or \"signal\""),
-        ("clamd.pid_file", "a file such as \"/run/clamav/clamd.pid\""),
-        ("clamd.proof", "\"canary\" or \"version\""),
-        (
-            "clamd.deadline",
-            "a length of time above zero, such as \"5m\"",
-        ),
-        ("clamd.splay", "a length of time such as \"0s\" or \"30s\""),
-    ];
+    const KEYS: &'static [Key] = settings::KEYS;
 }
 
 impl Config {
@@ -593,8 +552,8 @@ path = "/var/lib/clamav"
     #[test]
     fn every_wrong_value_is_told_with_its_line_its_key_and_what_was_expected() {
         for (key, values) in WRONG {
-            let words = Raw::KEYS.iter().find(|(name, _)| name == key);
-            let (_, words) = words.expect(key);
+            let words = Raw::KEYS.iter().find(|known| known.name == *key);
+            let words = words.expect(key).expected;
             for value in *values {
                 let text = with(key, value);
                 let name = key.rsplit('.').next().unwrap();
@@ -649,11 +608,16 @@ path = "/var/lib/clamav"
             known.extend(keys.split(", ").map(|key| format!("{table}{key}")));
         }
         for key in &known {
-            let below = (Raw::KEYS.iter()).any(|(name, _)| name.starts_with(&format!("{key}.")));
-            let here = Raw::KEYS.iter().any(|(name, _)| name == key);
+            let below = (Raw::KEYS.iter()).any(|known| known.name.starts_with(&format!("{key}.")));
+            let here = Raw::KEYS.iter().any(|known| known.name == key);
             assert!(below || here, "{key} has no words");
         }
-        for (key, words) in Raw::KEYS {
+        for Key {
+            name: key,
+            expected: words,
+            ..
+        } in Raw::KEYS
+        {
             assert!(known.iter().any(|name| name == key), "{key} is no key");
             assert!(
                 WRONG.iter().any(|(tried, _)| tried == key),

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use clamcast_daemon::config::{self, ConfigError, Settings};
+use clamcast_daemon::config::{self, ConfigError, Key, Settings, Value};
 use clamcast_daemon::durable::{self, LockError, LockGuard};
 use clamcast_daemon::exit;
 use clamcast_daemon::input::InputError;
@@ -60,12 +60,19 @@ pub(crate) struct Charter {
 }
 
 impl Settings for Charter {
-    const KEYS: &'static [(&'static str, &'static str)] = &[
-        ("fleet", "the fleet's name, such as \"example\""),
-        (
-            "hosts",
-            "a list of DNS names and IP addresses without ports, such as [\"mirror.example.net\"]",
-        ),
+    const KEYS: &'static [Key] = &[
+        Key {
+            name: "fleet",
+            value: Value::Required("\"example\""),
+            expected: "the fleet's name, such as \"example\"",
+            meaning: "The fleet's name.",
+        },
+        Key {
+            name: "hosts",
+            value: Value::Default("[]"),
+            expected: "a list of DNS names and IP addresses without ports, such as [\"mirror.example.net\"]",
+            meaning: "Where agents find the master.",
+        },
     ];
 }
 

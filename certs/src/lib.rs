@@ -4,6 +4,7 @@
 //! daemons never see it: they get copies of a few files. Time is an argument, so that tests can
 //! issue certificates that have run out.
 
+pub mod cli;
 mod files;
 mod fleet;
 mod host;

@@ -63,9 +63,35 @@ impl ConfigError {
 
 /// What a configuration file may hold. Its structs are to be `#[serde(deny_unknown_fields)]`.
 pub trait Settings: DeserializeOwned {
-    /// Every key with the tables around it, as in `mirror.path`, and what may stand there, in words
-    /// that go on after "expected". `*` stands for names that the operator chooses.
-    const KEYS: &'static [(&'static str, &'static str)];
+    /// Every key.
+    const KEYS: &'static [Key];
+}
+
+/// A key of a configuration file, for messages, the manual page and the example configuration.
+#[derive(Clone, Copy, Debug)]
+pub struct Key {
+    /// The key with the tables around it, as in `mirror.path`; `*` stands for names that the operator
+    /// chooses.
+    pub name: &'static str,
+    /// Its value if the file does not set it.
+    pub value: Value,
+    /// The values that it accepts, in words that continue "expected".
+    pub expected: &'static str,
+    /// The effect of the value, in full sentences.
+    pub meaning: &'static str,
+}
+
+/// The value of a key that a file does not set, in TOML.
+#[derive(Clone, Copy, Debug)]
+pub enum Value {
+    /// The file must set the key; this is an example.
+    Required(&'static str),
+    /// The default.
+    Default(&'static str),
+    /// Nothing: the operator chooses the names. This is an example, `NAME = VALUE`.
+    Named(&'static str),
+    /// The default, or the example, of a key without effect in this version.
+    Reserved(&'static str),
 }
 
 /// A configuration file that was read.

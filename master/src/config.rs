@@ -4,6 +4,7 @@
 
 mod keys;
 mod rollout;
+mod settings;
 mod window;
 
 use std::collections::BTreeMap;
@@ -13,7 +14,7 @@ use std::time::Duration;
 
 use clamcast_daemon::admin::{Daemon, PATH_BYTES_MAX};
 use clamcast_daemon::config::{
-    ConfigError, File, FilePath, Percent, Settings, Size, Span, overlap,
+    ConfigError, File, FilePath, Key, Percent, Settings, Size, Span, overlap,
 };
 use clamcast_proto::{DatabaseName, FleetName, GroupName};
 use globset::{GlobBuilder, GlobMatcher};
@@ -24,6 +25,7 @@ pub use keys::{
     load_manifest_key,
 };
 pub use rollout::{Rules, Wave, WaveError};
+pub use settings::KEYS;
 pub use window::{Window, WindowError};
 
 /// Where `--config` points unless told otherwise.
@@ -341,153 +343,8 @@ impl TryFrom<String> for OptionalAddress {
 }
 
 impl Settings for Raw {
-    const KEYS: &'static [(&'static str, &'static str)] = &[
-        (
-            "fleet",
-            "the fleet's name as `clamcast-certs init --fleet` was given it, such as \"example\": \
-             letters, digits, `.`, `_` and `-`, first and last a letter or digit",
-        ),
-        (
-            "state",
-            "a directory such as \"/var/lib/clamcast/master\", neither within `mirror.path` nor around it",
-        ),
-        (
-            "mirror.path",
-            "a directory such as \"/var/lib/clamav-mirror\"",
-        ),
-        (
-            "mirror.quiet",
-            "a length of time up to \"1h\", such as \"3s\"",
-        ),
-        (
-            "mirror.rescan",
-            "a length of time from \"1s\" to \"1d\", such as \"5m\"",
-        ),
-        (
-            "mirror.require",
-            "a list of database names without their extension, such as [\"daily\"], or [] for none",
-        ),
-        ("mirror.unsigned", "\"allow\" or \"refuse\""),
-        ("mirror.load_test", "\"auto\", \"always\" or \"never\""),
-        ("mirror.shrink_max", PERCENT),
-        ("mirror.on_bad_unit", "\"hold\" or \"refuse\""),
-        (
-            "mirror.units.*",
-            "a list of file names such as [\"urlhaus.ndb\", \"urlhaus.ign2\"]",
-        ),
-        (
-            "mirror.cvd_certs",
-            "a directory such as \"/etc/clamav/certs\", or \"\" for none",
-        ),
-        ("mirror.age_alarm", "a length of time such as \"48h\""),
-        (
-            "listen.quic",
-            "an IP address and a port such as \"192.0.2.1:7310\", or \"[::]:7310\" for every address",
-        ),
-        (
-            "listen.tcp",
-            "an IP address and a port such as \"[::]:443\", or \"\" for none",
-        ),
-        (
-            "listen.admin",
-            "a path such as \"/run/clamcast/master.sock\", with its directories at most 107 bytes long",
-        ),
-        (
-            "listen.admin_group",
-            "the name of a group such as \"clamcast\"",
-        ),
-        (
-            "listen.http",
-            "an IP address and a port such as \"127.0.0.1:7311\", or \"\" for none",
-        ),
-        (
-            "listen.audit_group",
-            "the name of a group such as \"auditors\", or \"\" for none",
-        ),
-        ("listen.two_person", "true or false, without quotes"),
-        (
-            "mirror_http.listen",
-            "an IP address and a port such as \"[::]:8080\", or \"\" for none",
-        ),
-        (
-            "mirror_http.cert",
-            "a file such as \"/etc/clamcast/http/cert.pem\", or \"\" for none",
-        ),
-        (
-            "mirror_http.key",
-            "a file such as \"/etc/clamcast/http/key.pem\", or \"\" for none",
-        ),
-        (
-            "audit.keep",
-            "a length of time up to \"3650d\", such as \"400d\"",
-        ),
-        ("tls.ca", "a file such as \"/etc/clamcast/ca.pem\""),
-        (
-            "tls.cert",
-            "a file such as \"/etc/clamcast/master/cert.pem\"",
-        ),
-        ("tls.key", "a file such as \"/etc/clamcast/master/key.pem\""),
-        (
-            "tls.revoked",
-            "a file such as \"/etc/clamcast/revoked.json\"",
-        ),
-        (
-            "signing.manifest_key",
-            "a file such as \"/etc/clamcast/manifest.key\"",
-        ),
-        (
-            "signing.audit_key",
-            "a file such as \"/etc/clamcast/audit.key\"",
-        ),
-        (
-            "signing.keys",
-            "a file such as \"/etc/clamcast/manifest.pub\"",
-        ),
-        (
-            "signing.fresh",
-            "a length of time from \"1m\" to \"365d\", such as \"48h\"",
-        ),
-        (
-            "groups.*",
-            "a list of agents' names or patterns such as [\"web1\", \"db-*\", \"app[0-9]\"]",
-        ),
-        ("store.keep", "a whole number from 1 on, such as 20"),
-        ("push.concurrent", "a whole number from 1 on, such as 64"),
-        (
-            "push.bandwidth",
-            "a number of bytes a second such as \"500kB\" or \"64MiB\", or \"0\" for no limit",
-        ),
-        (
-            "bulk.urls.*",
-            "a list of URLs such as [\"https://cache.example.net/clamcast\"]",
-        ),
-        (
-            "bulk.upload",
-            "a bucket such as \"s3://BUCKET/PREFIX\", or \"\" for none",
-        ),
-        (
-            "rollout.waves",
-            "a list of groups, shares and counts such as [\"group:canary\", \"10%\", \"100%\"]",
-        ),
-        (
-            "rollout.settle",
-            "a length of time such as \"0s\" or \"30m\"",
-        ),
-        ("rollout.refused_max", PERCENT),
-        ("rollout.unwell_max", PERCENT),
-        ("rollout.rollback_on_halt", "true or false, without quotes"),
-        (
-            "rollout.deadline",
-            "a length of time above zero and up to \"365d\", such as \"15m\"",
-        ),
-        (
-            "rollout.windows.*",
-            "a list of times such as [\"Mon-Fri 22:00-05:00\"]",
-        ),
-    ];
+    const KEYS: &'static [Key] = settings::KEYS;
 }
-
-const PERCENT: &str = "a whole percentage from \"0%\" to \"100%\"";
 
 impl Raw {
     /// The keys with a value that asks for a feature which does not exist in this version.
@@ -1045,10 +902,10 @@ windows = {{ db = ["Mon-Fri 22:00-05:00"] }}
     fn every_wrong_value_is_told_with_its_line_its_key_and_what_was_expected() {
         for (key, values) in WRONG {
             let table = key.rsplit_once('.').map_or("", |(table, _)| table);
-            let words = Raw::KEYS.iter().find(|(name, _)| {
+            let words = Raw::KEYS.iter().find(|Key { name, .. }| {
                 name == key || name.strip_suffix(".*").is_some_and(|name| name == table)
             });
-            let (_, words) = words.expect(key);
+            let words = words.expect(key).expected;
             for value in *values {
                 let text = with(key, value);
                 let name = key.rsplit('.').next().unwrap();
@@ -1151,11 +1008,16 @@ windows = {{ db = ["Mon-Fri 22:00-05:00"] }}
         for key in &known {
             let below = Raw::KEYS
                 .iter()
-                .any(|(name, _)| name.starts_with(&format!("{key}.")));
-            let here = Raw::KEYS.iter().any(|(name, _)| name == key);
+                .any(|known| known.name.starts_with(&format!("{key}.")));
+            let here = Raw::KEYS.iter().any(|known| known.name == key);
             assert!(below || here, "{key} has no words");
         }
-        for (key, words) in Raw::KEYS {
+        for Key {
+            name: key,
+            expected: words,
+            ..
+        } in Raw::KEYS
+        {
             let plain = key.strip_suffix(".*").unwrap_or(key);
             assert!(known.iter().any(|name| name == plain), "{key} is no key");
             assert!(

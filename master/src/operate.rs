@@ -10,3 +10,5 @@ mod help;
 pub mod preflight;
 mod report;
 mod show;
+
+pub use cli::command_line;

@@ -237,7 +237,7 @@ fn problem<T: Settings>(text: &str, message: &str, place: Place) -> Problem {
         let mut path = key;
         path.push(subject.to_owned());
         let inner = format!("{}.", path.join("."));
-        return if T::KEYS.iter().any(|(name, _)| name.starts_with(&inner)) {
+        return if T::KEYS.iter().any(|known| known.name.starts_with(&inner)) {
             Problem::MissingTable {
                 table: path.join("."),
             }
@@ -275,10 +275,10 @@ fn expected<T: Settings>(key: &[String]) -> &'static str {
             .all(|part| parts.next().is_some_and(|name| name == "*" || name == part));
         same && parts.next().is_none()
     };
-    let found = T::KEYS.iter().find(|(name, _)| is(name));
+    let found = T::KEYS.iter().find(|known| is(known.name));
     found.map_or(
         "a table: its name in `[...]`, and its keys below it",
-        |(_, words)| words,
+        |known| known.expected,
     )
 }
 
@@ -380,7 +380,7 @@ fn nearest(name: &str, known: impl Iterator<Item = String>) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{ConfigError, File, FilePath, Percent, Size, Span};
+    use super::super::{ConfigError, File, FilePath, Key, Percent, Size, Span, Value};
     use super::*;
     use serde::Deserialize;
     use std::collections::BTreeMap;
@@ -414,15 +414,24 @@ mod tests {
     }
 
     impl Settings for Sample {
-        const KEYS: &'static [(&'static str, &'static str)] = &[
-            ("fleet", "a name"),
-            ("mirror.path", "a path"),
-            ("mirror.quiet", "a time"),
-            ("mirror.shrink_max", "a share"),
-            ("mirror.bandwidth", "a size"),
-            ("mirror.unsigned", "\"allow\" or \"refuse\""),
-            ("groups.*", "a list of names"),
+        const KEYS: &'static [Key] = &[
+            key("fleet", "a name"),
+            key("mirror.path", "a path"),
+            key("mirror.quiet", "a time"),
+            key("mirror.shrink_max", "a share"),
+            key("mirror.bandwidth", "a size"),
+            key("mirror.unsigned", "\"allow\" or \"refuse\""),
+            key("groups.*", "a list of names"),
         ];
+    }
+
+    const fn key(name: &'static str, expected: &'static str) -> Key {
+        Key {
+            name,
+            value: Value::Default(""),
+            expected,
+            meaning: "",
+        }
     }
 
     fn load<T: Settings>(path: &std::path::Path) -> Result<T, ConfigError> {

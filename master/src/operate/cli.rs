@@ -9,7 +9,7 @@ use crate::operate::admin::REASON_BYTES_MAX;
 use crate::record::events::{self, AgentPattern};
 use clamcast_proto::{AgentName, AuditEvent, GroupName};
 use clap::builder::{PossibleValuesParser, TypedValueParser as _};
-use clap::{ArgAction, Args, Parser, Subcommand};
+use clap::{ArgAction, Args, CommandFactory as _, Parser, Subcommand};
 use jiff::Timestamp;
 
 use crate::operate::{help, show};
@@ -32,6 +32,11 @@ pub(crate) struct Cli {
 
     #[command(subcommand)]
     pub(crate) command: Command,
+}
+
+/// The command line, for manual pages and completions.
+pub fn command_line() -> clap::Command {
+    Cli::command()
 }
 
 #[derive(Subcommand)]
