@@ -773,7 +773,7 @@ mod tests {
 
     #[test]
     fn the_unit_of_this_configuration_says_whom_the_agent_runs_as() {
-        let unit = include_str!("../../clamcast-agent.service");
+        let unit = include_str!("../../package/systemd/clamcast-agent.service");
         let lib = "/usr/lib/systemd/system/clamcast-agent.service";
         let etc = "/etc/systemd/system/clamcast-agent.service";
         let dropin = "/etc/systemd/system/clamcast-agent.service.d/user.conf";
@@ -821,7 +821,7 @@ mod tests {
 
     #[track_caller]
     fn check_sandbox(dropin: &str, database: &str, socket: &str, expected: &str) {
-        let unit = include_str!("../../clamcast-agent.service").to_owned() + dropin;
+        let unit = include_str!("../../package/systemd/clamcast-agent.service").to_owned() + dropin;
         let written = [database, "/var/lib/clamcast/agent"].map(Path::new);
         let finding = judge_unit(&unit, written, &[Path::new(socket)]);
         testing::assert_lines(&[finding], &[expected]);
