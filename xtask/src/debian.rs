@@ -24,6 +24,47 @@ pub(crate) const PROGRAMS: [(&str, &str); 7] = [
     ("strace", "strace"),
 ];
 
+/// Programs of the tests of packages, and the package that has each. They work only where they are
+/// installed.
+const INSTALLED: [(&str, &str); 5] = [
+    ("lintian", "lintian"),
+    ("mmdebstrap", "mmdebstrap"),
+    ("rpm", "rpm"),
+    ("rpmlint", "rpmlint"),
+    ("systemd-nspawn", "systemd-container"),
+];
+
+/// Installs those of the programs of the tests of packages that are not here, if root runs this. None
+/// of them is a service.
+pub(crate) fn install(target: &Path) -> anyhow::Result<()> {
+    let missing: Vec<_> = INSTALLED
+        .into_iter()
+        .filter(|(name, _)| find(name, target).is_none())
+        .map(|(_, package)| package)
+        .collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let packages = missing.join(" ");
+    let advice = || format!("packages cannot be tested; run apt-get install {packages}");
+    ensure!(nix::unistd::Uid::effective().is_root(), advice());
+    eprintln!("installing {packages}");
+    for arguments in [
+        &["update"][..],
+        &["install", "--yes", "--no-install-recommends"],
+    ] {
+        let mut apt = Command::new("apt-get");
+        apt.env("DEBIAN_FRONTEND", "noninteractive").arg("--quiet");
+        let packages = if arguments.len() > 1 {
+            &missing[..]
+        } else {
+            &[]
+        };
+        run(apt.args(arguments).args(packages)).with_context(advice)?;
+    }
+    Ok(())
+}
+
 /// Where a program is: on `PATH`, among the programs of the system, which an ordinary user may not
 /// have on it, or unpacked. The lab of `tests/` looks in the same places.
 pub(crate) fn find(name: &str, target: &Path) -> Option<PathBuf> {

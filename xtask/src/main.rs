@@ -2,9 +2,11 @@
 
 mod debian;
 mod demo;
+mod dist;
 mod imports;
 mod source;
 mod test;
+mod tools;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
@@ -18,6 +20,7 @@ use clap::Parser;
 #[command(name = "cargo xtask", bin_name = "cargo xtask")]
 enum Xtask {
     Demo(demo::Arguments),
+    Dist(dist::Arguments),
     Imports(imports::Arguments),
     Test(test::Arguments),
 }
@@ -25,6 +28,7 @@ enum Xtask {
 fn main() -> ExitCode {
     let done = match Xtask::parse() {
         Xtask::Demo(arguments) => demo::run(&arguments),
+        Xtask::Dist(arguments) => dist::run(&arguments),
         Xtask::Imports(arguments) => imports::run(&arguments),
         Xtask::Test(arguments) => test::run(&arguments),
     };

@@ -8,12 +8,13 @@ use std::{env, fs, io};
 
 use anyhow::{Context, bail};
 
-use crate::{cargo, command, debian, finish, target};
+use crate::{cargo, command, debian, dist, finish, target, tools};
 
-/// Format, lints, documentation and all tests.
+/// Format, lints, documentation, packages and all tests.
 ///
 /// Programs that tests run and that are not here (clamd, freshclam, rsync ...) are unpacked from
-/// Debian's packages in the target directory, and cargo-deny is built there; nothing is installed.
+/// Debian's packages in the target directory, and cargo-deny and the package builders are built there.
+/// Root also installs what checks packages (lintian, rpm, rpmlint, mmdebstrap, systemd-nspawn).
 /// Tests that need what is still not here are skipped, counted and listed; with CI=true they fail.
 /// Where CLAMCAST_ADVISORY_DB names a copy of RustSec's advisory database, cargo-audit runs, too.
 #[derive(clap::Args)]
@@ -39,12 +40,18 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
             provided => provided,
         }
     })?;
-    step("tools that tests run", || match tools(&target) {
-        Err(error) if env::var_os("CI").is_none_or(|ci| ci != "true") => {
-            eprintln!("{error:#}\ntests that need them will be skipped");
-            Ok(())
+    let mut judges = vec!["cargo-deny"];
+    if env::var_os("CLAMCAST_ADVISORY_DB").is_some() {
+        judges.push("cargo-audit");
+    }
+    step("tools that tests run", || {
+        match tools::provide(&target, &judges) {
+            Err(error) if env::var_os("CI").is_none_or(|ci| ci != "true") => {
+                eprintln!("{error:#}\ntests that need them will be skipped");
+                Ok(())
+            }
+            provided => provided,
         }
-        provided => provided,
     })?;
     step("clippy", || {
         cargo(&[
@@ -61,6 +68,14 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
         let mut doc = command(&["doc", "--workspace", "--no-deps"]);
         finish(doc.env("RUSTDOCFLAGS", "-D warnings")).context("mend what rustdoc found")
     })?;
+    step("packages", || match debian::install(&target) {
+        Err(error) if env::var_os("CI").is_none_or(|ci| ci != "true") => {
+            eprintln!("{error:#}");
+            Ok(())
+        }
+        Err(error) => Err(error),
+        Ok(()) => dist::check::packages(&target, arguments.long),
+    })?;
     let not_run = target.join("not-run");
     if not_run.exists() {
         fs::remove_dir_all(&not_run).context("cannot forget what an earlier run skipped")?;
@@ -70,25 +85,6 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     })?;
     report(&not_run)?;
     println!("all of it passed in {} s", started.elapsed().as_secs());
-    Ok(())
-}
-
-/// Installs the tools that judge our dependencies in `target/tools`, where the lab of `tests/` looks,
-/// unless they are there. Two cores need about three minutes for cargo-deny, and five for cargo-audit.
-fn tools(target: &Path) -> anyhow::Result<()> {
-    let root = target.join("tools");
-    let mut wanted = vec!["cargo-deny"];
-    if env::var_os("CLAMCAST_ADVISORY_DB").is_some() {
-        wanted.push("cargo-audit");
-    }
-    for tool in wanted {
-        let path = env::var_os("PATH").unwrap_or_default();
-        let mut places = env::split_paths(&path).chain([root.join("bin")]);
-        if !places.any(|place| place.join(tool).is_file()) {
-            let mut install = command(&["install", tool, "--locked", "--quiet", "--root"]);
-            finish(install.arg(&root)).with_context(|| format!("cannot install {tool}"))?;
-        }
-    }
     Ok(())
 }
 

@@ -1,0 +1,379 @@
+//! `cargo xtask dist`: packages for Debian and RPM systems, and a tarball.
+
+pub(crate) mod check;
+mod tree;
+
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::{env, str};
+
+use anyhow::{Context, bail, ensure};
+
+use crate::{command, finish, target, tools, workspace};
+
+/// The packages, each from the crate that its name ends with.
+pub(crate) const PACKAGES: [&str; 3] = ["clamcast-agent", "clamcast-certs", "clamcast-master"];
+
+/// The newest glibc that the packages may require: that of RHEL 9. Debian 12 has 2.36.
+const GLIBC_MAX: (u32, u32) = (2, 34);
+
+/// Tools that build packages; `cargo install` puts them into `target/tools` where they are missing.
+const TOOLS: [&str; 3] = ["cargo-deb", "cargo-generate-rpm", "cargo-cyclonedx"];
+
+/// Build the packages (.deb, .rpm, .tar.gz) with an SBOM and SHA256SUMS.
+///
+/// The same sources, compiler and SOURCE_DATE_EPOCH give the same bytes. SOURCE_DATE_EPOCH defaults to
+/// the time of the last commit. Missing package builders are installed into the target directory.
+#[derive(clap::Args)]
+pub(crate) struct Arguments {
+    /// Directory for the packages [default: dist in the target directory]
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// Ed25519 private key (PEM) that signs SHA256SUMS
+    #[arg(long, value_name = "FILE")]
+    key: Option<PathBuf>,
+    /// Version of the packages [default: that of the workspace]
+    #[arg(long, value_name = "X.Y.Z", default_value = env!("CARGO_PKG_VERSION"))]
+    version: String,
+    /// Package binaries of the development profile, without an SBOM: for tests of the packages
+    #[arg(long)]
+    quick: bool,
+}
+
+/// Builds everything into the output directory, which holds nothing else afterwards.
+pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
+    let target = target()?;
+    let out = match &arguments.out {
+        Some(out) => std::path::absolute(out)?,
+        None => target.join("dist"),
+    };
+    let build = Build {
+        target: &target,
+        epoch: epoch()?,
+        version: &arguments.version,
+    };
+    tools::provide(&target, if arguments.quick { &TOOLS[..2] } else { &TOOLS })?;
+    let binaries = build.binaries(arguments.quick)?;
+    check_glibc(&binaries)?;
+    let manual = build.manual()?;
+    let trees = tree::stage(&build, &binaries, &manual)?;
+
+    if out.exists() {
+        fs::remove_dir_all(&out).with_context(|| format!("cannot replace {}", out.display()))?;
+    }
+    fs::create_dir_all(&out)?;
+    for package in PACKAGES {
+        build.deb(package, &out)?;
+        build.rpm(package, &out)?;
+    }
+    build.tarball(&trees, &out)?;
+    if !arguments.quick {
+        build.sbom(&out)?;
+    }
+    sums(&out)?;
+    if let Some(key) = &arguments.key {
+        sign(&out, key)?;
+    }
+    println!("packages in {}", out.display());
+    Ok(())
+}
+
+/// What all steps need to know.
+struct Build<'a> {
+    target: &'a Path,
+    /// SOURCE_DATE_EPOCH, seconds.
+    epoch: u64,
+    version: &'a str,
+}
+
+impl Build<'_> {
+    /// Where the package builders expect the trees. Both replace `target/release` in an asset by the
+    /// real target directory.
+    fn stage(&self) -> PathBuf {
+        self.target.join("release/package")
+    }
+
+    /// The programs of the packages, with their symbols stripped.
+    fn binaries(&self, quick: bool) -> anyhow::Result<PathBuf> {
+        let mut build = command(&["build", "--locked", "--bins"]);
+        for package in PACKAGES {
+            build.args(["--package", package]);
+        }
+        let from = if quick {
+            build.arg("--target-dir").arg(self.target);
+            self.target.join("debug")
+        } else {
+            // Flags of its own need a directory of its own, or the other builds would start over.
+            let directory = self.target.join("dist-build");
+            reproducible(&mut build, &directory)?;
+            build
+                .args(["--release", "--target-dir"])
+                .arg(&directory)
+                .env("SOURCE_DATE_EPOCH", self.epoch.to_string());
+            directory.join("release")
+        };
+        finish(&mut build).context("cannot build the programs")?;
+        let into = self.stage().join("bin");
+        fs::create_dir_all(&into)?;
+        for package in PACKAGES {
+            let mut strip = Command::new("strip");
+            strip.arg("--strip-all").arg("-o").arg(into.join(package));
+            run_tool(strip.arg(from.join(package)), "binutils")?;
+        }
+        Ok(into)
+    }
+
+    /// Manual pages, completions and example configurations.
+    fn manual(&self) -> anyhow::Result<PathBuf> {
+        let manual = self.stage().join("manual");
+        if manual.exists() {
+            fs::remove_dir_all(&manual)?;
+        }
+        let mut date = Command::new("date");
+        let date = output(
+            date.args(["--utc", "+%Y-%m-%d", "-d"])
+                .arg(format!("@{}", self.epoch)),
+        )?;
+        let mut run = command(&["run", "--quiet", "--locked", "--package", "clamcast-manual"]);
+        run.arg("--target-dir").arg(self.target);
+        finish(run.arg("--").arg(&manual).arg(date.trim()))?;
+        Ok(manual)
+    }
+
+    fn deb(&self, package: &str, out: &Path) -> anyhow::Result<()> {
+        let mut deb = self.builder("cargo-deb")?;
+        deb.args([
+            "deb",
+            "--no-build",
+            "--no-strip",
+            "--quiet",
+            "--package",
+            package,
+        ])
+        .args(["--deb-version", &format!("{}-1", self.version), "--output"]);
+        run_tool(deb.arg(out), "cargo-deb").with_context(|| format!("cannot package {package}"))
+    }
+
+    fn rpm(&self, package: &str, out: &Path) -> anyhow::Result<()> {
+        let directory = package.strip_prefix("clamcast-").unwrap_or(package);
+        let mut rpm = self.builder("cargo-generate-rpm")?;
+        rpm.args(["generate-rpm", "--package", directory, "--set-metadata"])
+            .arg(format!("version = \"{}\"", self.version))
+            .args(["--source-date", &self.epoch.to_string(), "--output"]);
+        run_tool(rpm.arg(out), "cargo-generate-rpm")
+            .with_context(|| format!("cannot package {package} as rpm"))
+    }
+
+    fn builder(&self, tool: &str) -> anyhow::Result<Command> {
+        let program = tools::find(self.target, tool).context("it was installed")?;
+        let mut builder = Command::new(program);
+        builder
+            .current_dir(workspace())
+            .env("CARGO_TARGET_DIR", self.target)
+            .env("SOURCE_DATE_EPOCH", self.epoch.to_string());
+        Ok(builder)
+    }
+
+    /// All three trees in one archive, to be unpacked at the root of a host.
+    fn tarball(&self, trees: &Path, out: &Path) -> anyhow::Result<()> {
+        let name = format!("clamcast-{}-{}.tar.gz", self.version, env::consts::ARCH);
+        let whole = self.stage().join("whole");
+        if whole.exists() {
+            fs::remove_dir_all(&whole)?;
+        }
+        for package in PACKAGES {
+            let mut copy = Command::new("cp");
+            copy.arg("-a")
+                .arg(trees.join(package))
+                .arg("-T")
+                .arg(&whole);
+            run_tool(&mut copy, "coreutils")?;
+        }
+        let archive = File::create(out.join(&name))?;
+        let mut tar = Command::new("tar");
+        tar.args([
+            "--create",
+            "--sort=name",
+            "--owner=0",
+            "--group=0",
+            "--numeric-owner",
+        ])
+        .arg(format!("--mtime=@{}", self.epoch))
+        .args([
+            "--use-compress-program=gzip --best --no-name",
+            "--directory",
+        ])
+        .arg(&whole)
+        .arg(".");
+        run_tool(tar.stdout(archive), "tar")
+    }
+
+    /// A CycloneDX bill of materials for each program.
+    fn sbom(&self, out: &Path) -> anyhow::Result<()> {
+        let mut cyclonedx = self.builder("cargo-cyclonedx")?;
+        cyclonedx.args(["cyclonedx", "--format", "json", "--all"]);
+        run_tool(cyclonedx.arg("--quiet"), "cargo-cyclonedx")?;
+        for package in fs::read_dir(workspace())? {
+            let package = package?.path();
+            for entry in fs::read_dir(&package).into_iter().flatten() {
+                let from = entry?.path();
+                let name = from.file_name().unwrap_or_default().to_string_lossy();
+                if let Some(crate_name) = name.strip_suffix(".cdx.json") {
+                    if PACKAGES.contains(&crate_name) {
+                        let to = format!("{crate_name}-{}.cdx.json", self.version);
+                        fs::copy(&from, out.join(to))?;
+                    }
+                    fs::remove_file(&from)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// SOURCE_DATE_EPOCH, or the time of the last commit.
+fn epoch() -> anyhow::Result<u64> {
+    let epoch = match env::var("SOURCE_DATE_EPOCH") {
+        Ok(epoch) => epoch,
+        Err(_) => {
+            let mut git = Command::new("git");
+            git.args(["log", "-1", "--format=%ct"])
+                .current_dir(workspace());
+            output(&mut git).context("set SOURCE_DATE_EPOCH: this is not a git checkout")?
+        }
+    };
+    epoch
+        .trim()
+        .parse()
+        .context("SOURCE_DATE_EPOCH is not a number of seconds")
+}
+
+/// Keeps the paths of this machine out of the programs.
+fn reproducible(build: &mut Command, directory: &Path) -> anyhow::Result<()> {
+    let home = env::var_os("CARGO_HOME").map(PathBuf::from);
+    let home = home.or_else(|| env::home_dir().map(|home| home.join(".cargo")));
+    let home = home.context("neither CARGO_HOME nor HOME is set")?;
+    let prefixes = [
+        (workspace(), "/usr/src/clamcast"),
+        (directory, "/usr/src/build"),
+        (home.as_path(), "/usr/src/cargo"),
+    ];
+    let flags = |flag: &str| {
+        let one = |(from, to): &(&Path, &str)| format!("{flag}{}={to}", from.display());
+        prefixes.iter().map(one).collect::<Vec<_>>()
+    };
+    build
+        .env(
+            "CARGO_ENCODED_RUSTFLAGS",
+            flags("--remap-path-prefix=").join("\x1f"),
+        )
+        .env("CFLAGS", flags("-ffile-prefix-map=").join(" "));
+    Ok(())
+}
+
+/// Fails if a program needs a newer glibc than [`GLIBC_MAX`].
+fn check_glibc(binaries: &Path) -> anyhow::Result<()> {
+    for package in PACKAGES {
+        let mut objdump = Command::new("objdump");
+        let symbols = output(objdump.arg("--dynamic-syms").arg(binaries.join(package)))
+            .context("cannot run objdump; install binutils")?;
+        // A weak symbol may be absent.
+        let strong = symbols.lines().filter(|line| !line.contains("  w "));
+        let versions = strong.filter_map(|line| {
+            let (_, version) = line.split_once("GLIBC_")?;
+            let version: String = version
+                .chars()
+                .take_while(|c| *c != ')' && *c != ' ')
+                .collect();
+            let mut numbers = version.split('.').map_while(|number| number.parse().ok());
+            Some((numbers.next()?, numbers.next().unwrap_or(0)))
+        });
+        let newest = versions.max().unwrap_or((0, 0));
+        ensure!(
+            newest <= GLIBC_MAX,
+            "{package} needs glibc {}.{}, and RHEL 9 has {}.{}; build on Debian 12 or RHEL 9",
+            newest.0,
+            newest.1,
+            GLIBC_MAX.0,
+            GLIBC_MAX.1
+        );
+        eprintln!("{package}: needs glibc {}.{}", newest.0, newest.1);
+    }
+    Ok(())
+}
+
+/// Writes SHA256SUMS, in the format of sha256sum.
+fn sums(out: &Path) -> anyhow::Result<()> {
+    let mut names: Vec<_> = fs::read_dir(out)?
+        .map(|entry| Ok(entry?.file_name()))
+        .collect::<anyhow::Result<_>>()?;
+    names.sort();
+    let mut sha256sum = Command::new("sha256sum");
+    let sums = output(sha256sum.current_dir(out).args(names))?;
+    fs::write(out.join("SHA256SUMS"), sums)?;
+    Ok(())
+}
+
+/// Writes the Ed25519 signature of SHA256SUMS, 64 raw bytes.
+fn sign(out: &Path, key: &Path) -> anyhow::Result<()> {
+    let key = std::path::absolute(key)?;
+    let mut openssl = Command::new("openssl");
+    openssl
+        .current_dir(out)
+        .args([
+            "pkeyutl",
+            "-sign",
+            "-rawin",
+            "-in",
+            "SHA256SUMS",
+            "-out",
+            "SHA256SUMS.sig",
+            "-inkey",
+        ])
+        .arg(&key);
+    run_tool(&mut openssl, "openssl")
+        .with_context(|| format!("{} is not an Ed25519 private key in PEM", key.display()))?;
+    let signature = fs::metadata(out.join("SHA256SUMS.sig"))?;
+    ensure!(
+        signature.len() == 64,
+        "{} is not an Ed25519 key",
+        key.display()
+    );
+    Ok(())
+}
+
+/// Runs a program; its output matters only if it fails.
+fn run_tool(command: &mut Command, package: impl AsRef<OsStr>) -> anyhow::Result<()> {
+    let program = command.get_program().to_string_lossy().into_owned();
+    let ran = command.stdin(Stdio::null()).stderr(Stdio::piped()).spawn();
+    let ran = ran
+        .and_then(std::process::Child::wait_with_output)
+        .with_context(|| {
+            let package = package.as_ref().to_string_lossy().into_owned();
+            format!("cannot run {program}; install {package}")
+        })?;
+    if !ran.status.success() {
+        bail!(
+            "{program} failed: {}",
+            String::from_utf8_lossy(&ran.stderr).trim_end()
+        );
+    }
+    Ok(())
+}
+
+fn output(command: &mut Command) -> anyhow::Result<String> {
+    let program = command.get_program().to_string_lossy().into_owned();
+    let ran = command.stdin(Stdio::null()).output();
+    let ran = ran.with_context(|| format!("cannot run {program}"))?;
+    ensure!(
+        ran.status.success(),
+        "{program} failed: {}{}",
+        String::from_utf8_lossy(&ran.stdout),
+        String::from_utf8_lossy(&ran.stderr).trim_end()
+    );
+    Ok(str::from_utf8(&ran.stdout)
+        .context("not a text")?
+        .to_owned())
+}
