@@ -73,7 +73,11 @@ fn write(
         (Shell::Zsh, "zsh"),
         (Shell::Fish, "fish"),
     ] {
-        clap_complete::generate_to(shell, &mut command.clone(), &program, place(name)?)?;
+        let path = clap_complete::generate_to(shell, &mut command.clone(), &program, place(name)?)?;
+        if shell == Shell::Bash {
+            // bash-completion looks for the name of the command.
+            fs::rename(&path, path.with_extension(""))?;
+        }
     }
     let man1 = place("man1")?;
     let mut built = command.disable_help_subcommand(true);

@@ -53,10 +53,10 @@ pub(super) fn stage(build: &Build<'_>, binaries: &Path, manual: &Path) -> anyhow
             copy_all(&from, &tree.join(to.replace("PACKAGE", package)))?;
         }
         let doc = tree.join("usr/share/doc").join(package);
-        copy(
-            &workspace().join("xtask/package/copyright"),
-            &doc.join("copyright"),
-        )?;
+        let licenses = tree.join("usr/share/licenses").join(package);
+        for license in ["LICENSE-APACHE", "LICENSE-MIT"] {
+            copy(&workspace().join(license), &licenses.join(license))?;
+        }
         copy(&workspace().join("CHANGELOG.md"), &doc.join("changelog"))?;
         fs::write(
             doc.join("changelog.Debian"),
