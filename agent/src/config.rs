@@ -315,6 +315,7 @@ fn is_host_and_port(text: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use clamcast_daemon::config::Value;
 
     const MINIMAL: &str = r#"
 master = ["mirror.example.net:7310"]
@@ -633,6 +634,36 @@ path = "/var/lib/clamav"
                 "invalid",
             ] {
                 assert!(!words.contains(jargon), "{key}: {words}");
+            }
+        }
+    }
+
+    #[test]
+    fn each_default_in_the_table_of_keys_is_the_default_of_the_parser() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |text: &str| {
+            let path = dir.path().join("agent.toml");
+            std::fs::write(&path, text).unwrap();
+            path
+        };
+        let minimal = Config::load(&write(MINIMAL)).unwrap();
+        for key in KEYS {
+            // clamd.conf comes before these two.
+            if ["clamd.socket", "clamd.pid_file"].contains(&key.name) {
+                continue;
+            }
+            match key.value {
+                Value::Default(value) => {
+                    let set = Config::load(&write(&with(key.name, value))).expect(key.name);
+                    assert_eq!(format!("{set:?}"), format!("{minimal:?}"), "{}", key.name);
+                }
+                Value::Required(value) => {
+                    Config::load(&write(&with(key.name, value))).expect(key.name);
+                }
+                Value::Named(_) => unreachable!("no table has names that the operator chooses"),
+                Value::Reserved(value) => {
+                    Config::load(&write(&with(key.name, value))).expect(key.name);
+                }
             }
         }
     }

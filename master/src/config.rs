@@ -556,6 +556,7 @@ impl Config {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use clamcast_daemon::config::Value;
 
     const MINIMAL: &str = r#"
 fleet = "bank"
@@ -1034,6 +1035,37 @@ windows = {{ db = ["Mon-Fri 22:00-05:00"] }}
                 "invalid",
             ] {
                 assert!(!words.contains(jargon), "{key}: {words}");
+            }
+        }
+    }
+
+    #[test]
+    fn each_default_in_the_table_of_keys_is_the_default_of_the_parser() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |text: &str| {
+            let path = dir.path().join("master.toml");
+            std::fs::write(&path, text).unwrap();
+            path
+        };
+        let minimal = Config::load(&write(MINIMAL)).unwrap();
+        for key in KEYS {
+            match key.value {
+                Value::Default(value) => {
+                    let set = Config::load(&write(&with(key.name, value))).expect(key.name);
+                    assert_eq!(format!("{set:?}"), format!("{minimal:?}"), "{}", key.name);
+                }
+                Value::Required(value) => {
+                    Config::load(&write(&with(key.name, value))).expect(key.name);
+                }
+                Value::Named(example) => {
+                    let (name, value) = example.split_once(" = ").unwrap();
+                    let name = key.name.replace('*', name);
+                    Config::load(&write(&with(&name, value))).unwrap();
+                }
+                Value::Reserved(_) if key.name.ends_with(".*") => {}
+                Value::Reserved(value) => {
+                    Config::load(&write(&with(key.name, value))).expect(key.name);
+                }
             }
         }
     }

@@ -139,3 +139,21 @@ fn value(key: &Key) -> Vec<Inline> {
         roman("."),
     ]
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::{AGENT, MASTER};
+
+    #[test]
+    fn the_example_configurations_are_valid() {
+        let directory = tempfile::tempdir().unwrap();
+        let [master, agent] = [MASTER, AGENT].map(|page| {
+            let path = directory.path().join(page.file);
+            std::fs::write(&path, page.example()).unwrap();
+            path
+        });
+        let master = clamcast_master::config::Config::load(&master).unwrap();
+        let agent = clamcast_agent::config::Config::load(&agent).unwrap();
+        assert!(master.without_effect.is_empty() && agent.without_effect.is_empty());
+    }
+}
