@@ -17,7 +17,7 @@ use std::fmt;
 use std::fs::{self, Permissions};
 use std::io::{self, BufRead as _, Read as _, Write as _};
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _};
-use std::os::unix::net::UnixStream as BlockingStream;
+use std::os::unix::net::{UnixListener as StdListener, UnixStream as BlockingStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -36,7 +36,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 
 use crate::input::{self, this_user};
-use crate::{chain, durable, exit};
+use crate::{chain, durable, exit, inherited};
 
 /// Longest path of the socket in bytes (`sun_path` of unix(7), without the byte that ends it).
 pub const PATH_BYTES_MAX: usize = 107;
@@ -155,11 +155,19 @@ pub enum AdminError {
 pub struct Listener {
     program: &'static str,
     path: PathBuf,
-    /// Device and inode of the socket's name.
-    inode: (u64, u64),
+    name: Name,
     socket: UnixListener,
     admins: Option<Gid>,
     hall: Hall,
+}
+
+/// Who owns the socket's name in the file system.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Name {
+    /// The daemon made it. Its device and inode.
+    Own(u64, u64),
+    /// systemd made it, and removes it.
+    Systemds,
 }
 
 /// Where commands wait until they are served.
@@ -187,11 +195,25 @@ impl Listener {
     /// cannot be used is logged, and then root and the daemon's own user are the only ones who may
     /// act. The socket of a dead daemon is replaced. `kept` is the listener from before a reload: it
     /// is taken if it is at `path`.
+    ///
+    /// A socket that systemd listens at under `path` is taken as it is: its unit decides about owner,
+    /// group and permissions, and the members of its group may act.
     pub fn open(
         program: &'static str,
         path: &Path,
         group: Option<&str>,
         kept: &mut Option<Self>,
+    ) -> Result<Self, AdminError> {
+        let inherited = || inherited::unix_listener(path);
+        Self::open_or_inherit(program, path, group, kept, inherited)
+    }
+
+    fn open_or_inherit(
+        program: &'static str,
+        path: &Path,
+        group: Option<&str>,
+        kept: &mut Option<Self>,
+        inherited: impl FnOnce() -> Option<io::Result<StdListener>>,
     ) -> Result<Self, AdminError> {
         let failed = |source| AdminError::Bind {
             path: path.to_owned(),
@@ -200,22 +222,35 @@ impl Listener {
         let mut listener = match kept.take_if(|kept| kept.path == path && kept.has_its_name()) {
             Some(kept) => kept,
             None => {
-                if let Some(parent) = path.parent() {
-                    durable::create_dir(parent, 0o755).map_err(failed)?;
-                }
-                remove_stale(path)?;
-                let socket = UnixListener::bind(path).map_err(failed)?;
-                let found = fs::symlink_metadata(path).map_err(failed)?;
+                let (socket, name) = match inherited() {
+                    Some(inherited) => {
+                        let socket = inherited.and_then(from_systemd).map_err(failed)?;
+                        (socket, Name::Systemds)
+                    }
+                    None => {
+                        if let Some(parent) = path.parent() {
+                            durable::create_dir(parent, 0o755).map_err(failed)?;
+                        }
+                        remove_stale(path)?;
+                        let socket = UnixListener::bind(path).map_err(failed)?;
+                        let found = fs::symlink_metadata(path).map_err(failed)?;
+                        (socket, Name::Own(found.dev(), found.ino()))
+                    }
+                };
                 Self {
                     program,
                     path: path.to_owned(),
-                    inode: (found.dev(), found.ino()),
+                    name,
                     socket,
                     admins: None,
                     hall: Hall::default(),
                 }
             }
         };
+        if listener.name == Name::Systemds {
+            listener.admins = group_of(path, group);
+            return Ok(listener);
+        }
         listener.admins = group.and_then(|name| give_to_group(path, name));
         // Between bind and this somebody else may have connected: `may_act` holds for them, too.
         fs::set_permissions(path, Permissions::from_mode(0o660)).map_err(failed)?;
@@ -280,7 +315,7 @@ impl Listener {
 
     /// Ends it. Nobody can connect any more, and whoever did and was not served gets `last_word`.
     pub async fn close(self, last_word: Finish) {
-        if self.has_its_name() {
+        if self.name != Name::Systemds && self.has_its_name() {
             let _ = fs::remove_file(&self.path); // one that stays is replaced by the next daemon
         }
         let closing = Instant::now() + LAST_WORD_TIME_MAX;
@@ -309,7 +344,11 @@ impl Listener {
     }
 
     fn has_its_name(&self) -> bool {
-        fs::symlink_metadata(&self.path).is_ok_and(|found| (found.dev(), found.ino()) == self.inode)
+        match self.name {
+            Name::Own(device, inode) => fs::symlink_metadata(&self.path)
+                .is_ok_and(|found| (found.dev(), found.ino()) == (device, inode)),
+            Name::Systemds => true,
+        }
     }
 
     /// What a command is told that is meant for another program.
@@ -517,6 +556,37 @@ fn remove_stale(path: &Path) -> Result<(), AdminError> {
         Ok(_) => Err(AdminError::InUse { path: path() }),
         Err(error) => Err(failed(error)),
     }
+}
+
+/// A listener that systemd passed on. The standard library and tokio expect it not to block.
+fn from_systemd(socket: StdListener) -> io::Result<UnixListener> {
+    socket.set_nonblocking(true)?;
+    UnixListener::from_std(socket)
+}
+
+/// The group that owns a socket which systemd made. `configured` is the group that the configuration
+/// names for it.
+fn group_of(path: &Path, configured: Option<&str>) -> Option<Gid> {
+    let group = match fs::symlink_metadata(path) {
+        Ok(found) if found.file_type().is_socket() => Gid::from_raw(found.gid()),
+        Ok(_) | Err(_) => {
+            let path = path.display();
+            tracing::warn!(
+                "{path} is not a socket any more; restart the socket unit that makes it"
+            );
+            return None;
+        }
+    };
+    if let Some(name) = configured
+        && Group::from_name(name).ok().flatten().map(|it| it.gid) != Some(group)
+    {
+        tracing::warn!(
+            group = name,
+            "systemd gave the admin socket to group {group}, not to the configured admin group; set \
+             SocketGroup= in the socket unit with `systemctl edit`"
+        );
+    }
+    Some(group)
 }
 
 /// Lets the group use the socket.
@@ -1161,6 +1231,42 @@ mod tests {
             (found.mode() & 0o777, found.gid()),
             (0o660, own.gid.as_raw())
         );
+    }
+
+    #[tokio::test]
+    async fn a_socket_of_systemd_is_taken_as_it_is_and_never_removed() {
+        let dir = directory();
+        let path = dir.path().join("admin.sock");
+        let systemds = StdListener::bind(&path).unwrap();
+        fs::set_permissions(&path, Permissions::from_mode(0o640)).unwrap();
+        let before = fs::metadata(&path).unwrap();
+        let open = |group, kept: &mut Option<Listener>| {
+            let inherited = || Some(systemds.try_clone());
+            Listener::open_or_inherit(DAEMON.program, &path, group, kept, inherited)
+        };
+        let mut kept = Some(open(Some("no-such-group-here"), &mut None).unwrap());
+        let found = fs::metadata(&path).unwrap();
+        assert_eq!(
+            (found.ino(), found.mode(), found.gid()),
+            (before.ino(), before.mode(), before.gid())
+        );
+
+        let mut listener = open(None, &mut kept).unwrap();
+        assert!(kept.is_none(), "a reload keeps it");
+        assert_eq!(listener.admins, Some(Gid::from_raw(before.gid())));
+        let calling = calling(path.clone()).await;
+        let stop = CancellationToken::new();
+        let stops = stop.clone();
+        let serving = tokio::spawn(async move {
+            let answer = |session: Session| session.finish(Finish::done(true));
+            listener.serve(4, &stops, answer).await;
+            listener
+        });
+        assert_eq!(calling.await.unwrap().unwrap(), Finish::done(true));
+        stop.cancel();
+        let listener = serving.await.unwrap();
+        listener.close(Finish::because(3, "stopping")).await;
+        assert!(path.exists(), "systemd still listens there");
     }
 
     #[tokio::test]

@@ -30,7 +30,7 @@ use ed25519_dalek::SigningKey;
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
-use crate::durable;
+use crate::{durable, pulse};
 
 /// Name of the file with the records.
 pub const LOG: &str = "log.jsonl";
@@ -280,6 +280,7 @@ impl Log {
         drafts: Vec<Draft>,
         now: Timestamp,
     ) -> Result<Vec<Record>, AuditError> {
+        let _waiting = pulse::on_disk();
         let mut records = Vec::with_capacity(drafts.len());
         let mut drafts = drafts.into_iter().peekable();
         while drafts.peek().is_some() {

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use nix::unistd::syncfs;
 use tempfile::NamedTempFile;
 
-use crate::input;
+use crate::{input, pulse};
 
 /// How the name of a file begins and ends that is being written beside its target.
 const BESIDE: (&str, &str) = (".", ".new");
@@ -23,6 +23,7 @@ const RANDOM_CHARS: usize = 6;
 /// Written beside the target, synced, renamed, and the directory synced: after a crash there is the
 /// old file or the new one, and after `Ok` it is the new one.
 pub fn write(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
+    let _waiting = pulse::on_disk();
     let directory = directory_of(path);
     let file = beside(directory, bytes, mode)?;
     file.as_file().sync_all()?;
@@ -37,6 +38,7 @@ const SYNC_TOGETHER: usize = 16;
 /// [`write()`] for several files of one directory, by their names in it, for little more than the
 /// cost of one. A crash leaves each of them old or new, and after `Ok` all are new.
 pub fn write_all(directory: &Path, files: &[(String, &[u8])], mode: u32) -> io::Result<()> {
+    let _waiting = pulse::on_disk();
     // Bounded, for each is an open file until it has its name.
     for files in files.chunks(WRITTEN_TOGETHER_MAX) {
         let each = |(_, bytes): &(String, &[u8])| beside(directory, bytes, mode);
@@ -76,6 +78,7 @@ fn beside(directory: &Path, bytes: &[u8], mode: u32) -> io::Result<NamedTempFile
 
 /// [`write()`], unless the file has that content already: what is there needs no room on a full disk.
 pub fn ensure(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
+    let _waiting = pulse::on_disk();
     match input::whole(path, bytes.len() as u64) {
         Ok(there) if there == bytes => Ok(()),
         Ok(_) | Err(_) => write(path, bytes, mode),
@@ -109,6 +112,7 @@ fn is_beside(name: &str) -> bool {
 
 /// Makes the names in a directory durable: a rename, a link or a removal counts only after this.
 pub fn sync_dir(path: &Path) -> io::Result<()> {
+    let _waiting = pulse::on_disk();
     File::open(path)?.sync_all()
 }
 

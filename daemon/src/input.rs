@@ -29,6 +29,18 @@ pub enum InputError {
         /// Where such a file comes from.
         origin: &'static str,
     },
+    /// There is none, and no credential of systemd in its place.
+    #[error(
+        "{key}: {path} does not exist, and the credential `{key}` is blank or missing; {origin}"
+    )]
+    NoCredential {
+        /// The configuration key.
+        key: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Where such a file comes from.
+        origin: &'static str,
+    },
     /// This user may not.
     #[error("{key}: user `{user}` may not read {path}; {next}")]
     Denied {
@@ -82,7 +94,10 @@ impl InputError {
     /// that this user or the disk does not give is a failure.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Missing { .. } | Self::NotAFile { .. } | Self::TooLong { .. } => exit::USAGE,
+            Self::Missing { .. }
+            | Self::NoCredential { .. }
+            | Self::NotAFile { .. }
+            | Self::TooLong { .. } => exit::USAGE,
             Self::Denied { .. } | Self::Io { .. } => exit::FAILED,
         }
     }
@@ -217,7 +232,7 @@ fn denied(key: &'static str, path: &Path) -> InputError {
                 this_user()
             )
         }
-        None => "run this as the daemon's user, `sudo -u clamcast ...`".to_owned(),
+        None => "run this with sudo, or as the daemon's user".to_owned(),
     };
     InputError::Denied {
         key,

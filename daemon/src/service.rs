@@ -1,12 +1,26 @@
 //! The life of a daemon under systemd or a terminal: start, reload, stop.
 
+use std::convert::Infallible;
 use std::future::Future;
+use std::pin::pin;
+use std::time::Duration;
 
 use sd_notify::NotifyState;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::oneshot;
+use tokio::time::{Instant, sleep};
 
 use crate::admin::{Finish, Listener};
 use crate::exit::{self, Exit};
+use crate::pulse::Pulse;
+
+/// systemd hears of the loop's beats this many times in the time that its watchdog allows.
+const FEEDS: u32 = 4;
+
+/// For so long a reload is under way as far as the watchdog is concerned. The start reads the whole
+/// store, or ends an interrupted install, as at the start of the process, for which the units allow
+/// as much.
+const RELOAD_TIME_MAX: Duration = Duration::from_secs(10 * 60);
 
 /// A daemon that can be started, watched and stopped.
 pub trait Service: Sized {
@@ -19,6 +33,9 @@ pub trait Service: Sized {
         config: Self::Config,
         kept: &mut Option<Listener>,
     ) -> impl Future<Output = Result<Self, Exit>>;
+
+    /// The loop that does its work. Without beats of this loop systemd restarts the daemon.
+    fn pulse(&self) -> Pulse;
 
     /// Returns if a part of it ends by itself, which is a bug: what it died of.
     fn failed(&mut self) -> impl Future<Output = String>;
@@ -73,19 +90,22 @@ pub async fn run<S: Service>(load: impl Fn() -> Result<S::Config, Exit>) -> Resu
         _ = interrupt.recv() => return Ok(()),
     };
     loop {
-        tell(NotifyState::Ready);
+        let pulse = service.pulse();
         let failure = tokio::select! {
             _ = terminate.recv() => None,
             _ = interrupt.recv() => None,
             failure = service.failed() => Some(failure),
+            never = tend(&pulse) => match never {},
             _ = hang_up.recv() => {
                 tell(NotifyState::Reloading);
                 match load() {
                     Ok(new) => {
                         tracing::info!("configuration read again, starting with it");
-                        let mut kept = service.stop(Occasion::Reload).await;
+                        let mut kept = feeding(service.stop(Occasion::Reload)).await;
                         let restarted = tokio::select! {
-                            restarted = restart::<S>(new, config, &mut kept) => Some(restarted),
+                            restarted = feeding(restart::<S>(new, config, &mut kept)) => {
+                                Some(restarted)
+                            }
                             // A start may wait for a disk.
                             _ = terminate.recv() => None,
                             _ = interrupt.recv() => None,
@@ -158,6 +178,77 @@ fn report(exit: &Exit, what: &str) {
     tracing::error!(error = reason(exit), "{what}");
 }
 
+/// Waits until the loop turns, and tells systemd that the daemon is ready. From then on passes on the
+/// loop's state and, as long as the loop is not stalled, feeds the watchdog.
+async fn tend(pulse: &Pulse) -> Infallible {
+    pulse.begun().await;
+    let mut status = pulse.status();
+    tell_status(&status.borrow_and_update());
+    tell(NotifyState::Ready);
+    let allowed = watchdog();
+    // A feed and the beats before it are on time together.
+    let limit = allowed.unwrap_or_default() / 2;
+    let mut was_stalled = false;
+    loop {
+        tokio::select! {
+            // An error is impossible: the sender is in the pulse.
+            Ok(()) = status.changed() => tell_status(&status.borrow_and_update()),
+            () = sleep(allowed.unwrap_or_default() / FEEDS), if allowed.is_some() => {
+                let is_stalled = pulse.is_stalled(limit);
+                if !is_stalled {
+                    tell(NotifyState::Watchdog);
+                } else if !was_stalled {
+                    tracing::error!(
+                        "the daemon's main loop is stalled, which is a bug; systemd restarts the \
+                         daemon if the loop does not continue"
+                    );
+                }
+                was_stalled = is_stalled;
+            }
+        }
+    }
+}
+
+/// Feeds the watchdog while a reload is under way, in which no loop turns.
+async fn feeding<T>(work: impl Future<Output = T>) -> T {
+    let mut work = pin!(work);
+    let allowed = watchdog();
+    let begun = Instant::now();
+    loop {
+        tokio::select! {
+            biased;
+            done = &mut work => return done,
+            () = sleep(allowed.unwrap_or_default() / FEEDS),
+                if allowed.is_some() && begun.elapsed() < RELOAD_TIME_MAX =>
+            {
+                tell(NotifyState::Watchdog);
+            }
+        }
+    }
+}
+
+/// How long systemd waits for a sign of life, if the unit has a watchdog.
+fn watchdog() -> Option<Duration> {
+    let mut micros = 0;
+    sd_notify::watchdog_enabled(false, &mut micros).then(|| Duration::from_micros(micros))
+}
+
+/// Wraps a task. The receiver gets a value when the task runs for the first time.
+pub fn announced<F: Future>(task: F) -> (impl Future<Output = F::Output>, oneshot::Receiver<()>) {
+    let (running, runs) = oneshot::channel();
+    let task = async move {
+        let _ = running.send(()); // the start may have been broken off
+        task.await
+    };
+    (task, runs)
+}
+
+fn tell_status(status: &str) {
+    if !status.is_empty() {
+        tell(NotifyState::Status(status));
+    }
+}
+
 fn tell(state: NotifyState<'_>) {
     // Without systemd there is nobody to tell.
     let _ = sd_notify::notify(false, &[state]);
@@ -174,7 +265,7 @@ mod tests {
 
     static SOCKET: LazyLock<tempfile::TempDir> = LazyLock::new(|| tempfile::tempdir().unwrap());
 
-    struct Scripted(u32, Listener);
+    struct Scripted(u32, Listener, Pulse);
 
     impl Service for Scripted {
         type Config = u32;
@@ -195,7 +286,11 @@ mod tests {
                 Signal::SIGHUP
             };
             tokio::spawn(async move { raise(signal) });
-            Ok(Self(config, listener))
+            Ok(Self(config, listener, Pulse::default()))
+        }
+
+        fn pulse(&self) -> Pulse {
+            self.2.clone()
         }
 
         async fn failed(&mut self) -> String {
@@ -239,5 +334,98 @@ mod tests {
         let expected = "start 1, Reload 1, start 2, reloaded, unknown key, Reload 2, start 3, \
                         start 2, the port is taken, Reload 2, start 4, reloaded, Exit 4";
         assert_eq!(told, expected);
+    }
+
+    /// Serves until its end, with a loop that beats for [`TURNS`] and then stalls.
+    struct Stalling(Pulse, tokio::task::JoinHandle<()>);
+
+    const TURNS: Duration = Duration::from_millis(1500);
+
+    impl Service for Stalling {
+        type Config = ();
+
+        async fn start((): (), _: &mut Option<Listener>) -> Result<Self, Exit> {
+            let pulse = Pulse::default();
+            let turning = pulse.clone();
+            let task = tokio::spawn(async move {
+                let begun = Instant::now();
+                while begun.elapsed() < TURNS {
+                    turning.beat();
+                    let status = format!("turning for {} s", begun.elapsed().as_secs());
+                    turning.say(status);
+                    sleep(Duration::from_millis(20)).await;
+                }
+                std::future::pending().await
+            });
+            Ok(Self(pulse, task))
+        }
+
+        fn pulse(&self) -> Pulse {
+            self.0.clone()
+        }
+
+        async fn failed(&mut self) -> String {
+            (&mut self.1)
+                .await
+                .map_or_else(|error| error.to_string(), |()| "ended".to_owned())
+        }
+
+        async fn reloaded(&mut self, _: Result<(), String>) {}
+
+        async fn stop(self, _: Occasion) -> Option<Listener> {
+            self.1.abort();
+            None
+        }
+    }
+
+    /// The process that the next test starts runs the same test with this variable.
+    const DAEMON: &str = "CLAMCAST_TEST_IS_DAEMON";
+
+    #[test]
+    fn systemd_hears_ready_and_status_and_no_watchdog_of_a_stalled_loop() {
+        if std::env::var_os(DAEMON).is_some() {
+            let runtime = tokio::runtime::Runtime::new().unwrap();
+            runtime.block_on(run::<Stalling>(|| Ok(()))).ok().unwrap();
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("notify");
+        let socket = std::os::unix::net::UnixDatagram::bind(&path).unwrap();
+        socket
+            .set_read_timeout(Some(Duration::from_secs(2)))
+            .unwrap();
+        let name = std::thread::current().name().unwrap().to_owned();
+        let mut daemon = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", &name])
+            .env(DAEMON, "1")
+            .env("NOTIFY_SOCKET", &path)
+            .env("WATCHDOG_USEC", "400000")
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut heard = Vec::new();
+        let mut bytes = [0; 256];
+        // It ends when nothing was heard for two seconds, five times the watchdog's patience.
+        while let Ok(length) = socket.recv(&mut bytes) {
+            let text = String::from_utf8_lossy(&bytes[..length]);
+            heard.extend(text.lines().map(str::to_owned));
+        }
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(daemon.id()).unwrap());
+        assert!(
+            daemon.try_wait().unwrap().is_none(),
+            "it still runs: {heard:?}"
+        );
+        nix::sys::signal::kill(pid, Signal::SIGTERM).unwrap();
+        assert!(daemon.wait().unwrap().success());
+        let length = socket.recv(&mut bytes).unwrap();
+        assert_eq!(&bytes[..length], b"STOPPING=1\n");
+
+        let at = |what: &str| heard.iter().position(|line| line == what);
+        let ready = at("READY=1").unwrap();
+        assert!(at("WATCHDOG=1").unwrap() > ready, "{heard:?}");
+        assert!(at("STATUS=turning for 1 s").unwrap() > ready, "{heard:?}");
+        let fed = heard.iter().filter(|line| *line == "WATCHDOG=1").count();
+        assert!((8..=20).contains(&fed), "every 100 ms of 1.5 s: {heard:?}");
+        assert_eq!(heard.iter().filter(|line| *line == "READY=1").count(), 1);
     }
 }
