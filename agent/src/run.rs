@@ -10,6 +10,7 @@ use clamcast_daemon::admin::{AdminError, Listener};
 use clamcast_daemon::exit::{self, Exit, OrExit as _};
 use clamcast_daemon::input::InputError;
 use clamcast_daemon::logging;
+use clamcast_daemon::pulse::Pulse;
 use clamcast_daemon::service::{self, Occasion, Service};
 use clamcast_proto::identity::Certificate;
 use jiff::Timestamp;
@@ -111,6 +112,7 @@ pub struct Agent {
     admin: JoinHandle<Listener>,
     admin_stop: CancellationToken,
     questions: mpsc::Sender<Question>,
+    pulse: Pulse,
     ending: Arc<OnceLock<Occasion>>,
     stop: CancellationToken,
 }
@@ -147,6 +149,7 @@ impl Agent {
         let admin_stop = CancellationToken::new();
         let (events, from_link) = mpsc::channel(LINK_EVENTS_MAX);
         let (questions, asked) = mpsc::channel(QUESTIONS_MAX);
+        let pulse = begin.pulse.clone();
         let keeper = {
             let (keeper, runtime) = (Keeper::new(begin, keeper_stop.clone()), Handle::current());
             // It syncs files between two messages, so it has a thread of its own.
@@ -168,7 +171,9 @@ impl Agent {
             stop: admin_stop.clone(),
             ending: ending.clone(),
         };
-        let admin = tokio::spawn(admin::serve(listener, commands));
+        let (serving, serves) = service::announced(admin::serve(listener, commands));
+        let admin = tokio::spawn(serving);
+        let _ = serves.await; // `failed` reports a task that has died
         Ok(Self {
             keeper,
             keeper_stop,
@@ -176,6 +181,7 @@ impl Agent {
             admin,
             admin_stop,
             questions,
+            pulse,
             ending,
             stop,
         })
@@ -220,6 +226,10 @@ impl Service for Agent {
     async fn start(config: Config, kept: &mut Option<Listener>) -> Result<Self, Exit> {
         let started = Agent::start(config, kept).await;
         started.map_err(|error| Exit::new(error.exit_code(), error))
+    }
+
+    fn pulse(&self) -> Pulse {
+        self.pulse.clone()
     }
 
     async fn failed(&mut self) -> String {
@@ -308,6 +318,7 @@ fn open(config: Config, stop: CancellationToken) -> Result<Opened, StartError> {
         stale: config.stale,
         installer: installer.clone(),
         prover: prover.clone(),
+        pulse: Pulse::default(),
         guard: Guard::new(
             config.drift,
             config.rescan,

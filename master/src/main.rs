@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use clamcast_daemon::admin::Listener;
 use clamcast_daemon::exit::{self, Exit, OrExit as _};
 use clamcast_daemon::logging;
+use clamcast_daemon::pulse::Pulse;
 use clamcast_daemon::service::{self, Occasion, Service};
 use clamcast_master::config::Config;
 use clamcast_master::operate::{command, preflight};
@@ -54,6 +55,10 @@ impl Service for Daemon {
 
     async fn start(config: Config, kept: &mut Option<Listener>) -> Result<Self, Exit> {
         Ok(Self(Master::start(config, kept).await?))
+    }
+
+    fn pulse(&self) -> Pulse {
+        self.0.pulse()
     }
 
     async fn failed(&mut self) -> String {

@@ -14,7 +14,8 @@ use clamcast_daemon::admin::{AdminError, Listener};
 use clamcast_daemon::alarms::Alarms;
 use clamcast_daemon::audit::{self, AuditError, Bad, Fault};
 use clamcast_daemon::durable;
-use clamcast_daemon::service::Occasion;
+use clamcast_daemon::pulse::Pulse;
+use clamcast_daemon::service::{self, Occasion};
 use clamcast_proto::AuditEvent;
 use clamcast_proto::audit::Draft;
 use jiff::Timestamp;
@@ -123,6 +124,7 @@ fn audit_hint(error: &AuditError) -> &'static str {
 pub struct Master {
     address: SocketAddr,
     hub: Hub,
+    pulse: Pulse,
     stop: CancellationToken,
     tasks: JoinSet<()>,
     admin: JoinHandle<Listener>,
@@ -234,6 +236,7 @@ impl Master {
         );
         let replay = recovery::replay(fleet.rollout(), &publisher.offerable());
         let hub_stop = CancellationToken::new();
+        let pulse = Pulse::default();
         let (forget, forgotten) = mpsc::channel(FORGOTTEN_MAX);
         let (wishes, wished) = mpsc::channel(WISHES_MAX);
         let (news, heard) = mpsc::channel(NEWS_MAX);
@@ -246,6 +249,7 @@ impl Master {
             news: heard,
             wishes,
             directives,
+            pulse: pulse.clone(),
         };
         let (hub, hub_task) = hub::start(fleet, means, hub_stop.clone());
         if let Some(list) = revocations.list() {
@@ -312,7 +316,9 @@ impl Master {
             recorder: recorder.clone(),
             rejections: Rejections::new(recorder.clone()),
         };
-        tasks.spawn(connection::serve(endpoint, Arc::new(shared), stop.clone()));
+        let serving = connection::serve(endpoint, Arc::new(shared), stop.clone());
+        let (serving, serves_agents) = service::announced(serving);
+        tasks.spawn(serving);
         let life = Life::default();
         tasks.spawn(watch_revocations(
             revocations,
@@ -345,11 +351,16 @@ impl Master {
             certificate_ends: own.not_after,
             daemon: (&config).into(),
         };
-        let admin = tokio::spawn(admin::serve(listener, commands));
+        let (serving, serves_operators) = service::announced(admin::serve(listener, commands));
+        let admin = tokio::spawn(serving);
+        for serves in [serves_agents, serves_operators] {
+            let _ = serves.await; // `failed` reports a task that has died
+        }
         tracing::info!(%address, fleet = %config.fleet, mirror = %config.mirror.path.display(), "ready");
         Ok(Self {
             address,
             hub,
+            pulse,
             stop,
             tasks,
             admin,
@@ -365,6 +376,11 @@ impl Master {
     /// Where agents are listened to.
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// The beats of the task that owns the fleet.
+    pub fn pulse(&self) -> Pulse {
+        self.pulse.clone()
     }
 
     /// The fleet, to look at.

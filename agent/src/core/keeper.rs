@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use clamcast_daemon::durable;
+use clamcast_daemon::pulse::{BEAT, Pulse};
 use clamcast_proto::audit::Checkpoint;
 use clamcast_proto::dsse::{Envelope, Verified};
 use clamcast_proto::fresh::Freshness;
@@ -32,7 +33,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
-use tokio::time::{sleep_until, timeout};
+use tokio::time::{MissedTickBehavior, interval, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::chain;
@@ -153,6 +154,7 @@ pub struct Keeper {
 
     workers: JoinSet<Done>,
     phases: (mpsc::Sender<Phase>, mpsc::Receiver<Phase>),
+    pulse: Pulse,
     stop: CancellationToken,
 }
 
@@ -249,6 +251,8 @@ pub struct Begin {
     pub guard: Guard,
     /// Sees them change.
     pub watch: Watch,
+    /// Takes the keeper's beats.
+    pub pulse: Pulse,
 }
 
 /// Why an offer is not taken.
@@ -281,6 +285,7 @@ impl Keeper {
             prover,
             guard,
             watch,
+            pulse,
         } = begin;
         let fresh = state::load(&fresh_path(&state), "the master says it again");
         let fresh = fresh.unwrap_or_else(|error| {
@@ -337,6 +342,7 @@ impl Keeper {
             installer,
             prover,
             unused_configuration: None,
+            pulse,
             stop,
         }
     }
@@ -347,6 +353,9 @@ impl Keeper {
         mut link: mpsc::Receiver<link::Event>,
         mut questions: mpsc::Receiver<Question>,
     ) {
+        self.pulse.has_this_thread();
+        let mut beats = interval(BEAT);
+        beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let detail = json!({ "version": env!("CARGO_PKG_VERSION") });
         let installed = self.installed_position();
         self.audit
@@ -357,6 +366,8 @@ impl Keeper {
         let stop = self.stop.clone();
         loop {
             let wake = self.wake().into();
+            self.pulse.beat();
+            self.pulse.say(self.summary());
             tokio::select! {
                 biased;
                 () = stop.cancelled() => break,
@@ -366,6 +377,7 @@ impl Keeper {
                 run_begun = self.watch.event() => self.touched(run_begun),
                 Some(question) = questions.recv() => self.asked(question),
                 () = sleep_until(wake) => self.tick(),
+                _ = beats.tick() => {}
             }
         }
         let grace = async {
@@ -1209,6 +1221,38 @@ impl Keeper {
         Some(installed.set.manifest.position())
     }
 
+    /// Where this host is, in one line.
+    fn summary(&self) -> String {
+        let installed = self.installer.installed();
+        let generation = match &installed {
+            None => "nothing installed".to_owned(),
+            Some(installed) => {
+                let position = installed.set.manifest.position();
+                let word = if self.is_live(Some(installed.outcome)) {
+                    "live"
+                } else {
+                    "not live"
+                };
+                format!("generation {position} {word}")
+            }
+        };
+        let job = self.slot.job().map(|job| job.manifest.position());
+        let job = job.map_or_else(String::new, |job| format!(", installing {job}"));
+        match &self.master {
+            Master::Connected { address, .. } => {
+                format!("{generation}{job}, connected to {address}")
+            }
+            Master::Away { .. } => format!("{generation}{job}, not connected to the master"),
+        }
+    }
+
+    /// Whether clamd scans with the whole installed set, whose outcome this is.
+    fn is_live(&self, outcome: Option<Outcome>) -> bool {
+        outcome == Some(Outcome::Live)
+            && self.guard.wrong().len() == 0
+            && self.prover.report().state != ClamdState::Down
+    }
+
     /// What somebody should look at although the agent works.
     fn alarm(&self) -> Option<String> {
         let unused = self.unused_configuration.as_ref();
@@ -1238,9 +1282,7 @@ impl Keeper {
             files: manifest.map_or_else(Vec::new, |manifest| {
                 manifest.files.iter().map(|f| f.name.clone()).collect()
             }),
-            live: outcome == Some(Outcome::Live)
-                && self.guard.wrong().len() == 0
-                && self.prover.report().state != ClamdState::Down,
+            live: self.is_live(outcome),
             outcome: last.map(|last| last.outcome).or(outcome),
             alarm: self.alarm(),
             phase: if self.repairing.is_some() {

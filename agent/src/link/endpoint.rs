@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use clamcast_daemon::credential::{self, Secret};
 use clamcast_daemon::input::{self, InputError};
 use clamcast_proto::dsse::PublicKey;
 use clamcast_proto::identity::{Certificate, CertificateError, Identity, Role};
@@ -194,30 +195,53 @@ pub enum CredentialsError {
 impl Credentials {
     /// Reads and checks the files for a host of `fleet` at the time `now`.
     pub fn load(tls: &Tls, fleet: &FleetName, now: Timestamp) -> Result<Self, CredentialsError> {
+        let key = || credential::read("tls.key", &tls.key, FILE_BYTES_MAX, ORIGIN);
+        Self::load_with(tls, key, fleet, now)
+    }
+
+    /// [`Credentials::load`] with this private key.
+    pub fn with_key(
+        tls: &Tls,
+        key: Secret,
+        fleet: &FleetName,
+        now: Timestamp,
+    ) -> Result<Self, CredentialsError> {
+        Self::load_with(tls, || Ok(key), fleet, now)
+    }
+
+    fn load_with(
+        tls: &Tls,
+        key: impl FnOnce() -> Result<Secret, InputError>,
+        fleet: &FleetName,
+        now: Timestamp,
+    ) -> Result<Self, CredentialsError> {
         let (_, ca) = load_chain("tls.ca", &tls.ca)?;
         let (chain, own) = load_chain("tls.cert", &tls.cert)?;
         let (certificate, agent) = own_certificate(&tls.cert, &own, fleet)?;
 
-        let key_pem = input::read("tls.key", &tls.key, FILE_BYTES_MAX, ORIGIN)?;
+        let Secret {
+            bytes: key_pem,
+            origin: key_path,
+        } = key()?;
         let key =
             SigningKey::from_pkcs8_pem(&String::from_utf8_lossy(&key_pem)).map_err(|source| {
                 CredentialsError::Key {
-                    path: tls.key.clone(),
+                    path: key_path.clone(),
                     source,
                 }
             })?;
         if PublicKey::of(&key) != certificate.key {
-            let (cert, key) = (tls.cert.clone(), tls.key.clone());
+            let (cert, key) = (tls.cert.clone(), key_path);
             return Err(CredentialsError::OtherKey { cert, key });
         }
 
         let unusable = |source| CredentialsError::Tls {
             cert: tls.cert.clone(),
-            key: tls.key.clone(),
+            key: key_path.clone(),
             source,
         };
         let key_der = PrivateKeyDer::from_pem_slice(&key_pem).map_err(|source| {
-            let (key, path, expected) = ("tls.key", tls.key.clone(), "a private key");
+            let (key, path, expected) = ("tls.key", key_path.clone(), "a private key");
             CredentialsError::Pem {
                 key,
                 path,
@@ -380,7 +404,7 @@ impl ServerCertVerifier for OnlyLooks {
 }
 
 /// Longest certificate or key file in bytes that is read: ours have some hundred.
-const FILE_BYTES_MAX: u64 = 64 << 10;
+pub(crate) const FILE_BYTES_MAX: u64 = 64 << 10;
 
 const ORIGIN: &str = "it comes with the bundle of `clamcast-certs agent`";
 

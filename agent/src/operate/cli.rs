@@ -213,7 +213,7 @@ fn examine(path: &Path, user: Option<&str>, json: bool) -> Result<(), Exit> {
     let config = Config::load(path).or_exit(exit::USAGE)?;
     let host = Host::here();
     // What only root can see comes first; then root's rights are given up for good.
-    let inventory = Inventory::take(&host);
+    let inventory = Inventory::take(&host, path);
     let agent = doctor::agents_user(&host, path, &config, user).or_exit(exit::USAGE)?;
     doctor::become_user(&agent, user.is_some()).or_exit(exit::USAGE)?;
 

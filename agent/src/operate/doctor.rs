@@ -34,6 +34,7 @@ use crate::host::memory;
 use crate::host::state::StateError;
 use crate::host::{Host, Node, Process, User};
 use crate::install::watch;
+use crate::link::endpoint::FILE_BYTES_MAX;
 
 pub use updaters::Signs;
 
@@ -174,16 +175,55 @@ pub struct Inventory {
     pub updaters: Signs,
     /// Whether those were all processes of the host.
     pub sees_all_processes: bool,
+    /// The private key that the unit passes on to the agent in place of the configured file.
+    pub key: Option<PassedKey>,
+}
+
+/// A private key that systemd reads for the agent (`LoadCredential=`), so that it may belong to root.
+#[derive(Clone)]
+pub struct PassedKey {
+    path: PathBuf,
+    /// `None` if this process may not read it.
+    content: Option<Vec<u8>>,
+}
+
+impl std::fmt::Debug for PassedKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("PassedKey").field(&self.path).finish()
+    }
+}
+
+impl PassedKey {
+    /// The one that this unit passes on. As in the daemon, a file that is absent or blank does not
+    /// count.
+    fn of(host: &Host, unit: &str) -> Option<Self> {
+        let mut passed = settings(unit, "LoadCredential").rev();
+        let path = passed.find_map(|value| value.strip_prefix("tls.key:"))?;
+        let path = host.at(Path::new(path));
+        match input::whole(&path, FILE_BYTES_MAX) {
+            Ok(content) if content.trim_ascii().is_empty() => None,
+            Ok(content) => Some(Self {
+                path,
+                content: Some(content),
+            }),
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Some(Self {
+                path,
+                content: None,
+            }),
+            Err(_) => None,
+        }
+    }
 }
 
 impl Inventory {
-    /// Takes it.
-    pub fn take(host: &Host) -> Self {
+    /// Takes it, for an agent with this configuration.
+    pub fn take(host: &Host, config_path: &Path) -> Self {
         let processes = host.processes();
         Self {
             updaters: updaters::look(host),
             // With `hidepid` others' are not there, and init is always another's.
             sees_all_processes: processes.iter().any(|process| process.pid == 1),
+            key: unit(host, config_path).and_then(|unit| PassedKey::of(host, &unit)),
             processes,
         }
     }
@@ -194,7 +234,7 @@ impl Inventory {
 pub enum UserError {
     /// There is no such user.
     #[error(
-        "there is no user `{0}`; make it with `useradd --system --home-dir /var/lib/clamcast \
+        "there is no user `{0}`; make it with `useradd --system --home-dir /var/lib/clamcast/agent \
          --shell /usr/sbin/nologin {0}`, or name another one with --user"
     )]
     Nobody(String),
@@ -404,9 +444,11 @@ pub async fn examine(
         findings.push(judge_unit(&unit, [&ours, &real(&config.state)], &sockets));
     }
     let clamd = clamds_process(&file, &inventory.processes);
-    let paths = rights::Paths::look(database, &config.state, &config.tls.key, &this, agent);
-    let names = [database, &config.state, &config.tls.key];
-    findings.extend(rights::judge_agent(&paths, names, agent));
+    let passed = inventory.key.as_ref();
+    let key = passed.map_or(&*config.tls.key, |passed| &*passed.path);
+    let paths = rights::Paths::look(database, &config.state, key, &this, agent);
+    let names = [database, &config.state, key];
+    findings.extend(rights::judge_agent(&paths, names, agent, passed.is_some()));
     if has_clamd {
         match clamds_user(&file, clamd) {
             Ok(user) => findings.extend(rights::judge_clamd(&paths, user.as_ref(), agent)),
@@ -442,7 +484,7 @@ pub async fn examine(
         findings.push(space::judge_memory(memory.as_ref(), databases));
     }
 
-    let (identity, credentials) = identity::look(config, Timestamp::now());
+    let (identity, credentials) = identity::look(config, passed, Timestamp::now());
     findings.extend(identity);
     let running = master::Agent::ask(&config.admin, master::ANSWER_TIME).await;
     findings.extend(match installed::last(&running, &config.state) {
@@ -778,7 +820,7 @@ mod tests {
         let etc = "/etc/systemd/system/clamcast-agent.service";
         let dropin = "/etc/systemd/system/clamcast-agent.service.d/user.conf";
         check_unit(&[], DEFAULT_PATH, None);
-        check_unit(&[(lib, unit)], DEFAULT_PATH, Some("clamcast"));
+        check_unit(&[(lib, unit)], DEFAULT_PATH, Some("clamcast-agent"));
         check_unit(&[(lib, unit)], "/srv/agent.toml", None);
         check_unit(
             &[(lib, unit), (etc, "[Service]\nExecStart=/a run\n")],
@@ -794,7 +836,7 @@ mod tests {
         check_unit(
             &[(lib, unit), (high, "[Service]"), (low, other)],
             DEFAULT_PATH,
-            Some("clamcast"),
+            Some("clamcast-agent"),
         );
         let later = "/usr/lib/systemd/system/clamcast-agent.service.d/z.conf";
         check_unit(
@@ -811,7 +853,7 @@ mod tests {
         check_unit(
             &[(lib, unit), (saved, other)],
             DEFAULT_PATH,
-            Some("clamcast"),
+            Some("clamcast-agent"),
         );
         let broken = "[Service]\nUser=me\nExecStart=/a run \\\n  --config /srv/agent.toml\n";
         check_unit(&[(etc, broken)], "/srv/agent.toml", Some("me"));

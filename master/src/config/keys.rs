@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use clamcast_daemon::credential;
 use clamcast_daemon::input::{self, InputError};
 use clamcast_proto::dsse::{Envelope, PublicKey, Verified};
 use clamcast_proto::keys::{KeySet, KeySetError};
@@ -101,9 +102,9 @@ fn load_key(
     among: &[PublicKey],
     keys: &Path,
 ) -> Result<SigningKey, KeyError> {
-    let pem = input::read(key, path, FILE_BYTES_MAX, SIGNING_ORIGIN)?;
-    let path = path.to_owned();
-    let Ok(private) = SigningKey::from_pkcs8_pem(&String::from_utf8_lossy(&pem)) else {
+    let pem = credential::read(key, path, FILE_BYTES_MAX, SIGNING_ORIGIN)?;
+    let path = pem.origin;
+    let Ok(private) = SigningKey::from_pkcs8_pem(&String::from_utf8_lossy(&pem.bytes)) else {
         return Err(KeyError::PrivateKey { key, path });
     };
     if !among.contains(&PublicKey::of(&private)) {

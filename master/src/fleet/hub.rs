@@ -8,6 +8,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use clamcast_daemon::pulse::Pulse;
 use clamcast_proto::audit::Operator;
 use clamcast_proto::dsse::{Envelope, Verified};
 use clamcast_proto::keys::KeySet;
@@ -49,6 +50,9 @@ const MESSAGES_MAX: usize = 2 * wire::RECEIPTS_PENDING_MAX;
 
 /// Time between looks at a rollout when nothing happens, for silence is no event.
 const LOOK: Duration = Duration::from_secs(1);
+
+/// The status line is made again after this time even if nothing has happened: hosts expire.
+const SAY_AGAIN: Duration = Duration::from_secs(30);
 
 /// How long a connection that was replaced has to answer: several round trips of a slow path.
 const ANSWER: Duration = Duration::from_secs(3);
@@ -285,6 +289,8 @@ pub struct Means {
     pub wishes: mpsc::Sender<Wish>,
     /// Takes what the publisher is to know.
     pub directives: watch::Sender<Directives>,
+    /// Takes the beats of the task.
+    pub pulse: Pulse,
 }
 
 /// Starts the task. It ends when `stop` fires.
@@ -307,6 +313,7 @@ pub fn start(
         tasks: JoinSet::new(),
         unlooked: None,
         tick,
+        said_at: None,
     };
     let handle = tokio::spawn(running.run(inbox, stop));
     (Hub { events, changed }, handle)
@@ -327,6 +334,8 @@ struct Running {
     /// The mirror is to be looked at, for which there was no room at this time.
     unlooked: Option<Instant>,
     tick: watch::Sender<u64>,
+    /// The tick and the time of the last status line.
+    said_at: Option<(u64, Instant)>,
 }
 
 /// The way to one connection's task.
@@ -380,6 +389,7 @@ impl Running {
         }
         let mut disk = self.means.recorder.watch();
         loop {
+            self.means.pulse.beat(); // `looks` makes a beat at least every second
             tokio::select! {
                 biased;
                 () = stop.cancelled() => break,
@@ -395,6 +405,7 @@ impl Running {
                     self.dispatcher.tick(Now::get());
                     self.carry_out();
                     self.look_again();
+                    self.say();
                 }
                 _ = renewals.tick() => {
                     self.dispatcher.renew(Now::get());
@@ -432,6 +443,33 @@ impl Running {
 
     fn changed(&self) {
         self.tick.send_modify(|tick| *tick += 1);
+    }
+
+    /// Says in one line where the fleet is. Counting goes through the whole fleet.
+    fn say(&mut self) {
+        let tick = *self.tick.borrow();
+        if self
+            .said_at
+            .is_some_and(|(said, at)| said == tick && at.elapsed() < SAY_AGAIN)
+        {
+            return;
+        }
+        self.said_at = Some((tick, Instant::now()));
+        let fleet = self.dispatcher.fleet();
+        let counts = fleet.counts(Timestamp::now(), fleet.rules().deadline);
+        let generation = match fleet.current() {
+            Some(manifest) => format!("generation {}", manifest.position()),
+            None => "nothing published".to_owned(),
+        };
+        let Counts {
+            total,
+            connected,
+            conformant,
+            ..
+        } = counts;
+        self.means.pulse.say(format!(
+            "{generation}, {conformant} of {total} hosts live, {connected} connected"
+        ));
     }
 
     /// Looks at the rollout. Whoever waits is not woken every second for nothing.

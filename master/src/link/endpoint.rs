@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use aws_lc_rs::hmac;
+use clamcast_daemon::credential::{self, Secret};
 use clamcast_daemon::durable;
 use clamcast_daemon::input::{self, InputError};
 use clamcast_proto::identity::{Certificate, CertificateError, Identity, Role};
@@ -206,10 +207,11 @@ pub fn server_config(
 ) -> Result<(ServerConfig, Certificate), EndpointError> {
     let (ca, _) = load_ca(&tls.ca)?;
     let (chain, own) = load_chain("tls.cert", &tls.cert, CERT_ORIGIN)?;
-    let key = input::read("tls.key", &tls.key, FILE_BYTES_MAX, KEY_ORIGIN)?;
-    let key = PrivateKeyDer::from_pem_slice(&key).map_err(|source| EndpointError::Pem {
+    let Secret { bytes, origin } =
+        credential::read("tls.key", &tls.key, FILE_BYTES_MAX, KEY_ORIGIN)?;
+    let key = PrivateKeyDer::from_pem_slice(&bytes).map_err(|source| EndpointError::Pem {
         key: "tls.key",
-        path: tls.key.clone(),
+        path: origin.clone(),
         expected: "a private key",
         origin: KEY_ORIGIN,
         source,
@@ -225,7 +227,7 @@ pub fn server_config(
     }
 
     let unusable = |source| {
-        let (cert, key) = (tls.cert.clone(), tls.key.clone());
+        let (cert, key) = (tls.cert.clone(), origin.clone());
         if matches!(source, rustls::Error::InconsistentKeys(_)) {
             return EndpointError::OtherKey { cert, key };
         }

@@ -1,17 +1,23 @@
 //! Who this host is: its certificate, and the keys that it believes.
 
+use clamcast_daemon::credential::Secret;
 use clamcast_daemon::input::InputError;
 use clamcast_proto::FleetName;
 use jiff::Timestamp;
 
-use super::{Finding, is_denied};
+use super::{Finding, PassedKey, is_denied};
 use crate::chain;
 use crate::config::Config;
 use crate::core::trust::{self, OpenError};
 use crate::link::endpoint::{CERTIFICATE_ENDS_SOON, Credentials, CredentialsError};
 
 /// Checks key set and certificate. The credentials, if they can be used, are for the probe.
-pub(super) fn look(config: &Config, now: Timestamp) -> (Vec<Finding>, Option<Credentials>) {
+/// `passed` is the private key that the unit passes on.
+pub(super) fn look(
+    config: &Config,
+    passed: Option<&PassedKey>,
+    now: Timestamp,
+) -> (Vec<Finding>, Option<Credentials>) {
     let keys = match trust::look(&config.state, &config.keys) {
         Ok(keys) => keys,
         Err(error) => {
@@ -33,7 +39,30 @@ pub(super) fn look(config: &Config, now: Timestamp) -> (Vec<Finding>, Option<Cre
         keys.root.id()
     );
     let mut findings = vec![Finding::good("keys", found)];
-    let credentials = Credentials::load(&config.tls, &keys.fleet, now);
+    let credentials = match passed {
+        None => Credentials::load(&config.tls, &keys.fleet, now),
+        Some(PassedKey {
+            path,
+            content: None,
+        }) => {
+            let why = format!(
+                "{} belongs to root, and systemd passes it on to the agent; only root can look at it",
+                path.display()
+            );
+            findings.push(Finding::unknown("certificate", why, None));
+            return (findings, None);
+        }
+        Some(PassedKey {
+            path,
+            content: Some(content),
+        }) => {
+            let key = Secret {
+                bytes: content.clone(),
+                origin: path.clone(),
+            };
+            Credentials::with_key(&config.tls, key, &keys.fleet, now)
+        }
+    };
     findings.push(judge(&credentials, now, &keys.fleet));
     (findings, credentials.ok())
 }
@@ -85,7 +114,10 @@ fn advice(error: &CredentialsError, renew: String) -> String {
             "let the agent's user read it".into()
         }
         CredentialsError::Read(
-            InputError::Missing { .. } | InputError::NotAFile { .. } | InputError::TooLong { .. },
+            InputError::Missing { .. }
+            | InputError::NoCredential { .. }
+            | InputError::NotAFile { .. }
+            | InputError::TooLong { .. },
         )
         | CredentialsError::Pem { .. }
         | CredentialsError::Certificate { .. }

@@ -54,8 +54,14 @@ impl Paths {
     }
 }
 
-/// Judges what the agent's own user needs and what others must not have.
-pub(super) fn judge_agent(paths: &Paths, names: [&Path; 3], agent: &User) -> Vec<Finding> {
+/// Judges what the agent's own user needs and what others must not have. With `key_is_passed` systemd
+/// reads the key as root.
+pub(super) fn judge_agent(
+    paths: &Paths,
+    names: [&Path; 3],
+    agent: &User,
+    key_is_passed: bool,
+) -> Vec<Finding> {
     let [database, state, key] = names.map(Path::display);
     let user = &agent.name;
     let own = format!("chown {user}: {database} && chmod 755 {database}");
@@ -130,6 +136,10 @@ pub(super) fn judge_agent(paths: &Paths, names: [&Path; 3], agent: &User) -> Vec
         )
         .denied(super::is_denied(error)),
         Ok(None) => Finding::unknown("key", "it has no path", None),
+        Ok(Some(node)) if key_is_passed && node.uid == 0 && node.mode & 0o077 == 0 => {
+            let found = format!("{key} is {}; systemd passes it on", node.rights());
+            Finding::good("key", found)
+        }
         Ok(Some(node)) if node.uid != agent.uid || node.mode & 0o077 != 0 => Finding::bad(
             "key",
             format!("{key} is {}; it has to be {user}'s alone", node.rights()),
@@ -296,7 +306,7 @@ mod tests {
         change(&mut paths);
         let names = ["/var/db", "/state", "/key"].map(Path::new);
         let agent = user("clamcast", AGENT);
-        let mut findings = judge_agent(&paths, names, &agent);
+        let mut findings = judge_agent(&paths, names, &agent, false);
         findings.extend(judge_clamd(&paths, Some(&user("clamav", CLAMD)), &agent));
         findings.retain(|finding| finding.state != crate::operate::doctor::State::Good);
         let lines = testing::lines(&findings);
@@ -413,6 +423,27 @@ mod tests {
             |paths| paths.key.as_mut().unwrap()[1].uid = 0,
             &["bad key: | chown clamcast: /key"],
         );
+    }
+
+    #[test]
+    fn a_key_that_systemd_passes_on_may_belong_to_root_and_to_nobody_else() {
+        let names = ["/var/db", "/state", "/key"].map(Path::new);
+        for (uid, mode, expected) in [
+            (0, 0o600, "good key: /key"),
+            (AGENT, 0o600, "good key: /key"),
+            (0, 0o640, "bad key: /key"),
+            (CLAMD, 0o600, "bad key: /key"),
+        ] {
+            let mut paths = as_it_should_be();
+            let key = &mut paths.key.as_mut().unwrap()[1];
+            (key.uid, key.mode) = (uid, mode);
+            let findings = judge_agent(&paths, names, &user("clamcast-agent", AGENT), true);
+            let lines = testing::lines(&findings);
+            assert!(
+                lines.lines().any(|line| line.starts_with(expected)),
+                "{lines}"
+            );
+        }
     }
 
     #[test]

@@ -144,6 +144,7 @@ pub(super) fn judge_conf(
                     format!("let {} read it: chmod o+r {}", agent.name, path.display())
                 }
                 InputError::Missing { .. }
+                | InputError::NoCredential { .. }
                 | InputError::NotAFile { .. }
                 | InputError::TooLong { .. } => {
                     "name this host's clamd.conf in agent.toml: `[clamd] config`".into()

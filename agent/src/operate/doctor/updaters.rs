@@ -186,6 +186,7 @@ mod tests {
             processes,
             updaters: signs,
             sees_all_processes: true,
+            key: None,
         };
         let told = told(&Host::below("/nowhere"), &inventory.processes);
         let ours = Path::new("/var/lib/clamav");
