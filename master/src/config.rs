@@ -68,6 +68,9 @@ pub struct Config {
     pub without_effect: Vec<&'static str>,
 }
 
+/// The name of the load test's socket, beside the admin socket.
+pub const LOAD_TEST_SOCKET: &str = "loadtest.sock";
+
 /// `[mirror]`.
 #[derive(Clone, Debug)]
 pub struct Mirror {
@@ -83,6 +86,8 @@ pub struct Mirror {
     pub unsigned: Unsigned,
     /// Whether a capture is loaded by clamscan first.
     pub load_test: LoadTest,
+    /// Where the service that runs clamscan listens, if it is installed: beside the admin socket.
+    pub load_test_socket: PathBuf,
     /// A database that lost a larger part than this is held for an operator; 0 to 1.
     pub shrink_max: Percent,
     /// Signatures, or a hold, that are older than this are an alarm.
@@ -513,6 +518,7 @@ impl Config {
                     .unwrap_or_else(|| vec!["daily".to_owned()]),
                 unsigned: raw.mirror.unsigned,
                 load_test: raw.mirror.load_test,
+                load_test_socket: admin.with_file_name(LOAD_TEST_SOCKET),
                 shrink_max: raw
                     .mirror
                     .shrink_max

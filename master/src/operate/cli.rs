@@ -51,6 +51,9 @@ pub(crate) enum Command {
         #[arg(long, value_name = "FILE", default_value = config::DEFAULT_PATH)]
         config: PathBuf,
     },
+    /// Load databases with clamscan for the daemon, as clamcast-loadtest@.service does
+    #[command(hide = true)]
+    LoadTest,
     /// Try what `serve` would do at its start, and say what is wrong, changing nothing
     ///
     /// An error is what the daemon would not start with (exit 2); what it would start with, but what

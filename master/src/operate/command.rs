@@ -19,6 +19,7 @@ use super::show::Unreadable;
 use super::{preflight, show};
 use crate::config::{self, Config, KeyError};
 use crate::fleet::force::Selection;
+use crate::publish::check;
 use crate::record::events;
 
 /// Time between two looks of `status --watch`.
@@ -35,6 +36,7 @@ fn run(cli: Cli, serve: impl FnOnce(&Path, u8) -> Result<(), Exit>) -> Result<()
     let socket = &cli.socket;
     match cli.command {
         Command::Serve { config } => serve(&config, cli.verbose),
+        Command::LoadTest => check::serve(),
         Command::CheckConfig { config, json } => check_config(&config, json),
         Command::Publish {
             wait,

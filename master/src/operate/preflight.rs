@@ -26,6 +26,16 @@ use crate::record::recorder;
 /// A certificate that ends sooner than this is to be renewed.
 pub const CERTIFICATE_ENDS_SOON: SignedDuration = SignedDuration::from_hours(30 * 24);
 
+/// Where the socket unit of the package may be, the one that counts first.
+const SOCKET_UNITS: [&str; 3] = [
+    "/etc/systemd/system/clamcast-master.socket",
+    "/usr/lib/systemd/system/clamcast-master.socket",
+    "/lib/systemd/system/clamcast-master.socket",
+];
+
+/// Longest unit that is read, in bytes.
+const UNIT_BYTES_MAX: u64 = 64 << 10;
+
 /// Where a master that runs has its state and listens: these are taken by it, and good.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct Running {
@@ -112,11 +122,13 @@ fn admin_obstacles(admin: &Path) -> Vec<String> {
             admin.display()
         ));
     }
-    obstacles.extend(
-        admin
-            .parent()
-            .and_then(|above| directory("listen.admin", above)),
-    );
+    if !is_made_by_systemd(admin) {
+        obstacles.extend(
+            admin
+                .parent()
+                .and_then(|above| directory("listen.admin", above)),
+        );
+    }
     if fs::symlink_metadata(admin).is_ok_and(|found| !found.file_type().is_socket()) {
         obstacles.push(format!(
             "listen.admin: {} is there and is no socket; remove it, or name another path",
@@ -124,6 +136,20 @@ fn admin_obstacles(admin: &Path) -> Vec<String> {
         ));
     }
     obstacles
+}
+
+/// Whether the socket unit of the package makes this socket. The daemon's user then needs no right to
+/// make files in its directory.
+fn is_made_by_systemd(admin: &Path) -> bool {
+    let line = format!("ListenStream={}", admin.display());
+    let units = SOCKET_UNITS.iter().filter_map(|unit| {
+        let text = input::whole(Path::new(unit), UNIT_BYTES_MAX).ok()?;
+        String::from_utf8(text).ok()
+    });
+    // The first unit counts (systemd.unit(5)).
+    units
+        .take(1)
+        .any(|text| text.lines().any(|found| found.trim() == line))
 }
 
 /// Why files could not be made in the directory `path`, which is made itself if need be.
@@ -143,7 +169,7 @@ fn directory(key: &str, path: &Path) -> Option<String> {
     });
     Some(format!(
         "{key}: user `{user}` cannot write in {path}: {}{owner}; run this as the daemon's user \
-         (`sudo -u clamcast ...`), or give the directory to it",
+         (`sudo -u clamcast-master ...`), or give the directory to it",
         error.desc()
     ))
 }

@@ -2,6 +2,7 @@
 
 mod jail;
 mod load_test;
+mod service;
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -17,6 +18,7 @@ use crate::store::{Store, StoreError};
 
 pub use jail::{JailError, gaps};
 pub use load_test::{LoadTestError, TIME_MAX};
+pub use service::{ServiceError, serve};
 
 /// A capture that may be signed.
 #[derive(Debug)]
@@ -138,7 +140,8 @@ pub fn check(
         .iter()
         .map(|file| (&file.name, &file.sha256))
         .collect();
-    load_test::run(&objects, store, rules.load_test, stop)?;
+    let service = &rules.load_test_socket;
+    load_test::run(&objects, store, rules.load_test, service, stop)?;
     Ok(Checked { files, accepted })
 }
 

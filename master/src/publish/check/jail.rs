@@ -20,7 +20,7 @@ use nix::libc;
 use nix::unistd::Pid;
 use rustix::process::{Resource, Rlimit, getrlimit, prlimit};
 use rustix::thread::{
-    CapabilitySet, CapabilitySets, clear_ambient_capability_set,
+    CapabilitySet, CapabilitySets, capabilities, clear_ambient_capability_set,
     remove_capability_from_bounding_set, set_capabilities, set_no_new_privs,
 };
 use seccompiler::{
@@ -227,14 +227,15 @@ fn give_up_privileges() -> io::Result<()> {
         let _ = remove_capability_from_bounding_set(capability);
     }
     let none = CapabilitySet::empty();
-    set_capabilities(
-        None,
-        CapabilitySets {
-            effective: none,
-            permitted: none,
-            inheritable: none,
-        },
-    )?;
+    let empty = CapabilitySets {
+        effective: none,
+        permitted: none,
+        inheritable: none,
+    };
+    // The service's system call filter forbids capset, which a daemon without capabilities never needs.
+    if capabilities(None)? != empty {
+        set_capabilities(None, empty)?;
+    }
     Ok(())
 }
 

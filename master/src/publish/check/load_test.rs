@@ -1,9 +1,10 @@
 //! The load test: the real `clamscan` loads the whole set, as the fleet's clamds will.
 
-use std::fs;
+use std::fs::{self, Permissions};
 use std::io;
+use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::ExitStatusExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::sync::mpsc;
 use std::thread;
@@ -16,6 +17,7 @@ use tokio::process::Command;
 use tokio_util::sync::CancellationToken;
 
 use super::jail::{self, Cell, JailError};
+use super::service::{self, ServiceError};
 use crate::config::LoadTest;
 use crate::store::{Store, StoreError};
 
@@ -96,6 +98,17 @@ pub enum LoadTestError {
     /// The store failed.
     #[error("cannot prepare the load test")]
     Store(#[from] StoreError),
+    /// The service that runs clamscan failed.
+    #[error(
+        "the load test service at {socket} failed; see `journalctl -u 'clamcast-loadtest@*'`, or stop \
+         clamcast-loadtest.socket and the daemon runs clamscan itself"
+    )]
+    Service {
+        /// Its socket.
+        socket: PathBuf,
+        /// Why.
+        source: ServiceError,
+    },
 }
 
 impl LoadTestError {
@@ -118,7 +131,8 @@ impl LoadTestError {
             | Self::Stopping
             | Self::Prepare(_)
             | Self::Jail(_)
-            | Self::Store(_) => true,
+            | Self::Store(_)
+            | Self::Service { .. } => true,
         }
     }
 
@@ -155,16 +169,16 @@ fn signal(status: ExitStatus) -> Option<Signal> {
 
 /// Resource limits of clamscan.
 #[derive(Clone, Copy)]
-struct Limits {
+pub(super) struct Limits {
     /// Address space in bytes.
-    memory: u64,
+    pub(super) memory: u64,
     /// CPU time of all its threads.
-    cpu: Duration,
+    pub(super) cpu: Duration,
 }
 
 impl Limits {
     /// The limits for databases of this total size.
-    fn for_databases(bytes: u64) -> Self {
+    pub(super) fn for_databases(bytes: u64) -> Self {
         Self {
             memory: MEMORY_BASE + MEMORY_FACTOR * bytes,
             // clamscan has one thread, so TIME_MAX ends it first. This limit ends a process that
@@ -175,11 +189,13 @@ impl Limits {
 }
 
 /// Runs the load test if the rule demands one, or permits one and clamscan is installed. Blocks until
-/// the test ends or `stop` is cancelled.
+/// the test ends or `stop` is cancelled. The service at the socket `service` runs clamscan, or, if
+/// there is no such socket, this process.
 pub(super) fn run(
     objects: &[(&DatabaseName, &Digest)],
     store: &Store,
     rule: LoadTest,
+    service: &Path,
     stop: &CancellationToken,
 ) -> Result<(), LoadTestError> {
     let program = match (rule, clamscan::find()) {
@@ -194,23 +210,19 @@ pub(super) fn run(
     let bytes = sizes
         .sum::<io::Result<u64>>()
         .map_err(LoadTestError::Prepare)?;
-    load(
-        &program,
-        objects,
-        store,
-        &Limits::for_databases(bytes),
-        stop,
-    )
+    let limits = Limits::for_databases(bytes);
+    load(&program, service, objects, store, &limits, stop)
 }
 
 fn load(
     program: &Path,
+    service: &Path,
     objects: &[(&DatabaseName, &Digest)],
     store: &Store,
     limits: &Limits,
     stop: &CancellationToken,
 ) -> Result<(), LoadTestError> {
-    let tested = load_once(program, objects, store, limits, stop);
+    let tested = load_once(program, service, objects, store, limits, stop);
     let Err(LoadTestError::Crashed { signal }) = tested else {
         return tested;
     };
@@ -219,11 +231,12 @@ fn load(
         memory: limits.memory.saturating_mul(MEMORY_RETRY_FACTOR),
         ..*limits
     };
-    load_once(program, objects, store, &limits, stop)
+    load_once(program, service, objects, store, &limits, stop)
 }
 
 fn load_once(
     program: &Path,
+    service: &Path,
     objects: &[(&DatabaseName, &Digest)],
     store: &Store,
     limits: &Limits,
@@ -234,15 +247,35 @@ fn load_once(
     for directory in [&databases, &temporary] {
         fs::create_dir(directory).map_err(LoadTestError::Prepare)?;
     }
+    // The service has another user, and gets the directory as a descriptor. No other user passes the
+    // directory above it.
+    fs::set_permissions(&databases, Permissions::from_mode(0o755))
+        .map_err(LoadTestError::Prepare)?;
     for (name, digest) in objects {
         // Under their real names: clamscan skips files with unknown extensions without a message.
         fs::hard_link(store.object(digest), databases.join(name.as_str()))
             .map_err(LoadTestError::Prepare)?;
     }
+    let loaded = match service::load(service, &databases, limits, stop) {
+        Some(loaded) => loaded?,
+        None => confined(program, &databases, &temporary, limits, stop)?,
+    };
+    loaded.map_err(|error| LoadTestError::of(error, limits))
+}
+
+/// Runs `program`, a clamscan, on `databases` within the limits and the confinement. It can write only
+/// in `temporary`.
+pub(super) fn confined(
+    program: &Path,
+    databases: &Path,
+    temporary: &Path,
+    limits: &Limits,
+    stop: &CancellationToken,
+) -> Result<Result<(), LoadError>, LoadTestError> {
     let cell = Cell {
         program,
-        read: &databases,
-        write: &temporary,
+        read: databases,
+        write: temporary,
     };
     let (started, children) = mpsc::channel();
     let (limited, outcome) = mpsc::channel();
@@ -266,9 +299,7 @@ fn load_once(
             tokio::select! {
                 biased;
                 () = stop.cancelled() => Err(LoadTestError::Stopping),
-                loaded = clamscan::run(command, cell.read, TIME_MAX, limit) => {
-                    loaded.map_err(|error| LoadTestError::of(error, limits))
-                }
+                loaded = clamscan::run(command, cell.read, TIME_MAX, limit) => Ok(loaded),
             }
         })
     };
@@ -294,8 +325,6 @@ mod tests {
     use crate::publish::check::jail::tests::without_landlock;
     use crate::store::tests::open_store;
     use std::net::TcpListener;
-    use std::os::unix::fs::PermissionsExt as _;
-    use std::path::PathBuf;
     use tempfile::TempDir;
 
     /// One object in a store, and a shell script in the place of clamscan. The script is a fake: a test
@@ -329,6 +358,7 @@ mod tests {
             let tested = loop {
                 match load(
                     &self.program,
+                    Path::new("/nowhere/loadtest.sock"),
                     &[(&name, &digest)],
                     &self.store,
                     &limits,

@@ -57,6 +57,7 @@ impl Lab {
             require: Vec::new(),
             unsigned: Unsigned::Allow,
             load_test: LoadTest::Never,
+            load_test_socket: "/nowhere/loadtest.sock".into(),
             shrink_max: Percent::new(30).unwrap(),
             age_alarm: Duration::from_secs(48 * 3600),
         };
