@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::{env, fs, iter};
 
+use super::tree;
+
 /// Something real that a test needs and that may not be on this machine.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Part {
@@ -38,6 +40,16 @@ pub enum Part {
     Corpus,
     /// The right to mount a small disk. CI has it.
     Root,
+    /// What boots a whole system, and the right to do that here.
+    Nspawn,
+    /// A bootable tree of Debian 12; `CLAMCAST_TREES` names another directory for it.
+    Bookworm,
+    /// A bootable tree of Debian 13.
+    Trixie,
+    /// The packages that `cargo xtask dist` built; `CLAMCAST_DIST` names another place for them.
+    Packages,
+    /// The package manager of Red Hat.
+    Rpm,
 }
 
 impl Part {
@@ -69,6 +81,18 @@ impl Part {
             }
             Part::Corpus => program("python3")
                 .and_then(|_| file(workspace().join("../shared/corpus/make_corpus.py"))),
+            Part::Nspawn => ["mmdebstrap", "nsenter", "setpriv", "unshare"]
+                .into_iter()
+                .try_for_each(|name| program(name).map(drop))
+                .and_then(|()| program("systemd-nspawn"))
+                .and_then(tree::may_boot),
+            Part::Bookworm => tree::cached("bookworm"),
+            Part::Trixie => tree::cached("trixie"),
+            Part::Packages => {
+                let there = env::var_os("CLAMCAST_DIST").map(PathBuf::from);
+                file(there.unwrap_or_else(|| target().join("dist")))
+            }
+            Part::Rpm => program("rpm"),
             Part::Root if nix::unistd::Uid::effective().is_root() => Ok("/".into()),
             Part::Root => Err("it takes root to mount a file system".into()),
         }
