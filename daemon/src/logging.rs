@@ -1,11 +1,16 @@
 //! The daemons' log: on stderr, for a person at a terminal or for the systemd journal.
 
+use std::fmt;
 use std::io::{self, IsTerminal as _};
 use std::os::fd::AsFd as _;
 
 use nix::sys::stat::fstat;
+use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::ParseError;
+use tracing_subscriber::fmt::format::{Format, Writer};
+use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
+use tracing_subscriber::registry::LookupSpan;
 
 /// The variable that overrides what is logged, in the syntax of tracing's `EnvFilter`, for example
 /// `clamcast=debug,quinn=info`.
@@ -25,12 +30,43 @@ pub fn start(verbosity: u8) {
         .with_ansi(io::stderr().is_terminal() && !is_set("NO_COLOR"));
     // The first log to start stays, as tests that run several daemons in one process need it.
     let _ = if journal_reads_stderr() {
-        log.without_time().try_init() // the journal stamps every line itself
+        log.event_format(Journal).try_init()
     } else {
         log.try_init()
     };
     if let Some(error) = problem {
         tracing::warn!(%error, "{FILTER_VARIABLE} is not a log filter, ignoring it");
+    }
+}
+
+/// Lines for the journal: `<N>` in front is the priority (sd-daemon(3)), by which `journalctl -p warning`
+/// selects. The journal stamps every line with the time itself.
+struct Journal;
+
+impl<S, N> FormatEvent<S, N> for Journal
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+{
+    fn format_event(
+        &self,
+        context: &FmtContext<'_, S, N>,
+        mut writer: Writer<'_>,
+        event: &Event<'_>,
+    ) -> fmt::Result {
+        write!(writer, "<{}>", priority(*event.metadata().level()))?;
+        let format = Format::default().without_time().with_ansi(false);
+        format.format_event(context, writer, event)
+    }
+}
+
+/// The priority of syslog(3).
+fn priority(level: Level) -> u8 {
+    match level {
+        Level::ERROR => 3,
+        Level::WARN => 4,
+        Level::INFO => 6,
+        Level::DEBUG | Level::TRACE => 7,
     }
 }
 
