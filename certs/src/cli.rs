@@ -397,8 +397,8 @@ fn rotate(dir: &Path, key: Rotated, change: Change, now: Timestamp) -> Result<()
     let paths: Vec<_> = done.files.iter().map(|file| quoted(&file.path)).collect();
     let _ = writeln!(
         text,
-        "next: copy {}, in this order, to /etc/clamcast on the master, and restart the master or send \
-         it SIGHUP;\n      \
+        "next: copy {}, in this order, to /etc/clamcast on the master, and restart the master \
+         (systemctl restart clamcast-master);\n      \
          agents get the key set from it",
         paths.join(" and "),
     );
