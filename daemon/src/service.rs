@@ -395,7 +395,10 @@ mod tests {
             .set_read_timeout(Some(Duration::from_secs(2)))
             .unwrap();
         let name = std::thread::current().name().unwrap().to_owned();
-        let mut daemon = std::process::Command::new(std::env::current_exe().unwrap())
+        // As systemd does, the shell names the process that the watchdog is for.
+        let mut daemon = std::process::Command::new("sh")
+            .args(["-c", "WATCHDOG_PID=$$ exec \"$0\" \"$@\""])
+            .arg(std::env::current_exe().unwrap())
             .args(["--exact", &name])
             .env(DAEMON, "1")
             .env("NOTIFY_SOCKET", &path)

@@ -16,7 +16,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::admin::Request;
-use super::doctor::{self, Inventory};
+use super::doctor::{self, Inventory, Running};
 use super::status::Verification;
 use crate::config::{self, Config};
 use crate::core::status::Status;
@@ -214,14 +214,16 @@ fn examine(path: &Path, user: Option<&str>, json: bool) -> Result<(), Exit> {
     let host = Host::here();
     // What only root can see comes first; then root's rights are given up for good.
     let inventory = Inventory::take(&host, path);
-    let agent = doctor::agents_user(&host, path, &config, user).or_exit(exit::USAGE)?;
-    doctor::become_user(&agent, user.is_some()).or_exit(exit::USAGE)?;
-
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
+    let running = runtime.block_on(Running::ask(&config));
+    let agent = doctor::agents_user(&host, path, &config, user).or_exit(exit::USAGE)?;
+    doctor::become_user(&agent, user.is_some()).or_exit(exit::USAGE)?;
+
     let spinner = spinner("looking around");
-    let report = runtime.block_on(doctor::examine(&host, &inventory, path, &config, &agent));
+    let examined = doctor::examine(&host, &inventory, &running, path, &config, &agent);
+    let report = runtime.block_on(examined);
     spinner.finish_and_clear();
     if json {
         say!("{}", table::json(&serde_json::to_value(&report)?));

@@ -229,6 +229,18 @@ impl Inventory {
     }
 }
 
+/// The running agent's own view, asked for before the rights are given up: its socket may be root's and
+/// the operators', and the agent's user is no operator.
+#[derive(Debug)]
+pub struct Running(master::Agent);
+
+impl Running {
+    /// Asks the agent of this configuration.
+    pub async fn ask(config: &Config) -> Self {
+        Self(master::Agent::ask(&config.admin, master::ANSWER_TIME).await)
+    }
+}
+
 /// This process cannot become the agent's user.
 #[derive(Debug, thiserror::Error)]
 pub enum UserError {
@@ -400,6 +412,7 @@ pub fn become_user(user: &User, wanted: bool) -> Result<(), UserError> {
 pub async fn examine(
     host: &Host,
     inventory: &Inventory,
+    Running(running): &Running,
     config_path: &Path,
     config: &Config,
     agent: &User,
@@ -486,14 +499,13 @@ pub async fn examine(
 
     let (identity, credentials) = identity::look(config, passed, Timestamp::now());
     findings.extend(identity);
-    let running = master::Agent::ask(&config.admin, master::ANSWER_TIME).await;
-    findings.extend(match installed::last(&running, &config.state) {
+    findings.extend(match installed::last(running, &config.state) {
         Ok(last) => last.as_ref().map(installed::judge_last),
         Err(error) => Some(unread("outcome", &error)),
     });
-    findings.extend(installed::judge_drift(&running));
+    findings.extend(installed::judge_drift(running));
     let tried = || watch::try_events(&ours);
-    findings.push(installed::judge_events(&running, tried));
+    findings.push(installed::judge_events(running, tried));
     let tried = match &credentials {
         None => Vec::new(),
         Some(credentials) => {
@@ -502,12 +514,12 @@ pub async fn examine(
             master::try_all(config, credentials, alone).await
         }
     };
-    findings.extend(master::judge(&running, &tried));
+    findings.extend(master::judge(running, &tried));
     if credentials.is_none() {
         let why = "no handshake without the host's certificate and keys";
         findings.push(Finding::unknown("master", why, None));
     }
-    findings.extend(master::judge_clock(&running, &tried, &inventory.processes));
+    findings.extend(master::judge_clock(running, &tried, &inventory.processes));
 
     if this.uid != agent.uid {
         findings = findings.into_iter().map(|f| f.seen_by(&this)).collect();

@@ -57,7 +57,7 @@ pub(crate) enum Command {
     /// Try what `serve` would do at its start, and say what is wrong, changing nothing
     ///
     /// An error is what the daemon would not start with (exit 2); what it would start with, but what
-    /// is probably not meant, is doubtful (exit 0). Run it as the daemon's user.
+    /// is probably not meant, is doubtful (exit 0). Run it as root, who may read the keys.
     #[command(after_long_help = help::CHECK_CONFIG)]
     CheckConfig {
         /// The configuration

@@ -32,6 +32,8 @@ pub enum Part {
     CargoDeny,
     /// What looks for advisories on them.
     CargoAudit,
+    /// What scores the sandbox of a unit.
+    SystemdAnalyze,
     /// A user namespace, which has limits of its own.
     Namespace,
     /// Databases that Talos signed; `CLAMCAST_TESTFILES` names another place for them.
@@ -74,6 +76,7 @@ impl Part {
             Part::Strace => program("strace").and_then(may_trace),
             Part::CargoDeny => program("cargo-deny"),
             Part::CargoAudit => program("cargo-audit"),
+            Part::SystemdAnalyze => program("systemd-analyze"),
             Part::Namespace => program("unshare").and_then(may_unshare),
             Part::TestFiles => {
                 let there = env::var_os("CLAMCAST_TESTFILES").map(PathBuf::from);

@@ -360,11 +360,11 @@ mod tests {
             ("echo x > \"$TMPDIR/x\"", "Ok(())"),
             (
                 "echo 'ERROR: Malformed database' >&2; exit 2",
-                "Err(Refused { reason: \"ERROR: Malformed database\" })",
+                "Err(Refused { reason: \"Malformed database\" })",
             ),
             (
                 "echo \"ERROR: Can't allocate memory\" >&2; exit 2",
-                "Err(Hindered { reason: \"ERROR: Can't allocate memory\" })",
+                "Err(Hindered { reason: \"Can't allocate memory\" })",
             ),
         ] {
             let verdict = Scene::new(script).test(&CancellationToken::new()).unwrap();
