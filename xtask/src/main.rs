@@ -71,9 +71,11 @@ fn command(arguments: &[&str]) -> Command {
 }
 
 fn finish(command: &mut Command) -> anyhow::Result<()> {
-    let status = command.status().context("cannot run cargo")?;
+    let program = command.get_program().to_string_lossy().into_owned();
+    let status = command.status();
+    let status = status.with_context(|| format!("cannot run {program}"))?;
     if !status.success() {
-        bail!("cargo ended with {status}");
+        bail!("{program} ended with {status}");
     }
     Ok(())
 }

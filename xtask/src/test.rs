@@ -4,11 +4,11 @@ use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Instant;
-use std::{env, fs, io};
+use std::{env, fs, io, iter};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 
-use crate::{cargo, command, debian, dist, finish, target, tools};
+use crate::{cargo, command, debian, dist, finish, target, tools, workspace};
 
 /// Format, lints, documentation, packages and all tests.
 ///
@@ -76,6 +76,15 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
         Err(error) => Err(error),
         Ok(()) => dist::check::packages(&target, arguments.long),
     })?;
+    step("manual, playbooks, containers", || {
+        match manual(&target, arguments.long) {
+            Err(error) if env::var_os("CI").is_none_or(|ci| ci != "true") => {
+                eprintln!("{error:#}");
+                Ok(())
+            }
+            checked => checked,
+        }
+    })?;
     let not_run = target.join("not-run");
     if not_run.exists() {
         fs::remove_dir_all(&not_run).context("cannot forget what an earlier run skipped")?;
@@ -86,6 +95,43 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     report(&not_run)?;
     println!("all of it passed in {} s", started.elapsed().as_secs());
     Ok(())
+}
+
+/// Builds the manual without warnings, and checks its links and messages, the Ansible collection, and
+/// the Kubernetes example.
+fn manual(target: &Path, long: bool) -> anyhow::Result<()> {
+    tools::provide(target, &["mdbook"])?;
+    finish(&mut here("docs/check")).context("mend the manual")?;
+    let mut mdbook = Command::new(tools::find(target, "mdbook").context("it was installed")?);
+    mdbook
+        .args(["build", "docs", "--dest-dir"])
+        .arg(target.join("manual"))
+        .env("MDBOOK_LOG", "warn")
+        .current_dir(workspace());
+    let built = mdbook.output().context("cannot run mdbook")?;
+    // A warning is no failure to mdbook.
+    let said = String::from_utf8_lossy(&built.stderr);
+    ensure!(
+        built.status.success() && said.trim().is_empty(),
+        "mdbook: {said}"
+    );
+    let python = tools::python(target, long)?;
+    let found = debian::search_path(target)?;
+    let programs = iter::once(python).chain(env::split_paths(&found));
+    let path = env::join_paths(programs.collect::<Vec<_>>())?;
+    let mut lint = here("tests/ansible/play");
+    lint.arg("lint").env("WORK", target.join("ansible"));
+    finish(lint.env("PATH", &path)).context("mend what ansible-lint found")?;
+    let mut kubernetes = here("tests/kubernetes/check");
+    kubernetes.arg(target.join("debug/clamcast-master"));
+    finish(kubernetes.env("PATH", &path)).context("mend the Kubernetes example")
+}
+
+/// A program of the project.
+fn here(program: &str) -> Command {
+    let mut command = Command::new(workspace().join(program));
+    command.current_dir(workspace()).stdin(Stdio::null());
+    command
 }
 
 fn step(name: &str, work: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<()> {

@@ -1,7 +1,8 @@
 //! Tools from crates.io: `cargo install` puts them into `target/tools` where the system lacks them.
 
-use std::env;
 use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::{env, fs};
 
 use anyhow::Context as _;
 
@@ -33,4 +34,39 @@ pub(crate) fn provide(target: &Path, wanted: &[&str]) -> anyhow::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Programs from PyPI that check playbooks and the Kubernetes example, at versions that they pass.
+const PYTHON: [&str; 4] = [
+    "ansible-core==2.19.*",
+    "ansible-lint==26.*",
+    "dockerfile-parse==2.0.1",
+    "kubernetes-validate==1.37.0",
+];
+
+/// The package with the collections that `--long` tests of the playbooks need.
+const COLLECTIONS: &str = "ansible==12.*";
+
+/// Installs [`PYTHON`] into a virtual environment below the target directory, and with `long` also
+/// [`COLLECTIONS`]. Returns the directory of its programs.
+pub(crate) fn python(target: &Path, long: bool) -> anyhow::Result<PathBuf> {
+    let environment = target.join("python");
+    let bin = environment.join("bin");
+    let mut packages = PYTHON.to_vec();
+    packages.extend(long.then_some(COLLECTIONS));
+    // Whole from the moment it has its content: an interrupted install is repeated.
+    let installed = environment.join("installed");
+    let wanted = packages.join("\n");
+    if fs::read_to_string(&installed).is_ok_and(|found| found == wanted) {
+        return Ok(bin);
+    }
+    eprintln!("installing {} from PyPI", packages.join(", "));
+    let mut venv = Command::new("python3");
+    venv.args(["-m", "venv"]).arg(&environment);
+    finish(&mut venv).context("install python3-venv")?;
+    let mut pip = Command::new(bin.join("pip"));
+    pip.args(["install", "--quiet", "--disable-pip-version-check"]);
+    finish(pip.args(packages))?;
+    fs::write(installed, wanted)?;
+    Ok(bin)
 }
