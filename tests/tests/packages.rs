@@ -3,6 +3,7 @@
 //! These tests need root, systemd-nspawn and the packages of `cargo xtask dist`. The scriptlets of
 //! the RPM packages and SELinux are not tested: they would take a tree of the Red Hat family.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -135,6 +136,7 @@ fn configuration_error_ends_a_daemon_for_good() {
     require!(Nspawn, Bookworm, Packages);
     let [host] = Tree::boot(Part::Bookworm, ["mirror"]);
     install(&host, &packages(), &["master", "agent"]);
+    host.run("install -d /etc/clamcast");
     for (unit, config) in [
         ("clamcast-master", "master.toml"),
         ("clamcast-agent", "agent.toml"),
@@ -190,7 +192,7 @@ fn sockets_obey_root_and_operators_and_refuse_nobody() {
         for program in ["clamcast-master", "clamcast-agent"] {
             let asked = mirror.attempt(&as_user(user, &format!("{program} status --json")));
             let code = asked.expect("the system runs").status.code();
-            let wanted = if user == "olga" { 0 } else { 3 };
+            let wanted = if user == "olga" { 0 } else { 4 };
             assert_eq!(code, Some(wanted), "{program} status as {user}");
         }
     }
@@ -274,20 +276,80 @@ fn purge_leaves_keys_and_audit_log_and_names_them() {
     let before = [&fleet.mirror, &fleet.web1].map(files);
     fleet.set_up();
     fleet.start();
-    let left = [
+    for ((tree, packages, kept), before) in [
         (
             &fleet.mirror,
             "clamcast-master clamcast-agent clamcast-certs",
+            [AGENT_KEPT, MASTER_KEPT].concat(),
         ),
-        (&fleet.web1, "clamcast-agent"),
+        (&fleet.web1, "clamcast-agent", AGENT_KEPT.to_vec()),
     ]
-    .map(|(tree, packages)| {
+    .into_iter()
+    .zip(before)
+    {
         let said = tree.run(&format!("apt-get -y purge {packages} 2>&1"));
-        (said, files(tree))
-    });
-    for ((host, before), (said, after)) in ["mirror", "web1"].iter().zip(before).zip(left) {
-        let new: Vec<_> = after.iter().filter(|path| !before.contains(path)).collect();
-        eprintln!("{host}: purge says\n{said}\nand leaves\n{new:#?}");
+        let named = said.lines().filter_map(|line| line.strip_prefix("  /"));
+        let named = named.map(|path| without_digest(&format!("/{path}")));
+        let kept: BTreeSet<String> = kept.into_iter().map(Into::into).collect();
+        assert_eq!(named.collect::<BTreeSet<_>>(), kept, "{said}");
+
+        let left = files(tree)
+            .into_iter()
+            .filter(|path| !before.contains(path));
+        let left: BTreeSet<_> = left.map(|path| without_digest(&path)).collect();
+        eprintln!("a purge on {} leaves {left:#?}", tree.name());
+        let databases = DATABASES.iter().map(|path| (*path).into());
+        assert_eq!(
+            left,
+            kept.into_iter().chain(databases).collect::<BTreeSet<_>>()
+        );
+        let owner = tree.run("stat --format %U:%G /var/lib/clamav /var/lib/clamav/daily.cvd");
+        assert_eq!(
+            owner, "clamav:clamav\nclamav:clamav\n",
+            "freshclam could not go on"
+        );
+        assert_eq!(tree.show("clamav-daemon", "ActiveState"), "active");
+        let running = tree.attempt("pgrep clamcast").expect("the system runs");
+        assert_eq!(
+            String::from_utf8_lossy(&running.stdout),
+            "",
+            "a daemon still runs"
+        );
+    }
+}
+
+/// What a purge of the agent keeps.
+const AGENT_KEPT: &[&str] = &[
+    "/etc/clamcast/key.pem",
+    "/var/lib/clamcast/agent/audit/checkpoint",
+    "/var/lib/clamcast/agent/audit/leaves",
+    "/var/lib/clamcast/agent/audit/log.jsonl",
+    "/var/lib/clamcast/agent/keys.json",
+];
+
+/// What a purge of the master keeps. The certificates, of master and agents, verify the audit log.
+const MASTER_KEPT: &[&str] = &[
+    "/etc/clamcast/audit.key",
+    "/etc/clamcast/manifest.key",
+    "/etc/clamcast/master/key.pem",
+    "/var/lib/clamcast/master/audit/checkpoint",
+    "/var/lib/clamcast/master/audit/leaves",
+    "/var/lib/clamcast/master/audit/log.jsonl",
+    "/var/lib/clamcast/master/certificates/DIGEST.der",
+    "/var/lib/clamcast/master/keys.json",
+];
+
+/// Databases that the fleet delivered, with which clamd goes on.
+const DATABASES: &[&str] = &["/var/lib/clamav/daily.cvd", "/var/lib/clamav/main.cvd"];
+
+/// The path, where a file that is named by a digest has one name for all digests.
+fn without_digest(path: &str) -> String {
+    let (directory, name) = path.rsplit_once('/').expect("the path is absolute");
+    match name.split_once('.') {
+        Some((digest, extension)) if digest.len() == 64 => {
+            format!("{directory}/DIGEST.{extension}")
+        }
+        Some(_) | None => path.into(),
     }
 }
 
@@ -328,6 +390,49 @@ fn upgrade_keeps_keys_state_and_configuration_and_the_fleet_stays_live() {
 fn rpm_packages_install_verify_upgrade_and_erase() {
     long!();
     require!(Rpm, Packages);
+    for name in ["clamcast-master", "clamcast-agent", "clamcast-certs"] {
+        let scratch = Scratch::new();
+        let root = scratch.directory("root");
+        let rpm = |operation: &[&str], what: &str| {
+            let mut rpm = Command::new("rpm");
+            rpm.arg("--force-debian").arg("--root").arg(&root);
+            printed(
+                rpm.args(["--dbpath", "/var/lib/rpm"])
+                    .args(operation)
+                    .arg(what),
+            )
+        };
+        let without = ["--nodeps", "--noscripts"];
+        let new = package(&packages(), &format!("{name}-"), ".rpm")
+            .display()
+            .to_string();
+        let old = older_rpm(&scratch, name, &new);
+        rpm(&[&["--install"], &without[..]].concat(), &old);
+        assert_eq!(
+            rpm(&["--query"], name).trim(),
+            format!("{name}-0.0.9-1.x86_64")
+        );
+        rpm(&[&["--verify"], &without[..]].concat(), name);
+
+        let etc = scratch.directory("root/etc/clamcast");
+        fs::write(etc.join("agent.toml"), "# an administrator wrote this\n")
+            .expect("it can be written");
+        rpm(&[&["--upgrade"], &without[..]].concat(), &new);
+        assert_ne!(
+            rpm(&["--query"], name).trim(),
+            format!("{name}-0.0.9-1.x86_64")
+        );
+        rpm(&[&["--verify"], &without[..]].concat(), name);
+        rpm(&[&["--erase"], &without[..]].concat(), name);
+
+        // The packages contain no configuration files, so that rpm neither replaces the
+        // administrator's nor leaves an .rpmnew or .rpmsave beside it.
+        let left = "( -type f -o -type l ) -not -path */var/lib/rpm/* -printf %P\\n".split(' ');
+        assert_eq!(
+            printed(Command::new("find").arg(&root).args(left)),
+            "etc/clamcast/agent.toml\n"
+        );
+    }
 }
 
 /// Two hosts that an administrator has set up by hand: `mirror`, with the master and an agent, and
@@ -378,6 +483,7 @@ impl Fleet {
         install(&self.web1, packages, &["agent"]);
         self.mirror.run(
             "cd /root
+             install -d /etc/clamcast
              clamcast-certs init --dir pki --fleet example
              clamcast-certs master --dir pki --host mirror
              clamcast-certs agent --dir pki mirror
@@ -393,18 +499,21 @@ impl Fleet {
             let bundle = self.mirror.path(&format!("/root/pki/agents/{host}"));
             tree.copy(&bundle, "/root");
             tree.run(&format!(
-                "cp /root/{host}/* /etc/clamcast/
+                "install -d /etc/clamcast
+                 cp /root/{host}/* /etc/clamcast/
                  chmod 600 /etc/clamcast/key.pem
                  chown clamcast-agent:clamav /var/lib/clamav
-                 chmod 755 /var/lib/clamav"
+                 chmod 755 /var/lib/clamav
+                 systemctl enable clamav-daemon"
             ));
         }
     }
 
     fn start(&self) {
-        self.mirror
-            .run("systemctl enable --now clamcast-master clamcast-agent");
-        self.web1.run("systemctl enable --now clamcast-agent");
+        self.mirror.run("systemctl enable --now clamcast-master");
+        for tree in [&self.mirror, &self.web1] {
+            tree.run("systemctl enable --now clamcast-agent.service clamcast-clamd.path");
+        }
         for host in ["mirror", "web1"] {
             self.wait_live(host, 1);
         }
@@ -459,7 +568,6 @@ state = "/var/lib/clamcast/master"
 
 [mirror]
 path = "/var/lib/clamav-mirror"
-load_test = "never"
 
 [tls]
 ca = "/etc/clamcast/ca.pem"
@@ -533,12 +641,64 @@ impl Older {
     }
 }
 
-/// Every file and directory of a system, but for those of its kernel, of dpkg and apt, and logs.
+/// An RPM package with the files of another one, and a lower version.
+fn older_rpm(scratch: &Scratch, name: &str, new: &str) -> String {
+    let files = printed(Command::new("rpm").args(["--query", "--package", "--list", new]));
+    let spec = format!(
+        "%global __os_install_post %{{nil}}
+%global debug_package %{{nil}}
+Name: {name}
+Version: 0.0.9
+Release: 1
+Summary: An older version
+License: MIT
+AutoReqProv: no
+%description
+An older version.
+%install
+mkdir -p %{{buildroot}} && cd %{{buildroot}} && rpm2cpio {new} | cpio -idm --quiet
+%files
+{files}"
+    );
+    let path = scratch.join("older.spec");
+    fs::write(&path, spec).expect("a scratch file can be written");
+    let top = format!("_topdir {}", scratch.join("build").display());
+    printed(
+        Command::new("rpmbuild")
+            .args(["--define", &top, "-bb"])
+            .arg(path),
+    );
+    let built = format!("build/RPMS/x86_64/{name}-0.0.9-1.x86_64.rpm");
+    scratch.join(built).display().to_string()
+}
+
+/// What a command printed.
+///
+/// # Panics
+///
+/// If it fails.
+#[track_caller]
+fn printed(command: &mut Command) -> String {
+    let ran = command
+        .output()
+        .unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    assert!(
+        ran.status.success(),
+        "{command:?}: {}{}",
+        text(&ran.stdout),
+        text(&ran.stderr)
+    );
+    text(&ran.stdout)
+}
+
+/// Every file and every empty directory of a system, but for those of its kernel, of dpkg, apt and
+/// systemd, logs, and what root has at home.
 fn files(tree: &Tree) -> Vec<String> {
     let found = tree.run(
         "find / -xdev \\( -path /proc -o -path /sys -o -path /run -o -path /tmp -o -path /var/tmp \
-         -o -path /var/lib/dpkg -o -path /var/cache -o -path /var/log -o -path /var/lib/systemd \
-         -o -path /root \\) -prune -o -print | sort",
+         -o -path /var/lib/dpkg -o -path /var/lib/apt -o -path /var/cache -o -path /var/log -o -path /var/lib/systemd \
+         -o -path /root \\) -prune -o \\( -not -type d -o -empty \\) -print",
     );
     found.lines().map(Into::into).collect()
 }

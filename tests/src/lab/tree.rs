@@ -5,7 +5,7 @@ use std::io;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::{env, process, thread};
+use std::{env, thread};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -43,7 +43,8 @@ echo 0 >"/sys/fs/cgroup/$3/cgroup.procs"
 set +e
 while :; do
   systemd-nspawn --boot --directory="$2/root" --machine="$4" --network-namespace-path="$2/network" \
-    --register=no --keep-unit --resolv-conf=off --console=pipe
+    --register=no --keep-unit --resolv-conf=off --console=pipe \
+    --system-call-filter="landlock_add_rule landlock_create_ruleset landlock_restrict_self"
   [ $? -eq 133 ] || exit
 done
 "#;
@@ -112,7 +113,11 @@ impl Tree {
         });
         ip(&network, &["link", "set", "lo", "up"]);
 
-        let cgroup = format!("clamcast-{}-{number}", process::id());
+        let cgroup = scratch
+            .path()
+            .file_name()
+            .expect("it has a name of its own");
+        let cgroup = cgroup.to_string_lossy().into_owned();
         let console = File::create(scratch.join("console"));
         let console = console.expect("a scratch file can be written");
         let mut namespaces = Command::new("setpriv");
