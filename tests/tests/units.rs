@@ -10,7 +10,7 @@ use clamcast_agent::config as agent;
 use clamcast_daemon::service::Occasion;
 use clamcast_master::config as master;
 use clamcast_master::serve::Master;
-use clamcast_tests::lab::{Fleet, until};
+use clamcast_tests::lab::{Fleet, PATIENCE, until};
 use clamcast_tests::require;
 use tokio::runtime::Builder;
 
@@ -119,12 +119,12 @@ fn a_stalled_hub_stops_feeding_the_watchdog() {
     let running = runtime.block_on(running).unwrap();
     let pulse = running.pulse();
     runtime.block_on(pulse.begun());
-    until("the hub turns", || !pulse.is_stalled(LIMIT));
+    until(PATIENCE, "the hub turns", || !pulse.is_stalled(LIMIT));
     let (release, released) = mpsc::channel::<()>();
-    runtime.spawn(async move { drop(released.recv()) });
-    until("the hub is stalled", || pulse.is_stalled(LIMIT));
+    runtime.spawn(async move { released.recv().is_ok() });
+    until(PATIENCE, "the hub is stalled", || pulse.is_stalled(LIMIT));
     drop(release);
-    until("the hub turns again", || !pulse.is_stalled(LIMIT));
+    until(PATIENCE, "the hub turns again", || !pulse.is_stalled(LIMIT));
     let said = pulse.status().borrow().clone();
     assert_eq!(said, "nothing published, 0 of 0 hosts live, 0 connected");
     runtime.block_on(running.stop(Occasion::Exit));
