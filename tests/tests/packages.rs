@@ -4,10 +4,10 @@
 //! the RPM packages and SELinux are not tested: they would take a tree of the Red Hat family.
 
 use std::collections::BTreeSet;
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
+use std::{env, fs};
 
 use clamcast_tests::lab::{PATIENCE, Part, Scratch, Tree, until};
 use clamcast_tests::{long, require};
@@ -83,6 +83,43 @@ fn first_databases_start_clamd_and_a_clamd_that_an_operator_stopped_stays_stoppe
 
     web1.run("systemctl start clamav-daemon");
     fleet.wait_live("web1", 2);
+}
+
+#[test]
+fn reviver_starts_a_killed_clamd_and_no_stopped_one() {
+    long!();
+    require!(Nspawn, Bookworm, Packages, TestFiles);
+    let fleet = Fleet::install(Part::Bookworm);
+    let web1 = &fleet.web1;
+    // The agent asks clamd, and Debian's clamav-daemon.socket would start clamd for it.
+    web1.run("systemctl stop clamcast-agent; systemctl kill --signal KILL clamav-daemon");
+    web1.wait_shown("clamav-daemon", "ActiveState", "failed");
+    web1.run("systemctl start clamcast-revive");
+    web1.wait_shown("clamav-daemon", "ActiveState", "active");
+
+    web1.run("systemctl stop clamav-daemon.socket clamav-daemon.service");
+    web1.run("systemctl start clamcast-revive");
+    assert_eq!(web1.show("clamav-daemon", "ActiveState"), "inactive");
+}
+
+#[test]
+fn running_freshclam_is_named_as_other_updater() {
+    long!();
+    require!(Nspawn, Bookworm, Packages, TestFiles);
+    let fleet = Fleet::install(Part::Bookworm);
+    // It finds no network, and tries again in two hours.
+    fleet
+        .web1
+        .run("systemd-run --uid clamav freshclam --daemon --foreground");
+    until(PATIENCE, "the doctor names freshclam", || {
+        let ran = fleet
+            .web1
+            .attempt("clamcast-agent doctor")
+            .map_err(|error| error.to_string())?;
+        let said = String::from_utf8_lossy(&ran.stdout).into_owned();
+        let named = said.lines().any(|line| line.contains("freshclam (pid"));
+        if named { Ok(()) } else { Err(said) }
+    });
 }
 
 #[test]
@@ -263,7 +300,14 @@ fn systemd_shows_what_a_daemon_does_and_journald_has_the_fields_of_its_log() {
         for entry in own {
             assert_eq!(entry["_SYSTEMD_UNIT"], format!("{unit}.service"), "{entry}");
             assert_eq!(entry["SYSLOG_IDENTIFIER"], unit, "{entry}");
-            assert!(entry["PRIORITY"].is_string(), "{entry}");
+            let message = entry["MESSAGE"].as_str().unwrap_or_default();
+            let priority = match message.split_whitespace().next() {
+                Some("INFO") => "6",
+                Some("WARN") => "4",
+                Some("ERROR") => "3",
+                Some(_) | None => panic!("no level: {entry}"),
+            };
+            assert_eq!(entry["PRIORITY"], priority, "{entry}");
         }
     }
 }
@@ -357,9 +401,9 @@ fn without_digest(path: &str) -> String {
 fn upgrade_keeps_keys_state_and_configuration_and_the_fleet_stays_live() {
     long!();
     require!(Nspawn, Bookworm, Packages, TestFiles);
-    let older = Older::packages();
+    let scratch = Scratch::new();
     let fleet = Fleet::boot(Part::Bookworm);
-    fleet.set_up_from(older.directory());
+    fleet.set_up_from(&older_debs(&scratch));
     fleet.start();
     let kept =
         "find /etc/clamcast /var/lib/clamcast/*/identity* -type f | xargs sha256sum | sort -k 2";
@@ -617,28 +661,22 @@ fn package(directory: &Path, prefix: &str, suffix: &str) -> PathBuf {
     path
 }
 
-/// The same packages under a lower version, or those in the directory that `CLAMCAST_DIST_OLD` names.
-struct Older(Scratch);
-
-impl Older {
-    fn packages() -> Self {
-        let scratch = Scratch::new();
-        for name in ["clamcast-master", "clamcast-agent", "clamcast-certs"] {
-            let new = package(&packages(), &format!("{name}_"), ".deb");
-            let old = scratch.join(format!("{name}_0.0.9-1_amd64.deb"));
-            let repacked = Command::new("sh")
-                .args(["-ec", "dpkg-deb -R $1 $2; sed -i 's/^Version:.*/Version: 0.0.9-1/' $2/DEBIAN/control; dpkg-deb -Zgzip -b $2 $3", "sh"])
-                .args([&new, &scratch.join(name), &old])
-                .output();
-            let repacked = repacked.expect("every system has sh");
-            assert!(repacked.status.success(), "{repacked:?}");
-        }
-        Self(scratch)
+/// Packages of a lower version: those in the directory that `CLAMCAST_DIST_OLD` names, such as the
+/// packages of the parent commit, or else those under test.
+fn older_debs(scratch: &Scratch) -> PathBuf {
+    let source = env::var_os("CLAMCAST_DIST_OLD").map_or_else(packages, PathBuf::from);
+    let older = scratch.directory("older");
+    for name in ["clamcast-master", "clamcast-agent", "clamcast-certs"] {
+        const REPACK: &str = r#"dpkg-deb --raw-extract "$1" "$2"
+            sed -i 's/^Version:.*/Version: 0.0.9-1/' "$2/DEBIAN/control"
+            dpkg-deb -Zgzip --build "$2" "$3""#;
+        printed(Command::new("sh").args(["-ec", REPACK, "sh"]).args([
+            package(&source, &format!("{name}_"), ".deb"),
+            scratch.join(name),
+            older.join(format!("{name}_0.0.9-1_amd64.deb")),
+        ]));
     }
-
-    fn directory(&self) -> &Path {
-        self.0.path()
-    }
+    older
 }
 
 /// An RPM package with the files of another one, and a lower version.

@@ -50,7 +50,7 @@ pub enum Part {
     Trixie,
     /// The packages that `cargo xtask dist` built; `CLAMCAST_DIST` names another place for them.
     Packages,
-    /// The package manager of Red Hat.
+    /// The package manager of Red Hat, and what builds its packages.
     Rpm,
 }
 
@@ -95,7 +95,10 @@ impl Part {
                 let there = env::var_os("CLAMCAST_DIST").map(PathBuf::from);
                 file(there.unwrap_or_else(|| target().join("dist")))
             }
-            Part::Rpm => program("rpm"),
+            Part::Rpm => ["cpio", "rpm2cpio", "rpmbuild"]
+                .into_iter()
+                .try_for_each(|name| program(name).map(drop))
+                .and_then(|()| program("rpm")),
             Part::Root if nix::unistd::Uid::effective().is_root() => Ok("/".into()),
             Part::Root => Err("it takes root to mount a file system".into()),
         }
