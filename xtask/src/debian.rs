@@ -26,10 +26,12 @@ pub(crate) const PROGRAMS: [(&str, &str); 7] = [
 
 /// Programs of the tests of packages, and the package that has each. They work only where they are
 /// installed.
-const INSTALLED: [(&str, &str); 5] = [
+const INSTALLED: [(&str, &str); 7] = [
+    ("cpio", "cpio"),
     ("lintian", "lintian"),
     ("mmdebstrap", "mmdebstrap"),
     ("rpm", "rpm"),
+    ("rpm2cpio", "rpm2cpio"),
     ("rpmlint", "rpmlint"),
     ("systemd-nspawn", "systemd-container"),
 ];

@@ -50,6 +50,8 @@ pub enum Part {
     Trixie,
     /// The packages that `cargo xtask dist` built; `CLAMCAST_DIST` names another place for them.
     Packages,
+    /// What runs playbooks, with the collection community.general; `cargo xtask test --long` installs it.
+    Ansible,
     /// The package manager of Red Hat, and what builds its packages.
     Rpm,
 }
@@ -95,6 +97,8 @@ impl Part {
                 let there = env::var_os("CLAMCAST_DIST").map(PathBuf::from);
                 file(there.unwrap_or_else(|| target().join("dist")))
             }
+            Part::Ansible => program("ansible-playbook")
+                .or_else(|_| file(target().join("python/bin/ansible-playbook"))),
             Part::Rpm => ["cpio", "rpm2cpio", "rpmbuild"]
                 .into_iter()
                 .try_for_each(|name| program(name).map(drop))

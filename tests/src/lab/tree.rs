@@ -16,7 +16,7 @@ use super::scratch::Scratch;
 use super::until::{PATIENCE, until};
 
 /// What a tree consists of: systemd, and ClamAV as Debian packages it.
-const PACKAGES: &str = "systemd,systemd-sysv,dbus,iproute2,procps,python3,adduser,\
+const PACKAGES: &str = "systemd,systemd-sysv,dbus,iproute2,procps,python3-apt,adduser,\
                         clamav,clamav-daemon,clamav-freshclam";
 
 /// Units that wait for a network that leads out, or use dpkg on their own.
@@ -298,7 +298,7 @@ impl Tree {
     }
 
     /// The process that is systemd, if the system is up.
-    fn first(&self) -> Option<u32> {
+    pub fn first(&self) -> Option<u32> {
         let shell = only_child(self.namespaces.id())?;
         only_child(only_child(shell)?)
     }
@@ -344,7 +344,9 @@ impl Drop for Tree {
 pub(super) fn cached(release: &str) -> Result<PathBuf, String> {
     let trees = env::var_os("CLAMCAST_TREES").map_or_else(|| target().join("trees"), PathBuf::from);
     let (tree, ready) = (trees.join(release), trees.join(format!("{release}.ready")));
-    if ready.exists() {
+    // The list of packages that it was built with.
+    let is_current = || fs::read_to_string(&ready).is_ok_and(|built| built == PACKAGES);
+    if is_current() {
         return Ok(tree);
     }
     let build = || -> io::Result<Output> {
@@ -358,7 +360,7 @@ pub(super) fn cached(release: &str) -> Result<PathBuf, String> {
             &format!("--include={PACKAGES}"),
             release,
         ]);
-        if ready.exists() {
+        if is_current() {
             return Command::new("true").output();
         }
         for unfinished in [&tree, &trees.join(format!("{release}.part"))] {
@@ -370,7 +372,7 @@ pub(super) fn cached(release: &str) -> Result<PathBuf, String> {
         let built = mmdebstrap.arg(&part).output()?;
         if built.status.success() {
             fs::rename(part, &tree)?;
-            File::create(&ready)?;
+            fs::write(&ready, PACKAGES)?;
         }
         Ok(built)
     };
