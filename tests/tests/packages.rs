@@ -406,9 +406,12 @@ fn upgrade_keeps_keys_state_and_configuration_and_the_fleet_stays_live() {
     let fleet = Fleet::boot(Part::Bookworm);
     fleet.set_up_from(&older_debs(&scratch));
     fleet.start();
-    let kept =
-        "find /etc/clamcast /var/lib/clamcast/*/identity* -type f | xargs sha256sum | sort -k 2";
+    // Configuration and keys; the identity of the master's state, and the audit log so far.
+    let kept = "find /etc/clamcast /var/lib/clamcast/master/publisher* \
+                    /var/lib/clamcast/agent/keys.json -type f 2>/dev/null | xargs sha256sum | sort -k 2
+                head -n 3 /var/lib/clamcast/*/audit/log.jsonl";
     let before = [&fleet.mirror, &fleet.web1].map(|tree| tree.run(kept));
+    assert!(before[0].contains("/publisher"), "{}", before[0]);
     let pid = fleet.web1.show("clamcast-agent", "MainPID");
 
     install(&fleet.mirror, &packages(), &["master", "agent", "certs"]);

@@ -149,6 +149,10 @@ fn tests(arguments: &Arguments, target: &Path) -> anyhow::Result<()> {
         test.env("PATH", debian::search_path(target)?)
             .env("CARGO_TARGET_DIR", target);
         test.env("CLAMCAST_LONG", if arguments.long { "1" } else { "0" });
+        let parent = target.join("dist-old");
+        if parent.exists() {
+            test.env("CLAMCAST_DIST_OLD", parent);
+        }
         Ok(test)
     };
     let nextest = Command::new("cargo")

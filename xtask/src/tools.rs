@@ -1,5 +1,6 @@
 //! Tools from crates.io: `cargo install` puts them into `target/tools` where the system lacks them.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::{env, fs};
@@ -10,11 +11,20 @@ use crate::{command, finish};
 
 /// Where `tool` is: on `PATH`, or in `target/tools`. The lab of `tests/` looks in the same places.
 pub(crate) fn find(target: &Path, tool: &str) -> Option<PathBuf> {
-    let path = env::var_os("PATH").unwrap_or_default();
-    env::split_paths(&path)
-        .chain([target.join("tools/bin")])
+    directories(target)
         .map(|directory| directory.join(tool))
         .find(|program| program.is_file())
+}
+
+/// `PATH` with all directories where [`find`] looks.
+pub(crate) fn search_path(target: &Path) -> anyhow::Result<OsString> {
+    Ok(env::join_paths(directories(target))?)
+}
+
+fn directories(target: &Path) -> impl Iterator<Item = PathBuf> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    let path: Vec<_> = env::split_paths(&path).collect();
+    path.into_iter().chain([target.join("tools/bin")])
 }
 
 /// Installs those of the tools `wanted` that [`find`] does not find. They are built without much
