@@ -16,9 +16,26 @@ static PASSED: LazyLock<Vec<UnixListener>> = LazyLock::new(|| match passed() {
     }
 });
 
-/// The socket that systemd listens at under this path, if there is one.
+/// Takes the sockets before the process starts children, which must not inherit them.
+pub fn take() {
+    LazyLock::force(&PASSED);
+}
+
+/// The socket that systemd listens at under this path, if there is one. Commands that connect to
+/// another socket of systemd wait in vain.
 pub fn unix_listener(path: &Path) -> Option<io::Result<UnixListener>> {
-    find(&PASSED, path)
+    let found = find(&PASSED, path);
+    if found.is_none() && !PASSED.is_empty() {
+        let addresses = PASSED.iter().filter_map(|socket| socket.local_addr().ok());
+        let passed: Vec<_> = addresses
+            .filter_map(|address| address.as_pathname().map(Path::to_owned))
+            .collect();
+        tracing::warn!(
+            ?passed, configured = %path.display(),
+            "the socket unit listens at another path than the configuration; nobody answers there"
+        );
+    }
+    found
 }
 
 fn find(sockets: &[UnixListener], path: &Path) -> Option<io::Result<UnixListener>> {

@@ -1,7 +1,8 @@
 //! Signs of life of the loop that does the daemon's work. `service.rs` passes them on to systemd.
 //!
-//! A loop beats whenever it turns, and at least every [`BEAT`]. A loop that waits for the disk is not
-//! stalled: a restart would not make the disk faster, and a disk that rejects writes returns at once.
+//! A loop beats in every iteration, and at least every [`BEAT`]. A loop that waits for a write of
+//! `durable.rs` or of the audit log is not stalled: a restart would not make the disk faster. A disk that
+//! rejects writes returns at once. Reads count as part of the iteration.
 
 use std::cell::RefCell;
 use std::sync::Arc;
@@ -46,10 +47,10 @@ impl Default for Pulse {
 }
 
 impl Pulse {
-    /// The loop turns.
+    /// Begins an iteration of the loop.
     pub fn beat(&self) {
         let millis = self.0.made.elapsed().as_millis();
-        let millis = u64::try_from(millis).expect("five hundred million years");
+        let millis = u64::try_from(millis).expect("the process is younger than 500 million years");
         self.0.last.store(millis, Ordering::Relaxed);
         self.0
             .has_begun
@@ -63,7 +64,7 @@ impl Pulse {
         begun.expect("the sender is in this pulse");
     }
 
-    /// The loop's state, for people.
+    /// Sets the status line.
     pub fn say(&self, status: String) {
         self.0.status.send_if_modified(|said| {
             let is_new = *said != status;
@@ -72,7 +73,7 @@ impl Pulse {
         });
     }
 
-    /// What [`Pulse::say`] was told last, and every change of it.
+    /// The status line, and every change of it.
     pub fn status(&self) -> watch::Receiver<String> {
         self.0.status.subscribe()
     }
@@ -83,8 +84,8 @@ impl Pulse {
         self.0.on_disk.load(Ordering::Relaxed) == 0 && self.0.made.elapsed() > last + limit
     }
 
-    /// The loop has this thread for itself: what the thread waits for on the disk, the loop waits for.
-    pub fn has_this_thread(&self) {
+    /// The loop owns this thread: waits of the thread for the disk are waits of the loop.
+    pub fn owns_thread(&self) {
         HERE.set(Some(self.clone()));
     }
 }
@@ -106,7 +107,7 @@ pub fn on_disk() -> OnDisk {
 impl Drop for OnDisk {
     fn drop(&mut self) {
         if let Some(pulse) = &self.0 {
-            // In this order: the loop has turned, as it were, when the disk was done.
+            // In this order, so that the time on the disk does not count as a stall.
             pulse.beat();
             pulse.0.on_disk.fetch_sub(1, Ordering::Relaxed);
         }
@@ -128,7 +129,7 @@ mod tests {
         assert!(pulse.is_stalled(limit));
         let (there, limits) = (pulse.clone(), limit);
         thread::spawn(move || {
-            there.has_this_thread();
+            there.owns_thread();
             let outer = on_disk();
             drop(on_disk());
             thread::sleep(2 * limits);

@@ -8,10 +8,11 @@ use std::time::Duration;
 use sd_notify::NotifyState;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, Interval, interval, sleep};
 
 use crate::admin::{Finish, Listener};
 use crate::exit::{self, Exit};
+use crate::inherited;
 use crate::pulse::Pulse;
 
 /// systemd hears of the loop's beats this many times in the time that its watchdog allows.
@@ -84,6 +85,7 @@ pub async fn run<S: Service>(load: impl Fn() -> Result<S::Config, Exit>) -> Resu
     let mut hang_up = signal(SignalKind::hangup())?;
     let mut config = load()?;
     let mut none = None; // nothing is kept from before
+    inherited::take();
     let mut service = tokio::select! {
         started = S::start(config.clone(), &mut none) => started?,
         _ = terminate.recv() => return Ok(()),
@@ -181,19 +183,22 @@ fn report(exit: &Exit, what: &str) {
 /// Waits until the loop turns, and tells systemd that the daemon is ready. From then on passes on the
 /// loop's state and, as long as the loop is not stalled, feeds the watchdog.
 async fn tend(pulse: &Pulse) -> Infallible {
-    pulse.begun().await;
+    // After a reload the watchdog is armed already.
+    feeding(pulse.begun()).await;
     let mut status = pulse.status();
     tell_status(&status.borrow_and_update());
     tell(NotifyState::Ready);
     let allowed = watchdog();
     // A feed and the beats before it are on time together.
     let limit = allowed.unwrap_or_default() / 2;
+    // A status line that changes often must not put the next feed off.
+    let mut feeds = allowed.map(|allowed| interval(allowed / FEEDS));
     let mut was_stalled = false;
     loop {
         tokio::select! {
             // An error is impossible: the sender is in the pulse.
             Ok(()) = status.changed() => tell_status(&status.borrow_and_update()),
-            () = sleep(allowed.unwrap_or_default() / FEEDS), if allowed.is_some() => {
+            () = next(&mut feeds) => {
                 let is_stalled = pulse.is_stalled(limit);
                 if !is_stalled {
                     tell(NotifyState::Watchdog);
@@ -206,6 +211,16 @@ async fn tend(pulse: &Pulse) -> Infallible {
                 was_stalled = is_stalled;
             }
         }
+    }
+}
+
+/// Waits for the next feed; without a watchdog for ever.
+async fn next(feeds: &mut Option<Interval>) {
+    match feeds {
+        Some(feeds) => {
+            feeds.tick().await;
+        }
+        None => std::future::pending().await,
     }
 }
 
@@ -351,7 +366,8 @@ mod tests {
                 let begun = Instant::now();
                 while begun.elapsed() < TURNS {
                     turning.beat();
-                    let status = format!("turning for {} s", begun.elapsed().as_secs());
+                    // More often than the watchdog is fed.
+                    let status = format!("turning for {} ms", begun.elapsed().as_millis());
                     turning.say(status);
                     sleep(Duration::from_millis(20)).await;
                 }
@@ -426,7 +442,9 @@ mod tests {
         let at = |what: &str| heard.iter().position(|line| line == what);
         let ready = at("READY=1").unwrap();
         assert!(at("WATCHDOG=1").unwrap() > ready, "{heard:?}");
-        assert!(at("STATUS=turning for 1 s").unwrap() > ready, "{heard:?}");
+        let is_status = |line: &String| line.starts_with("STATUS=turning for 1");
+        let status = heard.iter().position(is_status);
+        assert!(status.unwrap() > ready, "{heard:?}");
         let fed = heard.iter().filter(|line| *line == "WATCHDOG=1").count();
         assert!((8..=20).contains(&fed), "every 100 ms of 1.5 s: {heard:?}");
         assert_eq!(heard.iter().filter(|line| *line == "READY=1").count(), 1);

@@ -353,7 +353,7 @@ impl Keeper {
         mut link: mpsc::Receiver<link::Event>,
         mut questions: mpsc::Receiver<Question>,
     ) {
-        self.pulse.has_this_thread();
+        self.pulse.owns_thread();
         let mut beats = interval(BEAT);
         beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let detail = json!({ "version": env!("CARGO_PKG_VERSION") });
