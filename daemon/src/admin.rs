@@ -155,19 +155,19 @@ pub enum AdminError {
 pub struct Listener {
     program: &'static str,
     path: PathBuf,
-    name: Name,
+    owner: SocketOwner,
     socket: UnixListener,
     admins: Option<Gid>,
     hall: Hall,
 }
 
-/// Who owns the socket's name in the file system.
+/// Who made the socket's name in the file system, and removes it.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-enum Name {
-    /// The daemon made it. Its device and inode.
-    Own(u64, u64),
-    /// systemd made it, and removes it.
-    Systemds,
+enum SocketOwner {
+    /// The daemon. Device and inode of the socket.
+    Daemon(u64, u64),
+    /// systemd.
+    Systemd,
 }
 
 /// Where commands wait until they are served.
@@ -222,10 +222,10 @@ impl Listener {
         let mut listener = match kept.take_if(|kept| kept.path == path && kept.has_its_name()) {
             Some(kept) => kept,
             None => {
-                let (socket, name) = match inherited() {
+                let (socket, owner) = match inherited() {
                     Some(inherited) => {
                         let socket = inherited.and_then(from_systemd).map_err(failed)?;
-                        (socket, Name::Systemds)
+                        (socket, SocketOwner::Systemd)
                     }
                     None => {
                         if let Some(parent) = path.parent() {
@@ -234,20 +234,20 @@ impl Listener {
                         remove_stale(path)?;
                         let socket = UnixListener::bind(path).map_err(failed)?;
                         let found = fs::symlink_metadata(path).map_err(failed)?;
-                        (socket, Name::Own(found.dev(), found.ino()))
+                        (socket, SocketOwner::Daemon(found.dev(), found.ino()))
                     }
                 };
                 Self {
                     program,
                     path: path.to_owned(),
-                    name,
+                    owner,
                     socket,
                     admins: None,
                     hall: Hall::default(),
                 }
             }
         };
-        if listener.name == Name::Systemds {
+        if listener.owner == SocketOwner::Systemd {
             listener.admins = group_of(path, group);
             return Ok(listener);
         }
@@ -315,16 +315,19 @@ impl Listener {
 
     /// Ends it. Nobody can connect any more, and whoever did and was not served gets `last_word`.
     pub async fn close(self, last_word: Finish) {
-        if self.name != Name::Systemds && self.has_its_name() {
+        if self.owner != SocketOwner::Systemd && self.has_its_name() {
             let _ = fs::remove_file(&self.path); // one that stays is replaced by the next daemon
         }
         let closing = Instant::now() + LAST_WORD_TIME_MAX;
         let mut hall = self.hall;
-        // Its name is gone, so what the kernel holds is all that will come.
+        // Without its name nobody connects any more. A socket of systemd keeps its name, so the time is
+        // limited.
         let Ok(socket) = self.socket.into_std() else {
             return;
         };
-        while let Ok((stream, _)) = socket.accept() {
+        while Instant::now() < closing
+            && let Ok((stream, _)) = socket.accept()
+        {
             let stream = stream.set_nonblocking(true).map(|()| stream);
             if let Ok(stream) = stream.and_then(UnixStream::from_std) {
                 hall.arrived(stream);
@@ -344,10 +347,10 @@ impl Listener {
     }
 
     fn has_its_name(&self) -> bool {
-        match self.name {
-            Name::Own(device, inode) => fs::symlink_metadata(&self.path)
+        match self.owner {
+            SocketOwner::Daemon(device, inode) => fs::symlink_metadata(&self.path)
                 .is_ok_and(|found| (found.dev(), found.ino()) == (device, inode)),
-            Name::Systemds => true,
+            SocketOwner::Systemd => true,
         }
     }
 
@@ -572,7 +575,7 @@ fn group_of(path: &Path, configured: Option<&str>) -> Option<Gid> {
         Ok(_) | Err(_) => {
             let path = path.display();
             tracing::warn!(
-                "{path} is not a socket any more; restart the socket unit that makes it"
+                "{path} is not a socket any more; restart the service, which restarts its socket unit"
             );
             return None;
         }

@@ -14,7 +14,7 @@ use crate::input::{self, InputError};
 pub struct Secret {
     /// Its content.
     pub bytes: Vec<u8>,
-    /// Where it came from, for messages: the file, or the credential and the file that it replaces.
+    /// The source, for messages: the file, or the credential and the file that it replaces.
     pub origin: PathBuf,
 }
 
@@ -77,7 +77,7 @@ fn replacing(credential: &Path, path: &Path) -> PathBuf {
     text.into()
 }
 
-/// Under systemd the file may stay root's.
+/// Adds the credential to the next step: under systemd, root may keep the file for itself.
 fn advised(error: InputError, key: &'static str, path: &Path) -> InputError {
     match error {
         InputError::Denied {
