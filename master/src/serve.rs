@@ -211,6 +211,13 @@ impl Master {
             })?;
         let (socket, group) = (&config.listen.admin, &config.listen.admin_group);
         let listener = Listener::open(config::DAEMON.program, socket, Some(group), kept)?;
+        let load_test = &config.mirror.load_test_socket;
+        if std::env::var_os("NOTIFY_SOCKET").is_some() && !load_test.exists() {
+            tracing::warn!(
+                socket = %load_test.display(),
+                "the socket of the load test service does not exist; the daemon runs load tests itself"
+            );
+        }
 
         let places = Places {
             agents: agents.clone(),

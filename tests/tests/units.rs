@@ -126,6 +126,9 @@ fn a_stalled_hub_stops_feeding_the_watchdog() {
     drop(release);
     until(PATIENCE, "the hub turns again", || !pulse.is_stalled(LIMIT));
     let said = pulse.status().borrow().clone();
-    assert_eq!(said, "nothing published, 0 of 0 hosts live, 0 connected");
+    assert_eq!(
+        said,
+        "nothing published, 0 of 0 hosts conformant, 0 connected"
+    );
     runtime.block_on(running.stop(Occasion::Exit));
 }

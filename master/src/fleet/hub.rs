@@ -51,8 +51,8 @@ const MESSAGES_MAX: usize = 2 * wire::RECEIPTS_PENDING_MAX;
 /// Time between looks at a rollout when nothing happens, for silence is no event.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// The status line is made again after this time even if nothing has happened: hosts expire.
-const SAY_AGAIN: Duration = Duration::from_secs(30);
+/// The status line is renewed after this time even without a change, because hosts expire.
+const STATUS_AGE_MAX: Duration = Duration::from_secs(30);
 
 /// How long a connection that was replaced has to answer: several round trips of a slow path.
 const ANSWER: Duration = Duration::from_secs(3);
@@ -445,12 +445,12 @@ impl Running {
         self.tick.send_modify(|tick| *tick += 1);
     }
 
-    /// Says in one line where the fleet is. Counting goes through the whole fleet.
+    /// Updates the status line if anything changed. Counting goes through the whole fleet.
     fn say(&mut self) {
         let tick = *self.tick.borrow();
         if self
             .said_at
-            .is_some_and(|(said, at)| said == tick && at.elapsed() < SAY_AGAIN)
+            .is_some_and(|(said, at)| said == tick && at.elapsed() < STATUS_AGE_MAX)
         {
             return;
         }
@@ -468,7 +468,7 @@ impl Running {
             ..
         } = counts;
         self.means.pulse.say(format!(
-            "{generation}, {conformant} of {total} hosts live, {connected} connected"
+            "{generation}, {conformant} of {total} hosts conformant, {connected} connected"
         ));
     }
 

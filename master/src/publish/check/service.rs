@@ -73,19 +73,19 @@ enum Answer {
 #[derive(Debug, thiserror::Error)]
 pub enum ServiceError {
     /// The socket.
-    #[error("cannot talk to it")]
+    #[error("cannot send the request to the service")]
     Socket(#[source] io::Error),
     /// Nothing came in time.
-    #[error("it has not answered within {0:?}")]
+    #[error("the service has not answered within {0:?}")]
     Silent(Duration),
     /// It ended without an answer.
-    #[error("it ended without an answer")]
+    #[error("the service ended without an answer")]
     Ended,
     /// Another version answers, or something else.
-    #[error("its answer cannot be understood; are service and daemon of one version?")]
+    #[error("the answer of the service is malformed; install service and daemon of one version")]
     Answer(#[source] serde_json::Error),
     /// The service could not run clamscan.
-    #[error("it could not test: {0}")]
+    #[error("the service could not run clamscan: {0}")]
     Failed(String),
 }
 
