@@ -20,15 +20,21 @@ pub(crate) const PACKAGES: [&str; 3] = ["clamcast-agent", "clamcast-certs", "cla
 const GLIBC_MAX: (u32, u32) = (2, 34);
 
 /// Tools that build packages; `cargo install` puts them into `target/tools` where they are missing.
-const TOOLS: [&str; 3] = ["cargo-deb", "cargo-generate-rpm", "cargo-cyclonedx"];
+const TOOLS: [&str; 3] = [
+    "cargo-deb@3.8.0",
+    "cargo-generate-rpm@0.21.1",
+    "cargo-cyclonedx@0.5.9",
+];
 
 /// Build the packages (.deb, .rpm, .tar.gz) with an SBOM and SHA256SUMS.
 ///
-/// The same sources, compiler and SOURCE_DATE_EPOCH give the same bytes. SOURCE_DATE_EPOCH defaults to
-/// the time of the last commit. Missing package builders are installed into the target directory.
+/// The same sources, compiler, package builders and SOURCE_DATE_EPOCH give the same bytes.
+/// SOURCE_DATE_EPOCH defaults to the time of the last commit. Missing package builders are installed into
+/// the target directory.
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
-    /// Directory for the packages [default: dist in the target directory]
+    /// Directory for the packages, which replace those of an earlier run [default: dist in the target
+    /// directory]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
     /// Ed25519 private key (PEM) that signs SHA256SUMS
@@ -61,6 +67,12 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let trees = tree::stage(&build, &binaries, &manual)?;
 
     if out.exists() {
+        let is_empty = fs::read_dir(&out)?.next().is_none();
+        ensure!(
+            is_empty || out.join("SHA256SUMS").exists(),
+            "{} holds other files; name an empty directory",
+            out.display()
+        );
         fs::remove_dir_all(&out).with_context(|| format!("cannot replace {}", out.display()))?;
     }
     fs::create_dir_all(&out)?;
@@ -333,8 +345,12 @@ fn sign(out: &Path, key: &Path) -> anyhow::Result<()> {
             "-inkey",
         ])
         .arg(&key);
-    run_tool(&mut openssl, "openssl")
-        .with_context(|| format!("{} is not an Ed25519 private key in PEM", key.display()))?;
+    run_tool(&mut openssl, "openssl").with_context(|| {
+        format!(
+            "cannot sign; is {} an Ed25519 private key in PEM?",
+            key.display()
+        )
+    })?;
     let signature = fs::metadata(out.join("SHA256SUMS.sig"))?;
     ensure!(
         signature.len() == 64,

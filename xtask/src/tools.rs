@@ -27,11 +27,12 @@ fn directories(target: &Path) -> impl Iterator<Item = PathBuf> {
     path.into_iter().chain([target.join("tools/bin")])
 }
 
-/// Installs those of the tools `wanted` that [`find`] does not find. They are built without much
+/// Installs those of the tools `wanted` (`NAME` or `NAME@VERSION`) that [`find`] does not find. They are built without much
 /// optimisation: each takes two cores one to three minutes.
 pub(crate) fn provide(target: &Path, wanted: &[&str]) -> anyhow::Result<()> {
     for tool in wanted {
-        if find(target, tool).is_none() {
+        let name = tool.split('@').next().unwrap_or(tool);
+        if find(target, name).is_none() {
             eprintln!("building {tool}");
             let mut install = command(&["install", tool, "--locked", "--quiet", "--root"]);
             install
@@ -64,7 +65,7 @@ pub(crate) fn python(target: &Path, long: bool) -> anyhow::Result<PathBuf> {
     let bin = environment.join("bin");
     let mut packages = PYTHON.to_vec();
     packages.extend(long.then_some(COLLECTIONS));
-    // Whole from the moment it has its content: an interrupted install is repeated.
+    // Written last: an interrupted install is repeated.
     let installed = environment.join("installed");
     let wanted = packages.join("\n");
     if fs::read_to_string(&installed).is_ok_and(|found| found == wanted) {

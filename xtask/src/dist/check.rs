@@ -2,63 +2,92 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, ensure};
 
-use super::{Arguments, output, run};
-use crate::{finish, tools, workspace};
+use super::{Arguments, epoch, output, run};
+use crate::{finish, target, tools, workspace};
 
-/// Builds the packages into `target/dist`, twice, and lints them. `long` takes the release profile.
+/// Builds the packages into `target/dist` and lints them. Then builds them again and compares: with `long`,
+/// in the release profile, from a copy of the sources in another directory.
 pub(crate) fn packages(target: &Path, long: bool) -> anyhow::Result<()> {
     let out = target.join("dist");
     let again = target.join("dist-again");
-    for directory in [&again, &out] {
-        run(&Arguments {
-            out: Some(directory.clone()),
-            key: None,
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-            quick: !long,
-        })?;
+    build(&out, !long)?;
+    if long {
+        let sources = target.join("again");
+        copy_sources(&sources, "HEAD")?;
+        let build = target.join("again-build");
+        dist(&sources, &build, &again, &["--out"])?;
+        parent(target)?;
+    } else {
+        build(&again, true)?;
     }
     let sums = |directory: &Path| fs::read_to_string(directory.join("SHA256SUMS"));
-    let (first, second) = (sums(&again)?, sums(&out)?);
+    let (first, second) = (sums(&out)?, sums(&again)?);
     ensure!(
         first == second,
         "two builds of the packages differ:\n{first}\n{second}"
     );
-    fs::remove_dir_all(&again)?;
-    if long {
-        parent(target)?;
-    }
     lint(&out)
+}
+
+fn build(out: &Path, quick: bool) -> anyhow::Result<()> {
+    run(&Arguments {
+        out: Some(out.to_owned()),
+        key: None,
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        quick,
+    })
 }
 
 /// Builds packages of the parent commit, as version 0.0.9, into `target/dist-old`: the test of an
 /// upgrade begins with them. A parent that cannot build packages is left out.
 fn parent(target: &Path) -> anyhow::Result<()> {
-    let sources = target.join("parent");
-    let git = |arguments: &[&str]| {
-        let mut git = Command::new("git");
-        output(git.arg("-C").arg(workspace()).args(arguments))
-    };
-    let place = sources.to_string_lossy();
-    if sources.exists() {
-        git(&["worktree", "remove", "--force", &place])?;
+    let (sources, old) = (target.join("parent"), target.join("dist-old"));
+    if old.exists() {
+        fs::remove_dir_all(&old)?;
     }
-    git(&["worktree", "add", "--force", "--detach", &place, "HEAD^"])
-        .context("the upgrade test needs the parent commit; fetch it")?;
+    copy_sources(&sources, "HEAD^")?;
     if sources.join("xtask/src/dist.rs").exists() {
-        let mut dist = Command::new("cargo");
-        dist.current_dir(&sources)
-            .args(["xtask", "dist", "--quick", "--version", "0.0.9", "--out"])
-            .arg(target.join("dist-old"))
-            .env("CARGO_TARGET_DIR", target.join("parent-build"))
-            .env("PATH", tools::search_path(target)?);
-        finish(&mut dist).context("cannot build the packages of the parent commit")?;
+        let options = ["--quick", "--version", "0.0.9", "--out"];
+        dist(&sources, &target.join("parent-build"), &old, &options)?;
     }
-    git(&["worktree", "remove", "--force", &place])?;
     Ok(())
+}
+
+/// The sources of a commit, in `directory`.
+fn copy_sources(directory: &Path, commit: &str) -> anyhow::Result<()> {
+    if directory.exists() {
+        fs::remove_dir_all(directory)?;
+    }
+    fs::create_dir_all(directory)?;
+    let mut git = Command::new("git");
+    git.current_dir(workspace()).args(["archive", commit]);
+    let mut git = git.stdout(Stdio::piped()).spawn()?;
+    let archive = git.stdout.take().expect("it was piped");
+    let mut tar = Command::new("tar");
+    tar.arg("-x").arg("-C").arg(directory).stdin(archive);
+    finish(&mut tar)?;
+    ensure!(
+        git.wait()?.success(),
+        "cannot read commit {commit}; fetch it"
+    );
+    Ok(())
+}
+
+/// `cargo xtask dist` of a copy of the sources.
+fn dist(sources: &Path, build: &Path, out: &Path, options: &[&str]) -> anyhow::Result<()> {
+    let mut dist = Command::new("cargo");
+    dist.current_dir(sources)
+        .args(["xtask", "dist"])
+        .args(options)
+        .arg(out)
+        .env("CARGO_TARGET_DIR", build)
+        .env("SOURCE_DATE_EPOCH", epoch()?.to_string())
+        .env("PATH", tools::search_path(&target()?)?);
+    finish(&mut dist).with_context(|| format!("cannot build packages in {}", sources.display()))
 }
 
 fn lint(out: &Path) -> anyhow::Result<()> {
@@ -80,12 +109,14 @@ fn lint(out: &Path) -> anyhow::Result<()> {
         "--fail-on",
         "error,warning",
     ]);
-    let said = output(lintian.args(with("deb")?)).context("mend what lintian found")?;
+    let said = output(lintian.args(with("deb")?))
+        .context("lintian found faults; correct them, or override them with a reason")?;
     eprint!("{said}");
     let mut rpmlint = Command::new("rpmlint");
     let configuration = workspace().join("xtask/package/rpmlint.toml");
     rpmlint.arg("--strict").arg("--config").arg(configuration);
-    let said = output(rpmlint.args(with("rpm")?)).context("mend what rpmlint found")?;
+    let said = output(rpmlint.args(with("rpm")?))
+        .context("rpmlint found faults; correct them, or filter them with a reason")?;
     eprint!("{said}");
     Ok(())
 }
