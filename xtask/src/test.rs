@@ -44,6 +44,10 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     if env::var_os("CLAMCAST_ADVISORY_DB").is_some() {
         judges.push("cargo-audit");
     }
+    step("crates", || {
+        // Also those of other systems, which the judges of our dependencies read without a network.
+        cargo(&["fetch", "--locked"]).context("cannot download the crates of Cargo.lock")
+    })?;
     step("tools that tests run", || {
         match tools::provide(&target, &judges) {
             Err(error) if env::var_os("CI").is_none_or(|ci| ci != "true") => {
