@@ -394,7 +394,7 @@ mod tests {
                 let _ = stream.read(&mut [0; REQUEST_BYTES_MAX]);
                 stream.write_all(b"what?\n").unwrap();
             },
-            "cannot be understood",
+            "malformed",
         );
         check(
             |mut stream| {
