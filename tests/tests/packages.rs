@@ -9,7 +9,7 @@ use std::process::Command;
 use std::time::Instant;
 use std::{env, fs};
 
-use clamcast_tests::lab::{PATIENCE, Part, Scratch, Tree, until};
+use clamcast_tests::lab::{PATIENCE, Part, Scratch, Tree, package, until};
 use clamcast_tests::{long, require};
 use serde_json::Value;
 
@@ -644,25 +644,6 @@ fn install(tree: &Tree, directory: &Path, names: &[&str]) {
         );
     }
     tree.run("apt-get -y install /root/packages/*.deb; rm -r /root/packages");
-}
-
-/// The one package of a name.
-fn package(directory: &Path, prefix: &str, suffix: &str) -> PathBuf {
-    let entries = fs::read_dir(directory).expect("the packages were found");
-    let paths = entries.map(|entry| entry.expect("it is there").path());
-    let mut found = paths.filter(|path| {
-        let name = path
-            .file_name()
-            .expect("a file has a name")
-            .to_string_lossy();
-        name.starts_with(prefix) && name.ends_with(suffix)
-    });
-    let wanted = || format!("{prefix}*{suffix} in {}", directory.display());
-    let path = found
-        .next()
-        .unwrap_or_else(|| panic!("no {}; run `cargo xtask dist`", wanted()));
-    assert!(found.next().is_none(), "several {}", wanted());
-    path
 }
 
 /// Packages of a lower version: those in the directory that `CLAMCAST_DIST_OLD` names, such as the
