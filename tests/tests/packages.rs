@@ -58,10 +58,21 @@ fn agent_is_ready_before_clamd_starts_at_boot() {
 }
 
 #[test]
-fn first_databases_start_clamd_and_a_clamd_that_an_operator_stopped_stays_stopped() {
+fn bookworm_first_databases_start_clamd_and_a_clamd_that_an_operator_stopped_stays_stopped() {
     long!();
     require!(Nspawn, Bookworm, Packages, TestFiles);
-    let fleet = Fleet::prepare(Part::Bookworm);
+    first_databases_start_clamd_and_a_clamd_that_an_operator_stopped_stays_stopped(Part::Bookworm);
+}
+
+#[test]
+fn trixie_first_databases_start_clamd_and_a_clamd_that_an_operator_stopped_stays_stopped() {
+    long!();
+    require!(Nspawn, Trixie, Packages, TestFiles);
+    first_databases_start_clamd_and_a_clamd_that_an_operator_stopped_stays_stopped(Part::Trixie);
+}
+
+fn first_databases_start_clamd_and_a_clamd_that_an_operator_stopped_stays_stopped(release: Part) {
+    let fleet = Fleet::prepare(release);
     let web1 = &fleet.web1;
     assert_eq!(
         web1.show("clamav-daemon", "ConditionResult"),
@@ -202,7 +213,7 @@ fn configuration_error_ends_a_daemon_for_good() {
 }
 
 #[test]
-fn sockets_obey_root_and_operators_and_refuse_nobody() {
+fn bookworm_sockets_obey_root_and_operators_and_refuse_nobody() {
     long!();
     require!(Nspawn, Bookworm, Packages, TestFiles);
     let fleet = Fleet::install(Part::Bookworm);
@@ -282,7 +293,18 @@ fn operator_is_audited_with_user_id_name_and_login_user_id() {
 fn systemd_shows_what_a_daemon_does_and_journald_has_the_fields_of_its_log() {
     long!();
     require!(Nspawn, Bookworm, Packages, TestFiles);
-    let fleet = Fleet::install(Part::Bookworm);
+    sockets_obey_root_and_operators_and_refuse_nobody(Part::Bookworm);
+}
+
+#[test]
+fn trixie_sockets_obey_root_and_operators_and_refuse_nobody() {
+    long!();
+    require!(Nspawn, Trixie, Packages, TestFiles);
+    sockets_obey_root_and_operators_and_refuse_nobody(Part::Trixie);
+}
+
+fn sockets_obey_root_and_operators_and_refuse_nobody(release: Part) {
+    let fleet = Fleet::install(release);
     for (tree, unit) in [
         (&fleet.mirror, "clamcast-master"),
         (&fleet.web1, "clamcast-agent"),
@@ -314,7 +336,7 @@ fn systemd_shows_what_a_daemon_does_and_journald_has_the_fields_of_its_log() {
 }
 
 #[test]
-fn purge_leaves_keys_and_audit_log_and_names_them() {
+fn bookworm_purge_leaves_keys_and_audit_log_and_names_them() {
     long!();
     require!(Nspawn, Bookworm, Packages, TestFiles);
     let fleet = Fleet::boot(Part::Bookworm);
@@ -403,7 +425,18 @@ fn upgrade_keeps_keys_state_and_configuration_and_the_fleet_stays_live() {
     long!();
     require!(Nspawn, Bookworm, Packages, TestFiles);
     let scratch = Scratch::new();
-    let fleet = Fleet::boot(Part::Bookworm);
+    purge_leaves_keys_and_audit_log_and_names_them(Part::Bookworm);
+}
+
+#[test]
+fn trixie_purge_leaves_keys_and_audit_log_and_names_them() {
+    long!();
+    require!(Nspawn, Trixie, Packages, TestFiles);
+    purge_leaves_keys_and_audit_log_and_names_them(Part::Trixie);
+}
+
+fn purge_leaves_keys_and_audit_log_and_names_them(release: Part) {
+    let fleet = Fleet::boot(release);
     fleet.set_up_from(&older_debs(&scratch));
     fleet.start();
     // Configuration and keys; the identity of the master's state, and the audit log so far.
@@ -506,7 +539,8 @@ impl Fleet {
         fleet
     }
 
-    /// Systems without clamcast. On the mirror, a freshclam has been at work.
+    /// Systems without clamcast, on which clamd is enabled: Debian 13 leaves that to the
+    /// administrator. On the mirror, a freshclam has been at work.
     fn boot(release: Part) -> Self {
         let [mirror, web1] = Tree::boot(release, ["mirror", "web1"]);
         let fleet = Self {
@@ -551,8 +585,7 @@ impl Fleet {
                  cp /root/{host}/* /etc/clamcast/
                  chmod 600 /etc/clamcast/key.pem
                  chown clamcast-agent:clamav /var/lib/clamav
-                 chmod 755 /var/lib/clamav
-                 systemctl enable clamav-daemon"
+                 chmod 755 /var/lib/clamav"
             ));
         }
     }
@@ -730,3 +763,6 @@ fn files(tree: &Tree) -> Vec<String> {
 fn as_user(user: &str, command: &str) -> String {
     format!("setpriv --reuid {user} --regid $(id -g {user}) --init-groups {command}")
 }
+        for tree in [&fleet.mirror, &fleet.web1] {
+            tree.run("systemctl enable clamav-daemon");
+        }
