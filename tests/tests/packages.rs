@@ -81,6 +81,9 @@ fn first_databases_start_clamd_and_a_clamd_that_an_operator_stopped_stays_stoppe
     );
     fleet.start();
     assert_eq!(web1.show("clamav-daemon", "ActiveState"), "active");
+    // The administrator enabled and started the agent alone.
+    assert_eq!(web1.show("clamcast-clamd.path", "ActiveState"), "active");
+    assert_eq!(web1.show("clamcast-clamd.path", "UnitFileState"), "enabled");
 
     web1.run("systemctl stop clamav-daemon.socket clamav-daemon.service");
     fleet.publish(2);
@@ -185,7 +188,6 @@ fn configuration_error_ends_a_daemon_for_good() {
     require!(Nspawn, Bookworm, Packages);
     let [host] = Tree::boot(Part::Bookworm, ["mirror"]);
     install(&host, &packages(), &["master", "agent"]);
-    host.run("install -d /etc/clamcast");
     for (unit, config) in [
         ("clamcast-master", "master.toml"),
         ("clamcast-agent", "agent.toml"),
@@ -548,6 +550,11 @@ impl Fleet {
             web1,
             began: Instant::now(),
         };
+        // Users and groups that are left are named as what they are.
+        let users = tree.run("getent passwd | cut -d: -f1 | grep ^clamcast");
+        for user in users.lines() {
+            assert!(said.contains(&format!("user {user}")), "{user}: {said}");
+        }
         fleet
             .mirror
             .run("install -d -o clamav -g clamav /var/lib/clamav-mirror");
@@ -565,7 +572,6 @@ impl Fleet {
         install(&self.web1, packages, &["agent"]);
         self.mirror.run(
             "cd /root
-             install -d /etc/clamcast
              clamcast-certs init --dir pki --fleet example
              clamcast-certs master --dir pki --host mirror
              clamcast-certs agent --dir pki mirror
@@ -581,8 +587,7 @@ impl Fleet {
             let bundle = self.mirror.path(&format!("/root/pki/agents/{host}"));
             tree.copy(&bundle, "/root");
             tree.run(&format!(
-                "install -d /etc/clamcast
-                 cp /root/{host}/* /etc/clamcast/
+                "cp /root/{host}/* /etc/clamcast/
                  chmod 600 /etc/clamcast/key.pem
                  chown clamcast-agent:clamav /var/lib/clamav
                  chmod 755 /var/lib/clamav"
@@ -593,7 +598,7 @@ impl Fleet {
     fn start(&self) {
         self.mirror.run("systemctl enable --now clamcast-master");
         for tree in [&self.mirror, &self.web1] {
-            tree.run("systemctl enable --now clamcast-agent.service clamcast-clamd.path");
+            tree.run("systemctl enable --now clamcast-agent");
         }
         for host in ["mirror", "web1"] {
             self.wait_live(host, 1);
