@@ -441,12 +441,39 @@ fn purge_leaves_keys_and_audit_log_and_names_them(release: Part) {
     let fleet = Fleet::boot(release);
     fleet.set_up_from(&older_debs(&scratch));
     fleet.start();
-    // Configuration and keys; the identity of the master's state, and the audit log so far.
-    let kept = "find /etc/clamcast /var/lib/clamcast/master/publisher* \
-                    /var/lib/clamcast/agent/keys.json -type f 2>/dev/null | xargs sha256sum | sort -k 2
-                head -n 3 /var/lib/clamcast/*/audit/log.jsonl";
+    // Configuration, keys, and what a daemon writes once, with their times: a daemon may make anew
+    // what is lost. The audit log as it is so far.
+    let kept = r"find /etc/clamcast /var/lib/clamcast -type f \
+                    \( -path '/etc/*' -o -name '*.key' -o -name keys.json -o -name nonce \
+                    -o -name installed.json -o -name publisher -o -path '*/master/keys/*' \
+                    -o -path '*/certificates/*' -o -path '*/generations/*' -o -path '*/objects/*' \) \
+                    -printf '%p %U:%G %m %s %T+\n' | sort
+                head --verbose --lines 3 /var/lib/clamcast/*/audit/log.jsonl";
     let before = [&fleet.mirror, &fleet.web1].map(|tree| tree.run(kept));
-    assert!(before[0].contains("/publisher"), "{}", before[0]);
+    let wanted: [&[&str]; 2] = [
+        &[
+            "/etc/clamcast/manifest.key",
+            "/etc/clamcast/master.toml",
+            "/var/lib/clamcast/master/generations/1-1.json",
+            "/var/lib/clamcast/master/keys.json",
+            "/var/lib/clamcast/master/objects/",
+            "/var/lib/clamcast/master/publisher",
+            "/var/lib/clamcast/agent/keys.json",
+            "/var/lib/clamcast/master/audit/log.jsonl <==\n{",
+            "/var/lib/clamcast/agent/audit/log.jsonl <==\n{",
+        ],
+        &[
+            "/etc/clamcast/key.pem",
+            "/var/lib/clamcast/agent/installed.json",
+            "/var/lib/clamcast/agent/keys.json",
+            "/var/lib/clamcast/agent/audit/log.jsonl <==\n{",
+        ],
+    ];
+    for (kept, wanted) in before.iter().zip(wanted) {
+        for what in wanted {
+            assert!(kept.contains(what), "no {what} in {kept}");
+        }
+    }
     let pid = fleet.web1.show("clamcast-agent", "MainPID");
 
     install(&fleet.mirror, &packages(), &["master", "agent", "certs"]);
