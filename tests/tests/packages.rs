@@ -117,24 +117,84 @@ fn reviver_starts_a_killed_clamd_and_no_stopped_one() {
 }
 
 #[test]
-fn running_freshclam_is_named_as_other_updater() {
+fn agent_under_its_unit_names_a_running_freshclam_as_the_other_updater() {
     long!();
     require!(Nspawn, Bookworm, Packages, TestFiles);
     let fleet = Fleet::install(Part::Bookworm);
+    let web1 = &fleet.web1;
     // It ends where it cannot write. Without a network, it tries again in two hours.
-    fleet.web1.run(
+    web1.run(
         "chmod 775 /var/lib/clamav
-         systemd-run --uid clamav freshclam --daemon --foreground",
+         systemd-run --unit updater --uid clamav freshclam --daemon --foreground",
     );
-    until(PATIENCE, "the doctor names freshclam", || {
-        let ran = fleet
-            .web1
-            .attempt("clamcast-agent doctor")
-            .map_err(|error| error.to_string())?;
-        let said = String::from_utf8_lossy(&ran.stdout).into_owned();
-        let named = said.lines().any(|line| line.contains("freshclam (pid"));
-        if named { Ok(()) } else { Err(said) }
+    let named = format!(
+        "freshclam (pid {}, user clamav)",
+        web1.show("updater", "MainPID")
+    );
+    web1.run(&as_user(
+        "clamav",
+        "sh -c 'cd /var/lib/clamav && cp main.cvd new && mv -f new daily.cvd'",
+    ));
+    fleet.wait_agent("web1", "the master knows who did it", |row| {
+        row["error"].to_string().contains(&named)
     });
+    let audited = fleet
+        .mirror
+        .run("clamcast-master audit show --event drift --json");
+    assert!(audited.contains(&named), "{audited}");
+    let status = web1.run("clamcast-agent status --json");
+    let status: Value = serde_json::from_str(&status).expect("it is JSON");
+    assert_eq!(status["drift"]["updater"], named, "{status}");
+    let journal = web1.journal("clamcast-agent");
+    assert!(
+        journal.iter().any(|entry| {
+            let message = entry["MESSAGE"].as_str().unwrap_or_default();
+            message.contains("somebody else is at work") && message.contains(&named)
+        }),
+        "{journal:?}"
+    );
+}
+
+#[test]
+fn agent_under_its_unit_reads_which_limit_of_inotify_is_used_up() {
+    long!();
+    require!(Nspawn, Bookworm, Packages, TestFiles);
+    let fleet = Fleet::boot(Part::Bookworm);
+    let web1 = &fleet.web1;
+    // The limit is that of a user id, on whatever system of this machine. The package takes a user
+    // that is there.
+    web1.run("useradd --system --uid 64014 --user-group clamcast-agent");
+    fleet.set_up();
+    fleet.start();
+    let limit = web1.run("cat /proc/sys/fs/inotify/max_user_instances");
+    let limit = limit.trim();
+    web1.write(
+        "/root/instances.py",
+        "import ctypes, os, time
+init = ctypes.CDLL(None).inotify_init
+os.setuid(64014)
+while 0 <= init():
+    while 0 <= init():
+        pass
+    # This process may have no more descriptors. A child holds none.
+    if os.fork():
+        time.sleep(3600)
+    os.closerange(3, os.sysconf('SC_OPEN_MAX'))
+os.mkdir('/tmp/instances')
+time.sleep(3600)
+",
+    );
+    web1.run("systemctl stop clamcast-agent; systemd-run python3 /root/instances.py");
+    until(PATIENCE, "all instances are in use", || {
+        web1.path("/tmp/instances").exists()
+    });
+    web1.run("systemctl start clamcast-agent");
+    fleet.wait_live("web1", 1);
+    let status = web1.run("clamcast-agent status --json");
+    let status: Value = serde_json::from_str(&status).expect("it is JSON");
+    let why = status["drift"]["blind"]["why"].to_string();
+    let used_up = format!("fs.inotify.max_user_instances ({limit}) are used up");
+    assert!(why.contains(&used_up), "{status}");
 }
 
 #[test]
