@@ -6,10 +6,10 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Instant;
-use std::{env, fs};
+use std::time::{Duration, Instant};
+use std::{env, fs, thread};
 
-use clamcast_tests::lab::{PATIENCE, Part, Scratch, Tree, package, until};
+use clamcast_tests::lab::{PATIENCE, Part, Scratch, Tree, freeze, package, threads, until};
 use clamcast_tests::{long, require};
 use serde_json::Value;
 
@@ -215,7 +215,7 @@ fn killed_daemons_restart_and_the_fleet_is_live_again() {
 }
 
 #[test]
-fn stalled_daemons_are_restarted_by_the_watchdog() {
+fn stopped_daemons_are_restarted_by_the_watchdog() {
     long!();
     require!(Nspawn, Bookworm, Packages, TestFiles);
     let fleet = Fleet::install(Part::Bookworm);
@@ -223,23 +223,145 @@ fn stalled_daemons_are_restarted_by_the_watchdog() {
         (&fleet.mirror, "clamcast-master"),
         (&fleet.web1, "clamcast-agent"),
     ] {
-        let watchdog = tree.show(unit, "WatchdogUSec");
-        assert_eq!(watchdog, "1min", "{unit}");
-        // The real interval is a minute, which the test need not wait for.
-        tree.run(&format!(
-            "mkdir -p /run/systemd/system/{unit}.service.d
-             printf '[Service]\nWatchdogSec=3\n' >/run/systemd/system/{unit}.service.d/test.conf
-             systemctl daemon-reload
-             systemctl restart {unit}
-             systemctl kill --signal STOP {unit}"
-        ));
-        tree.wait_shown(unit, "NRestarts", "1");
-        tree.wait_shown(unit, "ActiveState", "active");
-        let journal = tree.run(&format!("journalctl --boot --unit {unit}"));
-        assert!(journal.contains("Watchdog timeout"), "{journal}");
+        assert_eq!(tree.show(unit, "WatchdogUSec"), "1min", "{unit}");
+        shorten_watchdog(tree, unit);
+        tree.run(&format!("systemctl kill --signal STOP {unit}"));
+        wait_watchdog(tree, unit);
     }
     fleet.publish(2);
     fleet.wait_live("web1", 2);
+}
+
+#[test]
+fn agent_whose_main_loop_alone_is_stalled_is_restarted_by_the_watchdog() {
+    long!();
+    require!(Nspawn, Bookworm, Packages, TestFiles);
+    let fleet = Fleet::install(Part::Bookworm);
+    let unit = "clamcast-agent";
+    shorten_watchdog(&fleet.web1, unit);
+    fleet.wait_live("web1", 1);
+    // The runtime begins its workers before the threads that may block, one of which is the loop's.
+    let threads = threads(fleet.web1.process(unit), "tokio-");
+    let others = threads.get(WORKERS..).unwrap_or_default();
+    assert_ne!(others, [0; 0], "{threads:?}");
+    others.iter().copied().for_each(freeze);
+    // The thread that feeds the watchdog says so.
+    until(PATIENCE, "the process sees the stall", || {
+        let journal = fleet.web1.journal(unit);
+        journal.iter().any(|entry| {
+            let message = entry["MESSAGE"].as_str().unwrap_or_default();
+            message.contains("main loop is stalled")
+        })
+    });
+    wait_watchdog(&fleet.web1, unit);
+    fleet.publish(2);
+    fleet.wait_live("web1", 2);
+}
+
+#[test]
+fn disks_that_reject_writes_make_the_watchdog_restart_no_daemon() {
+    long!();
+    require!(Nspawn, Bookworm, Packages, TestFiles);
+    let fleet = Fleet::prepare(Part::Bookworm);
+    let daemons = [
+        (&fleet.mirror, "clamcast-master", "/var/lib/clamcast/master"),
+        (&fleet.web1, "clamcast-agent", "/var/lib/clamcast/agent"),
+    ];
+    for (tree, unit, state) in daemons {
+        tree.run(&format!(
+            "mount -t tmpfs -o size=64m,mode=700,uid=$(id -u {unit}),gid=$(id -g {unit}) \
+             {unit} {state}"
+        ));
+    }
+    fleet.start();
+    let before = daemons.map(|(tree, unit, state)| {
+        shorten_watchdog(tree, unit);
+        fleet.wait_live("web1", 1);
+        // It takes the master's reserve for operators' lines as soon as the master releases it.
+        tree.run(&format!(
+            "systemd-run --unit filler sh -c \
+                 'while :; do cat /dev/zero >>{state}/filler; sleep 0.1; done' 2>&1"
+        ));
+        tree.show(unit, "MainPID")
+    });
+    // The master cannot keep a generation, nor the agent what it does about a changed file.
+    fleet.publish(2);
+    fleet
+        .web1
+        .run("cp /var/lib/clamav/main.cvd /var/lib/clamav/daily.cvd");
+    for (tree, unit, _) in daemons {
+        until(PATIENCE, &format!("{unit} meets the full disk"), || {
+            let journal = tree.run(&format!("journalctl --boot --unit {unit}"));
+            let met = journal.contains("No space left on device");
+            if met { Ok(()) } else { Err(journal) }
+        });
+    }
+    thread::sleep(3 * WATCHDOG);
+    for ((tree, unit, state), pid) in daemons.into_iter().zip(before) {
+        assert_eq!(tree.show(unit, "NRestarts"), "0", "{unit}");
+        assert_eq!(tree.show(unit, "MainPID"), pid, "{unit}");
+        tree.run(&format!("systemctl stop filler; rm {state}/filler"));
+    }
+    fleet.wait_live("web1", 2);
+}
+
+/// In place of the minute that the units give the daemons. A loop turns every two seconds.
+const WATCHDOG: Duration = Duration::from_secs(8);
+
+/// Threads of the runtime that serve its tasks.
+const WORKERS: usize = 2;
+
+/// Restarts a daemon with [`WATCHDOG`] and [`WORKERS`].
+fn shorten_watchdog(tree: &Tree, unit: &str) {
+    tree.run(&format!(
+        "mkdir -p /run/systemd/system/{unit}.service.d
+         printf '[Service]\nWatchdogSec={}\nEnvironment=TOKIO_WORKER_THREADS={WORKERS}\n' \
+             >/run/systemd/system/{unit}.service.d/test.conf
+         systemctl daemon-reload
+         systemctl restart {unit}",
+        WATCHDOG.as_secs()
+    ));
+}
+
+/// Waits until systemd has restarted a daemon because of its watchdog.
+fn wait_watchdog(tree: &Tree, unit: &str) {
+    tree.wait_shown(unit, "NRestarts", "1");
+    tree.wait_shown(unit, "ActiveState", "active");
+    let journal = tree.run(&format!("journalctl --boot --unit {unit}"));
+    assert!(journal.contains("Watchdog timeout"), "{journal}");
+}
+
+#[test]
+fn packages_make_directories_and_users_and_enable_and_start_nothing() {
+    long!();
+    require!(Nspawn, Bookworm, Packages);
+    let [host] = Tree::boot(Part::Bookworm, ["mirror"]);
+    install(&host, &packages(), &["master", "agent", "certs"]);
+    let directories = "stat --format '%n %U:%G %a' /etc/clamcast /run/clamcast \
+                           /var/lib/clamcast /var/lib/clamcast/agent /var/lib/clamcast/master";
+    let wanted = "/etc/clamcast root:root 755
+/run/clamcast root:root 755
+/var/lib/clamcast root:root 755
+/var/lib/clamcast/agent clamcast-agent:clamcast-agent 700
+/var/lib/clamcast/master clamcast-master:clamcast-master 700
+";
+    assert_eq!(host.run(directories), wanted);
+    assert_eq!(
+        host.run("systemctl list-units --all --plain --no-legend 'clamcast*'"),
+        ""
+    );
+    let enabled = host.run("find /etc/systemd -name '*clamcast*'");
+    assert_eq!(enabled, "");
+    // tmpfiles.d makes what dpkg and the scriptlets of a first installation do not.
+    for package in ["agent", "master"] {
+        host.run("rmdir /etc/clamcast");
+        host.run(&format!(
+            "systemd-tmpfiles --create clamcast-{package}.conf; test -d /etc/clamcast"
+        ));
+    }
+    host.run("rmdir /etc/clamcast /var/lib/clamcast/* /var/lib/clamcast");
+    host.reboot();
+    assert_eq!(host.run(directories), wanted);
 }
 
 #[test]
@@ -278,7 +400,18 @@ fn configuration_error_ends_a_daemon_for_good() {
 fn bookworm_sockets_obey_root_and_operators_and_refuse_nobody() {
     long!();
     require!(Nspawn, Bookworm, Packages, TestFiles);
-    let fleet = Fleet::install(Part::Bookworm);
+    sockets_obey_root_and_operators_and_refuse_nobody(Part::Bookworm);
+}
+
+#[test]
+fn trixie_sockets_obey_root_and_operators_and_refuse_nobody() {
+    long!();
+    require!(Nspawn, Trixie, Packages, TestFiles);
+    sockets_obey_root_and_operators_and_refuse_nobody(Part::Trixie);
+}
+
+fn sockets_obey_root_and_operators_and_refuse_nobody(release: Part) {
+    let fleet = Fleet::install(release);
     let mirror = &fleet.mirror;
     let modes = mirror.run(
         "cd /run/clamcast; stat --format '%n %U:%G %a' . agent.sock loadtest.sock master.sock",
@@ -355,18 +488,7 @@ fn operator_is_audited_with_user_id_name_and_login_user_id() {
 fn systemd_shows_what_a_daemon_does_and_journald_has_the_fields_of_its_log() {
     long!();
     require!(Nspawn, Bookworm, Packages, TestFiles);
-    sockets_obey_root_and_operators_and_refuse_nobody(Part::Bookworm);
-}
-
-#[test]
-fn trixie_sockets_obey_root_and_operators_and_refuse_nobody() {
-    long!();
-    require!(Nspawn, Trixie, Packages, TestFiles);
-    sockets_obey_root_and_operators_and_refuse_nobody(Part::Trixie);
-}
-
-fn sockets_obey_root_and_operators_and_refuse_nobody(release: Part) {
-    let fleet = Fleet::install(release);
+    let fleet = Fleet::install(Part::Bookworm);
     for (tree, unit) in [
         (&fleet.mirror, "clamcast-master"),
         (&fleet.web1, "clamcast-agent"),
@@ -401,7 +523,18 @@ fn sockets_obey_root_and_operators_and_refuse_nobody(release: Part) {
 fn bookworm_purge_leaves_keys_and_audit_log_and_names_them() {
     long!();
     require!(Nspawn, Bookworm, Packages, TestFiles);
-    let fleet = Fleet::boot(Part::Bookworm);
+    purge_leaves_keys_and_audit_log_and_names_them(Part::Bookworm);
+}
+
+#[test]
+fn trixie_purge_leaves_keys_and_audit_log_and_names_them() {
+    long!();
+    require!(Nspawn, Trixie, Packages, TestFiles);
+    purge_leaves_keys_and_audit_log_and_names_them(Part::Trixie);
+}
+
+fn purge_leaves_keys_and_audit_log_and_names_them(release: Part) {
+    let fleet = Fleet::boot(release);
     let before = [&fleet.mirror, &fleet.web1].map(files);
     fleet.set_up();
     fleet.start();
@@ -417,6 +550,11 @@ fn bookworm_purge_leaves_keys_and_audit_log_and_names_them() {
     .zip(before)
     {
         let said = tree.run(&format!("apt-get -y purge {packages} 2>&1"));
+        // Users and groups that are left are named as what they are.
+        let users = tree.run("getent passwd | cut -d: -f1 | grep ^clamcast");
+        for user in users.lines() {
+            assert!(said.contains(&format!("user {user}")), "{user}: {said}");
+        }
         let named = said.lines().filter_map(|line| line.strip_prefix("  /"));
         let named = named.map(|path| without_digest(&format!("/{path}")));
         let kept: BTreeSet<String> = kept.into_iter().map(Into::into).collect();
@@ -487,18 +625,7 @@ fn upgrade_keeps_keys_state_and_configuration_and_the_fleet_stays_live() {
     long!();
     require!(Nspawn, Bookworm, Packages, TestFiles);
     let scratch = Scratch::new();
-    purge_leaves_keys_and_audit_log_and_names_them(Part::Bookworm);
-}
-
-#[test]
-fn trixie_purge_leaves_keys_and_audit_log_and_names_them() {
-    long!();
-    require!(Nspawn, Trixie, Packages, TestFiles);
-    purge_leaves_keys_and_audit_log_and_names_them(Part::Trixie);
-}
-
-fn purge_leaves_keys_and_audit_log_and_names_them(release: Part) {
-    let fleet = Fleet::boot(release);
+    let fleet = Fleet::boot(Part::Bookworm);
     fleet.set_up_from(&older_debs(&scratch));
     fleet.start();
     // Configuration, keys, and what a daemon writes once, with their times: a daemon may make anew
@@ -637,10 +764,8 @@ impl Fleet {
             web1,
             began: Instant::now(),
         };
-        // Users and groups that are left are named as what they are.
-        let users = tree.run("getent passwd | cut -d: -f1 | grep ^clamcast");
-        for user in users.lines() {
-            assert!(said.contains(&format!("user {user}")), "{user}: {said}");
+        for tree in [&fleet.mirror, &fleet.web1] {
+            tree.run("systemctl enable clamav-daemon");
         }
         fleet
             .mirror
@@ -855,6 +980,3 @@ fn files(tree: &Tree) -> Vec<String> {
 fn as_user(user: &str, command: &str) -> String {
     format!("setpriv --reuid {user} --regid $(id -g {user}) --init-groups {command}")
 }
-        for tree in [&fleet.mirror, &fleet.web1] {
-            tree.run("systemctl enable clamav-daemon");
-        }

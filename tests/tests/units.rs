@@ -105,7 +105,7 @@ fn units_and_code_agree_on_programs_sockets_keys_and_state() {
 
 /// Blocks the only worker of a runtime. The hub is one of its tasks, and no task turns meanwhile.
 #[test]
-fn a_stalled_hub_stops_feeding_the_watchdog() {
+fn a_hub_that_gets_no_worker_counts_as_stalled() {
     const LIMIT: Duration = Duration::from_secs(2);
     let fleet = Fleet::new();
     let master = fleet.master(&fleet.mirror());

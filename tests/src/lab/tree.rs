@@ -287,6 +287,16 @@ impl Tree {
         });
     }
 
+    /// The first process of a unit, as this machine numbers it.
+    #[track_caller]
+    pub fn process(&self, unit: &str) -> u32 {
+        let cgroup = self.show(unit, "ControlGroup");
+        let processes = self.path(&format!("/sys/fs/cgroup{cgroup}/cgroup.procs"));
+        let processes = fs::read_to_string(processes).expect("the unit runs");
+        let first = processes.lines().next().and_then(|id| id.parse().ok());
+        first.unwrap_or_else(|| panic!("{unit} has no process"))
+    }
+
     /// What a unit has logged in this boot, in the fields of journald.
     #[track_caller]
     pub fn journal(&self, unit: &str) -> Vec<Value> {
