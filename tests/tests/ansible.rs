@@ -1,5 +1,6 @@
 //! The Ansible collection against booted Debian systems.
 
+use std::collections::BTreeMap;
 use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,6 +8,7 @@ use std::process::Command;
 
 use clamcast_tests::lab::{Part, Scratch, Tree, program};
 use clamcast_tests::{long, require};
+use sha2::{Digest, Sha256};
 
 #[test]
 fn ansible_installs_a_live_fleet_changes_nothing_twice_and_gives_the_hosts_back() {
@@ -21,6 +23,9 @@ fn ansible_installs_a_live_fleet_changes_nothing_twice_and_gives_the_hosts_back(
     site.play("site", &[]);
     let agents = site.mirror.run("clamcast-master agents --json");
     assert!(agents.contains("\"live\":true"), "{agents}");
+    let freshclam = site.freshclam();
+    assert_eq!(freshclam, ["masked", "inactive"], "web1 has one updater");
+    site.check_keys();
     let again = site.play("site", &[]);
     assert_eq!(again.matches("changed=0").count(), 2, "{again}");
 
@@ -34,6 +39,7 @@ fn ansible_installs_a_live_fleet_changes_nothing_twice_and_gives_the_hosts_back(
     );
     assert_eq!(again.matches("changed=0").count(), 2, "{again}");
     assert_eq!(site.states(), before, "the hosts are as they were");
+    assert_eq!(site.freshclam(), ["enabled", "active"]);
 }
 
 /// Two hosts without clamcast, and the control machine, which is this one.
@@ -52,6 +58,12 @@ impl Site {
             mirror.write(&path, content);
             mirror.run(&format!("chown clamav: {path}"));
         }
+        // Without a network, freshclam runs and finds no server.
+        web1.run(
+            "rm /etc/systemd/system/clamav-freshclam.service
+            systemctl daemon-reload
+            systemctl enable --now clamav-freshclam",
+        );
         let control = Scratch::new();
         Self {
             mirror,
@@ -86,12 +98,63 @@ impl Site {
         output
     }
 
-    /// The files of each host that a playbook may change, with owner, mode and size, and the state
-    /// of the units.
+    /// Whether freshclam of web1 is enabled, and whether it runs.
+    fn freshclam(&self) -> [String; 2] {
+        ["is-enabled", "is-active"].map(|asked| {
+            let script = format!("systemctl {asked} clamav-freshclam || true");
+            self.web1.run(&script).trim().to_owned()
+        })
+    }
+
+    /// A host has the private keys that it needs and no other. Keys are compared by their content.
+    #[track_caller]
+    fn check_keys(&self) {
+        let pki = self.control.join("pki");
+        let digest = |path: &Path| {
+            let key = fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+            hex::encode(Sha256::digest(key))
+        };
+        let keys: BTreeMap<_, _> = [
+            "root.key",
+            "ca.key",
+            "manifest.key",
+            "audit.key",
+            "master/key.pem",
+            "agents/web1/key.pem",
+        ]
+        .map(|key| (digest(&pki.join(key)), key))
+        .into();
+        let found = [&self.mirror, &self.web1].map(|tree| {
+            // Files of running programs disappear meanwhile.
+            let listed = tree.run(
+                "find /etc /home /opt /root /run /srv /tmp /var -type f \
+                    -exec sha256sum {} + 2>/dev/null || true",
+            );
+            let digests = listed.lines().filter_map(|line| line.split_once(' '));
+            let mut found: Vec<_> = digests
+                .filter_map(|(digest, _)| keys.get(digest).copied())
+                .collect();
+            found.sort_unstable();
+            found.dedup();
+            found
+        });
+        assert_eq!(
+            found,
+            [
+                vec!["audit.key", "manifest.key", "master/key.pem"],
+                vec!["agents/web1/key.pem"],
+            ]
+        );
+    }
+
+    /// Path, owner, group, mode and type of the files of each host that a playbook may change,
+    /// except databases and the files of a freshclam at work; then the names of the users that the
+    /// packages make, the states of the units, and the content of clamd.conf.
     fn states(&self) -> [String; 2] {
         let script = "
             find /etc /var/lib/clamav /var/lib/clamcast /usr/bin /usr/lib/systemd \
                 -not -path '/etc/*.dpkg-*' -not -path '/var/lib/clamav/*.c[vl]d' \
+                -not -path /var/lib/clamav/freshclam.dat -not -path '/var/lib/clamav/tmp.*' \
                 -printf '%p %u %g %m %y\\n' 2>/dev/null | sort
             getent passwd clamcast-master clamcast-agent | cut -d: -f1
             systemctl is-active clamav-freshclam clamcast-agent clamcast-master
@@ -107,13 +170,15 @@ fn first(tree: &Tree) -> String {
     tree.first().expect("the system runs").to_string()
 }
 
-/// The newest file of `cargo xtask dist` whose name begins with `prefix`.
+/// The newest .deb of `cargo xtask dist` whose name begins with `prefix`.
 fn package(prefix: &str) -> PathBuf {
     let directory = fs::read_dir(Part::Packages.path()).expect("it was found");
     let paths = directory.map(|entry| entry.expect("it can be listed").path());
-    let mut packages = paths.filter(|path| {
+    let packages = paths.filter(|path| {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         name.starts_with(prefix) && name.ends_with(".deb")
     });
-    packages.next().expect("the package was built")
+    let modified = |path: &PathBuf| fs::metadata(path).and_then(|found| found.modified()).ok();
+    let newest = packages.max_by_key(modified);
+    newest.expect("the package was built")
 }
