@@ -227,15 +227,23 @@ impl Build<'_> {
         let mut cyclonedx = self.builder("cargo-cyclonedx")?;
         cyclonedx.args(["cyclonedx", "--format", "json", "--all"]);
         run_tool(cyclonedx.arg("--quiet"), "cargo-cyclonedx")?;
-        for package in fs::read_dir(workspace())? {
-            let package = package?.path();
-            for entry in fs::read_dir(&package).into_iter().flatten() {
-                let from = entry?.path();
-                let name = from.file_name().unwrap_or_default().to_string_lossy();
-                if let Some(crate_name) = name.strip_suffix(".cdx.json") {
-                    if PACKAGES.contains(&crate_name) {
-                        let to = format!("{crate_name}-{}.cdx.json", self.version);
-                        fs::copy(&from, out.join(to))?;
+        // The tool writes a file into the directory of each crate, and names crates by their paths.
+        let here = format!("path+file://{}", workspace().display());
+        for directory in [workspace().to_owned(), workspace().join("xtask")] {
+            for entry in fs::read_dir(directory)? {
+                let Ok(files) = fs::read_dir(entry?.path()) else {
+                    continue; // a file
+                };
+                for file in files {
+                    let from = file?.path();
+                    let name = from.file_name().unwrap_or_default().to_string_lossy();
+                    let Some(name) = name.strip_suffix(".cdx.json") else {
+                        continue;
+                    };
+                    if PACKAGES.contains(&name) {
+                        let text = fs::read_to_string(&from)?;
+                        let text = text.replace(&here, "path+file:///usr/src/clamcast");
+                        fs::write(out.join(format!("{name}-{}.cdx.json", self.version)), text)?;
                     }
                     fs::remove_file(&from)?;
                 }

@@ -105,7 +105,8 @@ fn lint(out: &Path) -> anyhow::Result<()> {
     let mut lintian = Command::new("lintian");
     lintian.args([
         "--allow-root",
-        "--no-tag-display-limit",
+        "--tag-display-limit",
+        "0",
         "--fail-on",
         "error,warning",
     ]);
