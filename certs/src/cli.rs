@@ -285,7 +285,7 @@ fn agent(dir: &Path, name: &AgentName, issued: &Issued) -> Result<(), Exit> {
             "{}\n\
          {name} is {groups}\n\
          next: copy {} to {name}, as /etc/clamcast, and run there\n      \
-         clamcast-agent run --config /etc/clamcast/agent.toml\n",
+         systemctl enable --now clamcast-agent\n",
             describe(&issued.files),
             quoted(&issued.bundle),
         ),

@@ -327,7 +327,7 @@ fn agent_toml(fleet: &FleetName, name: &AgentName, hosts: &[Host]) -> String {
         .collect();
     let master = master.join(", ");
     format!(
-        r#"# Agent {name} of fleet {fleet}. To run it: clamcast-agent run --config agent.toml
+        r#"# Agent {name} of fleet {fleet}. To run it: systemctl enable --now clamcast-agent
 # Paths are relative to this file. Keys behind a # have the defaults shown.
 
 master = [{master}]     # addresses of the one master, tried in order

@@ -22,7 +22,7 @@ fn ansible_installs_a_live_fleet_changes_nothing_twice_and_gives_the_hosts_back(
 
     site.play("site", &[]);
     let agents = site.mirror.run("clamcast-master agents --json");
-    assert!(agents.contains("\"live\":true"), "{agents}");
+    assert!(agents.contains("\"live\": true"), "{agents}");
     let freshclam = site.freshclam();
     assert_eq!(freshclam, ["masked", "inactive"], "web1 has one updater");
     site.check_keys();

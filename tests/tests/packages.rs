@@ -36,6 +36,11 @@ fn fleet_is_live_again_after_both_hosts_reboot(release: Part) {
         assert_eq!(tree.show("clamav-daemon", "ActiveState"), "active");
         assert_eq!(tree.show("clamcast-agent", "NRestarts"), "0");
     }
+    // Debian 13 gives the database directory to user clamav at each boot.
+    fleet.publish(2);
+    for host in ["mirror", "web1"] {
+        fleet.wait_live(host, 2);
+    }
 }
 
 #[test]
@@ -591,6 +596,8 @@ fn purge_leaves_keys_and_audit_log_and_names_them(release: Part) {
 /// What a purge of the agent keeps.
 const AGENT_KEPT: &[&str] = &[
     "/etc/clamcast/key.pem",
+    "/var/lib/clamcast/agent/audit.key",
+    "/var/lib/clamcast/agent/audit.pub",
     "/var/lib/clamcast/agent/audit/checkpoint",
     "/var/lib/clamcast/agent/audit/leaves",
     "/var/lib/clamcast/agent/audit/log.jsonl",
@@ -802,10 +809,11 @@ impl Fleet {
             let bundle = self.mirror.path(&format!("/opt/pki/agents/{host}"));
             tree.copy(&bundle, "/opt");
             tree.run(&format!(
-                "cp /opt/{host}/* /etc/clamcast/
+                "cp --preserve=mode /opt/{host}/* /etc/clamcast/
                  chmod 600 /etc/clamcast/key.pem
-                 chown clamcast-agent:clamav /var/lib/clamav
-                 chmod 755 /var/lib/clamav"
+                 echo 'z /var/lib/clamav 0755 clamcast-agent clamav -' \
+                     > /etc/tmpfiles.d/clamcast-database.conf
+                 systemd-tmpfiles --create clamcast-database.conf"
             ));
         }
     }

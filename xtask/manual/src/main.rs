@@ -75,8 +75,13 @@ fn write(
     ] {
         let path = clap_complete::generate_to(shell, &mut command.clone(), &program, place(name)?)?;
         if shell == Shell::Bash {
+            // The functions of clap_complete escape the hyphen of a program's name in two ways.
+            let escaped = program.replace('-', "__subcmd__");
+            let text = fs::read_to_string(&path)?;
+            let text = text.replace(&escaped, &program.replace('-', "__"));
             // bash-completion looks for the name of the command.
-            fs::rename(&path, path.with_extension(""))?;
+            fs::write(path.with_extension(""), text)?;
+            fs::remove_file(path)?;
         }
     }
     let man1 = place("man1")?;
@@ -144,4 +149,26 @@ fn after_help(text: &str) -> Roff {
         }
     }
     roff
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bash_completes_subcommands_of_subcommands() {
+        let directory = tempfile::tempdir().unwrap();
+        let command = clamcast_master::operate::command_line();
+        write(directory.path(), command, None, "2026-01-01").unwrap();
+        let script = "source \"$0\"
+            COMP_WORDS=(clamcast-master rollout pa)
+            COMP_CWORD=2
+            _clamcast__master clamcast-master pa rollout
+            echo \"${COMPREPLY[@]}\"";
+        let mut bash = std::process::Command::new("bash");
+        bash.args(["--norc", "-c", script]);
+        let ran = bash.arg(directory.path().join("bash/clamcast-master"));
+        let printed = ran.output().unwrap().stdout;
+        assert_eq!(String::from_utf8(printed).unwrap(), "pause\n");
+    }
 }

@@ -41,7 +41,10 @@ pub(super) fn look(host: &Host) -> Signs {
     for wants in wants.filter(|name| name.ends_with(".wants")) {
         for unit in host.names(format!("/etc/systemd/system/{wants}")) {
             let known = PROGRAMS.iter().any(|program| program.is_started_by(&unit));
-            if known && !signs.units.contains(&unit) {
+            // systemd starts no masked unit, also where a link asks for it.
+            let mask = std::fs::read_link(host.at(format!("/etc/systemd/system/{unit}")));
+            let is_masked = mask.is_ok_and(|target| target == Path::new("/dev/null"));
+            if known && !is_masked && !signs.units.contains(&unit) {
                 signs.units.push(unit);
             }
         }
