@@ -7,6 +7,7 @@ use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::SystemTime;
 use std::{env, str};
 
 use anyhow::{Context, bail, ensure};
@@ -253,21 +254,21 @@ impl Build<'_> {
     }
 }
 
-/// SOURCE_DATE_EPOCH, or the time of the last commit.
+/// SOURCE_DATE_EPOCH, or the time of the last commit, or outside a git checkout that of the changelog.
 fn epoch() -> anyhow::Result<u64> {
-    let epoch = match env::var("SOURCE_DATE_EPOCH") {
-        Ok(epoch) => epoch,
-        Err(_) => {
-            let mut git = Command::new("git");
-            git.args(["log", "-1", "--format=%ct"])
-                .current_dir(workspace());
-            output(&mut git).context("set SOURCE_DATE_EPOCH: this is not a git checkout")?
-        }
-    };
-    epoch
-        .trim()
-        .parse()
-        .context("SOURCE_DATE_EPOCH is not a number of seconds")
+    if let Ok(epoch) = env::var("SOURCE_DATE_EPOCH") {
+        return epoch
+            .parse()
+            .context("SOURCE_DATE_EPOCH is not a number of seconds");
+    }
+    let mut git = Command::new("git");
+    git.args(["log", "-1", "--format=%ct"])
+        .current_dir(workspace());
+    if let Ok(epoch) = output(&mut git) {
+        return epoch.trim().parse().context("git names no time");
+    }
+    let changed = fs::metadata(workspace().join("CHANGELOG.md"))?.modified()?;
+    Ok(changed.duration_since(SystemTime::UNIX_EPOCH)?.as_secs())
 }
 
 /// Keeps the paths of this machine out of the programs.
