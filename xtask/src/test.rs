@@ -104,7 +104,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
 /// Builds the manual without warnings, and checks its links and messages, the Ansible collection, and
 /// the Kubernetes example.
 fn manual(target: &Path, long: bool) -> anyhow::Result<()> {
-    tools::provide(target, &["mdbook"])?;
+    tools::provide(target, &["mdbook@0.5.4"])?;
     finish(&mut here("docs/check")).context("mend the manual")?;
     let mut mdbook = Command::new(tools::find(target, "mdbook").context("it was installed")?);
     mdbook
