@@ -1,17 +1,18 @@
 //! Programs that tests and the demo run, from Debian's packages where the system does not have them.
 //!
-//! They are unpacked in `target/debian`, never installed: nothing outside the build changes, no
+//! They are unpacked in `target/debian`: nothing outside the build changes, no
 //! daemon starts, and an ordinary user can do it. apt works on lists and a cache of its own there,
 //! and reads what is installed, so that it brings just the libraries that are not.
+//! Only what checks packages is installed, by root.
 
-use std::env;
-use std::ffi::OsString;
 use std::fs::{self, File};
 use std::os::unix::fs::{PermissionsExt, symlink};
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::path::Path;
+use std::process::Command;
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, ensure};
+
+use crate::programs::{find, run};
 
 /// Each program that is run, and the package that has it.
 pub(crate) const PROGRAMS: [(&str, &str); 7] = [
@@ -51,41 +52,15 @@ pub(crate) fn install(target: &Path) -> anyhow::Result<()> {
     let advice = || format!("packages cannot be tested; run apt-get install {packages}");
     ensure!(nix::unistd::Uid::effective().is_root(), advice());
     eprintln!("installing {packages}");
-    for arguments in [
-        &["update"][..],
-        &["install", "--yes", "--no-install-recommends"],
-    ] {
+    let apt = || {
         let mut apt = Command::new("apt-get");
         apt.env("DEBIAN_FRONTEND", "noninteractive").arg("--quiet");
-        let packages = if arguments.len() > 1 {
-            &missing[..]
-        } else {
-            &[]
-        };
-        run(apt.args(arguments).args(packages)).with_context(advice)?;
-    }
-    Ok(())
-}
-
-/// Where a program is: on `PATH`, among the programs of the system, which an ordinary user may not
-/// have on it, or unpacked. The lab of `tests/` looks in the same places.
-pub(crate) fn find(name: &str, target: &Path) -> Option<PathBuf> {
-    directories(target)
-        .map(|directory| directory.join(name))
-        .find(|program| program.is_file())
-}
-
-/// `PATH` with all directories where [`find`] looks.
-pub(crate) fn search_path(target: &Path) -> anyhow::Result<OsString> {
-    Ok(env::join_paths(directories(target))?)
-}
-
-fn directories(target: &Path) -> impl Iterator<Item = PathBuf> {
-    let path = env::var_os("PATH").unwrap_or_default();
-    let path: Vec<_> = env::split_paths(&path).collect();
-    path.into_iter()
-        .chain(["/usr/local/sbin", "/usr/sbin"].map(PathBuf::from))
-        .chain([target.join("debian/bin")])
+        apt
+    };
+    let install = ["install", "--yes", "--no-install-recommends"];
+    run(apt().arg("update"))
+        .and_then(|()| run(apt().args(install).args(missing)))
+        .with_context(advice)
 }
 
 /// Unpacks those of the programs `wanted` that [`find`] does not find. Fails with what to install.
@@ -249,16 +224,4 @@ fn apt(debian: &Path) -> Command {
         apt.args(["-o", &option]);
     }
     apt
-}
-
-/// Runs a command whose words matter only if it fails.
-fn run(command: &mut Command) -> anyhow::Result<()> {
-    let program = command.get_program().display().to_string();
-    let ran = command.stdin(Stdio::null()).output();
-    let ran = ran.with_context(|| format!("cannot run {program}"))?;
-    if !ran.status.success() {
-        let said = String::from_utf8_lossy(&ran.stderr);
-        bail!("{program} failed: {}", said.trim_end());
-    }
-    Ok(())
 }

@@ -20,7 +20,7 @@ use serde_json::Value;
 use self::mirror::Mirror;
 use self::screen::Screen;
 use self::stage::{PATIENCE, Stage};
-use crate::{command, debian, finish, target};
+use crate::{command, debian, finish, programs, target};
 
 /// A fleet on this machine that does the main job: a real freshclam, a real clamd, a master and
 /// three agents.
@@ -84,7 +84,7 @@ fn build(screen: &Screen, target: &Path) -> anyhow::Result<()> {
 }
 
 fn tell(stage: &mut Stage<'_>, target: &Path) -> anyhow::Result<()> {
-    let clamd = debian::find("clamd", target).is_some();
+    let clamd = programs::find("clamd", target).is_some();
     pki(stage)?;
     stage.screen().heading("A mirror")?;
     let mirror = Mirror::new(stage, target)?;

@@ -3,16 +3,15 @@
 pub(crate) mod check;
 mod tree;
 
-use std::ffi::OsStr;
+use std::env;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::SystemTime;
-use std::{env, str};
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, ensure};
 
-use crate::{command, finish, target, tools, workspace};
+use crate::{command, finish, programs, target, tools, workspace};
 
 /// The packages, each from the crate that its name ends with.
 pub(crate) const PACKAGES: [&str; 3] = ["clamcast-agent", "clamcast-certs", "clamcast-master"];
@@ -61,7 +60,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
         epoch: epoch()?,
         version: &arguments.version,
     };
-    tools::provide(&target, if arguments.quick { &TOOLS[..2] } else { &TOOLS })?;
+    provide(&target, arguments.quick)?;
     let binaries = build.binaries(arguments.quick)?;
     check_glibc(&binaries)?;
     let manual = build.manual()?;
@@ -91,6 +90,11 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     }
     println!("packages in {}", out.display());
     Ok(())
+}
+
+/// Installs the package builders.
+pub(crate) fn provide(target: &Path, quick: bool) -> anyhow::Result<()> {
+    tools::provide(target, if quick { &TOOLS[..2] } else { &TOOLS })
 }
 
 /// What all steps need to know.
@@ -133,7 +137,7 @@ impl Build<'_> {
         for package in PACKAGES {
             let mut strip = Command::new("strip");
             strip.arg("--strip-all").arg("-o").arg(into.join(package));
-            run_tool(strip.arg(from.join(package)), "binutils")?;
+            programs::run(strip.arg(from.join(package)))?;
         }
         Ok(into)
     }
@@ -145,7 +149,7 @@ impl Build<'_> {
             fs::remove_dir_all(&manual)?;
         }
         let mut date = Command::new("date");
-        let date = output(
+        let date = programs::output(
             date.args(["--utc", "+%Y-%m-%d", "-d"])
                 .arg(format!("@{}", self.epoch)),
         )?;
@@ -166,7 +170,7 @@ impl Build<'_> {
             package,
         ])
         .args(["--deb-version", &format!("{}-1", self.version), "--output"]);
-        run_tool(deb.arg(out), "cargo-deb").with_context(|| format!("cannot package {package}"))
+        programs::run(deb.arg(out)).with_context(|| format!("cannot package {package}"))
     }
 
     fn rpm(&self, package: &str, out: &Path) -> anyhow::Result<()> {
@@ -175,12 +179,11 @@ impl Build<'_> {
         rpm.args(["generate-rpm", "--package", directory, "--set-metadata"])
             .arg(format!("version = \"{}\"", self.version))
             .args(["--source-date", &self.epoch.to_string(), "--output"]);
-        run_tool(rpm.arg(out), "cargo-generate-rpm")
-            .with_context(|| format!("cannot package {package} as rpm"))
+        programs::run(rpm.arg(out)).with_context(|| format!("cannot package {package} as rpm"))
     }
 
     fn builder(&self, tool: &str) -> anyhow::Result<Command> {
-        let program = tools::find(self.target, tool).context("it was installed")?;
+        let program = programs::find(tool, self.target).context("it was installed")?;
         let mut builder = Command::new(program);
         builder
             .current_dir(workspace())
@@ -202,7 +205,7 @@ impl Build<'_> {
                 .arg(trees.join(package))
                 .arg("-T")
                 .arg(&whole);
-            run_tool(&mut copy, "coreutils")?;
+            programs::run(&mut copy)?;
         }
         let archive = File::create(out.join(&name))?;
         let mut tar = Command::new("tar");
@@ -220,14 +223,14 @@ impl Build<'_> {
         ])
         .arg(&whole)
         .arg(".");
-        run_tool(tar.stdout(archive), "tar")
+        programs::run(tar.stdout(archive))
     }
 
     /// A CycloneDX bill of materials for each program.
     fn sbom(&self, out: &Path) -> anyhow::Result<()> {
         let mut cyclonedx = self.builder("cargo-cyclonedx")?;
         cyclonedx.args(["cyclonedx", "--format", "json", "--all"]);
-        run_tool(cyclonedx.arg("--quiet"), "cargo-cyclonedx")?;
+        programs::run(cyclonedx.arg("--quiet"))?;
         // The tool writes a file into the directory of each crate, and names crates by their paths.
         let here = format!("path+file://{}", workspace().display());
         for directory in [workspace().to_owned(), workspace().join("xtask")] {
@@ -264,7 +267,7 @@ fn epoch() -> anyhow::Result<u64> {
     let mut git = Command::new("git");
     git.args(["log", "-1", "--format=%ct"])
         .current_dir(workspace());
-    if let Ok(epoch) = output(&mut git) {
+    if let Ok(epoch) = programs::output(&mut git) {
         return epoch.trim().parse().context("git names no time");
     }
     let changed = fs::metadata(workspace().join("CHANGELOG.md"))?.modified()?;
@@ -298,7 +301,7 @@ fn reproducible(build: &mut Command, directory: &Path) -> anyhow::Result<()> {
 fn check_glibc(binaries: &Path) -> anyhow::Result<()> {
     for package in PACKAGES {
         let mut objdump = Command::new("objdump");
-        let symbols = output(objdump.arg("--dynamic-syms").arg(binaries.join(package)))
+        let symbols = programs::output(objdump.arg("--dynamic-syms").arg(binaries.join(package)))
             .context("cannot run objdump; install binutils")?;
         // A weak symbol may be absent.
         let strong = symbols.lines().filter(|line| !line.contains("  w "));
@@ -332,7 +335,7 @@ fn sums(out: &Path) -> anyhow::Result<()> {
         .collect::<anyhow::Result<_>>()?;
     names.sort();
     let mut sha256sum = Command::new("sha256sum");
-    let sums = output(sha256sum.current_dir(out).args(names))?;
+    let sums = programs::output(sha256sum.current_dir(out).args(names))?;
     fs::write(out.join("SHA256SUMS"), sums)?;
     Ok(())
 }
@@ -354,7 +357,7 @@ fn sign(out: &Path, key: &Path) -> anyhow::Result<()> {
             "-inkey",
         ])
         .arg(&key);
-    run_tool(&mut openssl, "openssl").with_context(|| {
+    programs::run(&mut openssl).with_context(|| {
         format!(
             "cannot sign; is {} an Ed25519 private key in PEM?",
             key.display()
@@ -367,38 +370,4 @@ fn sign(out: &Path, key: &Path) -> anyhow::Result<()> {
         key.display()
     );
     Ok(())
-}
-
-/// Runs a program; its output matters only if it fails.
-fn run_tool(command: &mut Command, package: impl AsRef<OsStr>) -> anyhow::Result<()> {
-    let program = command.get_program().to_string_lossy().into_owned();
-    let ran = command.stdin(Stdio::null()).stderr(Stdio::piped()).spawn();
-    let ran = ran
-        .and_then(std::process::Child::wait_with_output)
-        .with_context(|| {
-            let package = package.as_ref().to_string_lossy().into_owned();
-            format!("cannot run {program}; install {package}")
-        })?;
-    if !ran.status.success() {
-        bail!(
-            "{program} failed: {}",
-            String::from_utf8_lossy(&ran.stderr).trim_end()
-        );
-    }
-    Ok(())
-}
-
-fn output(command: &mut Command) -> anyhow::Result<String> {
-    let program = command.get_program().to_string_lossy().into_owned();
-    let ran = command.stdin(Stdio::null()).output();
-    let ran = ran.with_context(|| format!("cannot run {program}"))?;
-    ensure!(
-        ran.status.success(),
-        "{program} failed: {}{}",
-        String::from_utf8_lossy(&ran.stdout),
-        String::from_utf8_lossy(&ran.stderr).trim_end()
-    );
-    Ok(str::from_utf8(&ran.stdout)
-        .context("not a text")?
-        .to_owned())
 }

@@ -4,6 +4,7 @@ mod debian;
 mod demo;
 mod dist;
 mod imports;
+mod programs;
 mod source;
 mod test;
 mod tools;

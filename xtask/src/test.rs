@@ -1,14 +1,14 @@
 //! `cargo xtask test`: everything that has to hold before a change is done.
 
 use std::io::{BufRead, BufReader};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Instant;
 use std::{env, fs, io, iter};
 
 use anyhow::{Context, bail, ensure};
 
-use crate::{cargo, command, debian, dist, finish, target, tools, workspace};
+use crate::{cargo, command, debian, dist, finish, programs, target, tools, workspace};
 
 /// Format, lints, documentation, packages and all tests.
 ///
@@ -32,13 +32,8 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
         cargo(&["fmt", "--all", "--check"]).context("run `cargo fmt --all`, or install rustfmt")
     })?;
     step("programs that tests run", || {
-        match debian::provide(&target, &debian::PROGRAMS.map(|(name, _)| name)) {
-            Err(error) if env::var_os("CI").is_none_or(|ci| ci != "true") => {
-                eprintln!("{error:#}\ntests that need them will be skipped");
-                Ok(())
-            }
-            provided => provided,
-        }
+        let wanted = debian::PROGRAMS.map(|(name, _)| name);
+        is_here(debian::provide(&target, &wanted)).map(drop)
     })?;
     let mut judges = vec!["cargo-deny"];
     if env::var_os("CLAMCAST_ADVISORY_DB").is_some() {
@@ -49,13 +44,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
         cargo(&["fetch", "--locked"]).context("cannot download the crates of Cargo.lock")
     })?;
     step("tools that tests run", || {
-        match tools::provide(&target, &judges) {
-            Err(error) if env::var_os("CI").is_none_or(|ci| ci != "true") => {
-                eprintln!("{error:#}\ntests that need them will be skipped");
-                Ok(())
-            }
-            provided => provided,
-        }
+        is_here(tools::provide(&target, &judges)).map(drop)
     })?;
     step("clippy", || {
         cargo(&[
@@ -72,21 +61,18 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
         let mut doc = command(&["doc", "--workspace", "--no-deps"]);
         finish(doc.env("RUSTDOCFLAGS", "-D warnings")).context("mend what rustdoc found")
     })?;
-    step("packages", || match debian::install(&target) {
-        Err(error) if env::var_os("CI").is_none_or(|ci| ci != "true") => {
-            eprintln!("{error:#}");
-            Ok(())
+    step("packages", || {
+        let builders = || dist::provide(&target, !arguments.long);
+        match is_here(debian::install(&target).and_then(|()| builders()))? {
+            Some(()) => dist::check::packages(&target, arguments.long),
+            None => Ok(()),
         }
-        Err(error) => Err(error),
-        Ok(()) => dist::check::packages(&target, arguments.long),
     })?;
     step("manual, playbooks, containers", || {
-        match manual(&target, arguments.long) {
-            Err(error) if env::var_os("CI").is_none_or(|ci| ci != "true") => {
-                eprintln!("{error:#}");
-                Ok(())
-            }
-            checked => checked,
+        let mdbook = tools::provide(&target, &["mdbook@0.5.4"]);
+        match is_here(mdbook.and_then(|()| tools::python(&target, arguments.long)))? {
+            Some(python) => manual(&target, python),
+            None => Ok(()),
         }
     })?;
     let not_run = target.join("not-run");
@@ -101,12 +87,22 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// What a step needs, if it could be provided. Outside CI the step is skipped without it.
+fn is_here<T>(provided: anyhow::Result<T>) -> anyhow::Result<Option<T>> {
+    match provided {
+        Err(error) if env::var_os("CI").is_none_or(|ci| ci != "true") => {
+            eprintln!("{error:#}\nwhat needs it will be skipped");
+            Ok(None)
+        }
+        provided => provided.map(Some),
+    }
+}
+
 /// Builds the manual without warnings, and checks its links and messages, the Ansible collection, and
 /// the Kubernetes example.
-fn manual(target: &Path, long: bool) -> anyhow::Result<()> {
-    tools::provide(target, &["mdbook@0.5.4"])?;
+fn manual(target: &Path, python: PathBuf) -> anyhow::Result<()> {
     finish(&mut here("docs/check")).context("mend the manual")?;
-    let mut mdbook = Command::new(tools::find(target, "mdbook").context("it was installed")?);
+    let mut mdbook = Command::new(programs::find("mdbook", target).context("it was installed")?);
     mdbook
         .args(["build", "docs", "--dest-dir"])
         .arg(target.join("manual"))
@@ -119,8 +115,7 @@ fn manual(target: &Path, long: bool) -> anyhow::Result<()> {
         built.status.success() && said.trim().is_empty(),
         "mdbook: {said}"
     );
-    let python = tools::python(target, long)?;
-    let found = debian::search_path(target)?;
+    let found = programs::search_path(target)?;
     let programs = iter::once(python).chain(env::split_paths(&found));
     let path = env::join_paths(programs.collect::<Vec<_>>())?;
     let mut lint = here("tests/ansible/play");
@@ -150,7 +145,7 @@ fn step(name: &str, work: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result
 /// examples in the documentation, so that they go first, and its summary comes last.
 fn tests(arguments: &Arguments, target: &Path) -> anyhow::Result<()> {
     let prepare = |mut test: Command| -> anyhow::Result<Command> {
-        test.env("PATH", debian::search_path(target)?)
+        test.env("PATH", programs::search_path(target)?)
             .env("CARGO_TARGET_DIR", target);
         test.env("CLAMCAST_LONG", if arguments.long { "1" } else { "0" });
         let parent = target.join("dist-old");

@@ -1,38 +1,20 @@
 //! Tools from crates.io: `cargo install` puts them into `target/tools` where the system lacks them.
 
-use std::ffi::OsString;
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::{env, fs};
 
 use anyhow::Context as _;
 
+use crate::programs::find;
 use crate::{command, finish};
 
-/// Where `tool` is: on `PATH`, or in `target/tools`. The lab of `tests/` looks in the same places.
-pub(crate) fn find(target: &Path, tool: &str) -> Option<PathBuf> {
-    directories(target)
-        .map(|directory| directory.join(tool))
-        .find(|program| program.is_file())
-}
-
-/// `PATH` with all directories where [`find`] looks.
-pub(crate) fn search_path(target: &Path) -> anyhow::Result<OsString> {
-    Ok(env::join_paths(directories(target))?)
-}
-
-fn directories(target: &Path) -> impl Iterator<Item = PathBuf> {
-    let path = env::var_os("PATH").unwrap_or_default();
-    let path: Vec<_> = env::split_paths(&path).collect();
-    path.into_iter().chain([target.join("tools/bin")])
-}
-
-/// Installs those of the tools `wanted` (`NAME` or `NAME@VERSION`) that [`find`] does not find. They are built without much
-/// optimisation: each takes two cores one to three minutes.
+/// Installs those of the tools `wanted` (`NAME` or `NAME@VERSION`) that [`find`] does not find. They
+/// are built without much optimisation: each takes two cores one to three minutes.
 pub(crate) fn provide(target: &Path, wanted: &[&str]) -> anyhow::Result<()> {
     for tool in wanted {
         let name = tool.split('@').next().unwrap_or(tool);
-        if find(target, name).is_none() {
+        if find(name, target).is_none() {
             eprintln!("building {tool}");
             let mut install = command(&["install", tool, "--locked", "--quiet", "--root"]);
             install

@@ -10,7 +10,7 @@ use anyhow::{Context, ensure};
 use nix::unistd::Uid;
 
 use super::stage::{PATIENCE, Stage};
-use crate::{debian, workspace};
+use crate::{programs, workspace};
 
 /// What version 5 of `test.cvd` finds and version 4 does not: the bytes of its `Win.Worm.Sobig-1`.
 const SOBIG: &str = "6fec40cb4ad432859b126508015369262a47554a451edfaae437057ac6d6683e4a187189b7daf883e3768a107b1f263cbf2dfaeef372e9258f2ded8943fe63fd5dbd6a317ce6f8953634874247aab83228a5caf585c1d3823cc123678823552d71af200b";
@@ -44,7 +44,7 @@ impl Mirror {
     pub(super) fn new(stage: &Stage<'_>, target: &Path) -> anyhow::Result<Self> {
         let files = env::var_os("CLAMCAST_TESTFILES").map(PathBuf::from);
         let files = files.unwrap_or_else(|| workspace().join("../shared/clamav-testfiles"));
-        let missing = if debian::find("freshclam", target).is_none() {
+        let missing = if programs::find("freshclam", target).is_none() {
             "there is no freshclam here".to_owned()
         } else if !files.join("test-1.cvd").is_file() {
             let files = files.display();

@@ -54,7 +54,7 @@ impl<'s> Stage<'s> {
             signal_hook::flag::register(signal, interrupted.clone())?;
         }
         let binaries = env::join_paths([target.join("debug")])?;
-        let search_path = [binaries, crate::debian::search_path(target)?].join(OsStr::new(":"));
+        let search_path = [binaries, crate::programs::search_path(target)?].join(OsStr::new(":"));
         let directory = env::temp_dir().join(format!("clamcast-demo-{}", process::id()));
         let made = DirBuilder::new().mode(0o700).create(&directory);
         made.with_context(|| format!("cannot make {}", directory.display()))?;

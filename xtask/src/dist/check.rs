@@ -6,8 +6,9 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, ensure};
 
-use super::{Arguments, epoch, output, run};
-use crate::{finish, target, tools, workspace};
+use super::{Arguments, epoch, run};
+use crate::programs::{output, search_path};
+use crate::{finish, target, workspace};
 
 /// Builds the packages into `target/dist` and lints them. Then builds them again and compares: with `long`,
 /// in the release profile, from a copy of the sources in another directory.
@@ -86,7 +87,7 @@ fn dist(sources: &Path, build: &Path, out: &Path, options: &[&str]) -> anyhow::R
         .arg(out)
         .env("CARGO_TARGET_DIR", build)
         .env("SOURCE_DATE_EPOCH", epoch()?.to_string())
-        .env("PATH", tools::search_path(&target()?)?);
+        .env("PATH", search_path(&target()?)?);
     finish(&mut dist).with_context(|| format!("cannot build packages in {}", sources.display()))
 }
 

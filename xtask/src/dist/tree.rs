@@ -8,7 +8,8 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::Context as _;
 
-use super::{Build, PACKAGES, run_tool};
+use super::{Build, PACKAGES};
+use crate::programs::{output, run};
 use crate::workspace;
 
 /// Directories of a package's sources, in the crate's `package` directory, and their place on a host.
@@ -86,7 +87,7 @@ fn debian_changelog(build: &Build<'_>, package: &str) -> anyhow::Result<String> 
          * See /usr/share/doc/{package}/changelog.gz.\n\n \
          -- The clamcast authors <clamcast@packages.invalid>  {}",
         build.version,
-        super::output(&mut date)?
+        output(&mut date)?
     ))
 }
 
@@ -124,7 +125,7 @@ fn compress(tree: &Path) -> anyhow::Result<()> {
         });
         if is_page || name.starts_with("changelog") {
             let mut gzip = Command::new("gzip");
-            run_tool(gzip.args(["--best", "--no-name"]).arg(&path), "gzip")?;
+            run(gzip.args(["--best", "--no-name"]).arg(&path))?;
         }
     }
     Ok(())
