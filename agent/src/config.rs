@@ -657,11 +657,8 @@ path = "/var/lib/clamav"
                     let set = Config::load(&write(&with(key.name, value))).expect(key.name);
                     assert_eq!(format!("{set:?}"), format!("{minimal:?}"), "{}", key.name);
                 }
-                Value::Required(value) => {
-                    Config::load(&write(&with(key.name, value))).expect(key.name);
-                }
                 Value::Named(_) => unreachable!("no table has names that the operator chooses"),
-                Value::Reserved(value) => {
+                Value::Required(value) | Value::Reserved(value) => {
                     Config::load(&write(&with(key.name, value))).expect(key.name);
                 }
             }

@@ -1060,16 +1060,13 @@ windows = {{ db = ["Mon-Fri 22:00-05:00"] }}
                     let set = Config::load(&write(&with(key.name, value))).expect(key.name);
                     assert_eq!(format!("{set:?}"), format!("{minimal:?}"), "{}", key.name);
                 }
-                Value::Required(value) => {
-                    Config::load(&write(&with(key.name, value))).expect(key.name);
-                }
                 Value::Named(example) => {
                     let (name, value) = example.split_once(" = ").unwrap();
                     let name = key.name.replace('*', name);
                     Config::load(&write(&with(&name, value))).unwrap();
                 }
                 Value::Reserved(_) if key.name.ends_with(".*") => {}
-                Value::Reserved(value) => {
+                Value::Required(value) | Value::Reserved(value) => {
                     Config::load(&write(&with(key.name, value))).expect(key.name);
                 }
             }

@@ -51,6 +51,6 @@ pub use rogue::{Conversation, Rogue, code, hello, receipt, with_transport};
 pub use scratch::Scratch;
 pub use slots::CLAMDS_MAX;
 pub use strace::{Call, Strace};
-pub use tree::Tree;
+pub use tree::{Tree, succeeded};
 pub use until::{Answer, PATIENCE, until, until_async};
 pub use usage::{Usage, datagrams_dropped};

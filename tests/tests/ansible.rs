@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 use std::env;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
-use clamcast_tests::lab::{Part, Scratch, Tree, program};
+use clamcast_tests::lab::{Part, Scratch, Tree, package, program};
 use clamcast_tests::{long, require};
 use sha2::{Digest, Sha256};
 
@@ -77,6 +77,7 @@ impl Site {
     fn play(&self, playbook: &str, options: &[&str]) -> String {
         let tests = Path::new(env!("CARGO_MANIFEST_DIR"));
         let ansible = Part::Ansible.path();
+        let packages = Part::Packages.path();
         let programs = ansible.parent().map(Path::to_owned).into_iter();
         let path = env::var_os("PATH").unwrap_or_default();
         let path = env::join_paths(programs.chain(env::split_paths(&path)));
@@ -89,8 +90,14 @@ impl Site {
             .env("PID_AGENT", first(&self.web1))
             .env("CLAMCAST_PKI", self.control.join("pki"))
             .env("CLAMCAST_CERTS", program("clamcast-certs").get_program())
-            .env("CLAMCAST_MASTER_DEB", package("clamcast-master_"))
-            .env("CLAMCAST_AGENT_DEB", package("clamcast-agent_"));
+            .env(
+                "CLAMCAST_MASTER_DEB",
+                package(&packages, "clamcast-master_", ".deb"),
+            )
+            .env(
+                "CLAMCAST_AGENT_DEB",
+                package(&packages, "clamcast-agent_", ".deb"),
+            );
         let played = play.output().expect("the script is there");
         let output = String::from_utf8_lossy(&played.stdout).into_owned();
         let errors = String::from_utf8_lossy(&played.stderr);
@@ -168,17 +175,4 @@ impl Site {
 
 fn first(tree: &Tree) -> String {
     tree.first().expect("the system runs").to_string()
-}
-
-/// The newest .deb of `cargo xtask dist` whose name begins with `prefix`.
-fn package(prefix: &str) -> PathBuf {
-    let directory = fs::read_dir(Part::Packages.path()).expect("it was found");
-    let paths = directory.map(|entry| entry.expect("it can be listed").path());
-    let packages = paths.filter(|path| {
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        name.starts_with(prefix) && name.ends_with(".deb")
-    });
-    let modified = |path: &PathBuf| fs::metadata(path).and_then(|found| found.modified()).ok();
-    let newest = packages.max_by_key(modified);
-    newest.expect("the package was built")
 }

@@ -9,7 +9,9 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 use std::{env, fs};
 
-use clamcast_tests::lab::{PATIENCE, Part, Scratch, Tree, freeze, package, threads, until};
+use clamcast_tests::lab::{
+    PATIENCE, Part, Scratch, Tree, freeze, package, succeeded, threads, until,
+};
 use clamcast_tests::{long, require};
 use serde_json::Value;
 
@@ -963,17 +965,9 @@ mkdir -p %{{buildroot}} && cd %{{buildroot}} && rpm2cpio {new} | cpio -idm --qui
 /// If it fails.
 #[track_caller]
 fn printed(command: &mut Command) -> String {
-    let ran = command
-        .output()
-        .unwrap_or_else(|error| panic!("{command:?}: {error}"));
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    assert!(
-        ran.status.success(),
-        "{command:?}: {}{}",
-        text(&ran.stdout),
-        text(&ran.stderr)
-    );
-    text(&ran.stdout)
+    let ran = command.output();
+    let ran = ran.unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    succeeded(&ran, &format!("{command:?}"))
 }
 
 /// Every file and every empty directory of a system, but for those of its kernel, of dpkg, apt and

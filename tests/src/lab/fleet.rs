@@ -14,6 +14,7 @@ use serde_json::Value;
 use super::clamd::Clamd;
 use super::needs::{search_path, target};
 use super::scratch::Scratch;
+use super::tree::succeeded;
 use super::until::{PATIENCE, until};
 
 /// The PKI of a fleet, and the directory where its daemons live.
@@ -47,7 +48,7 @@ impl Fleet {
         let (command, rest) = arguments.split_first().expect("a command is named");
         let mut certs = program("clamcast-certs");
         certs.arg(command).arg("--dir").arg(self.pki()).args(rest);
-        success(certs.output().expect("clamcast-certs was built"))
+        succeeded(&certs.output().expect("clamcast-certs was built"), command)
     }
 
     /// The directory of the PKI.
@@ -528,18 +529,10 @@ fn binaries() -> &'static Path {
             .current_dir(env!("CARGO_MANIFEST_DIR"))
             .args(["build", "--quiet", "--bins"]);
         build.args(packages.iter().flat_map(|package| ["--package", package]));
-        success(build.output().expect("cargo runs the tests"));
+        succeeded(
+            &build.output().expect("cargo runs the tests"),
+            "cargo build",
+        );
         target().join("debug")
     })
-}
-
-fn success(output: Output) -> String {
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    assert!(
-        output.status.success(),
-        "{}{}",
-        text(&output.stdout),
-        text(&output.stderr)
-    );
-    text(&output.stdout)
 }

@@ -446,8 +446,13 @@ fn only_child(parent: u32) -> Option<u32> {
     children.trim().parse().ok()
 }
 
+/// What a program printed. `what` names the program.
+///
+/// # Panics
+///
+/// If the program failed.
 #[track_caller]
-fn succeeded(output: &Output, what: &str) -> String {
+pub fn succeeded(output: &Output, what: &str) -> String {
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     let (stdout, stderr) = (text(&output.stdout), text(&output.stderr));
     assert!(
