@@ -123,7 +123,7 @@ enum Command {
         /// The agent
         #[arg(value_name = "NAME")]
         name: AgentName,
-        /// Why, in a few words; it goes into the list, for whoever asks later
+        /// The reason, in a few words; the list keeps the reason
         #[arg(long, value_name = "TEXT")]
         reason: Option<String>,
     },
@@ -231,7 +231,7 @@ fn init(dir: &Path, fleet: &FleetName, force: bool, now: Timestamp) -> Result<()
         &format!(
             "{}\n\
          {root} belongs offline: move it to a medium in a safe, with a second copy elsewhere.\n\
-         Only a change of the manifest or audit key needs it, and whoever has it rules the fleet.\n\
+         Only a change of the manifest or audit key needs root.key. A thief of root.key controls the fleet.\n\
          next: clamcast-certs master --dir {dir} --host NAME_OR_IP\n",
             describe(&done.files),
             root = dir.join("root.key").display(),

@@ -214,7 +214,7 @@ async fn tend(pulse: &Pulse) -> Infallible {
     }
 }
 
-/// Waits for the next feed; without a watchdog for ever.
+/// Waits for the next feed. Without a watchdog this never returns.
 async fn next(feeds: &mut Option<Interval>) {
     match feeds {
         Some(feeds) => {
