@@ -18,6 +18,7 @@ pub mod names;
 pub mod position;
 pub mod receipt;
 pub mod revocation;
+pub mod talos;
 pub mod trust;
 pub mod wire;
 

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
 use crate::dsse::{Envelope, EnvelopeError, PublicKey, Statement, Verified};
+use crate::names::DatabaseKind;
 use crate::{DatabaseName, Digest, Epoch, FleetName, Generation, Position};
 
 /// Largest manifest payload in bytes: in base64 and with a key set beside it, it fits a control
@@ -80,10 +81,24 @@ pub struct ContainerFacts {
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum SignedBy {
-    /// Cisco Talos, by the RSA signature in `.info`.
+    /// Cisco Talos: [`crate::talos`] verified the signature in `.info`.
     Talos,
-    /// It carries no signature.
+    /// Nobody: whoever maintains the mirror answers for it.
     None,
+}
+
+impl ManifestFile {
+    /// Whose signature was verified when the file was published. `None`: of a container, nobody
+    /// looked; a `.sign` is a signature itself.
+    pub fn signed_by(&self) -> Option<SignedBy> {
+        match self.name.kind() {
+            DatabaseKind::Cvd | DatabaseKind::Cld | DatabaseKind::Cud => {
+                self.container.as_ref().and_then(|facts| facts.signed_by)
+            }
+            DatabaseKind::Loose => Some(SignedBy::None),
+            DatabaseKind::Sign => None,
+        }
+    }
 }
 
 impl Statement for Manifest {
@@ -146,6 +161,13 @@ impl Manifest {
     /// The entry of a name.
     pub fn file(&self, name: &DatabaseName) -> Option<&ManifestFile> {
         self.files.iter().find(|file| file.name == *name)
+    }
+
+    /// The databases that Talos did not sign: whoever maintains the mirror answers for them.
+    pub fn unsigned(&self) -> impl Iterator<Item = &DatabaseName> {
+        let unsigned = self.files.iter();
+        let unsigned = unsigned.filter(|file| file.signed_by() == Some(SignedBy::None));
+        unsigned.map(|file| &file.name)
     }
 
     /// Length of all files in bytes.

@@ -6,7 +6,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::dsse::Statement;
-use crate::manifest::MANIFEST_BYTES_MAX;
+use crate::manifest::{MANIFEST_BYTES_MAX, Manifest, SignedBy};
 use crate::{AgentName, DatabaseName, Digest, Epoch, FleetName, Generation, Position};
 
 /// Longest error text in a receipt, in bytes: clamd's own reason and the chain around it.
@@ -65,7 +65,7 @@ pub struct Receipt {
     /// What came of it.
     pub outcome: Outcome,
     /// What is on disk now under a database name of the generation.
-    pub files: Vec<FileState>,
+    pub files: Vec<ReceiptFile>,
     /// Databases in the directory that are not clamcast's, at most [`FOREIGN_MAX`].
     pub foreign: Vec<String>,
     /// The host's own files under names that the fleet publishes, at most [`ADOPTED_MAX`]. The agent
@@ -153,6 +153,30 @@ pub struct FileState {
     pub size: u64,
     /// SHA-256 of what is there.
     pub sha256: Digest,
+}
+
+/// A file that a receipt lists.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct ReceiptFile {
+    /// The file.
+    #[serde(flatten)]
+    pub file: FileState,
+    /// Whose signature the master verified over these bytes, as the manifest has it. Absent also if
+    /// these are other bytes than the generation's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub signed_by: Option<SignedBy>,
+}
+
+impl ReceiptFile {
+    /// A file that was found on disk under a name of a manifest.
+    pub fn new(file: FileState, manifest: &Manifest) -> Self {
+        let published = manifest.file(&file.name);
+        let facts = published
+            .filter(|published| published.sha256 == file.sha256)
+            .and_then(|published| published.container.as_ref());
+        let signed_by = facts.and_then(|facts| facts.signed_by);
+        Self { file, signed_by }
+    }
 }
 
 /// A file of the installed generation that somebody or something has changed.

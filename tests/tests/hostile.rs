@@ -13,7 +13,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use clamcast_proto::dsse::Envelope;
-use clamcast_proto::receipt::{FileState, InstallNumber, Outcome, Receipt};
+use clamcast_proto::manifest::SignedBy;
+use clamcast_proto::receipt::{FileState, InstallNumber, Outcome, Receipt, ReceiptFile};
 use clamcast_proto::wire::{self, Have, NeedFile, Offer, OfferId, Part, Phase, ToAgent, ToMaster};
 use clamcast_proto::{DatabaseName, Digest, Epoch, Generation};
 use clamcast_tests::lab::{
@@ -613,7 +614,11 @@ fn receipts_without_end_fill_no_disk_also_over_many_connections() {
                 size: 1,
                 sha256: Digest::of(b""),
             };
-            long.files = vec![state; 4000];
+            let file = ReceiptFile {
+                file: state,
+                signed_by: Some(SignedBy::Talos),
+            };
+            long.files = vec![file; 4000];
             while talk.connection.close_reason().is_none() {
                 seq += 1;
                 long.seq = seq;

@@ -20,7 +20,7 @@ use clamcast_proto::dsse::{Envelope, Verified};
 use clamcast_proto::fresh::Freshness;
 use clamcast_proto::keys::KeySetError;
 use clamcast_proto::manifest::Manifest;
-use clamcast_proto::receipt::{ClamdState, Drift, ERROR_BYTES_MAX, Outcome, Receipt};
+use clamcast_proto::receipt::{ClamdState, Drift, ERROR_BYTES_MAX, Outcome, Receipt, ReceiptFile};
 use clamcast_proto::trust::TrustError;
 use clamcast_proto::wire::{
     FrameError, Hello, NeedFile, Offer, OfferId, OtherMaster, Part, Phase, ToAgent, ToMaster,
@@ -1150,7 +1150,11 @@ impl Keeper {
             manifest_sha256: completed.set.sha256(),
             install: completed.install,
             outcome: completed.outcome,
-            files: completed.files.clone(),
+            files: completed
+                .files
+                .iter()
+                .map(|file| ReceiptFile::new(file.clone(), manifest))
+                .collect(),
             foreign: completed.foreign.clone(),
             adopted: completed.adopted.clone(),
             drift,
@@ -1282,6 +1286,8 @@ impl Keeper {
             files: manifest.map_or_else(Vec::new, |manifest| {
                 manifest.files.iter().map(|f| f.name.clone()).collect()
             }),
+            unsigned: manifest
+                .map_or_else(Vec::new, |manifest| manifest.unsigned().cloned().collect()),
             live: self.is_live(outcome),
             outcome: last.map(|last| last.outcome).or(outcome),
             alarm: self.alarm(),

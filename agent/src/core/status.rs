@@ -34,6 +34,9 @@ pub struct Status {
     pub install: Option<InstallNumber>,
     /// Its databases.
     pub files: Vec<DatabaseName>,
+    /// Those of them that Talos did not sign.
+    #[serde(default)]
+    pub unsigned: Vec<DatabaseName>,
     /// Whether clamd was seen scanning with it.
     pub live: bool,
     /// Outcome of the newest generation that ended on this host.

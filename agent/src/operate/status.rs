@@ -49,6 +49,15 @@ impl Status {
             ),
             (_, _, _) => line("installed:", &"nothing yet"),
         }
+        if !self.unsigned.is_empty() {
+            line(
+                "unsigned:",
+                &format_args!(
+                    "{}; from the administrator of the mirror, not from Talos",
+                    joined(&self.unsigned)
+                ),
+            );
+        }
         if self.generation.is_some() {
             let changed = !self.drift.files.is_empty();
             line("live:", &is_live(self.live, changed, &self.clamd));
@@ -100,12 +109,11 @@ impl Status {
             line("foreign:", &self.foreign.join(", "));
         }
         if !self.adopted.is_empty() {
-            let names: Vec<_> = self.adopted.iter().map(DatabaseName::as_str).collect();
             line(
                 "adopted:",
                 &format_args!(
                     "{}; kept until the fleet withdraws the name",
-                    names.join(", ")
+                    joined(&self.adopted)
                 ),
             );
         }
@@ -128,6 +136,11 @@ impl Status {
         }
         text
     }
+}
+
+fn joined(names: &[DatabaseName]) -> String {
+    let names: Vec<_> = names.iter().map(DatabaseName::as_str).collect();
+    names.join(", ")
 }
 
 impl DriftStatus {

@@ -8,6 +8,7 @@ use clamcast_daemon::admin::Finish;
 use clamcast_daemon::exit::{self, Exit};
 use clamcast_daemon::say;
 use clamcast_daemon::table::{self, Table, fold, printable, printable_json, terminal_width};
+use clamcast_proto::manifest::SignedBy;
 use clamcast_proto::receipt::ClamdState;
 use clamcast_proto::{AgentName, DatabaseName, Digest, GroupName, Position};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -411,9 +412,14 @@ pub(crate) fn agents(rows: Vec<Row>) {
 pub(crate) fn generations(rows: Vec<Generation>) {
     let mut table = Table::new(["GENERATION", "PUBLISHED", "STATE", "CONTENT", "FILES"]);
     for row in rows {
-        let files = row.files.iter().map(|file| match &file.container {
-            None => file.name.to_string(),
-            Some(container) => format!("{}:{}", file.name, container.version),
+        let files = row.files.iter().map(|file| {
+            let container = file.container.as_ref();
+            let version = container.map(|container| format!(":{}", container.version));
+            let signer = match file.signed_by() {
+                Some(SignedBy::None) => " (unsigned)",
+                Some(SignedBy::Talos) | None => "",
+            };
+            format!("{}{}{signer}", file.name, version.unwrap_or_default())
         });
         let Published {
             position,
@@ -425,7 +431,7 @@ pub(crate) fn generations(rows: Vec<Generation>) {
             format!("{published:.0}"),
             row.state.word().to_owned(),
             short(&content),
-            files.collect::<Vec<_>>().join(" "),
+            files.collect::<Vec<_>>().join(", "),
         ]);
     }
     say!("{table}");

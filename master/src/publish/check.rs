@@ -5,13 +5,17 @@ mod load_test;
 mod service;
 
 use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
 
-use clamcast_proto::container::{self, ContainerError, Summary};
-use clamcast_proto::manifest::{ContainerFacts, Manifest, ManifestFile};
+use clamcast_daemon::values::Percent;
+use clamcast_proto::container::{self, ContainerError};
+use clamcast_proto::manifest::{ContainerFacts, Manifest, ManifestFile, SignedBy};
 use clamcast_proto::names::DatabaseKind;
+use clamcast_proto::talos::SignatureError;
 use clamcast_proto::{DatabaseName, Digest};
 use tokio_util::sync::CancellationToken;
 
+use crate::chain;
 use crate::config::{Mirror, Unsigned};
 use crate::publish::capture::{Capture, Captured};
 use crate::store::{Store, StoreError};
@@ -53,6 +57,14 @@ pub enum Objection {
         name: DatabaseName,
         /// What is wrong.
         source: ContainerError,
+    },
+    /// A `.cvd` or `.cld` that is whole and not Talos's. No setting lets it pass.
+    #[error("{name} is not as Talos signed it")]
+    Signature {
+        /// Its name.
+        name: DatabaseName,
+        /// What is wrong.
+        source: SignatureError,
     },
     /// Not signed by Talos, where only that is published.
     #[error("{name} is not signed by Talos, and the configuration has `unsigned = \"refuse\"`")]
@@ -128,8 +140,8 @@ pub fn check(
     }
     let mut accepted = Vec::new();
     if let Some(published) = published {
-        versions(&files, published)?;
-        for objection in losses(&files, published, rules) {
+        versions(&files, &published.files)?;
+        for objection in losses(&files, &published.files, rules.shrink_max) {
             if !accept {
                 return Err(objection);
             }
@@ -172,47 +184,48 @@ fn required(files: &[Captured], require: &[String]) -> Result<(), Objection> {
 /// Checks one database by itself.
 fn file(captured: &Captured, store: &Store, unsigned: Unsigned) -> Result<ManifestFile, Objection> {
     let Captured { name, size, sha256 } = captured;
-    let summary = if name.is_container() {
-        let object = store.open_object(sha256)?;
-        let summary = container::check(name.kind(), object);
-        Some(summary.map_err(|source| Objection::Container {
-            name: name.clone(),
-            source,
-        })?)
-    } else {
-        None
-    };
-    if unsigned == Unsigned::Refuse && !carries_signature(name, summary.as_ref()) {
-        return Err(Objection::Unsigned { name: name.clone() });
+    let mut container = None;
+    if name.is_container() {
+        container = Some(facts(name, store.open_object(sha256)?)?);
     }
-    Ok(ManifestFile {
+    let file = ManifestFile {
         name: name.clone(),
         size: *size,
         sha256: *sha256,
-        container: summary.map(|Summary { header, .. }| ContainerFacts {
-            version: header.version,
-            signatures: header.signatures,
-            built: Some(header.built),
-            signed_by: None,
-        }),
+        container,
+    };
+    if unsigned == Unsigned::Refuse && file.signed_by() == Some(SignedBy::None) {
+        return Err(Objection::Unsigned { name: name.clone() });
+    }
+    Ok(file)
+}
+
+/// What a container says of itself, if it is whole and as genuine as its kind can be.
+fn facts(name: &DatabaseName, object: File) -> Result<ContainerFacts, Objection> {
+    let summary = container::check(name.kind(), object).map_err(|error| {
+        let name = name.clone();
+        match error {
+            ContainerError::Signature(source) => Objection::Signature { name, source },
+            source => Objection::Container { name, source },
+        }
+    })?;
+    if let Some(oddity) = &summary.oddity {
+        tracing::warn!(
+            %name, oddity = chain(oddity),
+            "this database has an unusual form, and Talos signed every byte of it: it passes"
+        );
+    }
+    Ok(ContainerFacts {
+        version: summary.header.version,
+        signatures: summary.header.signatures,
+        built: Some(summary.header.built),
+        signed_by: Some(summary.signed_by),
     })
 }
 
-/// Whether Talos might have signed it: its kind can be, and it has a signature. That the signature
-/// is right, clamd finds out.
-fn carries_signature(name: &DatabaseName, summary: Option<&Summary>) -> bool {
-    match name.kind() {
-        DatabaseKind::Cvd | DatabaseKind::Cld => {
-            summary.is_some_and(|summary| summary.info.signature().is_some())
-        }
-        DatabaseKind::Sign => true, // is itself a signature, and never loaded
-        DatabaseKind::Cud | DatabaseKind::Loose => false,
-    }
-}
-
 /// No base has a lower version than it has in the current generation, under whatever extension.
-fn versions(files: &[ManifestFile], published: &Manifest) -> Result<(), Objection> {
-    let highest = bases(&published.files);
+fn versions(files: &[ManifestFile], published: &[ManifestFile]) -> Result<(), Objection> {
+    let highest = bases(published);
     for file in files {
         let (Some(facts), Some(published)) = (&file.container, highest.get(file.name.base()))
         else {
@@ -246,9 +259,13 @@ fn bases(files: &[ManifestFile]) -> BTreeMap<&str, u64> {
 /// The signatures of a container count, since its length also depends on whether it is compressed.
 /// A loose file counts by its bytes. That a loose file or a `.cud` is gone is no objection: only
 /// whoever looks after the mirror removes those.
-fn losses(files: &[ManifestFile], published: &Manifest, rules: &Mirror) -> Vec<Objection> {
+fn losses(
+    files: &[ManifestFile],
+    published: &[ManifestFile],
+    shrink_max: Percent,
+) -> Vec<Objection> {
     let mut objections = Vec::new();
-    for old in &published.files {
+    for old in published {
         let name = &old.name;
         let same = |file: &&ManifestFile| {
             file.name == *name || Some(&file.name) == name.other_form().as_ref()
@@ -263,7 +280,7 @@ fn losses(files: &[ManifestFile], published: &Manifest, rules: &Mirror) -> Vec<O
             (Some(old), Some(new)) => (old.signatures, new.signatures, "signatures"),
             (Some(_) | None, _) => (old.size, new.size, "bytes"),
         };
-        if before.saturating_sub(now) > rules.shrink_max.of(before) {
+        if before.saturating_sub(now) > shrink_max.of(before) {
             objections.push(Objection::Shrunk {
                 name: new.name.clone(),
                 found: now,
@@ -273,4 +290,57 @@ fn losses(files: &[ManifestFile], published: &Manifest, rules: &Mirror) -> Vec<O
         }
     }
     objections
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A file of 100 bytes, and of 100 signatures if its kind has any.
+    fn published(name: &str, version: u64, signed_by: SignedBy) -> ManifestFile {
+        let name: DatabaseName = name.parse().unwrap();
+        ManifestFile {
+            container: name.is_container().then_some(ContainerFacts {
+                version,
+                signatures: 100,
+                built: None,
+                signed_by: Some(signed_by),
+            }),
+            name,
+            size: 100,
+            sha256: Digest::of(b""),
+        }
+    }
+
+    fn lost(old: &[ManifestFile], new: &[ManifestFile]) -> Vec<String> {
+        let objections = losses(new, old, Percent::new(30).unwrap());
+        objections.iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn a_database_of_talos_that_is_gone_is_held_in_neither_form() {
+        let main = |form: &str| published(form, 60, SignedBy::Talos);
+        let local = published("local.ndb", 0, SignedBy::None);
+        let old = [main("main.cld"), local.clone()];
+        assert_eq!(lost(&old, &[main("main.cvd")]), [""; 0]);
+        let lost = lost(&old, &[local]);
+        assert!(
+            lost[0].starts_with("main.cld is published and no longer in the mirror"),
+            "{lost:?}"
+        );
+    }
+
+    #[test]
+    fn a_version_counts_under_every_extension() {
+        let daily = |name, version| published(name, version, SignedBy::Talos);
+        for (name, version, passes) in [
+            ("daily.cvd", 6, false),
+            ("daily.cud", 6, false),
+            ("daily.cvd", 7, true),
+            ("main.cld", 6, true),
+        ] {
+            let verdict = versions(&[daily(name, version)], &[daily("daily.cld", 7)]);
+            assert_eq!(verdict.is_ok(), passes, "{name} {version}");
+        }
+    }
 }

@@ -13,7 +13,7 @@ use clamcast_proto::dsse::{Envelope, Verified, sign};
 use clamcast_proto::keys::KeySet;
 use clamcast_proto::manifest::{Manifest, ManifestFile};
 use clamcast_proto::receipt::{
-    ClamdReport, ClamdState, FileState, InstallNumber, Outcome, Receipt,
+    ClamdReport, ClamdState, FileState, InstallNumber, Outcome, Receipt, ReceiptFile,
 };
 use clamcast_proto::trust::{Trust, TrustError};
 use clamcast_proto::wire::{Have, Hello, NeedFile, Offer, OfferId, Part, ToAgent, ToMaster};
@@ -348,7 +348,11 @@ impl Host {
             manifest_sha256: manifest.payload_sha256(),
             install: InstallNumber(number),
             outcome: Outcome::Live,
-            files: self.files(),
+            files: self
+                .files()
+                .into_iter()
+                .map(|file| ReceiptFile::new(file, &manifest))
+                .collect(),
             foreign: Vec::new(),
             adopted: Vec::new(),
             drift: Vec::new(),

@@ -22,7 +22,7 @@ use clamcast_proto::identity::Serial;
 use clamcast_proto::keys::KeySet;
 use clamcast_proto::manifest::Manifest;
 use clamcast_proto::receipt::{
-    ClamdReport, ClamdState, FileState, InstallNumber, Outcome, Proof, Receipt,
+    ClamdReport, ClamdState, FileState, InstallNumber, Outcome, Proof, Receipt, ReceiptFile,
 };
 use clamcast_proto::trust::Trust;
 use clamcast_proto::wire::{OfferId, Phase, RECEIPTS_PENDING_MAX};
@@ -772,7 +772,7 @@ impl Host {
         let files = set.manifest.files.iter();
         let files = files
             .filter_map(|file| self.disk.databases.get(&file.name))
-            .cloned();
+            .map(|file| ReceiptFile::new(file.clone(), &set.manifest));
         let receipt = Receipt {
             fleet: set.manifest.fleet.clone(),
             agent: self.name.clone(),

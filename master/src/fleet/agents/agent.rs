@@ -9,8 +9,8 @@ use clamcast_proto::identity::Serial;
 use clamcast_proto::manifest::Manifest;
 use clamcast_proto::names::DATABASE_NAME_BYTES_MAX;
 use clamcast_proto::receipt::{
-    ADOPTED_MAX, ClamdReport, ClamdState, DRIFT_MAX, Drift, ERROR_BYTES_MAX, FOREIGN_MAX,
-    FileState, Outcome, Proof, Receipt,
+    ADOPTED_MAX, ClamdReport, ClamdState, DRIFT_MAX, Drift, ERROR_BYTES_MAX, FOREIGN_MAX, Outcome,
+    Proof, Receipt, ReceiptFile,
 };
 use clamcast_proto::wire::{self, OfferId, OtherMaster, Phase};
 use clamcast_proto::{AgentName, DatabaseName, Digest, GroupName, Position};
@@ -565,10 +565,10 @@ pub(super) fn bounded_list(names: Vec<String>) -> Vec<String> {
 }
 
 /// Whether what an agent found on its disk is the manifest's set.
-fn is_intact(manifest: &Manifest, files: &[FileState]) -> bool {
+fn is_intact(manifest: &Manifest, files: &[ReceiptFile]) -> bool {
     manifest.files.iter().all(|wanted| {
-        files
-            .iter()
-            .any(|file| file.name == wanted.name && file.sha256 == wanted.sha256)
+        files.iter().any(|ReceiptFile { file, .. }| {
+            file.name == wanted.name && file.sha256 == wanted.sha256
+        })
     })
 }

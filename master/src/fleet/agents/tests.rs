@@ -5,7 +5,9 @@ use crate::fleet::rollout::Answer;
 use clamcast_proto::dsse::sign;
 use clamcast_proto::identity::Serial;
 use clamcast_proto::manifest::{ManifestFile, Publisher, content_digest};
-use clamcast_proto::receipt::{Drift, FileState, Found, InstallNumber, Outcome, Proof};
+use clamcast_proto::receipt::{
+    Drift, FileState, Found, InstallNumber, Outcome, Proof, ReceiptFile,
+};
 use clamcast_proto::wire::Phase;
 use clamcast_proto::{Epoch, Generation};
 use ed25519_dalek::SigningKey;
@@ -49,10 +51,13 @@ pub(crate) fn manifest(generation: u64) -> Arc<Verified<Manifest>> {
 
 pub(crate) fn receipt(generation: u64, seq: u64, outcome: Outcome) -> Verified<Receipt> {
     let manifest = manifest(generation);
-    let files = manifest.files.iter().map(|file| FileState {
-        name: file.name.clone(),
-        size: file.size,
-        sha256: file.sha256,
+    let files = manifest.files.iter().map(|file| {
+        let state = FileState {
+            name: file.name.clone(),
+            size: file.size,
+            sha256: file.sha256,
+        };
+        ReceiptFile::new(state, &manifest)
     });
     let receipt = Receipt {
         fleet: manifest.fleet.clone(),
@@ -254,7 +259,7 @@ fn a_receipt_that_is_sent_again_is_known() {
 fn a_changed_file_is_not_conformant() {
     let mut fleet = fleet(7, &[]);
     let mut changed = (*receipt(7, 1, Outcome::Live)).clone();
-    changed.files[0].sha256 = Digest::of(b"drift");
+    changed.files[0].file.sha256 = Digest::of(b"drift");
     fleet.receipt(&sign(changed, &SigningKey::from_bytes(&[2; 32])), at(0));
     assert_eq!(
         fleet.standing(&"web1".parse().unwrap(), at(200), DEADLINE),

@@ -8,7 +8,7 @@ use clamcast_daemon::alarms::Alarms;
 use clamcast_daemon::values::Percent;
 use clamcast_proto::delta::VERSION;
 use clamcast_proto::dsse::sign;
-use clamcast_proto::manifest::content_digest;
+use clamcast_proto::manifest::{SignedBy, content_digest};
 use nix::sys::stat::Mode;
 use sha2::{Digest as _, Sha256};
 
@@ -237,7 +237,10 @@ fn a_changed_mirror_is_a_new_generation_and_an_unchanged_one_is_none() {
         (None, &second.publisher)
     );
     let facts = second.files[0].container.as_ref().unwrap();
-    assert_eq!((facts.signatures, facts.signed_by), (11, None));
+    assert_eq!(
+        (facts.signatures, facts.signed_by),
+        (11, Some(SignedBy::None))
+    );
     for file in &second.files {
         let object = fs::read(publisher.store().object(&file.sha256)).unwrap();
         assert_eq!(Digest::of(&object), file.sha256);
@@ -303,24 +306,21 @@ fn a_required_base_must_be_there_in_any_form() {
     lab.put("main.cud", &container("main", 60, 5));
     let publisher = lab.publisher("state");
     check(&publisher, "refused: daily is not in the mirror");
-    lab.put("daily.cld", &container("daily", 7, 5));
-    check(&publisher, "1.1 daily.cld=7 main.cud=60");
+    lab.put("daily.cud", &container("daily", 7, 5));
+    check(&publisher, "1.1 daily.cud=7 main.cud=60");
 }
 
 #[test]
-fn a_lower_version_is_refused_under_any_extension() {
-    let lab = Lab::new();
-    lab.put("daily.cld", &container("daily", 7, 10));
+fn a_lower_version_is_refused_also_if_an_operator_accepts_it() {
+    let lab = Lab::with_daily(7);
     let publisher = lab.publisher("state");
     publish(&publisher);
-    lab.put("daily.cld", &container("daily", 6, 10));
+    lab.put("daily.cud", &container("daily", 6, 10));
     check(
         &publisher,
-        "refused: daily.cld has version 6, version 7 is published",
+        "refused: daily.cud has version 6, version 7 is published",
     );
-    lab.remove("daily.cld");
-    lab.put("daily.cud", &container("daily", 5, 10));
-    assert!(accept(&publisher).contains("refused: daily.cud has version 5"));
+    assert!(accept(&publisher).contains("refused: daily.cud has version 6"));
 }
 
 #[test]
@@ -350,20 +350,25 @@ fn a_database_that_shrank_is_held_until_an_operator_accepts_it() {
 }
 
 #[test]
-fn a_signed_database_that_is_gone_is_held_and_a_loose_one_is_withdrawn() {
+fn a_loose_database_or_a_cud_that_is_gone_is_withdrawn() {
     let lab = Lab::with_daily(7);
-    lab.put("main.cld", &container("main", 60, 10));
     lab.put("local.ndb", b"Lab.Local:0:*:6c6f63616c\n");
+    lab.put("lab.cud", &container("lab", 1, 1));
     let publisher = lab.publisher("state");
     publish(&publisher);
     lab.remove("local.ndb");
-    check(&publisher, "1.2 daily.cud=7 main.cld=60");
-    lab.remove("main.cld");
-    check(
-        &publisher,
-        "held: main.cld is published and no longer in the mirror",
-    );
-    assert!(accept(&publisher).starts_with("1.3 daily.cud=7 in spite of:"));
+    lab.remove("lab.cud");
+    check(&publisher, "1.2 daily.cud=7");
+}
+
+#[test]
+fn a_forged_database_is_refused_whatever_the_settings_and_the_operator_say() {
+    let lab = Lab::with_daily(7);
+    lab.put("main.cld", &container("main", 60, 10));
+    let publisher = lab.publisher("state");
+    let why = "refused: main.cld is not as Talos signed it: `.info` has no signature";
+    check(&publisher, why);
+    assert!(accept(&publisher).contains(why));
 }
 
 #[test]

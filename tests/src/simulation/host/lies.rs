@@ -163,10 +163,13 @@ impl Host {
         manifest: &Verified<Manifest>,
         sight: &mut Sight<'_>,
     ) -> Receipt {
-        let files = manifest.files.iter().map(|file| FileState {
-            name: file.name.clone(),
-            size: file.size,
-            sha256: file.sha256,
+        let files = manifest.files.iter().map(|file| {
+            let state = FileState {
+                name: file.name.clone(),
+                size: file.size,
+                sha256: file.sha256,
+            };
+            ReceiptFile::new(state, manifest)
         });
         let position = manifest.position();
         let sha256 = manifest.payload_sha256();
