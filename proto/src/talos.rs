@@ -115,8 +115,7 @@ impl Key {
         }
     }
 
-    /// The number that was signed (RSAVP1, RFC 8017, 5.2.2). A signature is below the modulus, so that
-    /// none can be written in two ways.
+    /// The number that was signed (RSAVP1, RFC 8017, 5.2.2). A signature is a number below the modulus.
     fn recover(&self, signature: Option<&str>, place: Place) -> Result<BigUint, SignatureError> {
         let signature = signature.ok_or(SignatureError::Missing(place))?;
         let number = decode(signature).filter(|number| *number < self.modulus);
@@ -166,7 +165,7 @@ fn is_pss(encoded: &BigUint, hash: &[u8]) -> bool {
     }
     // MGF1 (B.2.1)
     for (counter, part) in (0u32..).zip(masked.chunks_mut(HASH_BYTES)) {
-        let mask = Sha256::new().chain_update(&*seed);
+        let mask = Sha256::new().chain_update(seed);
         let mask = mask.chain_update(counter.to_be_bytes()).finalize();
         part.iter_mut()
             .zip(mask)

@@ -204,9 +204,12 @@ fn file(captured: &Captured, store: &Store, unsigned: Unsigned) -> Result<Manife
 fn facts(name: &DatabaseName, object: File) -> Result<ContainerFacts, Objection> {
     let summary = container::check(name.kind(), object).map_err(|error| {
         let name = name.clone();
-        match error {
-            ContainerError::Signature(source) => Objection::Signature { name, source },
-            source => Objection::Container { name, source },
+        if let ContainerError::Signature(source) = error {
+            return Objection::Signature { name, source };
+        }
+        Objection::Container {
+            name,
+            source: error,
         }
     })?;
     if let Some(oddity) = &summary.oddity {

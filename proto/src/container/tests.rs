@@ -173,6 +173,9 @@ fn zero_blocks_may_end_the_tar() {
         &[padded, vec![0; 511], vec![1]].concat(),
         "something follows the end of the tar",
     );
+    let ended = |blocks: usize| [cud().plain(), vec![0; 512 * blocks]].concat();
+    whole(DatabaseKind::Cud, &ended(21));
+    refused(&ended(22), "something follows the end of the tar");
 }
 
 #[test]
@@ -530,18 +533,15 @@ fn a_bomb_is_refused_before_it_goes_off() {
         "there are more than 4096 members",
     );
 
-    let zeros = vec![0; 1 << 20];
-    let big_member = [cud().tar(), tar_member("lab.pad", &zeros)].concat();
-    let zero_blocks = [cud().tar(), zeros].concat();
-    for body in [big_member, zero_blocks] {
-        let bytes = [cud().header_block(), gzip(&body)].concat();
-        assert!(bytes.len() < 8192);
-        let found = Contents::read(DatabaseKind::Cud, bytes.as_slice(), 1 << 20).unwrap();
-        assert!(
-            matches!(found.defect, Some(ContainerError::BodyBytesMax { .. })),
-            "{found:?}"
-        );
-    }
+    let member = tar_member("lab.pad", &vec![0; 1 << 20]);
+    let body = [cud().tar(), member].concat();
+    let bytes = [cud().header_block(), gzip(&body)].concat();
+    assert!(bytes.len() < 8192);
+    let found = Contents::read(DatabaseKind::Cud, bytes.as_slice(), 1 << 20).unwrap();
+    assert!(
+        matches!(found.defect, Some(ContainerError::BodyBytesMax { .. })),
+        "{found:?}"
+    );
 }
 
 fn header(text: &str) -> Result<Header, HeaderError> {
@@ -729,4 +729,39 @@ fn a_cvd_or_cld_without_a_signature_of_talos_is_refused() {
         let signed = filled_in(signature, &gzip(&cud().tar()));
         refused_as(DatabaseKind::Cvd, &signed.gzip(), because);
     }
+}
+
+#[test]
+fn an_unusual_form_passes_only_where_talos_signed_every_byte() {
+    let Some(folder) = real_databases() else {
+        return;
+    };
+    let genuine = std::fs::read(folder.join("test-6.cvd")).unwrap();
+    // The only unusual thing that a real database can have: more bytes than a limit for this test.
+    let read = |bytes: &[u8]| Contents::read(DatabaseKind::Cvd, bytes, 30_000).unwrap();
+    let summary = read(&genuine).judge(DatabaseKind::Cvd).unwrap();
+    assert_eq!(
+        (summary.signed_by, summary.header.version),
+        (SignedBy::Talos, 6)
+    );
+    let oddity = summary.oddity.unwrap();
+    assert!(
+        matches!(oddity, ContainerError::BodyBytesMax { max: 30_000 }),
+        "{oddity:?}"
+    );
+
+    let refused = read(&genuine).judge(DatabaseKind::Cld).unwrap_err();
+    assert!(
+        matches!(refused, ContainerError::BodyBytesMax { .. }),
+        "{refused:?}"
+    );
+    let signature = summary.header.signature.unwrap();
+    let header = String::from_utf8(genuine[..HEADER_BYTES].to_vec()).unwrap();
+    let forged = header.replace(&signature, &"b".repeat(signature.len()));
+    let forged = [forged.as_bytes(), &genuine[HEADER_BYTES..]].concat();
+    let refused = read(&forged).judge(DatabaseKind::Cvd).unwrap_err();
+    assert!(
+        matches!(refused, ContainerError::BodyBytesMax { .. }),
+        "{refused:?}"
+    );
 }

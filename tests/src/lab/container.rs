@@ -64,9 +64,7 @@ impl Container {
             .into_iter()
             .chain(members)
         {
-            bytes.extend(tar_header(name, content.len()));
-            bytes.extend(content);
-            bytes.resize(bytes.len().next_multiple_of(512), 0);
+            bytes.extend(tar_member(name, content));
         }
         bytes
     }
@@ -115,6 +113,84 @@ pub fn signatures(numbers: impl IntoIterator<Item = u64>) -> String {
         )
     };
     numbers.into_iter().map(line).collect()
+}
+
+/// A member of a tar, as ClamAV writes it.
+fn tar_member(name: &str, content: &[u8]) -> Vec<u8> {
+    let mut member = tar_header(name, content.len()).to_vec();
+    member.extend(content);
+    member.resize(member.len().next_multiple_of(512), 0);
+    member
+}
+
+/// A real container with a plain tar, taken apart so that a test can forge it.
+#[derive(Clone, Debug)]
+pub struct Forged {
+    /// The 512 bytes in front of the tar.
+    pub header: Vec<u8>,
+    /// Name and content of the members, in their order.
+    pub members: Vec<(String, Vec<u8>)>,
+}
+
+impl Forged {
+    /// Takes a container apart.
+    ///
+    /// # Panics
+    ///
+    /// If it is not one, or its tar is compressed.
+    pub fn from(container: &[u8]) -> Self {
+        let (header, mut tar) = container.split_at(512);
+        let text = |field: &[u8]| {
+            let text = field.split(|byte| *byte == 0).next().unwrap_or_default();
+            String::from_utf8(text.to_vec()).expect("a plain tar")
+        };
+        let mut members = Vec::new();
+        while !tar.is_empty() {
+            let size = usize::from_str_radix(text(&tar[124..136]).trim(), 8).expect("a size");
+            members.push((text(&tar[..100]), tar[512..512 + size].to_vec()));
+            tar = &tar[512 + size.next_multiple_of(512)..];
+        }
+        let header = header.to_vec();
+        Self { header, members }
+    }
+
+    /// The content of the first member whose name ends like this.
+    ///
+    /// # Panics
+    ///
+    /// If there is none.
+    pub fn member(&mut self, end: &str) -> &mut Vec<u8> {
+        let found = self
+            .members
+            .iter_mut()
+            .find(|(name, _)| name.ends_with(end));
+        &mut found.expect("it has such a member").1
+    }
+
+    /// Changes the text of `.info`.
+    pub fn info(&mut self, change: impl FnOnce(String) -> String) {
+        let info = self.member(".info");
+        let text = String::from_utf8(info.clone()).expect("a text");
+        *info = change(text).into_bytes();
+    }
+
+    /// Adds a line to a member, and makes `.info` agree.
+    pub fn add(&mut self, end: &str, line: &str) {
+        let member = self.member(end);
+        let entry =
+            |content: &[u8]| format!("{}:{}", content.len(), hex::encode(Sha256::digest(content)));
+        let before = entry(member);
+        member.extend(line.as_bytes());
+        let after = entry(member);
+        self.info(|info| info.replace(&before, &after));
+    }
+
+    /// The container, put together again.
+    pub fn bytes(&self) -> Vec<u8> {
+        let tar = self.members.iter();
+        let tar = tar.flat_map(|(name, content)| tar_member(name, content));
+        self.header.iter().copied().chain(tar).collect()
+    }
 }
 
 /// Name, size and checksum, all else zero.

@@ -351,7 +351,7 @@ impl Host {
             files: self
                 .files()
                 .into_iter()
-                .map(|file| ReceiptFile::new(file, &manifest))
+                .map(|file| ReceiptFile::new(file, manifest))
                 .collect(),
             foreign: Vec::new(),
             adopted: Vec::new(),
