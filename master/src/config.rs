@@ -82,7 +82,7 @@ pub struct Mirror {
     pub rescan: Duration,
     /// Base names without which nothing is published.
     pub require: Vec<String>,
-    /// Whether databases that Talos did not sign are published.
+    /// Whether `.cud` and loose files are published, which carry no signature.
     pub unsigned: Unsigned,
     /// Whether a capture is loaded by clamscan first.
     pub load_test: LoadTest,
@@ -94,7 +94,7 @@ pub struct Mirror {
     pub age_alarm: Duration,
 }
 
-/// What is done with databases that Talos did not sign.
+/// What is done with databases that carry no signature.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq)]
 #[serde(rename_all = "lowercase")]
 pub enum Unsigned {

@@ -3,9 +3,10 @@
 //! A container is a 512-byte header, then a tar, plain or as one gzip stream. The member
 //! `NAME.info` repeats the header and lists every other member but `COPYING` with its size and
 //! SHA-256; Talos signs that list. clamd's own check proves little: it loads a file that was cut
-//! between two members, and verifies neither tar checksums nor the gzip trailer. [`check`] accepts
-//! only what is whole to its last byte, and a `.cvd` or `.cld` only if Talos signed it. The one change
-//! that it cannot see is in the text of `COPYING` in a plain `.cld` or `.cud`, which nothing covers.
+//! between two members, and verifies neither tar checksums nor the gzip trailer. [`check`] reads a
+//! container to its last byte, and accepts a `.cvd` or `.cld` only with valid signatures of Talos. They
+//! cover everything that clamd loads. In a `.cld` they do not cover `COPYING`, the order of the members
+//! and the unused fields of the tar and gzip headers.
 //!
 //! The format is that of libclamav/cvd.c (`cl_cvdparse`, `cli_cvdload`, `cli_tgzload`),
 //! libclamav/readdb.c (`cli_loadinfo`) and common/tar.c (`tar_addfile`). The tar is read by hand,
@@ -42,7 +43,7 @@ pub const MEMBER_BYTES_MAX: u64 = 1 << 30;
 pub const MEMBERS_MAX: usize = 4096;
 
 /// Longest `.info`, which is held in memory: [`MEMBERS_MAX`] lines of the longest name, a size and
-/// a digest.
+/// a digest. Also the longest `COPYING`, which no signature covers in a `.cld`.
 pub const INFO_BYTES_MAX: u64 = 1 << 20;
 
 /// Reads a container to its end and checks that it is whole and genuine.
@@ -55,15 +56,15 @@ pub const INFO_BYTES_MAX: u64 = 1 << 20;
 /// - Talos signed the `.info` of a `.cvd` or `.cld`, and the MD5 of a `.cvd`. A `.cud` is unsigned by
 ///   definition.
 ///
-/// Talos's two signatures together cover every byte of a `.cvd`. One that has both and whose members
-/// are what `.info` says is accepted with its [`Summary::oddity`], because to refuse what Talos itself
-/// made in an unusual form would keep it from every host.
+/// Talos's two signatures together cover every byte of a `.cvd`. If both verify, a defect of the layout
+/// ([`ContainerError::is_layout`]) is no error but [`Summary::oddity`], because the refusal of a
+/// database that Talos released in an unusual form would keep it from every host. Members behind such a
+/// defect are not read, so they are not compared with `.info`.
 ///
-/// `kind` decides how much of the header `.info` repeats; a kind that is not a container fails for want
-/// of a header. Memory is bounded whatever the file says: buffers of 64 KiB, `.info`, and the members'
+/// Memory is bounded whatever the file says: buffers of 64 KiB, `.info`, and the members'
 /// names and digests.
 pub fn check(kind: DatabaseKind, source: impl Read) -> Result<Summary, ContainerError> {
-    Contents::read(kind, source, BODY_BYTES_MAX)?.judge(kind)
+    Contents::read(kind, source, BODY_BYTES_MAX)?.verify()
 }
 
 /// What a genuine container says of itself.
@@ -75,7 +76,7 @@ pub struct Summary {
     pub info: Info,
     /// Whose signature was verified.
     pub signed_by: SignedBy,
-    /// What would make it no whole container, had Talos not signed every byte of it.
+    /// The defect of the layout that was tolerated.
     pub oddity: Option<ContainerError>,
 }
 
@@ -182,6 +183,11 @@ pub struct Info {
 }
 
 impl Info {
+    /// The base name of the database that it describes: `daily` for `daily.info`. No signature covers it.
+    pub fn base(&self) -> &str {
+        self.name.strip_suffix(INFO_SUFFIX).unwrap_or(&self.name)
+    }
+
     /// The whole text.
     pub fn text(&self) -> &str {
         &self.text
@@ -215,6 +221,12 @@ pub struct Member {
 /// A container is not whole, or not genuine. A `String` is the name of the member in question.
 #[derive(Debug, thiserror::Error)]
 pub enum ContainerError {
+    /// The name is not that of a container.
+    #[error("its name is not that of a container")]
+    Kind,
+    /// The name has the extension of another kind of container.
+    #[error("it is a .{0} under another name; rename it")]
+    Renamed(&'static str),
     /// The file could not be read: ours, not the file's fault.
     #[error("cannot read the container")]
     Read(#[source] io::Error),
@@ -318,7 +330,7 @@ pub enum ContainerError {
         /// What the header says.
         listed: [u8; 16],
     },
-    /// It is whole, and not Talos's.
+    /// A signature is missing or does not verify.
     #[error(transparent)]
     Signature(#[from] SignatureError),
 }
@@ -329,9 +341,41 @@ const BUFFER_BYTES: usize = 64 << 10;
 /// First byte of a gzip stream, which no member's name begins with.
 const GZIP_MAGIC: u8 = 0x1f;
 
+impl ContainerError {
+    /// Whether the defect concerns only how the container is laid out: a limit of ours, padding, a tar
+    /// header, the end. It says nothing about the members that were read before.
+    fn is_layout(&self) -> bool {
+        match self {
+            Self::Cut(_)
+            | Self::Gzip(_)
+            | Self::Trailing(_)
+            | Self::TarHeader { .. }
+            | Self::Padding(_)
+            | Self::MembersMax
+            | Self::MemberBytesMax { .. }
+            | Self::BodyBytesMax { .. } => true,
+            Self::Kind
+            | Self::Renamed(_)
+            | Self::Read(_)
+            | Self::Header(_)
+            | Self::Duplicate(_)
+            | Self::NoInfo
+            | Self::Info { .. }
+            | Self::HeaderDiffers { .. }
+            | Self::Missing(_)
+            | Self::Unlisted(_)
+            | Self::MemberDiffers { .. }
+            | Self::NoMd5
+            | Self::Md5 { .. }
+            | Self::Signature(_) => false,
+        }
+    }
+}
+
 /// What one pass over a container found.
 #[derive(Debug)]
 struct Contents {
+    kind: DatabaseKind,
     header: Header,
     info: Info,
     /// Why it is not whole.
@@ -339,17 +383,33 @@ struct Contents {
 }
 
 impl Contents {
-    /// Reads a container to its end. Fails if the reading does, or header and `.info` are not to be
-    /// had or contradict each other or the body: then nothing can vouch for the rest.
+    /// Reads a container to its end.
+    ///
+    /// # Errors
+    ///
+    /// If the source cannot be read, header or `.info` is missing or unusable, or they contradict each
+    /// other or the body. Any other defect is in the result.
     fn read(
         kind: DatabaseKind,
         mut source: impl Read,
         body_bytes_max: u64,
     ) -> Result<Self, ContainerError> {
+        if !matches!(
+            kind,
+            DatabaseKind::Cvd | DatabaseKind::Cld | DatabaseKind::Cud
+        ) {
+            return Err(ContainerError::Kind);
+        }
         let bytes = header_bytes(&mut source)?;
         let header = Header::parse(&bytes)?;
-        if kind == DatabaseKind::Cvd && header.md5.is_none() {
-            return Err(ContainerError::NoMd5);
+        match (kind, header.md5, &header.signature) {
+            (DatabaseKind::Cvd, None, None) => return Err(ContainerError::Renamed("cld or .cud")),
+            (DatabaseKind::Cvd, None, Some(_)) => return Err(ContainerError::NoMd5),
+            (DatabaseKind::Cld | DatabaseKind::Cud, Some(_), Some(_)) => {
+                return Err(ContainerError::Renamed("cvd"));
+            }
+            (DatabaseKind::Cld, Some(_), None) => return Err(ContainerError::Renamed("cud")),
+            (_, _, _) => {}
         }
         let hashed = Hashed {
             source,
@@ -366,15 +426,18 @@ impl Contents {
             None => Err(ContainerError::NoInfo),
         };
         let (info, whole) = match (info, whole) {
-            // What ended the reading comes before what therefore is not there.
+            // The first defect: a missing `.info` is its consequence.
             (Err(_), Err(defect)) => return Err(defect),
             (info, whole) => (info?, whole),
         };
+        if kind == DatabaseKind::Cud && info.signature().is_some() {
+            return Err(ContainerError::Renamed("cld")); // clamd refuses it under this name
+        }
         compare_header(kind, header_text(&bytes)?, &info)?;
-        members.compare(&info)?;
-        let defect = whole.and_then(|()| members.complete(&info)).err();
+        members.match_list(&info)?;
+        let defect = whole.and_then(|()| members.are_complete(&info)).err();
         if let Some(listed) = header.md5 {
-            // What was not read because of a defect belongs to the body, too.
+            // The MD5 covers also what was not read because of a defect.
             io::copy(&mut body, &mut io::sink()).map_err(ContainerError::Read)?;
             let found = body.into_inner().md5.expect("there is one to compare");
             let found = found.finalize().into();
@@ -383,27 +446,26 @@ impl Contents {
             }
         }
         Ok(Self {
+            kind,
             header,
             info,
             defect,
         })
     }
 
-    fn judge(self, kind: DatabaseKind) -> Result<Summary, ContainerError> {
+    fn verify(self) -> Result<Summary, ContainerError> {
         let info = || talos::verify_info(self.info.signed(), self.info.signature());
-        let (signed_by, verified) = match kind {
-            DatabaseKind::Cvd => {
-                let md5 = self.header.md5.ok_or(ContainerError::NoMd5)?;
+        let (signed_by, verified) = match (self.kind, self.header.md5) {
+            (DatabaseKind::Cvd, Some(md5)) => {
                 let body = talos::verify_body(&md5, self.header.signature.as_deref());
                 (SignedBy::Talos, body.and_then(|()| info()))
             }
-            DatabaseKind::Cld => (SignedBy::Talos, info()),
-            DatabaseKind::Cud | DatabaseKind::Sign | DatabaseKind::Loose => {
-                (SignedBy::None, Ok(()))
-            }
+            (DatabaseKind::Cld, _) => (SignedBy::Talos, info()),
+            (_, _) => (SignedBy::None, Ok(())),
         };
+        let is_covered = self.kind == DatabaseKind::Cvd && verified.is_ok();
         let oddity = match self.defect {
-            Some(defect) if kind != DatabaseKind::Cvd || verified.is_err() => return Err(defect),
+            Some(defect) if !(is_covered && defect.is_layout()) => return Err(defect),
             defect => defect,
         };
         verified?;
@@ -515,14 +577,10 @@ fn header_md5(text: &str) -> Result<Option<[u8; 16]>, HeaderError> {
     Ok(Some(md5))
 }
 
+/// [`talos`] decides whether it knows this kind of signature.
 fn header_signature(text: &str) -> Result<Option<String>, HeaderError> {
-    let is_digit = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'+' | b'/');
-    if text.is_empty() || !text.bytes().all(is_digit) {
-        return Err(wrong_field(
-            SIGNATURE_FIELD,
-            text,
-            "digits of a-z A-Z 0-9 + / or X",
-        ));
+    if text.is_empty() {
+        return Err(wrong_field(SIGNATURE_FIELD, text, "a signature or X"));
     }
     Ok((text != ABSENT).then(|| text.to_owned()))
 }
@@ -595,7 +653,7 @@ impl<R: Read> Tar<R> {
                 return Err(ContainerError::MembersMax);
             }
             let is_info = name.ends_with(INFO_SUFFIX) && members.info.is_none();
-            let max = if is_info {
+            let max = if is_info || name == LICENCE {
                 INFO_BYTES_MAX
             } else {
                 MEMBER_BYTES_MAX
@@ -796,6 +854,10 @@ impl Info {
         if members.is_empty() {
             return Err(wrong(1, "no member is listed after it"));
         }
+        if signature_at.is_some() && !text.ends_with('\n') {
+            let last = text.lines().count();
+            return Err(wrong(last, "it must end with a newline")); // clamd refuses it, too
+        }
         Ok(Self {
             members,
             name: name.to_owned(),
@@ -869,7 +931,7 @@ const LICENCE: &str = "COPYING";
 
 impl Members {
     /// Every member that is there and listed is what the list says.
-    fn compare(&self, info: &Info) -> Result<(), ContainerError> {
+    fn match_list(&self, info: &Info) -> Result<(), ContainerError> {
         for listed in &info.members {
             if let Some(found) = self.found.get(&listed.name)
                 && found != listed
@@ -882,7 +944,7 @@ impl Members {
     }
 
     /// Every member that is listed is there, and none besides.
-    fn complete(mut self, info: &Info) -> Result<(), ContainerError> {
+    fn are_complete(mut self, info: &Info) -> Result<(), ContainerError> {
         for listed in &info.members {
             if self.found.remove(&listed.name).is_none() {
                 return Err(ContainerError::Missing(listed.name.clone()));

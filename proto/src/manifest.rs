@@ -72,7 +72,7 @@ pub struct ContainerFacts {
     /// When it was built.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub built: Option<Timestamp>,
-    /// Whose signature was verified. Absent: nobody looked.
+    /// Whose signature was verified. Absent in a manifest of an earlier build, which verified none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub signed_by: Option<SignedBy>,
 }
@@ -83,19 +83,22 @@ pub struct ContainerFacts {
 pub enum SignedBy {
     /// Cisco Talos: [`crate::talos`] verified the signature in `.info`.
     Talos,
-    /// Nobody: whoever maintains the mirror answers for it.
+    /// Nobody: the database carries no signature that says who made it.
     None,
+    /// Somebody whom this version does not know.
+    #[serde(other)]
+    Unknown,
 }
 
 impl ManifestFile {
-    /// Whose signature was verified when the file was published. `None`: of a container, nobody
-    /// looked; a `.sign` is a signature itself.
+    /// Whose signature was verified when the file was published. `None` for a container that an earlier
+    /// build published, and for a `.sign`, which is a signature itself.
     pub fn signed_by(&self) -> Option<SignedBy> {
         match self.name.kind() {
-            DatabaseKind::Cvd | DatabaseKind::Cld | DatabaseKind::Cud => {
+            DatabaseKind::Cvd | DatabaseKind::Cld => {
                 self.container.as_ref().and_then(|facts| facts.signed_by)
             }
-            DatabaseKind::Loose => Some(SignedBy::None),
+            DatabaseKind::Cud | DatabaseKind::Loose => Some(SignedBy::None),
             DatabaseKind::Sign => None,
         }
     }
@@ -163,10 +166,20 @@ impl Manifest {
         self.files.iter().find(|file| file.name == *name)
     }
 
-    /// The databases that Talos did not sign: whoever maintains the mirror answers for them.
+    /// Whether each `.cvd` and `.cld` was published with a verified signature.
+    pub fn is_verified(&self) -> bool {
+        self.files.iter().all(|file| match file.name.kind() {
+            DatabaseKind::Cvd | DatabaseKind::Cld => file.signed_by() == Some(SignedBy::Talos),
+            DatabaseKind::Cud | DatabaseKind::Loose | DatabaseKind::Sign => true,
+        })
+    }
+
+    /// The databases without a verified signature of Talos: anyone who can write into the mirror can
+    /// have made them.
     pub fn unsigned(&self) -> impl Iterator<Item = &DatabaseName> {
-        let unsigned = self.files.iter();
-        let unsigned = unsigned.filter(|file| file.signed_by() == Some(SignedBy::None));
+        let unsigned = self.files.iter().filter(|file| {
+            file.name.kind() != DatabaseKind::Sign && file.signed_by() != Some(SignedBy::Talos)
+        });
         unsigned.map(|file| &file.name)
     }
 

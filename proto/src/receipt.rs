@@ -158,11 +158,11 @@ pub struct FileState {
 /// A file that a receipt lists.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct ReceiptFile {
-    /// The file.
+    /// Its name, length and digest.
     #[serde(flatten)]
     pub file: FileState,
-    /// Whose signature the master verified over these bytes, as the manifest has it. Absent also if
-    /// these are other bytes than the generation's.
+    /// Whose signature the master verified over these bytes, as the manifest has it: absent for a loose
+    /// file, and for bytes that are not the generation's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub signed_by: Option<SignedBy>,
 }

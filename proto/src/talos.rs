@@ -1,33 +1,32 @@
 //! Talos's signatures of ClamAV's databases.
 //!
-//! A `.cvd` has two of them. The `DSIG:` line of `.info` signs header and list of members with
-//! RSASSA-PSS (RFC 8017) over SHA-256, with MGF1 over SHA-256 and a salt of 32 bytes. The header signs
-//! the MD5 of the body with RSA and no padding at all, so that a product of signatures is a signature,
-//! too: it proves little by itself. A `.cld` has the first one only, because freshclam puts the body
-//! together.
+//! A `.cvd` has two signatures. The `DSIG:` line of `.info` signs the header and the list of members
+//! with RSASSA-PSS (RFC 8017): SHA-256, MGF1 with SHA-256, a salt of 32 bytes. The header has an RSA
+//! signature of the body's MD5 without padding. The product of two such signatures is a signature again,
+//! so this one proves little by itself. A `.cld` has only the `DSIG:` line, because freshclam writes its
+//! body.
 //!
-//! The keys are those of libclamav/dsig.c, the schemes those of `cli_versig2` and `cli_versig`.
+//! The schemes are those of `cli_versig2` and `cli_versig` in libclamav/dsig.c.
 //!
-//! PSS is here in our own code because Talos's signatures break a rule that crates enforce: the modulus
-//! has 2047 bits, and they are encoded as if it had 2048. Every second one therefore has a bit where
-//! RFC 8017 wants a zero.
+//! PSS is our own code because Talos's signatures break a rule that crates enforce: the modulus has 2047
+//! bits, and the signatures are encoded for a modulus of 2048 bits. About a quarter of them have a bit
+//! set that must be zero by RFC 8017.
 
 use num_bigint::BigUint;
 use sha2::{Digest as _, Sha256};
 
-/// A signature is not Talos's.
+/// A signature of Talos is missing or does not verify.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum SignatureError {
-    /// There is none.
-    #[error("{0} has no signature, and clamd loads no .cvd and no .cld without one")]
+    /// The signature is missing.
+    #[error("{0} has no signature, and clamd refuses a .cvd or .cld without one")]
     Missing(Place),
-    /// It is not a number as ClamAV writes one, or the number is too large.
+    /// The text is not a number in ClamAV's digits, or the number exceeds the modulus.
     #[error(
-        "the signature in {0} is not of a kind that this version knows: it was changed, or Talos \
-         signs in a new way"
+        "the signature in {0} is of an unknown kind: it was changed, or Talos signs in a new way"
     )]
     UnknownScheme(Place),
-    /// No known key has made it for this content.
+    /// The signature does not verify with the known key.
     #[error(
         "the signature in {0} is by an unknown signer: the database was changed or forged, or \
          Talos has a new key"
@@ -81,9 +80,9 @@ struct Key {
 }
 
 impl Key {
-    /// The key of `DSIG:` lines: `PSS_NSTR` and `PSS_ESTR`.
+    /// The key of `DSIG:` lines: `INFO_NSTR` and `INFO_ESTR` in libclamav/readdb.c.
     fn of_info() -> Self {
-        Self::published(
+        Self::new(
             "1108889498304854547365955610662719492392894179179504762059165869741358104332271591\
          2172496806525381055880964520618400224333320534660299233983755341740679502866829909\
          6799557343913926683783612215242053966310901051516412708572770803107343209516537005\
@@ -96,9 +95,9 @@ impl Key {
         )
     }
 
-    /// The key of headers: `CLI_NSTR` and `CLI_ESTR`.
+    /// The key of headers: `CLI_NSTR` and `CLI_ESTR` in libclamav/dsig.c.
     fn of_body() -> Self {
-        Self::published(
+        Self::new(
             "1186409955516453426030700016584531897515277744120277437465994057432431426074641447\
          6736106064065584474976078889002228342492276248891756555100246777110966959818941043\
          4699034532232228621591089508178591428456220796841621637175567590476666928698770143\
@@ -107,7 +106,7 @@ impl Key {
         )
     }
 
-    fn published(modulus: &str, exponent: u32) -> Self {
+    fn new(modulus: &str, exponent: u32) -> Self {
         let modulus = BigUint::parse_bytes(modulus.as_bytes(), 10);
         Self {
             modulus: modulus.expect("it consists of digits"),
@@ -161,7 +160,7 @@ fn is_pss(encoded: &BigUint, hash: &[u8]) -> bool {
     let (masked, rest) = block.split_at_mut(ENCODED_BYTES - HASH_BYTES - 1);
     let (seed, trailer) = rest.split_at(HASH_BYTES);
     if trailer != [0xbc] || masked[0] & 0x80 != 0 {
-        return false;
+        return false; // the second is impossible below a modulus of 2047 bits
     }
     // MGF1 (B.2.1)
     for (counter, part) in (0u32..).zip(masked.chunks_mut(HASH_BYTES)) {
@@ -250,7 +249,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pss_encoding_holds_for_its_hash_only_and_in_every_bit() {
+    fn a_pss_encoding_is_valid_for_one_hash_and_no_bit_of_it_can_change() {
         let hash = Sha256::digest("a list");
         for salt in 0..8 {
             let encoded = pss(&hash, &[salt; HASH_BYTES]);
@@ -283,7 +282,7 @@ mod tests {
     }
 
     #[test]
-    fn no_signature_another_kind_and_another_key_are_told_apart() {
+    fn missing_unknown_and_foreign_signatures_are_different_errors() {
         let missing = Err(SignatureError::Missing(Place::Info));
         assert_eq!(verify_info("a list", None), missing);
         let unknown = Err(SignatureError::UnknownSigner(Place::Info));

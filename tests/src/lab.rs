@@ -38,7 +38,7 @@ mod until;
 mod usage;
 
 pub use clamd::Clamd;
-pub use container::{Container, Forged, hash_signature, signatures};
+pub use container::{Container, Dismantled, hash_signature, signatures};
 pub use datagrams::{halfway, initials, send_from};
 pub use fleet::{Agent, Daemon, Fleet, Master, program};
 pub use freeze::{freeze, threads};

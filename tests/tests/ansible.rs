@@ -52,7 +52,7 @@ struct Site {
 impl Site {
     fn boot(release: Part) -> Self {
         let [mirror, web1] = Tree::boot(release, ["mirror", "web1"]);
-        for (name, source) in [("main.cvd", "bytecode.cvd"), ("daily.cvd", "test-1.cvd")] {
+        for (name, source) in [("main.cvd", "test-6.cvd"), ("daily.cvd", "test-1.cvd")] {
             let content = fs::read(Part::TestFiles.path().join(source)).expect("it was found");
             let path = format!("/var/lib/clamav/{name}");
             mirror.write(&path, content);

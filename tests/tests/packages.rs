@@ -782,7 +782,7 @@ impl Fleet {
         fleet
             .mirror
             .run("install -d -o clamav -g clamav /var/lib/clamav-mirror");
-        fleet.mirror_file("main.cvd", "bytecode.cvd");
+        fleet.mirror_file("main.cvd", "test-6.cvd");
         fleet.mirror_file("daily.cvd", "test-1.cvd");
         fleet
     }

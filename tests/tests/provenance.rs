@@ -11,7 +11,9 @@ use aws_lc_rs::signature::RSA_PSS_SHA256;
 use clamcast_proto::container::{self, HEADER_BYTES};
 use clamcast_proto::manifest::SignedBy;
 use clamcast_proto::names::DatabaseKind;
-use clamcast_tests::lab::{Fleet, Forged, Master, Mirror, PATIENCE, Part, Scratch, until};
+use clamcast_tests::lab::{
+    Dismantled, Fleet, Master, Mirror, PATIENCE, Part, Scratch, Update, until,
+};
 use clamcast_tests::require;
 use flate2::Compression;
 use flate2::read::GzDecoder;
@@ -79,8 +81,9 @@ fn what_sigtool_refuses_after_a_changed_byte_is_refused() {
     for (name, bytes) in real_databases() {
         // Alone in its directory: sigtool also looks at a .cvd beside a .cld.
         let path = scratch.directory(&name).join(&name);
-        // All fields of the header, and of the rest enough to meet every member.
-        let header = (0..HEADER_BYTES).step_by(17);
+        // Every field of the header, and of the rest enough to meet every member.
+        let text = bytes[..HEADER_BYTES].trim_ascii_end().len();
+        let header = (0..text).step_by(1 + text / 100);
         let body = (HEADER_BYTES..bytes.len()).step_by(1 + bytes.len() / 100);
         for at in header.chain(body) {
             let mut changed = bytes.clone();
@@ -99,14 +102,103 @@ fn what_sigtool_refuses_after_a_changed_byte_is_refused() {
     assert!(refused > 500 && stricter > 20, "{refused}, {stricter}");
 }
 
+#[test]
+fn what_sigtool_refuses_after_a_change_of_the_structure_is_refused() {
+    require!(Freshclam, Sigtool, TestFiles);
+    let scratch = Scratch::new();
+    let mirror = Mirror::new();
+    mirror.freshclam_to(5);
+    let genuine = fs::read(mirror.freshclam_to(6)).unwrap();
+    type Change = fn(&mut Dismantled);
+    let changes: &[(&str, Change)] = &[
+        ("nothing", |_| {}),
+        ("no newline after the signature", |cld| {
+            cld.info(|info| info.trim_end().to_owned());
+        }),
+        ("two newlines after the signature", |cld| {
+            cld.info(|info| info + "\n")
+        }),
+        ("a line after the signature", |cld| {
+            cld.info(|info| info + "test.cfg:0:00\n");
+        }),
+        ("two signatures", |cld| {
+            cld.info(|info| info.replace("DSIG:", "DSIG:a\nDSIG:"));
+        }),
+        ("a longer signature", |cld| {
+            cld.info(|info| info.replace("DSIG:", "DSIG:a"))
+        }),
+        ("a lower-case prefix", |cld| {
+            cld.info(|info| info.replace("DSIG:", "dsig:"))
+        }),
+        ("spaces in the first line", |cld| {
+            cld.info(|info| info.replacen('\n', "  \n", 1));
+        }),
+        ("no .info", |cld| {
+            cld.members.retain(|(name, _)| !name.ends_with(".info"))
+        }),
+        ("no licence", |cld| {
+            cld.members.retain(|(name, _)| name != "COPYING")
+        }),
+        ("a member less", |cld| drop(cld.members.pop())),
+        ("a member twice", |cld| {
+            cld.members.push(cld.members[3].clone())
+        }),
+        ("a member more", |cld| {
+            cld.members.push(("test.ign2".into(), b"Eicar\n".to_vec()));
+        }),
+        ("an empty member more", |cld| {
+            cld.members.push(("test.pad".into(), Vec::new()))
+        }),
+        ("members swapped", |cld| cld.members.swap(3, 4)),
+        ("members in reverse", |cld| cld.members.reverse()),
+        ("a longer member", |cld| cld.member(".hdb").push(b'\n')),
+        ("an empty member", |cld| cld.member(".hdb").clear()),
+        ("another version", |cld| {
+            cld.header = replaced(&cld.header, ":6:", ":7:")
+        }),
+        ("another count", |cld| {
+            cld.header = replaced(&cld.header, ":14:", ":13:")
+        }),
+        ("another builder", |cld| {
+            cld.header = replaced(&cld.header, "micasnyd", "micasnye")
+        }),
+    ];
+    let mut accepted = Vec::new();
+    for (what, change) in changes {
+        let mut cld = Dismantled::new(&genuine);
+        change(&mut cld);
+        let bytes = cld.bytes();
+        let path = scratch.join("test.cld");
+        fs::write(&path, &bytes).unwrap();
+        let ours = ours("test.cld", &bytes);
+        if ours.is_ok() {
+            assert!(sigtool(&path), "only sigtool refuses: {what}");
+            accepted.push(*what);
+        }
+    }
+    let harmless = [
+        "nothing",
+        "no licence",
+        "members swapped",
+        "members in reverse",
+    ];
+    assert_eq!(accepted, harmless);
+}
+
+fn replaced(header: &[u8], from: &str, to: &str) -> Vec<u8> {
+    let header = String::from_utf8(header.to_vec()).unwrap();
+    header.replacen(from, to, 1).into_bytes()
+}
+
 /// Whether a byte belongs to the text of COPYING, the first member of a plain tar.
 fn is_licence(bytes: &[u8], at: usize) -> bool {
     let content = HEADER_BYTES + 512;
-    let end = Forged::from(bytes).member("COPYING").len() + content;
+    let end = Dismantled::new(bytes).member("COPYING").len() + content;
     (content..end).contains(&at)
 }
 
 /// A fleet whose master published version 5 of a database that Talos signed, and loads nothing itself.
+/// It publishes no unsigned databases.
 struct Lab {
     fleet: Fleet,
     master: Master,
@@ -122,7 +214,10 @@ impl Lab {
         let genuine = fs::read(upstream.freshclam_to(6)).unwrap();
         fs::write(fleet.mirror().join("test.cld"), first).unwrap();
         let mut master = fleet.master(&fleet.mirror());
-        master.configure("require = []", "require = []\nload_test = \"never\"");
+        master.configure(
+            "require = []",
+            "require = []\nload_test = \"never\"\nunsigned = \"refuse\"",
+        );
         master.start();
         master.wait_generation(1);
         Self {
@@ -152,11 +247,17 @@ impl Lab {
 fn signed_by_another(text: &str) -> String {
     const DIGITS: &[u8; 64] = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789+/";
     let pair = KeyPair::generate(KeySize::Rsa2048).unwrap();
-    let mut signature = vec![0; pair.public_modulus_len()];
-    let random = SystemRandom::new();
-    pair.sign(&RSA_PSS_SHA256, &random, text.as_bytes(), &mut signature)
+    let mut signature = vec![u8::MAX; pair.public_modulus_len()];
+    // Until it is below Talos's modulus: every signature has another salt.
+    while signature[0] > 0x50 {
+        pair.sign(
+            &RSA_PSS_SHA256,
+            &SystemRandom::new(),
+            text.as_bytes(),
+            &mut signature,
+        )
         .unwrap();
-    signature[0] &= 0x3f; // below the modulus of Talos
+    }
     signature.reverse();
     let bit = |at: usize| signature.get(at / 8).map_or(0, |byte| byte >> (at % 8) & 1);
     let digits = (0..signature.len() * 8).step_by(6).map(|place| {
@@ -170,7 +271,7 @@ fn signed_by_another(text: &str) -> String {
 fn a_forged_cut_or_newly_signed_cld_is_refused_without_a_load_test() {
     require!(Freshclam, TestFiles);
     let lab = Lab::new();
-    let genuine = || Forged::from(&lab.genuine);
+    let genuine = || Dismantled::new(&lab.genuine);
 
     let mut changed = genuine();
     changed.member(".hdb").extend(b"# a line more\n");
@@ -191,16 +292,19 @@ fn a_forged_cut_or_newly_signed_cld_is_refused_without_a_load_test() {
 
     let mut scheme = forged.clone();
     scheme.info(|info| format!("{}DSIG:pkcs7-MIIB\n", signed(info)));
-    let kind = "the signature in `.info` is not of a kind that this version knows";
+    let kind = "the signature in `.info` is of an unknown kind";
     lab.refuses("test.cld", &scheme.bytes(), kind);
 
     let mut unsigned = forged;
     unsigned.info(signed);
-    lab.refuses("test.cld", &unsigned.bytes(), "`.info` has no signature");
+    lab.refuses(
+        "test.cld",
+        &unsigned.bytes(),
+        "`.info` has no signature, and clamd refuses",
+    );
 
     let mut newer = genuine();
-    let header = String::from_utf8(newer.header.clone()).unwrap();
-    newer.header = header.replacen(":6:", ":7:", 1).into_bytes();
+    newer.header = replaced(&newer.header, ":6:", ":7:");
     lab.refuses(
         "test.cld",
         &newer.bytes(),
@@ -255,14 +359,67 @@ fn a_cvd_with_another_body_is_refused_without_a_load_test() {
     let unknown = "the signature in the header is by an unknown signer";
     lab.refuses("test.cvd", &named, unknown);
 
-    fs::write(lab.fleet.mirror().join("test.cvd"), six).unwrap();
+    let signature = Part::TestFiles.path().join("test-6.cvd.sign");
+    let signature = fs::read(signature).unwrap();
+    let update = Update::begin(lab.fleet.mirror());
+    update.put("test.cvd", six);
+    update.put("test-6.cvd.sign", signature);
+    drop(update);
     lab.master.wait_generation(2);
+    let files = &lab.master.json(&["generations"]).unwrap()[1]["files"];
+    assert_eq!(files[0]["name"], "test-6.cvd.sign");
+    assert_eq!(
+        (&files[1]["name"], &files[1]["signed_by"]),
+        (&json!("test.cvd"), &json!("talos"))
+    );
+}
+
+#[test]
+fn an_official_database_under_the_name_of_another_is_refused() {
+    require!(Freshclam, TestFiles);
+    let lab = Lab::new();
+    let bytecode = fs::read(Part::TestFiles.path().join("bytecode.cvd")).unwrap();
+    let name = "main.cvd is the database bytecode under another name";
+    lab.refuses("main.cvd", &bytecode, name);
+    fs::rename(
+        lab.fleet.mirror().join("main.cvd"),
+        lab.fleet.mirror().join("bytecode.cvd"),
+    )
+    .unwrap();
+    lab.master.wait_generation(2);
+}
+
+#[test]
+fn a_signed_database_that_is_gone_is_held_until_an_operator_accepts_it() {
+    require!(Freshclam, TestFiles);
+    let lab = Lab::new();
+    let mirror = lab.fleet.mirror();
+    let bytecode = fs::read(Part::TestFiles.path().join("bytecode.cvd")).unwrap();
+    fs::write(mirror.join("bytecode.cvd"), bytecode).unwrap();
+    lab.master.wait_generation(2);
+    fs::remove_file(mirror.join("bytecode.cvd")).unwrap();
+    let held = lab.master.command(&["publish"]);
+    let said = String::from_utf8_lossy(&held.stderr);
+    assert!(
+        said.contains("bytecode.cvd is published and no longer in the mirror"),
+        "{said}"
+    );
+    let accepted = lab
+        .master
+        .command(&["publish", "--accept", "it was withdrawn"]);
+    assert!(accepted.status.success(), "{accepted:?}");
+    lab.master.wait_generation(3);
 }
 
 #[test]
 fn a_new_version_that_talos_signed_is_published_and_every_member_sees_who_signed() {
     require!(Freshclam, TestFiles);
-    let Lab { fleet, master, .. } = Lab::new();
+    let Lab {
+        fleet, mut master, ..
+    } = Lab::new();
+    master.stop();
+    master.configure("unsigned = \"refuse\"", "unsigned = \"allow\"");
+    master.start();
     let local = "Lab.Local:0:*:6c6f63616c\n";
     fs::write(fleet.mirror().join("local.ndb"), local).unwrap();
     master.wait_generation(2);

@@ -34,7 +34,7 @@ pub struct Status {
     pub install: Option<InstallNumber>,
     /// Its databases.
     pub files: Vec<DatabaseName>,
-    /// Those of them that Talos did not sign.
+    /// Those of them without a verified signature of Talos.
     #[serde(default)]
     pub unsigned: Vec<DatabaseName>,
     /// Whether clamd was seen scanning with it.

@@ -53,7 +53,7 @@ impl Status {
             line(
                 "unsigned:",
                 &format_args!(
-                    "{}; from the administrator of the mirror, not from Talos",
+                    "{}; no verified signature says who made them",
                     joined(&self.unsigned)
                 ),
             );

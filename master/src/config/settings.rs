@@ -47,7 +47,7 @@ pub const KEYS: &[Key] = &[
         name: "mirror.unsigned",
         value: Value::Default("\"allow\""),
         expected: "\"allow\" or \"refuse\"",
-        meaning: "Whether the master publishes databases that Talos did not sign.",
+        meaning: "Whether the master publishes .cud and loose files, which carry no signature. A .cvd or .cld always needs a valid signature of Talos.",
     },
     Key {
         name: "mirror.load_test",

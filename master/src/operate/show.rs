@@ -417,7 +417,8 @@ pub(crate) fn generations(rows: Vec<Generation>) {
             let version = container.map(|container| format!(":{}", container.version));
             let signer = match file.signed_by() {
                 Some(SignedBy::None) => " (unsigned)",
-                Some(SignedBy::Talos) | None => "",
+                Some(SignedBy::Unknown) | None if file.name.is_container() => " (not verified)",
+                Some(SignedBy::Talos | SignedBy::Unknown) | None => "",
             };
             format!("{}{}{signer}", file.name, version.unwrap_or_default())
         });

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 
 use clamcast_daemon::values::Percent;
-use clamcast_proto::container::{self, ContainerError};
+use clamcast_proto::container::{self, ContainerError, Info};
 use clamcast_proto::manifest::{ContainerFacts, Manifest, ManifestFile, SignedBy};
 use clamcast_proto::names::DatabaseKind;
 use clamcast_proto::talos::SignatureError;
@@ -59,12 +59,21 @@ pub enum Objection {
         source: ContainerError,
     },
     /// A `.cvd` or `.cld` that is whole and not Talos's. No setting lets it pass.
-    #[error("{name} is not as Talos signed it")]
+    #[error("{name} has no valid signature of Talos; remove it and run freshclam")]
     Signature {
         /// Its name.
         name: DatabaseName,
         /// What is wrong.
         source: SignatureError,
+    },
+    /// One official database under the name of another. Its signature is valid, and the other database
+    /// would be lost.
+    #[error("{name} is the database {of} under another name; remove it and run freshclam")]
+    Misnamed {
+        /// Its name.
+        name: DatabaseName,
+        /// What it is.
+        of: &'static str,
     },
     /// Not signed by Talos, where only that is published.
     #[error("{name} is not signed by Talos, and the configuration has `unsigned = \"refuse\"`")]
@@ -186,7 +195,7 @@ fn file(captured: &Captured, store: &Store, unsigned: Unsigned) -> Result<Manife
     let Captured { name, size, sha256 } = captured;
     let mut container = None;
     if name.is_container() {
-        container = Some(facts(name, store.open_object(sha256)?)?);
+        container = Some(check_container(name, store.open_object(sha256)?)?);
     }
     let file = ManifestFile {
         name: name.clone(),
@@ -200,8 +209,8 @@ fn file(captured: &Captured, store: &Store, unsigned: Unsigned) -> Result<Manife
     Ok(file)
 }
 
-/// What a container says of itself, if it is whole and as genuine as its kind can be.
-fn facts(name: &DatabaseName, object: File) -> Result<ContainerFacts, Objection> {
+/// What a container says of itself, if it is whole, as genuine as its kind can be, and what its name says.
+fn check_container(name: &DatabaseName, object: File) -> Result<ContainerFacts, Objection> {
     let summary = container::check(name.kind(), object).map_err(|error| {
         let name = name.clone();
         if let ContainerError::Signature(source) = error {
@@ -213,10 +222,13 @@ fn facts(name: &DatabaseName, object: File) -> Result<ContainerFacts, Objection>
         }
     })?;
     if let Some(oddity) = &summary.oddity {
-        tracing::warn!(
-            %name, oddity = chain(oddity),
-            "this database has an unusual form, and Talos signed every byte of it: it passes"
-        );
+        tracing::warn!(%name, oddity = chain(oddity), "unusual layout accepted: Talos signed every byte");
+    }
+    if summary.signed_by == SignedBy::Talos
+        && let Some(of) = other_official(name.base(), &summary.info)
+    {
+        let name = name.clone();
+        return Err(Objection::Misnamed { name, of });
     }
     Ok(ContainerFacts {
         version: summary.header.version,
@@ -226,12 +238,28 @@ fn facts(name: &DatabaseName, object: File) -> Result<ContainerFacts, Objection>
     })
 }
 
-/// No base has a lower version than it has in the current generation, under whatever extension.
+/// Talos's databases by their base names.
+const OFFICIAL: [&str; 3] = ["main", "daily", "bytecode"];
+
+/// Another official database that the members belong to. A signature covers the names of the members,
+/// and not the name of the file: a copy of `daily` over `bytecode` has a valid one.
+fn other_official(base: &str, info: &Info) -> Option<&'static str> {
+    let stem = |name: &str| name.split('.').next().unwrap_or_default().to_owned();
+    let members = info.members.iter().map(|member| stem(&member.name));
+    let stems: Vec<_> = members.chain([info.base().to_owned()]).collect();
+    let others = OFFICIAL.into_iter().filter(|official| *official != base);
+    others
+        .into_iter()
+        .find(|official| stems.iter().any(|stem| stem == official))
+}
+
+/// No base has a lower version than it has in the current generation, under whatever extension. What
+/// Talos signed and what nobody signed have versions of their own: an unsigned `daily.cud` with a high
+/// number keeps no `daily.cld` from the fleet.
 fn versions(files: &[ManifestFile], published: &[ManifestFile]) -> Result<(), Objection> {
     let highest = bases(published);
     for file in files {
-        let (Some(facts), Some(published)) = (&file.container, highest.get(file.name.base()))
-        else {
+        let (Some(facts), Some(published)) = (&file.container, highest.get(&line(file))) else {
             continue;
         };
         if facts.version < *published {
@@ -245,16 +273,21 @@ fn versions(files: &[ManifestFile], published: &[ManifestFile]) -> Result<(), Ob
     Ok(())
 }
 
-/// The highest container version of every base.
-fn bases(files: &[ManifestFile]) -> BTreeMap<&str, u64> {
+/// The highest container version of each [`line`].
+fn bases(files: &[ManifestFile]) -> BTreeMap<(&str, bool), u64> {
     let mut highest = BTreeMap::new();
     for file in files {
         if let Some(facts) = &file.container {
-            let version = highest.entry(file.name.base()).or_default();
+            let version = highest.entry(line(file)).or_default();
             *version = facts.version.max(*version);
         }
     }
     highest
+}
+
+/// What counts versions upwards: a base name of Talos's, or one that nobody signed.
+fn line(file: &ManifestFile) -> (&str, bool) {
+    (file.name.base(), file.name.kind() == DatabaseKind::Cud)
 }
 
 /// What the current generation has and this one has not, or has much less of.
@@ -334,16 +367,18 @@ mod tests {
     }
 
     #[test]
-    fn a_version_counts_under_every_extension() {
+    fn a_version_of_talos_counts_in_both_forms_and_against_no_unsigned_one() {
         let daily = |name, version| published(name, version, SignedBy::Talos);
         for (name, version, passes) in [
             ("daily.cvd", 6, false),
-            ("daily.cud", 6, false),
+            ("daily.cud", 6, true),
             ("daily.cvd", 7, true),
             ("main.cld", 6, true),
         ] {
             let verdict = versions(&[daily(name, version)], &[daily("daily.cld", 7)]);
             assert_eq!(verdict.is_ok(), passes, "{name} {version}");
         }
+        let unsigned = published("daily.cud", u64::MAX, SignedBy::None);
+        assert!(versions(&[daily("daily.cld", 7)], &[unsigned]).is_ok());
     }
 }

@@ -316,7 +316,8 @@ fn announce(
         .iter()
         .map(|file| file.name.as_str())
         .collect();
-    let mut detail = json!({ "content": manifest.content, "files": files });
+    let unsigned: Vec<_> = manifest.unsigned().collect();
+    let mut detail = json!({ "content": manifest.content, "files": files, "unsigned": unsigned });
     if !announcement.accepted.is_empty() {
         detail["accepted"] = json!(announcement.accepted);
         detail["reason"] = json!(announcement.reason);
@@ -405,7 +406,7 @@ mod tests {
             let position = record.position().unwrap();
             let mut text = format!("{} {position} by {}", record.event, record.actor);
             for (field, value) in record.detail.as_object().unwrap() {
-                if !["content", "files"].contains(&field.as_str()) {
+                if !["content", "files", "unsigned"].contains(&field.as_str()) {
                     text += &format!(", {field} {value}");
                 }
             }

@@ -19,7 +19,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::chain;
-use crate::config::{Config, Mirror};
+use crate::config::{Config, Mirror, Unsigned};
 use crate::publish::capture::{CaptureError, capture};
 use crate::publish::check::{Checked, LoadTestError, Objection, check};
 use crate::publish::mirror::activity::Activity;
@@ -389,9 +389,12 @@ impl Publisher {
             );
         }
         let current = self.store.current();
-        let same = current.is_some_and(|current| current.content == capture.content);
+        let same = current
+            .as_ref()
+            .is_some_and(|current| current.content == capture.content);
         let rejected = self.rejection(capture.content);
-        if same && rejected.is_none() && !self.is_due() {
+        let admitted = current.is_none_or(|current| admits(mirror.unsigned, &current));
+        if same && admitted && rejected.is_none() && !self.is_due() {
             self.records().clear_refusal(&self.store)?;
             return Ok(Published::Unchanged);
         }
@@ -669,6 +672,13 @@ impl Publisher {
     fn records(&self) -> MutexGuard<'_, Records> {
         lock(&self.records)
     }
+}
+
+/// Whether what is published would pass the rules about signatures of today: an earlier build verified
+/// none, and the configuration may have changed since.
+fn admits(unsigned: Unsigned, published: &Manifest) -> bool {
+    published.is_verified()
+        && (unsigned == Unsigned::Allow || published.unsigned().next().is_none())
 }
 
 /// Whether the manifest is small enough for agents to look at.

@@ -123,22 +123,22 @@ fn tar_member(name: &str, content: &[u8]) -> Vec<u8> {
     member
 }
 
-/// A real container with a plain tar, taken apart so that a test can forge it.
+/// A real container with a plain tar, taken apart so that a test can change it.
 #[derive(Clone, Debug)]
-pub struct Forged {
+pub struct Dismantled {
     /// The 512 bytes in front of the tar.
     pub header: Vec<u8>,
     /// Name and content of the members, in their order.
     pub members: Vec<(String, Vec<u8>)>,
 }
 
-impl Forged {
+impl Dismantled {
     /// Takes a container apart.
     ///
     /// # Panics
     ///
     /// If it is not one, or its tar is compressed.
-    pub fn from(container: &[u8]) -> Self {
+    pub fn new(container: &[u8]) -> Self {
         let (header, mut tar) = container.split_at(512);
         let text = |field: &[u8]| {
             let text = field.split(|byte| *byte == 0).next().unwrap_or_default();

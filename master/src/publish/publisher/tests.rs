@@ -8,7 +8,7 @@ use clamcast_daemon::alarms::Alarms;
 use clamcast_daemon::values::Percent;
 use clamcast_proto::delta::VERSION;
 use clamcast_proto::dsse::sign;
-use clamcast_proto::manifest::{SignedBy, content_digest};
+use clamcast_proto::manifest::{ManifestFile, SignedBy, content_digest};
 use nix::sys::stat::Mode;
 use sha2::{Digest as _, Sha256};
 
@@ -362,11 +362,41 @@ fn a_loose_database_or_a_cud_that_is_gone_is_withdrawn() {
 }
 
 #[test]
-fn a_forged_database_is_refused_whatever_the_settings_and_the_operator_say() {
+fn a_forged_database_that_an_earlier_build_published_is_refused_after_the_upgrade() {
+    let lab = Lab::with_daily(7);
+    publish(&lab.publisher("state"));
+    lab.put("main.cld", &container("main", 60, 10));
+    let store = lab.store("state");
+    let current = store.current().unwrap();
+    let forged = fs::File::open(lab.mirror("main.cld")).unwrap();
+    let (sha256, size) = store.import(&forged).unwrap();
+    let mut files = current.files.clone();
+    files.push(ManifestFile {
+        name: "main.cld".parse().unwrap(),
+        size,
+        sha256,
+        container: None,
+    });
+    let manifest = Manifest {
+        generation: Generation::new(2).unwrap(),
+        content: content_digest(files.iter().map(|f| (&f.name, f.size, &f.sha256))),
+        files,
+        ..Manifest::clone(&current)
+    };
+    store.add(sign(manifest, &key(MANIFEST))).unwrap();
+    drop(store);
+    check(
+        &lab.publisher("state"),
+        "refused: main.cld has no valid signature of Talos",
+    );
+}
+
+#[test]
+fn a_forged_database_is_refused_also_if_an_operator_accepts_it() {
     let lab = Lab::with_daily(7);
     lab.put("main.cld", &container("main", 60, 10));
     let publisher = lab.publisher("state");
-    let why = "refused: main.cld is not as Talos signed it: `.info` has no signature";
+    let why = "refused: main.cld has no valid signature of Talos; remove it and run freshclam: `.info` has no signature";
     check(&publisher, why);
     assert!(accept(&publisher).contains(why));
 }
@@ -384,6 +414,17 @@ fn databases_that_nobody_signed_can_be_refused() {
     check(
         &lab.publisher("two"),
         "refused: local.ndb is not signed by Talos",
+    );
+}
+
+#[test]
+fn a_rule_about_signatures_that_is_tightened_also_judges_what_is_published() {
+    let mut lab = Lab::with_daily(7);
+    publish(&lab.publisher("state"));
+    lab.settings.mirror.unsigned = Unsigned::Refuse;
+    check(
+        &lab.publisher("state"),
+        "refused: daily.cud is not signed by Talos",
     );
 }
 
