@@ -7,6 +7,7 @@
 //! the hosts of a fleet are never all upgraded at once.
 
 use jiff::Timestamp;
+use serde::de::Error as _;
 use serde::{Deserialize, Serialize};
 
 use crate::dsse::Envelope;
@@ -333,22 +334,33 @@ pub fn frame_length(prefix: [u8; 4], limit: usize) -> Result<usize, FrameError> 
     Ok(length)
 }
 
+/// Longest part of a message that an error repeats, in characters. The master answers with it and
+/// logs it.
+const SHOWN_CHARS_MAX: usize = 200;
+
 /// Reads the JSON of a frame.
 pub fn parse<T: for<'de> Deserialize<'de>>(json: &[u8]) -> Result<T, FrameError> {
-    serde_json::from_slice(json).map_err(|source| {
+    serde_json::from_slice(json).map_err(|error| {
         #[derive(Deserialize)]
         struct Kind {
             #[serde(rename = "type")]
             kind: String,
         }
+        // The parser repeats a text of any length that it did not expect.
+        let source = serde_json::Error::custom(shown(&error.to_string(), SHOWN_CHARS_MAX));
         match serde_json::from_slice::<Kind>(json) {
             Ok(Kind { kind }) => FrameError::Message {
-                kind: kind.chars().take(40).collect(),
+                kind: shown(&kind, 40),
                 source,
             },
             Err(_) => FrameError::Json { source },
         }
     })
+}
+
+fn shown(text: &str, chars_max: usize) -> String {
+    let clean = |c: char| if c.is_control() { '?' } else { c };
+    text.chars().take(chars_max).map(clean).collect()
 }
 
 /// A frame is not a message.
@@ -432,6 +444,19 @@ mod tests {
             parse::<ToAgent>(b"[1]"),
             Err(FrameError::Json { .. })
         ));
+    }
+
+    #[test]
+    fn an_error_repeats_only_the_beginning_of_a_hostile_message() {
+        let long = "\u{1}x".repeat(1000);
+        let quoted = serde_json::to_string(&long).unwrap();
+        for json in [format!(r#"{{"type":{quoted}}}"#), quoted] {
+            let error = parse::<ToMaster>(json.as_bytes()).unwrap_err();
+            let source = std::error::Error::source(&error).unwrap();
+            let text = format!("{error}: {source}");
+            assert!(text.len() < 300, "{text}");
+            assert!(!text.contains(char::is_control), "{text}");
+        }
     }
 
     #[test]
