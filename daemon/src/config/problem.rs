@@ -140,7 +140,7 @@ pub(super) fn wrong<T: Settings>(
     };
     let expected = expected::<T>(&key);
     let problem = Problem::Value {
-        key: key.join("."),
+        key: path(&key),
         found,
         nearest: None,
         expected,
@@ -151,7 +151,7 @@ pub(super) fn wrong<T: Settings>(
 /// The problem with a part of the value of `key`, and its line.
 pub(super) fn part(text: &str, key: &[&str], why: String) -> (Option<usize>, Problem) {
     let line = span_of(text, key).map(|span| line_at(text, &span));
-    let key = key.join(".");
+    let key = path(key);
     (line, Problem::Part { key, why })
 }
 
@@ -221,38 +221,42 @@ fn place(table: &DeTable<'_>, span: &Range<usize>) -> Option<Place> {
 /// What a parser's message means, which is the only place where it tells the names that it knows.
 fn problem<T: Settings>(text: &str, message: &str, place: Place) -> Problem {
     let Place { key, on_key, found } = place;
-    let quoted: Vec<&str> = message.split('`').skip(1).step_by(2).collect();
-    let subject = quoted.first().copied().unwrap_or_default();
-    let known = || quoted.iter().skip(1).map(|name| (*name).to_owned());
+    // What stands in the file may have such quotes itself, the names after it have none.
+    let (unknown, names) = match message.rfind(EXPECTED) {
+        Some(at) => message.split_at(at),
+        None => (message.strip_suffix('`').unwrap_or(message), ""),
+    };
+    let (_, subject) = unknown.split_once('`').unwrap_or_default();
+    let known = || names.split('`').skip(2).step_by(2).map(str::to_owned);
     if message.starts_with("unknown field ") {
         return Problem::UnknownKey {
-            key: subject.to_owned(),
-            table: key[..key.len().saturating_sub(1)].join("."),
+            key: name(subject),
+            table: path(&key[..key.len().saturating_sub(1)]),
             nearest: nearest(subject, known()),
             known: known().collect(),
         };
     }
     if message.starts_with("missing field ") {
-        let table = key.join(".");
-        let mut path = key;
-        path.push(subject.to_owned());
-        let inner = format!("{}.", path.join("."));
+        let table = path(&key);
+        let mut missing = key;
+        missing.push(subject.to_owned());
+        let inner = format!("{}.", missing.join("."));
         return if T::KEYS.iter().any(|known| known.name.starts_with(&inner)) {
             Problem::MissingTable {
-                table: path.join("."),
+                table: path(&missing),
             }
         } else {
             Problem::MissingKey {
                 key: subject.to_owned(),
                 table,
-                expected: expected::<T>(&path),
+                expected: expected::<T>(&missing),
             }
         };
     }
-    if on_key && let Some((name, tables)) = key.split_last() {
+    if on_key && let Some((last, tables)) = key.split_last() {
         return Problem::Name {
-            name: name.clone(),
-            table: tables.join("."),
+            name: name(last),
+            table: path(tables),
         };
     }
     Problem::Value {
@@ -262,9 +266,12 @@ fn problem<T: Settings>(text: &str, message: &str, place: Place) -> Problem {
             .flatten(),
         found: found.map_or("a table".to_owned(), |span| shown(&text[span])),
         expected: expected::<T>(&key),
-        key: key.join("."),
+        key: path(&key),
     }
 }
+
+/// Begins the part of a parser's message with the names that it knows.
+const EXPECTED: &str = "`, expected ";
 
 /// What may stand at a key. A table that has no words of its own is a table.
 fn expected<T: Settings>(key: &[String]) -> &'static str {
@@ -297,17 +304,23 @@ fn shown(text: &str) -> String {
 }
 
 fn cut(text: &str) -> String {
+    name(text.trim())
+}
+
+/// A key, or the name of a table, with the tables around it.
+fn path(names: &[impl AsRef<str>]) -> String {
+    let names: Vec<_> = names.iter().map(AsRef::as_ref).collect();
+    name(&names.join("."))
+}
+
+/// A name that may be anything in quotes.
+fn name(text: &str) -> String {
     let clean = |c: char| if c.is_control() { '?' } else { c };
-    let mut cut: String = text
-        .trim()
-        .chars()
-        .take(SHOWN_CHARS_MAX)
-        .map(clean)
-        .collect();
-    if text.trim().chars().count() > SHOWN_CHARS_MAX {
-        cut.push_str("...");
+    let mut name: String = text.chars().take(SHOWN_CHARS_MAX).map(clean).collect();
+    if text.chars().count() > SHOWN_CHARS_MAX {
+        name.push_str("...");
     }
-    cut
+    name
 }
 
 /// What is probably meant by what is not TOML.
@@ -317,6 +330,7 @@ fn malformed(text: &str, message: &str, span: &Range<usize>) -> Problem {
     if message.starts_with("duplicate key") {
         let key = text[span.clone()].trim_matches(['"', '\'']).to_owned();
         if let Some(first) = last_line_of(&key, &text[..start]) {
+            let key = name(&key);
             return Problem::Twice { key, first };
         }
     }
@@ -474,6 +488,21 @@ mod tests {
         check(
             "zzz = 1\n",
             ":1: unknown key `zzz`; expected one of: fleet, mirror, groups",
+        );
+    }
+
+    #[test]
+    fn a_key_in_quotes_cannot_garble_the_message() {
+        check(
+            "\"a\\n`, expected `b\" = 1\n",
+            ":1: unknown key `a?`, expected `b`; expected one of: fleet, mirror, groups",
+        );
+        check(
+            &format!("{} = 1\n", "x".repeat(1000)),
+            &format!(
+                ":1: unknown key `{}...`; expected one of: fleet, mirror, groups",
+                "x".repeat(60)
+            ),
         );
     }
 
