@@ -36,7 +36,7 @@ fn crates_depend_only_in_the_direction_of_the_map() {
                 "clamcast-master" | "clamcast-agent" | "clamcast-certs" => {
                     ["clamcast-proto", "clamcast-daemon"].contains(&on)
                 }
-                "clamcast-manual" => on != "clamcast-tests",
+                "clamcast-fuzz" | "clamcast-manual" => on != "clamcast-tests",
                 "clamcast-tests" => true,
                 other => panic!("say here on what `{other}` may depend"),
             };
@@ -367,7 +367,14 @@ fn tests() -> BTreeSet<String> {
 /// The sources of every crate.
 fn crate_sources() -> Vec<Source> {
     let crates = [
-        "agent", "certs", "daemon", "master", "proto", "xtask", "tests",
+        "agent",
+        "certs",
+        "daemon",
+        "master",
+        "proto",
+        "xtask",
+        "tests",
+        "tests/fuzz",
     ];
     let directories = crates.map(|name| format!("{name}/src"));
     let sources_of = |name| sources(&root().join(name));

@@ -3,6 +3,7 @@
 mod debian;
 mod demo;
 mod dist;
+mod fuzz;
 mod imports;
 mod programs;
 mod source;
@@ -22,6 +23,7 @@ use clap::Parser;
 enum Xtask {
     Demo(demo::Arguments),
     Dist(dist::Arguments),
+    Fuzz(fuzz::Arguments),
     Imports(imports::Arguments),
     Test(test::Arguments),
 }
@@ -30,6 +32,7 @@ fn main() -> ExitCode {
     let done = match Xtask::parse() {
         Xtask::Demo(arguments) => demo::run(&arguments),
         Xtask::Dist(arguments) => dist::run(&arguments),
+        Xtask::Fuzz(arguments) => fuzz::run(&arguments),
         Xtask::Imports(arguments) => imports::run(&arguments),
         Xtask::Test(arguments) => test::run(&arguments),
     };
