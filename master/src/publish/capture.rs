@@ -3,14 +3,19 @@
 //! The directory is listed, every file copied into the store, and the directory listed again. If
 //! anything differs, some program was at work in between and the set may be a mixture: start over.
 //! Files are always copied and hashed anew, also those that look unchanged. That costs a fifth of
-//! a second for 200 MB, a few times a day, and what is published never depends on the honesty of
-//! time stamps.
+//! a second for 200 MB, a few times a day, and what is published never depends on a time stamp that
+//! a program can set.
+//!
+//! The kernel's time stamps show a change only if the clock of the file system went forward since the
+//! change before. So a mirror that changed just now is listed until it did: that takes moments, and
+//! who writes a file and publishes at once need not know of it.
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::thread;
 use std::time::{Instant, SystemTime};
 
 use clamcast_proto::container::{ContainerError, HEADER_BYTES, Header};
@@ -134,28 +139,76 @@ fn capture_interrupted(
     activity: &Activity,
     mut copied: impl FnMut(),
 ) -> Result<Capture, CaptureError> {
-    for _ in 0..TRIES_MAX {
-        let before = list(path, activity)?;
-        let Some(files) = copy(&before, store, &mut copied)? else {
-            continue;
-        };
-        let after = list(path, activity)?;
-        if (after.identity, &after.files) == (before.identity, &before.files) {
-            let content = content_digest(files.iter().map(|f| (&f.name, f.size, &f.sha256)));
-            let ignored = after.ignored;
-            return Ok(Capture {
-                files,
-                content,
-                ignored,
-            });
+    for left in (0..TRIES_MAX).rev() {
+        match attempt(path, store, activity, &mut copied) {
+            Ok(Some(capture)) => return Ok(capture),
+            Ok(None) => {}
+            // A symlink may have been swapped, and the directory removed that it led to.
+            Err(CaptureError::List { source, .. })
+                if source.kind() == io::ErrorKind::NotFound && left > 0 => {}
+            Err(error) => return Err(error),
         }
     }
     Err(CaptureError::Changing)
 }
 
-/// Lists the mirror and refuses what cannot be captured whatever it contains.
-fn list(path: &Path, activity: &Activity) -> Result<Listing, CaptureError> {
-    let listing = Listing::of(path, SystemTime::now()).map_err(|source| CaptureError::List {
+/// Captures the mirror; `None` if it changed meanwhile.
+fn attempt(
+    path: &Path,
+    store: &Store,
+    activity: &Activity,
+    copied: &mut impl FnMut(),
+) -> Result<Option<Capture>, CaptureError> {
+    let Some(before) = list_settled(path, activity)? else {
+        return Ok(None);
+    };
+    // They stay open until all is over: no file that takes the place of one gets its inode number.
+    let Some(opened) = open_all(&before)? else {
+        return Ok(None);
+    };
+    let Some(files) = copy(&before, &opened, store, copied)? else {
+        return Ok(None);
+    };
+    let Some(after) = list(path, activity, SystemTime::now())? else {
+        return Ok(None);
+    };
+    if (after.identity, &after.files) != (before.identity, &before.files) {
+        return Ok(None);
+    }
+    let content = content_digest(files.iter().map(|f| (&f.name, f.size, &f.sha256)));
+    let ignored = after.ignored;
+    Ok(Some(Capture {
+        files,
+        content,
+        ignored,
+    }))
+}
+
+/// Lists the mirror when every further change will show; `None` if it changes meanwhile. What the
+/// listing has was there at one moment.
+fn list_settled(path: &Path, activity: &Activity) -> Result<Option<Listing>, CaptureError> {
+    let now = SystemTime::now();
+    let Some(listing) = list(path, activity, now)? else {
+        return Ok(None);
+    };
+    let Some(wait) = listing.settles_in(now) else {
+        return Ok(Some(listing));
+    };
+    // Whatever the clock of the file system shows, after this it shows something else.
+    thread::sleep(wait);
+    let again = list(path, activity, SystemTime::now())?;
+    let stamps = |it: &Listing| (it.identity, it.changed, it.files.clone());
+    Ok(again.filter(|again| stamps(again) == stamps(&listing)))
+}
+
+/// Lists the mirror and refuses what cannot be captured whatever it contains; `None` if the listing
+/// is not whole.
+fn list(
+    path: &Path,
+    activity: &Activity,
+    clock: SystemTime,
+) -> Result<Option<Listing>, CaptureError> {
+    let listing = Listing::of(path, clock).map_err(|source| CaptureError::List {
         path: path.to_owned(),
         source,
     })?;
@@ -163,6 +216,9 @@ fn list(path: &Path, activity: &Activity) -> Result<Listing, CaptureError> {
     if let Some((run, changed)) = activity.look(&listing.runs, now) {
         let age_secs = now.saturating_duration_since(changed).as_secs();
         return Err(CaptureError::RunOpen { run, age_secs });
+    }
+    if !listing.is_whole {
+        return Ok(None);
     }
     if listing.files.is_empty() {
         let path = path.to_owned();
@@ -181,15 +237,11 @@ fn list(path: &Path, activity: &Activity) -> Result<Listing, CaptureError> {
         let name = name.clone();
         return Err(CaptureError::NotAFile { name, what });
     }
-    Ok(listing)
+    Ok(Some(listing))
 }
 
-/// Copies what was listed; `None` if it is not what was listed any more.
-fn copy(
-    listing: &Listing,
-    store: &Store,
-    copied: &mut impl FnMut(),
-) -> Result<Option<Vec<Captured>>, CaptureError> {
+/// Opens what was listed and counts; `None` if it is not what was listed any more.
+fn open_all(listing: &Listing) -> Result<Option<BTreeMap<DatabaseName, File>>, CaptureError> {
     let mut opened = BTreeMap::new();
     for (name, stamp) in &listing.files {
         if stamp.size() > DATABASE_BYTES_MAX {
@@ -208,8 +260,18 @@ fn copy(
         };
     }
     drop_lower_forms(&mut opened)?;
+    Ok(Some(opened))
+}
+
+/// Copies what was opened; `None` if it is not what was listed any more.
+fn copy(
+    listing: &Listing,
+    opened: &BTreeMap<DatabaseName, File>,
+    store: &Store,
+    copied: &mut impl FnMut(),
+) -> Result<Option<Vec<Captured>>, CaptureError> {
     let mut files = Vec::new();
-    for (name, file) in &opened {
+    for (name, file) in opened {
         let unchanged = || {
             let metadata = file.metadata().map_err(|source| CaptureError::Read {
                 name: name.clone(),

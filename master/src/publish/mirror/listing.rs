@@ -25,6 +25,14 @@ const RUN_ENTRIES_MAX: usize = 10_000;
 /// How deep freshclam's working directory is looked into: it unpacks in a directory within.
 const RUN_DEPTH_MAX: usize = 3;
 
+/// The longest step of a clock that gives nanoseconds: a tick of Linux, at most 10 ms, five of which
+/// a busy machine may miss before another processor takes over (`MAX_STALLED_JIFFIES`).
+const STEP_MAX: Duration = Duration::from_millis(60);
+
+/// The longest step of a clock that gives whole seconds: FAT counts by two. Small ext4 file systems
+/// and those of NFS servers on them count by one.
+const STEP_OF_SECONDS_MAX: Duration = Duration::from_millis(2060);
+
 /// One look at the mirror.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Listing {
@@ -32,6 +40,11 @@ pub struct Listing {
     pub directory: PathBuf,
     /// Which directory that is: another one may have its name later.
     pub identity: Identity,
+    /// When its entries last changed, in seconds and nanoseconds, before they were read.
+    pub changed: (i64, i64),
+    /// Whether no entry came or went while they were read. Otherwise names may be missing, also of
+    /// databases that were there all the time, under one name or the other.
+    pub is_whole: bool,
     /// Everything that has the name of a database.
     pub files: BTreeMap<DatabaseName, Stamp>,
     /// Names that clamd would load, and we do not take: hidden, in capitals, our own.
@@ -92,6 +105,8 @@ impl Listing {
                 device: metadata.dev(),
                 inode: metadata.ino(),
             },
+            changed: changed(&metadata),
+            is_whole: true,
             files: BTreeMap::new(),
             ignored: Vec::new(),
             runs: Vec::new(),
@@ -119,9 +134,28 @@ impl Listing {
                 listing.ignored.push(name.into_owned());
             }
         }
+        listing.is_whole = changed(&fs::metadata(&directory)?) == listing.changed;
         listing.ignored.sort();
         listing.runs.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(listing)
+    }
+
+    /// How long to wait until every further change gets a later time than the newest one that was
+    /// listed; `None` if that is so. `now` is the time before the directory was listed.
+    ///
+    /// The clock of a file system goes forward in steps: a file that changes twice within one step
+    /// has one time and two contents. git calls such a file racy.
+    pub fn settles_in(&self, now: SystemTime) -> Option<Duration> {
+        let changes = self.files.values().map(|stamp| stamp.changed);
+        let steps = changes.chain([self.changed]).filter_map(|changed| {
+            let step = match changed.1 {
+                0 => STEP_OF_SECONDS_MAX,
+                _ => STEP_MAX,
+            };
+            let age = now.duration_since(time(changed)); // none of the future
+            age.map_or(true, |age| age <= step).then_some(step)
+        });
+        steps.max()
     }
 }
 
@@ -141,7 +175,7 @@ impl Stamp {
             inode: metadata.ino(),
             size: metadata.size(),
             modified: (metadata.mtime(), metadata.mtime_nsec()),
-            changed: (metadata.ctime(), metadata.ctime_nsec()),
+            changed: changed(metadata),
         }
     }
 
@@ -169,15 +203,22 @@ impl Stamp {
     }
 }
 
-/// What a run's working directory looks like, and the newest status change in it. That is set by the
-/// kernel; a modification time is set by any program, also to the future. A directory that cannot be
-/// read counts alone: freshclam keeps it to itself where it runs as another user.
+/// The time of the last change of content or attributes, in seconds and nanoseconds. The kernel sets
+/// it; a modification time is set by any program, also to the future.
+fn changed(metadata: &Metadata) -> (i64, i64) {
+    (metadata.ctime(), metadata.ctime_nsec())
+}
+
+/// The same as a point in time.
+fn time((seconds, nanoseconds): (i64, i64)) -> SystemTime {
+    let seconds = Duration::from_secs(seconds.try_into().unwrap_or(0));
+    SystemTime::UNIX_EPOCH + seconds + Duration::from_nanos(nanoseconds.try_into().unwrap_or(0))
+}
+
+/// What a run's working directory looks like, and the newest status change in it. A directory that
+/// cannot be read counts alone: freshclam keeps it to itself where it runs as another user.
 fn trace(run: &Path, metadata: &Metadata) -> (u64, SystemTime) {
-    let changed = |metadata: &Metadata| {
-        let seconds = u64::try_from(metadata.ctime()).unwrap_or(0);
-        SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)
-    };
-    let mut newest = changed(metadata);
+    let mut newest = time(changed(metadata));
     let mut hasher = DefaultHasher::new();
     let mut looked_at = 0;
     let mut todo = vec![(run.to_owned(), 1)];
@@ -192,21 +233,15 @@ fn trace(run: &Path, metadata: &Metadata) -> (u64, SystemTime) {
             let Ok(metadata) = entry.metadata() else {
                 continue; // gone since
             };
-            newest = newest.max(changed(&metadata));
+            newest = newest.max(time(changed(&metadata)));
             if metadata.is_dir() && depth < RUN_DEPTH_MAX {
                 todo.push((entry.path(), depth + 1));
             }
-            let times = (metadata.ctime(), metadata.ctime_nsec());
-            entries.insert(entry.path(), (metadata.ino(), metadata.size(), times));
+            let stamp = (metadata.ino(), metadata.size(), changed(&metadata));
+            entries.insert(entry.path(), stamp);
         }
     }
-    (
-        metadata.ino(),
-        metadata.ctime(),
-        metadata.ctime_nsec(),
-        entries,
-    )
-        .hash(&mut hasher);
+    (metadata.ino(), changed(metadata), entries).hash(&mut hasher);
     (hasher.finish(), newest)
 }
 
@@ -262,5 +297,30 @@ mod tests {
             .unwrap();
         assert_ne!(second.trace, run(now).trace);
         assert!(run(now + Duration::from_secs(600)).age > Duration::from_secs(590));
+    }
+
+    #[test]
+    fn a_mirror_that_changed_within_the_last_step_of_a_clock_has_not_settled() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut listing = Listing::of(dir.path(), SystemTime::now()).unwrap();
+        let name: DatabaseName = "daily.cld".parse().unwrap();
+        let (millis, seconds) = (STEP_MAX, STEP_OF_SECONDS_MAX);
+        for (directory, file, now, wait) in [
+            ((10, 1), (20, 1), 20_000, Some(millis)),
+            ((10, 1), (20, 1), 20_060, Some(millis)),
+            ((10, 1), (20, 1), 20_061, None),
+            ((20, 1), (10, 1), 20_060, Some(millis)),
+            ((10, 1), (20, 0), 22_060, Some(seconds)),
+            ((10, 1), (20, 0), 22_061, None),
+            // The clock was set back, or is that of another machine.
+            ((10, 1), (90, 1), 20_000, Some(millis)),
+        ] {
+            let mut stamp = Stamp::numbered(1);
+            stamp.changed = file;
+            listing.files.insert(name.clone(), stamp);
+            listing.changed = directory;
+            let now = SystemTime::UNIX_EPOCH + Duration::from_millis(now);
+            assert_eq!(listing.settles_in(now), wait, "{directory:?} {file:?}");
+        }
     }
 }

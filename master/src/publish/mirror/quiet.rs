@@ -243,6 +243,8 @@ mod tests {
                 device: 1,
                 inode: 1,
             },
+            changed: (0, 0),
+            is_whole: true,
             files: BTreeMap::new(),
             ignored: Vec::new(),
             runs: Vec::new(),
