@@ -42,7 +42,7 @@ pub use container::{Container, Dismantled, hash_signature, signatures};
 pub use datagrams::{halfway, initials, send_from};
 pub use fleet::{Agent, Daemon, Fleet, Master, program};
 pub use freeze::{freeze, threads};
-pub use mirror::{Mirror, Update};
+pub use mirror::{Hold, Mirror, Update};
 pub use mount::{Mount, SmallDisk};
 pub use needs::{Part, make_corpus, named, needs, search_path, target, wants_long};
 pub use packages::package;

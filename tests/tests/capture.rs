@@ -1,27 +1,34 @@
 //! Captures under fire: whatever happens to the mirror meanwhile, a captured set stood there at one
 //! moment.
 
-use std::collections::HashMap;
-use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fs::{self, File, Permissions};
+use std::io::Write as _;
+use std::os::unix::fs::{FileExt as _, PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use clamcast_daemon::alarms::Alarms;
 use clamcast_master::publish::capture::{Capture, CaptureError, capture};
 use clamcast_master::publish::mirror::activity::Activity;
+use clamcast_master::publish::mirror::listing::Listing;
+use clamcast_master::publish::mirror::quiet::ABANDONED_AFTER;
 use clamcast_master::store::Store;
 use clamcast_proto::dsse::{PublicKey, sign};
 use clamcast_proto::keys::KeySet;
 use clamcast_proto::{Digest, Epoch};
-use clamcast_tests::lab::{Container, Mount, Scratch, signatures};
+use clamcast_tests::lab::{
+    Container, Fleet, Master, Mirror, Mount, PATIENCE, Part, Scratch, Strace, signatures, until,
+};
 use clamcast_tests::require;
 use ed25519_dalek::SigningKey;
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use rand::Rng as _;
+use serde_json::Value;
 
 /// The official databases, in the order in which the writers of these tests replace them.
 const OFFICIAL: [&str; 3] = ["main", "daily", "bytecode"];
@@ -83,10 +90,11 @@ fn store(state: &Path, mirror: &Path) -> Store {
     Store::open(state, mirror, &sign(set, &key), Alarms::default()).unwrap()
 }
 
-/// Runs `write` again and again while `look` captures, and returns how many captures succeeded.
+/// Runs `write` for one version after the other, as long as it returns true, while `look` captures.
+/// Returns how many captures succeeded, and how many were tried.
 fn under_fire(
     lasting: Duration,
-    write: impl Fn(u64) + Sync,
+    write: impl Fn(u64) -> bool + Sync,
     look: impl Fn() -> bool + Sync,
 ) -> (u32, u32) {
     /// Ends the writer, also when an assertion fails.
@@ -102,21 +110,26 @@ fn under_fire(
     thread::scope(|scope| {
         scope.spawn(|| {
             for version in 2.. {
-                if over.load(Ordering::Relaxed) {
+                if over.load(Ordering::Relaxed) || !write(version) {
                     break;
                 }
-                write(version);
             }
+            over.store(true, Ordering::Relaxed);
         });
         let _over = Over(&over);
-        let deadline = Instant::now() + lasting;
+        let begun = Instant::now();
         let (mut captures, mut tries) = (0, 0);
-        while Instant::now() < deadline {
+        while begun.elapsed() < lasting && !over.load(Ordering::Relaxed) {
             tries += 1;
             captures += u32::from(look());
         }
         (captures, tries)
     })
+}
+
+/// Up to so many milliseconds between two changes.
+fn pause(max: u64) {
+    thread::sleep(Duration::from_millis(rand::rng().random_range(0..max)));
 }
 
 /// Blocks of a file that is written in place. Each has the version that it belongs to.
@@ -137,8 +150,24 @@ fn versions(content: &[u8]) -> impl Iterator<Item = u64> {
         .map(|block| u64::from_be_bytes(block[..8].try_into().unwrap()))
 }
 
-/// Rewrites both files from their beginning to their end, while captures are made. At any moment,
-/// what is in the files begins with blocks of one version and goes on with those of the one before.
+/// A capture of files that are rewritten one after the other, from their beginning to their end: what
+/// is in them begins with blocks of one version and goes on with those of the one before.
+#[track_caller]
+fn assert_was_rewritten(lab: &Lab, capture: &Capture) {
+    let content: Vec<u8> = capture
+        .files
+        .iter()
+        .flat_map(|file| lab.content(&file.sha256))
+        .collect();
+    let found: Vec<u64> = versions(&content).collect();
+    assert_eq!(found.len() as u64, BLOCKS * LOOSE.len() as u64);
+    let new = found[0];
+    let count = found.iter().take_while(|it| **it == new).count();
+    let is_a_state = found[count..].iter().all(|it| it + 1 == new);
+    assert!(is_a_state, "this was never on disk: {found:?}");
+}
+
+/// Rewrites both files again and again while captures are made.
 fn rewrite_in_place(lab: &Lab, lasting: Duration) {
     let files = LOOSE.map(|name| File::create(lab.mirror.join(name)).unwrap());
     let write = |version| {
@@ -159,22 +188,13 @@ fn rewrite_in_place(lab: &Lab, lasting: Duration) {
             2 | 4 | 6 | 8 | 10 | 12 | 14 => Duration::from_millis(random.random_range(5..20)),
             _ => Duration::from_micros(random.random_range(0..1000)),
         });
+        true
     };
     let look = || {
         let Some(capture) = lab.capture() else {
             return false;
         };
-        let content: Vec<u8> = capture
-            .files
-            .iter()
-            .flat_map(|file| lab.content(&file.sha256))
-            .collect();
-        let found: Vec<u64> = versions(&content).collect();
-        assert_eq!(found.len() as u64, BLOCKS * LOOSE.len() as u64);
-        let new = found[0];
-        let count = found.iter().take_while(|it| **it == new).count();
-        let is_a_state = found[count..].iter().all(|it| it + 1 == new);
-        assert!(is_a_state, "this was never on disk: {found:?}");
+        assert_was_rewritten(lab, &capture);
         true
     };
     let (captures, tries) = under_fire(lasting, write, look);
@@ -231,16 +251,13 @@ fn rename_into_place() -> (u32, u32) {
     for base in OFFICIAL {
         put(1, base);
     }
-    let pause = |max| {
-        let pause = rand::rng().random_range(0..max);
-        thread::sleep(Duration::from_millis(pause));
-    };
     let write = |version| {
         for base in OFFICIAL {
             put(version, base);
             pause(3);
         }
         pause(100);
+        true
     };
     let look = || {
         let Some(capture) = lab.capture() else {
@@ -259,4 +276,416 @@ fn rename_into_place() -> (u32, u32) {
         true
     };
     under_fire(Duration::from_secs(10), write, look)
+}
+
+/// What the audit log's last publication has, and the generation's content.
+fn published(master: &Master) -> Vec<(u64, Vec<String>)> {
+    let records = master.audit("published").into_iter();
+    let files = records.map(|record| {
+        let names = record["detail"]["files"].as_array().unwrap().iter();
+        let names = names.map(|name| name.as_str().unwrap().to_owned());
+        (record["generation"].as_u64().unwrap(), names.collect())
+    });
+    files.collect()
+}
+
+/// What `status` says that the mirror is waited for, if its text has `what` in it.
+fn waiting(master: &Master, what: &str) -> Result<Value, Value> {
+    let waits = master.json(&["status"]).ok_or(Value::Null)?["waits"].clone();
+    let mut all = waits.as_array().into_iter().flatten();
+    let wait = all.find(|wait| {
+        wait["name"] == "mirror" && wait["text"].as_str().unwrap_or_default().contains(what)
+    });
+    wait.cloned().ok_or_else(|| waits.clone())
+}
+
+/// The working directory that a freshclam has in the mirror.
+fn run_in(mirror: &Path) -> Option<String> {
+    let entries = fs::read_dir(mirror).unwrap();
+    let mut names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    names.find(|name| name.starts_with("tmp."))
+}
+
+/// What a master finds that starts a quarter of an hour later.
+fn a_quarter_of_an_hour_later(mirror: &Path) -> Activity {
+    let listing = Listing::of(mirror, SystemTime::now() + ABANDONED_AFTER).unwrap();
+    let activity = Activity::default();
+    activity.look(&listing.runs, Instant::now());
+    activity
+}
+
+/// A mirror at version 1 of `test`, and a freshclam that updates that, `bytecode` and two files.
+fn updating(mirror: &Mirror) -> Command {
+    mirror.offer(2);
+    mirror.serve(
+        "bytecode.cvd",
+        fs::read(Part::TestFiles.path().join("bytecode.cvd")).unwrap(),
+    );
+    let mut lines = "ExcludeDatabase main\nExcludeDatabase daily\nExtraDatabase test\n\
+                     MaxAttempts 1\n"
+        .to_owned();
+    for name in ["a.hsb", "b.hsb"] {
+        mirror.serve(name, signatures(0..10));
+        lines += &format!("DatabaseCustomURL {}\n", mirror.url(name));
+    }
+    let mut freshclam = mirror.freshclam_of_all(&lines);
+    freshclam.stdout(Stdio::null()).stderr(Stdio::null());
+    freshclam
+}
+
+#[test]
+fn a_freshclam_run_over_several_databases_is_published_once_when_it_is_over() {
+    require!(Freshclam, TestFiles);
+    let fleet = Fleet::new();
+    let mirror = Mirror::new();
+    let mut master = fleet.master(&mirror.directory());
+    master.start();
+    master.wait_generation(1);
+
+    let hold = mirror.hold("b.hsb");
+    let mut freshclam = updating(&mirror).spawn().unwrap();
+    hold.wait();
+    let run = run_in(&mirror.directory()).unwrap();
+    until(PATIENCE, "the run is waited for", || waiting(&master, &run));
+    assert!(mirror.directory().join("test.cld").exists());
+    let ordered = master.command(&["publish"]);
+    let said = String::from_utf8_lossy(&ordered.stderr).into_owned();
+    assert!(!ordered.status.success() && said.contains(&run), "{said}");
+    drop(hold);
+    assert!(freshclam.wait().unwrap().success());
+    master.wait_audit("published", 2);
+    let second = ["a.hsb", "b.hsb", "bytecode.cvd", "test.cld"].map(str::to_owned);
+    assert_eq!(
+        published(&master),
+        [(1, vec!["test.cvd".to_owned()]), (2, second.to_vec())]
+    );
+}
+
+#[test]
+fn what_a_killed_freshclam_leaves_behind_is_named_and_blocks_for_a_quarter_of_an_hour() {
+    require!(Freshclam, TestFiles);
+    let fleet = Fleet::new();
+    let mirror = Mirror::new();
+    let directory = mirror.directory();
+    let mut master = fleet.master(&directory);
+    master.start();
+    master.wait_generation(1);
+
+    let hold = mirror.hold("b.hsb");
+    let mut freshclam = updating(&mirror).spawn().unwrap();
+    hold.wait();
+    freshclam.kill().unwrap();
+    freshclam.wait().unwrap();
+    drop(hold);
+    let run = run_in(&directory).expect("it stays");
+    let wait = until(PATIENCE, "the run is waited for", || waiting(&master, &run));
+    let time = |key: &str| -> Timestamp { wait[key].as_str().unwrap().parse().unwrap() };
+    let bound = time("until").duration_since(time("since"));
+    assert!(bound <= SignedDuration::from_mins(15), "{wait}");
+    assert_eq!(published(&master).len(), 1);
+
+    let lab = Lab::new();
+    let now = capture(&directory, &lab.store, &lab.activity).unwrap_err();
+    assert!(now.to_string().contains(&run), "{now}");
+    let later = a_quarter_of_an_hour_later(&directory);
+    let captured = capture(&directory, &lab.store, &later).unwrap();
+    let files = captured.files.iter();
+    let files: Vec<_> = files.map(|it| (it.name.as_str(), it.sha256)).collect();
+    let on_disk = |name| (name, Digest::of(&fs::read(directory.join(name)).unwrap()));
+    assert_eq!(files, ["a.hsb", "bytecode.cvd", "test.cld"].map(on_disk));
+
+    // The next freshclam leaves it, too, and does not make it younger.
+    assert!(updating(&mirror).status().unwrap().success());
+    assert_eq!(run_in(&directory), Some(run));
+    let later = a_quarter_of_an_hour_later(&directory);
+    let captured = capture(&directory, &lab.store, &later);
+    assert_eq!(captured.unwrap().files.len(), 4);
+}
+
+#[test]
+fn of_a_freshclam_that_is_killed_between_rename_and_unlink_the_newer_form_is_captured() {
+    require!(Freshclam, Strace, TestFiles);
+    let mirror = Mirror::new();
+    let directory = mirror.directory();
+    let scratch = Scratch::new();
+    let hold = mirror.hold("test.cvd");
+    let mut freshclam = mirror.freshclam(2);
+    let mut freshclam = freshclam.stdout(Stdio::null()).spawn().unwrap();
+    hold.wait();
+    let old = directory.join("test.cvd");
+    let strace = Strace::spoil(
+        freshclam.id(),
+        scratch.path(),
+        "?unlink,?unlinkat",
+        "test.cvd",
+        "signal=SIGKILL",
+        "1",
+    );
+    drop(hold);
+    assert!(!freshclam.wait().unwrap().success());
+    drop(strace);
+    assert!(old.exists() && directory.join("test.cld").exists());
+
+    let lab = Lab::new();
+    let later = a_quarter_of_an_hour_later(&directory);
+    let capture = capture(&directory, &lab.store, &later).unwrap();
+    let names: Vec<_> = capture.files.iter().map(|it| it.name.as_str()).collect();
+    assert_eq!(names, ["test.cld"]);
+}
+
+#[test]
+fn of_a_freshclam_that_fails_at_the_second_database_the_first_one_is_published() {
+    require!(Freshclam, TestFiles);
+    let fleet = Fleet::new();
+    let mirror = Mirror::new();
+    let mut master = fleet.master(&mirror.directory());
+    master.start();
+    master.wait_generation(1);
+
+    let mut freshclam = updating(&mirror);
+    mirror.serve("test.cvd", {
+        let mut broken = fs::read(Part::TestFiles.path().join("test-3.cvd")).unwrap();
+        broken[5000] ^= 1;
+        broken
+    });
+    mirror.serve("test-2.cdiff", ""); // which says that there is no patch
+    assert!(!freshclam.status().unwrap().success());
+    assert_eq!(run_in(&mirror.directory()), None);
+    master.wait_audit("published", 2);
+    let files = ["bytecode.cvd", "test.cvd"].map(str::to_owned);
+    assert_eq!(published(&master)[1], (2, files.to_vec()));
+    assert!(master.json(&["status"]).unwrap()["refused"].is_null());
+}
+
+#[test]
+fn a_snapshot_symlink_that_is_swapped_fifty_times_gives_whole_snapshots() {
+    let lab = Lab::new();
+    fs::remove_dir(&lab.mirror).unwrap();
+    let snapshots = lab.mirror.with_extension("snapshots");
+    fs::create_dir(&snapshots).unwrap();
+    let snapshot = |number: u64| snapshots.join(number.to_string());
+    let content = |base: &str, number: u64| signatures(0..number) + base;
+    for number in 1..=51 {
+        let directory = snapshot(number);
+        fs::create_dir(&directory).unwrap();
+        for base in OFFICIAL {
+            let path = directory.join(format!("{base}.hsb"));
+            fs::write(&path, content(base, number)).unwrap();
+        }
+        // Names come and go with the numbers.
+        fs::write(directory.join(format!("only-{number}.hsb")), "").unwrap();
+        fs::set_permissions(&directory, Permissions::from_mode(0o555)).unwrap();
+    }
+    let swap = |number: u64| {
+        let link = lab.mirror.with_extension("new");
+        symlink(snapshot(number), &link).unwrap();
+        fs::rename(&link, &lab.mirror).unwrap();
+        if number > 1 {
+            let old = snapshot(number - 1);
+            fs::set_permissions(&old, Permissions::from_mode(0o755)).unwrap();
+            fs::remove_dir_all(old).unwrap();
+        }
+    };
+    swap(1);
+    let seen: Mutex<BTreeSet<u64>> = Mutex::default();
+    let write = |number| {
+        swap(number);
+        pause(100);
+        number < 51
+    };
+    let look = || {
+        let Some(capture) = lab.capture() else {
+            return false;
+        };
+        let mut names = capture.files.iter().map(|file| file.name.base());
+        let only = names.find_map(|name| name.strip_prefix("only-")).unwrap();
+        let number = only.parse().unwrap();
+        let mut expected: Vec<_> = OFFICIAL
+            .map(|base| {
+                (
+                    format!("{base}.hsb"),
+                    Digest::of(content(base, number).as_bytes()),
+                )
+            })
+            .to_vec();
+        expected.push((format!("only-{number}.hsb"), Digest::of(b"")));
+        expected.sort();
+        let files = capture.files.iter();
+        let files: Vec<_> = files.map(|it| (it.name.to_string(), it.sha256)).collect();
+        assert_eq!(files, expected);
+        seen.lock().unwrap().insert(number);
+        true
+    };
+    let (captures, tries) = under_fire(Duration::MAX, write, look);
+    let seen = seen.into_inner().unwrap();
+    println!(
+        "{captures} captures in {tries} tries, of {} snapshots",
+        seen.len()
+    );
+    assert!(seen.len() > 10, "only of {seen:?}");
+}
+
+/// rsync brings the mirror to the content of a directory, again and again, while captures are made.
+fn rsync(
+    lab: &Lab,
+    options: &[&str],
+    fill: impl Fn(&Path, u64) + Sync,
+    check: impl Fn(&Capture) + Sync,
+) {
+    let source = lab.mirror.with_extension("source");
+    let run = |version: u64| {
+        let _ = fs::remove_dir_all(&source);
+        fs::create_dir(&source).unwrap();
+        fill(&source, version);
+        let mut rsync = Command::new(Part::Rsync.path());
+        rsync.args(["--archive", "--ignore-times"]).args(options);
+        let ran = rsync.arg(source.join("")).arg(lab.mirror.join("")).output();
+        let ran = ran.unwrap();
+        assert!(ran.status.success(), "{ran:?}");
+    };
+    run(1);
+    let write = |version| {
+        run(version);
+        pause(if version.is_multiple_of(4) { 300 } else { 10 });
+        true
+    };
+    let look = || match lab.capture() {
+        Some(capture) => {
+            check(&capture);
+            true
+        }
+        None => false,
+    };
+    let (captures, tries) = under_fire(Duration::from_secs(5), write, look);
+    println!("{captures} captures in {tries} tries");
+    assert!(captures > 20, "only {captures} captures in {tries} tries");
+    assert!(captures < tries, "no capture met a change");
+}
+
+#[test]
+fn rsync_in_place_is_captured_as_it_stood_at_one_moment() {
+    require!(Rsync);
+    let lab = Lab::new();
+    let fill = |source: &Path, version| {
+        for name in LOOSE {
+            let content = block(version).repeat(BLOCKS as usize);
+            fs::write(source.join(name), content).unwrap();
+        }
+    };
+    let check = |capture: &Capture| assert_was_rewritten(&lab, capture);
+    for delta in ["--whole-file", "--no-whole-file"] {
+        rsync(&lab, &["--inplace", delta], fill, check);
+    }
+}
+
+#[test]
+fn rsync_that_deletes_before_it_writes_is_captured_as_it_stood_at_one_moment() {
+    require!(Rsync);
+    let lab = Lab::new();
+    // Two files change their names with the version, and one, which comes last, keeps it.
+    let content = |name: &str, version: u64| format!("{}{name}", signatures(0..version % 90));
+    let fill = |source: &Path, version: u64| {
+        for base in ["a", "b"] {
+            let path = source.join(format!("{base}-{version}.hsb"));
+            fs::write(path, content(base, version)).unwrap();
+        }
+        fs::write(source.join("daily.hsb"), version.to_string()).unwrap();
+    };
+    let check = |capture: &Capture| {
+        let mut found = BTreeMap::new();
+        for file in &capture.files {
+            let text = String::from_utf8(lab.content(&file.sha256)).unwrap();
+            let version = match file.name.base().split_once('-') {
+                Some((base, version)) => {
+                    let version = version.parse().unwrap();
+                    assert_eq!(text, content(base, version), "half of {}", file.name);
+                    version
+                }
+                None => text.parse::<u64>().unwrap(),
+            };
+            found.insert(
+                file.name.base().split('-').next().unwrap().to_owned(),
+                version,
+            );
+        }
+        let daily = found.remove("daily").expect("it was there all the time");
+        let names = capture.files.len() - 1;
+        assert_eq!(found.len(), names, "two versions of one file: {capture:?}");
+        let versions: BTreeSet<_> = found.values().copied().collect();
+        // Before the deletion and during it, and then the new files as far as they have come.
+        let is_a_state = versions.iter().all(|it| *it == daily)
+            || versions.iter().all(|it| *it == daily + 1) && found.contains_key("a");
+        assert!(
+            is_a_state,
+            "this was never on disk: {found:?}, daily {daily}"
+        );
+    };
+    rsync(&lab, &["--delete-before"], fill, check);
+}
+
+#[test]
+fn a_file_that_grows_slowly_is_published_when_it_is_whole() {
+    let fleet = Fleet::new();
+    let mirror = fleet.mirror();
+    Container::new("daily", 1)
+        .member("hsb", signatures(0..10))
+        .write(&mirror);
+    let mut master = fleet.master(&mirror);
+    master.configure("quiet = \"300ms\"", "quiet = \"2s\"");
+    master.start();
+    master.wait_generation(1);
+
+    let mut slow = File::create(mirror.join("slow.hsb")).unwrap();
+    let mut lines = 0;
+    until(PATIENCE, "the file is named", || {
+        slow.write_all(signatures(lines..lines + 1).as_bytes())
+            .unwrap();
+        lines += 1;
+        let wait = waiting(&master, "slow.hsb in the mirror keeps changing")?;
+        if lines > 40 { Ok(()) } else { Err(wait) }
+    });
+    assert_eq!(master.audit("published").len(), 1);
+    master.wait_audit("published", 2);
+    let whole = Digest::of(signatures(0..lines).as_bytes());
+    let object = master
+        .directory()
+        .join("state/objects")
+        .join(whole.to_string());
+    assert!(object.exists(), "no other content was published");
+}
+
+#[test]
+fn a_container_that_was_copied_by_half_is_refused_and_the_whole_one_is_published() {
+    let fleet = Fleet::new();
+    let mirror = fleet.mirror();
+    let daily = |version| Container::new("daily", version).member("hsb", signatures(0..1000));
+    daily(1).write(&mirror);
+    let mut master = fleet.master(&mirror);
+    master.start();
+    master.wait_generation(1);
+
+    // cp writes in place what comes through the pipe.
+    let mut cp = Command::new("cp");
+    cp.arg("/dev/stdin").arg(mirror.join("daily.cud"));
+    let mut cp = cp.stdin(Stdio::piped()).spawn().unwrap();
+    let mut pipe = cp.stdin.take().unwrap();
+    let content = daily(2).bytes();
+    let (half, rest) = content.split_at(content.len() / 2);
+    pipe.write_all(half).unwrap();
+    let refused = until(PATIENCE, "the half is refused", || {
+        let status = master.json(&["status"]).unwrap();
+        let reason = status["refused"]["reason"].as_str().map(str::to_owned);
+        reason.ok_or(status)
+    });
+    assert!(
+        refused.starts_with("daily.cud is not a whole database"),
+        "{refused}"
+    );
+    pipe.write_all(rest).unwrap();
+    drop(pipe);
+    assert!(cp.wait().unwrap().success());
+    master.wait_generation(2);
+    until(PATIENCE, "the refusal is over", || {
+        master.json(&["status"]).unwrap()["refused"].is_null()
+    });
 }

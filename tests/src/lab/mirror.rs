@@ -1,6 +1,7 @@
 //! Mirrors: one that a real freshclam updates from a server on loopback, and any that a test writes
 //! to as if it were a freshclam.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -8,13 +9,14 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 use std::thread::{self, JoinHandle};
 
 use nix::unistd::{Uid, User};
 
 use super::needs::Part;
 use super::scratch::Scratch;
+use super::until::{PATIENCE, until};
 
 /// A mirror directory, at first with version 1 of the signed database `test.cvd`, and what
 /// freshclam needs to bring it to versions 2 to 6.
@@ -53,22 +55,55 @@ impl Mirror {
     /// Offers `version` (2 to 6) on the server, and is the freshclam that fetches it: patch by
     /// patch, as long as the mirror is behind.
     pub fn freshclam(&self, version: u32) -> Command {
-        let files = Part::TestFiles.path();
-        let serve = |from: String, to: String| {
-            copy(&files.join(from), &self.server.directory.join(to));
-        };
-        for step in 2..=version {
-            serve(format!("test-{step}.cdiff"), format!("test-{step}.cdiff"));
-        }
-        serve(format!("test-{version}.cvd"), "test.cvd".into());
+        self.offer(version);
+        let mut freshclam = self.freshclam_of_all("");
+        freshclam.arg("--update-db=test");
+        freshclam
+    }
 
-        let mut config = std::ffi::OsString::from("--config-file=");
-        config.push(self.scratch.join("freshclam.conf"));
+    /// Offers `version` (2 to 6) of the database `test` on the server.
+    pub fn offer(&self, version: u32) {
+        let files = Part::TestFiles.path();
+        for step in 2..=version {
+            let patch = format!("test-{step}.cdiff");
+            copy(&files.join(&patch), &self.server.directory.join(patch));
+        }
+        let whole = files.join(format!("test-{version}.cvd"));
+        copy(&whole, &self.server.directory.join("test.cvd"));
+    }
+
+    /// Offers a file on the server.
+    pub fn serve(&self, name: &str, content: impl AsRef<[u8]>) {
+        fs::write(self.server.directory.join(name), content)
+            .expect("a scratch file can be written");
+    }
+
+    /// Where the server has the file `name`.
+    pub fn url(&self, name: &str) -> String {
+        format!("http://{}/{name}", self.server.address)
+    }
+
+    /// A freshclam that updates all that its configuration names: what stands in these lines, too.
+    pub fn freshclam_of_all(&self, lines: &str) -> Command {
+        let path = self.scratch.join("freshclam.conf");
+        let config = fs::read_to_string(&path).expect("it was written");
+        let all = self.scratch.join("freshclam-all.conf");
+        fs::write(&all, config + lines).expect("a scratch file can be written");
+        let mut option = std::ffi::OsString::from("--config-file=");
+        option.push(all);
         let mut freshclam = Command::new(Part::Freshclam.path());
+        freshclam.arg(option).args(["--no-dns", "--stdout"]);
         freshclam
-            .arg(config)
-            .args(["--no-dns", "--update-db=test", "--stdout"]);
-        freshclam
+    }
+
+    /// Keeps whoever asks for the file `name` waiting, until what this returns is dropped.
+    pub fn hold(&self, name: &str) -> Hold<'_> {
+        self.server.held.lock(|held| held.insert(name.to_owned()));
+        Hold {
+            held: &self.server.held,
+            requests: &self.server.requests,
+            name: name.to_owned(),
+        }
     }
 
     /// Runs the real freshclam until `test.cld` is at `version`, and returns its path.
@@ -110,6 +145,54 @@ impl Mirror {
             .lock()
             .expect("no request panics")
             .clone()
+    }
+}
+
+/// A file that the server of a [`Mirror`] does not give away yet.
+#[derive(Debug)]
+pub struct Hold<'a> {
+    held: &'a Held,
+    requests: &'a Mutex<Vec<String>>,
+    name: String,
+}
+
+impl Hold<'_> {
+    /// Waits until somebody waits for the file.
+    pub fn wait(&self) {
+        let request = format!("GET /{}", self.name);
+        until(PATIENCE, &format!("{request} comes"), || {
+            let requests = self.requests.lock().expect("no request panics").clone();
+            let last = requests.last().cloned().unwrap_or_default();
+            if last.starts_with(&request) {
+                Ok(())
+            } else {
+                Err(requests)
+            }
+        });
+    }
+}
+
+impl Drop for Hold<'_> {
+    fn drop(&mut self) {
+        self.held.lock(|held| held.remove(&self.name));
+    }
+}
+
+/// The names of files that are not given away yet.
+#[derive(Debug, Default)]
+struct Held(Mutex<BTreeSet<String>>, Condvar);
+
+impl Held {
+    fn lock<T>(&self, change: impl FnOnce(&mut BTreeSet<String>) -> T) -> T {
+        let changed = change(&mut self.0.lock().expect("no change panics"));
+        self.1.notify_all();
+        changed
+    }
+
+    fn wait(&self, name: &str) {
+        let held = self.0.lock().expect("no change panics");
+        let waited = self.1.wait_while(held, |held| held.contains(name));
+        drop(waited.expect("no change panics"));
     }
 }
 
@@ -164,6 +247,7 @@ struct Server {
     directory: PathBuf,
     address: SocketAddr,
     requests: Arc<Mutex<Vec<String>>>,
+    held: Arc<Held>,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
@@ -175,9 +259,11 @@ impl Server {
             .local_addr()
             .expect("a bound socket has an address");
         let requests = Arc::<Mutex<Vec<String>>>::default();
+        let held = Arc::<Held>::default();
         let stop = Arc::<AtomicBool>::default();
         let thread = thread::spawn({
             let (directory, requests, stop) = (directory.clone(), requests.clone(), stop.clone());
+            let held = held.clone();
             move || {
                 // One at a time: freshclam is alone here, and closes before it asks again.
                 for connection in listener.incoming() {
@@ -185,7 +271,8 @@ impl Server {
                         break;
                     }
                     // A client that went away is no matter; it says so itself.
-                    let _ = connection.and_then(|stream| answer(stream, &directory, &requests));
+                    let _ =
+                        connection.and_then(|stream| answer(stream, &directory, &requests, &held));
                 }
             }
         });
@@ -193,6 +280,7 @@ impl Server {
             directory,
             address,
             requests,
+            held,
             stop,
             thread: Some(thread),
         }
@@ -202,6 +290,7 @@ impl Server {
 impl Drop for Server {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::SeqCst);
+        self.held.lock(BTreeSet::clear);
         let woken = TcpStream::connect(self.address);
         if let (Ok(_), Some(thread)) = (woken, self.thread.take()) {
             let _ = thread.join();
@@ -210,8 +299,13 @@ impl Drop for Server {
 }
 
 /// Reads one request and answers it.
-fn answer(stream: TcpStream, directory: &Path, requests: &Mutex<Vec<String>>) -> io::Result<()> {
-    stream.set_read_timeout(Some(super::until::PATIENCE))?;
+fn answer(
+    stream: TcpStream,
+    directory: &Path,
+    requests: &Mutex<Vec<String>>,
+    held: &Held,
+) -> io::Result<()> {
+    stream.set_read_timeout(Some(PATIENCE))?;
     let mut lines = BufReader::new(stream.try_clone()?.take(64 << 10)).lines();
     let first = lines.next().transpose()?.unwrap_or_default();
     let path = first.split(' ').nth(1).unwrap_or_default().to_owned();
@@ -235,6 +329,8 @@ fn answer(stream: TcpStream, directory: &Path, requests: &Mutex<Vec<String>>) ->
         .push(asked.trim_end().to_owned());
 
     let name = path.rsplit('/').next().unwrap_or_default();
+    let name = name.split('?').next().unwrap_or_default(); // cvdupdate adds the version
+    held.wait(name);
     let (status, body) = match fs::read(directory.join(name)) {
         Err(_) => ("404 Not Found", Vec::new()),
         Ok(body) => match range.as_deref().and_then(bounds) {
