@@ -22,6 +22,7 @@
 mod clamd;
 mod container;
 mod datagrams;
+mod dns;
 mod fleet;
 mod freeze;
 mod mirror;
@@ -40,6 +41,7 @@ mod usage;
 pub use clamd::Clamd;
 pub use container::{Container, Dismantled, hash_signature, signatures};
 pub use datagrams::{halfway, initials, send_from};
+pub use dns::NameServer;
 pub use fleet::{Agent, Daemon, Fleet, Master, program};
 pub use freeze::{freeze, threads};
 pub use mirror::{Hold, Mirror, Update};

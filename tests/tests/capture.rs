@@ -22,13 +22,16 @@ use clamcast_proto::dsse::{PublicKey, sign};
 use clamcast_proto::keys::KeySet;
 use clamcast_proto::{Digest, Epoch};
 use clamcast_tests::lab::{
-    Container, Fleet, Master, Mirror, Mount, PATIENCE, Part, Scratch, Strace, signatures, until,
+    Container, Fleet, Master, Mirror, Mount, NameServer, PATIENCE, Part, Scratch, Strace,
+    signatures, until,
 };
 use clamcast_tests::require;
 use ed25519_dalek::SigningKey;
 use jiff::{SignedDuration, Timestamp};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use rand::Rng as _;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// The official databases, in the order in which the writers of these tests replace them.
 const OFFICIAL: [&str; 3] = ["main", "daily", "bytecode"];
@@ -455,6 +458,126 @@ fn of_a_freshclam_that_fails_at_the_second_database_the_first_one_is_published()
     let files = ["bytecode.cvd", "test.cvd"].map(str::to_owned);
     assert_eq!(published(&master)[1], (2, files.to_vec()));
     assert!(master.json(&["status"]).unwrap()["refused"].is_null());
+}
+
+/// The cvdupdate that keeps `bytecode`, whose version the name server tells, `test` and a loose file
+/// in the mirror, with its configuration, state and log.
+fn cvdupdate(mirror: &Mirror, names: &NameServer) -> Command {
+    let directory = mirror.directory();
+    let [config, state] = ["config.json", "state.json"].map(|name| directory.join(name));
+    if !state.exists() {
+        let database = |name: &str, field: u32| {
+            json!({
+                "url": mirror.url(name), "retry after": 0, "last modified": 0, "last checked": 0,
+                "DNS field": field, "local version": 0, "CDIFFs": [],
+            })
+        };
+        let databases = json!({
+            "bytecode.cvd": database("bytecode.cvd", 7),
+            "local.hsb": database("local.hsb", 0),
+            "test.cvd": database("test.cvd", 0),
+        });
+        fs::write(state, json!({ "dbs": databases }).to_string()).unwrap();
+        let mut set = Command::new(Part::Cvdupdate.path());
+        set.args(["config", "set", "--config"]).arg(&config);
+        set.arg("--dbdir").arg(&directory);
+        set.arg("--logdir").arg(directory.join("log"));
+        set.args(["--nameserver", &names.address().to_string()]);
+        let set = set.output().unwrap();
+        assert!(set.status.success(), "{set:?}");
+    }
+    let mut update = Command::new(Part::Cvdupdate.path());
+    update.args(["update", "--config"]).arg(config);
+    // It also asks PyPI for a newer one of itself, at a port that is closed here.
+    update.env("HTTPS_PROXY", "http://127.0.0.1:9");
+    update.env("NO_PROXY", "127.0.0.1");
+    update
+}
+
+#[test]
+fn of_what_cvdupdate_writes_in_place_only_whole_databases_are_published() {
+    require!(Cvdupdate, NameServer, Strace, TestFiles);
+    let fleet = Fleet::new();
+    let (mirror, scratch) = (Mirror::new(), Scratch::new());
+    let directory = mirror.directory();
+    let names = NameServer::start("1.4.6:62:27000:1700000000:1:90:49192:19");
+    let test_file = |name: &str| fs::read(Part::TestFiles.path().join(name)).unwrap();
+    mirror.serve("bytecode.cvd", test_file("bytecode.cvd"));
+    mirror.serve("local.hsb", signatures(0..10));
+    let mut master = fleet.master(&directory);
+    master.start();
+    master.wait_generation(1);
+
+    mirror.offer(2);
+    for name in ["test-2.cvd.sign", "test-2.cdiff.sign"] {
+        mirror.serve(name, test_file(name));
+    }
+    let updated = cvdupdate(&mirror, &names).output().unwrap();
+    assert!(updated.status.success(), "{updated:?}");
+    for name in [
+        "dns.txt",
+        "config.json",
+        "state.json",
+        "log",
+        "test-2.cdiff",
+        "test-2.cdiff.sign",
+    ] {
+        assert!(directory.join(name).exists(), "{name}: {updated:?}");
+    }
+    let last = |files: &[&str]| {
+        until(PATIENCE, "the set is published", || {
+            let (generation, published) = published(&master).pop().unwrap();
+            if published == files {
+                Ok(generation)
+            } else {
+                Err(published)
+            }
+        })
+    };
+    let files = ["bytecode.cvd", "local.hsb", "test-2.cvd.sign", "test.cvd"];
+    let generation = last(&files);
+
+    // Stopped when it has emptied the file.
+    mirror.offer(3);
+    let hold = mirror.hold("test.cvd");
+    let mut updating = cvdupdate(&mirror, &names);
+    let mut updating = updating
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    hold.wait();
+    let test = directory.join("test.cvd");
+    let (call, path) = ("openat", test.to_str().unwrap());
+    let strace = Strace::spoil(
+        updating.id(),
+        scratch.path(),
+        call,
+        path,
+        "signal=SIGSTOP",
+        "1",
+    );
+    drop(hold);
+    until(PATIENCE, "it is stopped", || strace.has_stopped());
+    assert_eq!(fs::metadata(&test).unwrap().len(), 0);
+    let refused = until(PATIENCE, "the empty file is refused", || {
+        let status = master.json(&["status"]).unwrap();
+        let reason = status["refused"]["reason"].as_str().map(str::to_owned);
+        reason.ok_or(status)
+    });
+    assert!(
+        refused.starts_with("test.cvd is not a whole database"),
+        "{refused}"
+    );
+    let pid = Pid::from_raw(updating.id().try_into().unwrap());
+    kill(pid, Signal::SIGCONT).unwrap();
+    assert!(updating.wait().unwrap().success());
+    drop(strace);
+    master.wait_generation(generation + 1);
+    assert_eq!(last(&files), generation + 1);
+    until(PATIENCE, "the refusal is over", || {
+        master.json(&["status"]).unwrap()["refused"].is_null()
+    });
 }
 
 #[test]

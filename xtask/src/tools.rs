@@ -29,10 +29,12 @@ pub(crate) fn provide(target: &Path, wanted: &[&str]) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Programs from PyPI that check playbooks and the Kubernetes example, at versions that they pass.
-const PYTHON: [&str; 4] = [
+/// Programs from PyPI that check playbooks and the Kubernetes example, at versions that they pass, and
+/// the updater cvdupdate, which tests run.
+const PYTHON: [&str; 5] = [
     "ansible-core==2.19.*",
     "ansible-lint==26.*",
+    "cvdupdate==1.2.0",
     "dockerfile-parse==2.0.1",
     "kubernetes-validate==1.37.0",
 ];

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::{env, fs, iter};
 
-use super::tree;
+use super::{dns, tree};
 
 /// Something real that a test needs and that may not be on this machine.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -20,6 +20,10 @@ pub enum Part {
     Clamscan,
     /// The updater of a mirror.
     Freshclam,
+    /// Talos's other updater, which writes in place. `cargo xtask test` installs it from PyPI.
+    Cvdupdate,
+    /// The right to be a name server on loopback, which is where cvdupdate asks first. Root has it.
+    NameServer,
     /// ClamAV's own reader of database containers.
     Sigtool,
     /// What clamcast is measured against.
@@ -72,6 +76,8 @@ impl Part {
             Part::Clamd => program("clamd"),
             Part::Clamscan => program("clamscan"),
             Part::Freshclam => program("freshclam"),
+            Part::Cvdupdate => python_program("cvdupdate"),
+            Part::NameServer => dns::may_bind().map(|()| "/".into()),
             Part::Sigtool => program("sigtool"),
             Part::Rsync => program("rsync"),
             Part::Rdiff => program("rdiff"),
@@ -97,8 +103,7 @@ impl Part {
                 let there = env::var_os("CLAMCAST_DIST").map(PathBuf::from);
                 file(there.unwrap_or_else(|| target().join("dist")))
             }
-            Part::Ansible => program("ansible-playbook")
-                .or_else(|_| file(target().join("python/bin/ansible-playbook"))),
+            Part::Ansible => python_program("ansible-playbook"),
             Part::Rpm => ["cpio", "rpm2cpio", "rpmbuild"]
                 .into_iter()
                 .try_for_each(|name| program(name).map(drop))
@@ -207,6 +212,11 @@ fn program(name: &str) -> Result<PathBuf, String> {
         .map(|directory| directory.join(name))
         .find(|path| path.is_file())
         .ok_or_else(|| format!("no {name} on this machine (`cargo xtask test` looks for it)"))
+}
+
+/// The same of one from PyPI, which `cargo xtask test` installs in `target/python`.
+fn python_program(name: &str) -> Result<PathBuf, String> {
+    program(name).or_else(|_| file(target().join("python/bin").join(name)))
 }
 
 /// Containers and hardened kernels often forbid it.
