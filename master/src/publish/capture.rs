@@ -16,7 +16,7 @@ use std::io;
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::thread;
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use clamcast_proto::container::{ContainerError, HEADER_BYTES, Header};
 use clamcast_proto::manifest::{DATABASE_BYTES_MAX, content_digest};
@@ -33,6 +33,10 @@ pub const FILES_MAX: usize = 2000;
 
 /// How often a capture starts over before it leaves the mirror alone until it is quiet again.
 const TRIES_MAX: u32 = 3;
+
+/// How long after a change of a file there may be stores to it that the kernel did not see: it writes
+/// pages to disk after 35 s at the latest (`vm.dirty_expire_centisecs`), unless somebody tuned that.
+const STORES_AGE_MAX: Duration = Duration::from_secs(60);
 
 /// A consistent set of databases, all of it in the store.
 #[derive(Clone, Debug)]
@@ -241,6 +245,10 @@ fn list(
 }
 
 /// Opens what was listed and counts; `None` if it is not what was listed any more.
+///
+/// Of a program that writes through a mapping, the kernel sees the first store to a page, and then
+/// no other one until the page was written to disk. So that is done first. On a tmpfs nothing shows
+/// such a store.
 fn open_all(listing: &Listing) -> Result<Option<BTreeMap<DatabaseName, File>>, CaptureError> {
     let mut opened = BTreeMap::new();
     for (name, stamp) in &listing.files {
@@ -260,6 +268,13 @@ fn open_all(listing: &Listing) -> Result<Option<BTreeMap<DatabaseName, File>>, C
         };
     }
     drop_lower_forms(&mut opened)?;
+    let now = SystemTime::now();
+    for (name, file) in &opened {
+        if listing.files[name].is_younger(STORES_AGE_MAX, now) {
+            // Where it fails, as on a file system that is mounted for reading only, nobody writes.
+            let _ = file.sync_data();
+        }
+    }
     Ok(Some(opened))
 }
 

@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::{env, fs, iter};
 
+use nix::sys::statfs::{TMPFS_MAGIC, statfs};
+
 use super::{dns, tree};
 
 /// Something real that a test needs and that may not be on this machine.
@@ -26,6 +28,10 @@ pub enum Part {
     NameServer,
     /// ClamAV's own reader of database containers.
     Sigtool,
+    /// What plays programs that do what Rust calls unsafe.
+    Python,
+    /// A directory for temporary files on a disk, not in memory, where the kernel notes less of a change.
+    Disk,
     /// What clamcast is measured against.
     Rsync,
     /// The command line of librsync, which reads deltas of its format.
@@ -79,6 +85,8 @@ impl Part {
             Part::Cvdupdate => python_program("cvdupdate"),
             Part::NameServer => dns::may_bind().map(|()| "/".into()),
             Part::Sigtool => program("sigtool"),
+            Part::Python => program("python3"),
+            Part::Disk => on_disk(env::temp_dir()),
             Part::Rsync => program("rsync"),
             Part::Rdiff => program("rdiff"),
             Part::Strace => program("strace").and_then(may_trace),
@@ -217,6 +225,17 @@ fn program(name: &str) -> Result<PathBuf, String> {
 /// The same of one from PyPI, which `cargo xtask test` installs in `target/python`.
 fn python_program(name: &str) -> Result<PathBuf, String> {
     program(name).or_else(|_| file(target().join("python/bin").join(name)))
+}
+
+fn on_disk(path: PathBuf) -> Result<PathBuf, String> {
+    match statfs(&path) {
+        Ok(found) if found.filesystem_type() != TMPFS_MAGIC => Ok(path),
+        Ok(_) => Err(format!(
+            "{} is in memory (TMPDIR names another directory)",
+            path.display()
+        )),
+        Err(error) => Err(format!("no file system has {}: {error}", path.display())),
+    }
 }
 
 /// Containers and hardened kernels often forbid it.

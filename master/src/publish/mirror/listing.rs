@@ -152,8 +152,7 @@ impl Listing {
                 0 => STEP_OF_SECONDS_MAX,
                 _ => STEP_MAX,
             };
-            let age = now.duration_since(time(changed)); // none of the future
-            age.map_or(true, |age| age <= step).then_some(step)
+            is_younger(changed, step, now).then_some(step)
         });
         steps.max()
     }
@@ -201,6 +200,11 @@ impl Stamp {
     pub fn size(&self) -> u64 {
         self.size
     }
+
+    /// Whether the last change was less than `age` ago. One of the future was.
+    pub fn is_younger(&self, age: Duration, now: SystemTime) -> bool {
+        is_younger(self.changed, age, now)
+    }
 }
 
 /// The time of the last change of content or attributes, in seconds and nanoseconds. The kernel sets
@@ -213,6 +217,11 @@ fn changed(metadata: &Metadata) -> (i64, i64) {
 fn time((seconds, nanoseconds): (i64, i64)) -> SystemTime {
     let seconds = Duration::from_secs(seconds.try_into().unwrap_or(0));
     SystemTime::UNIX_EPOCH + seconds + Duration::from_nanos(nanoseconds.try_into().unwrap_or(0))
+}
+
+fn is_younger(changed: (i64, i64), age: Duration, now: SystemTime) -> bool {
+    let found = now.duration_since(time(changed)); // none of the future
+    found.map_or(true, |found| found <= age)
 }
 
 /// What a run's working directory looks like, and the newest status change in it. A directory that
