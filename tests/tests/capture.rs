@@ -274,7 +274,7 @@ fn stores_through_a_mapping_are_noticed() {
 
 #[test]
 fn official_sets_that_are_renamed_into_place_are_captured_as_they_were_at_one_moment() {
-    rename_into_place_and_capture(Duration::from_secs(10), 200);
+    rename_into_place_and_capture(Duration::from_secs(10), 100);
 }
 
 #[test]

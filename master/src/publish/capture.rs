@@ -449,6 +449,43 @@ mod tests {
     }
 
     #[test]
+    fn a_file_that_looks_the_same_afterwards_is_captured_again() {
+        let files = [("a.ndb", b"1".to_vec()), ("b.ndb", b"1".to_vec())];
+        // In place with its time set back, through another name, and as another file in its place,
+        // which would get the same inode number if it were not open.
+        let time = |path: &Path| fs::metadata(path).unwrap().modified().unwrap();
+        let changes: [fn(&Path, SystemTime); 3] = [
+            |path, modified| {
+                fs::write(path, "2").unwrap();
+                let file = File::options().write(true).open(path).unwrap();
+                file.set_modified(modified).unwrap();
+            },
+            |path, _| {
+                let link = path.with_extension("link");
+                fs::hard_link(path, &link).unwrap();
+                fs::write(&link, "2").unwrap();
+                fs::remove_file(link).unwrap();
+            },
+            |path, modified| {
+                fs::remove_file(path).unwrap();
+                fs::write(path, "2").unwrap();
+                let file = File::options().write(true).open(path).unwrap();
+                file.set_modified(modified).unwrap();
+            },
+        ];
+        for change in changes {
+            let captured = capture_while(&files, |mirror, copies| {
+                if copies == 2 {
+                    let path = mirror.join("a.ndb");
+                    change(&path, time(&path));
+                }
+            });
+            let digests: Vec<_> = captured.unwrap().into_iter().map(|it| it.1).collect();
+            assert_eq!(digests, [Digest::of(b"2"), Digest::of(b"1")]);
+        }
+    }
+
+    #[test]
     fn a_mirror_that_never_rests_is_left_alone() {
         let files = [("a.ndb", b"1".to_vec())];
         let captured = capture_while(&files, |mirror, copies| {

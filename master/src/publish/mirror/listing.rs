@@ -134,7 +134,8 @@ impl Listing {
                 listing.ignored.push(name.into_owned());
             }
         }
-        listing.is_whole = changed(&fs::metadata(&directory)?) == listing.changed;
+        let after = fs::metadata(&directory); // gone, if it was a snapshot that nothing leads to any more
+        listing.is_whole = after.is_ok_and(|it| changed(&it) == listing.changed);
         listing.ignored.sort();
         listing.runs.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(listing)
