@@ -3,12 +3,12 @@
 //! The directory is listed, every file copied into the store, and the directory listed again. If
 //! anything differs, some program was at work in between and the set may be a mixture: start over.
 //! Files are always copied and hashed anew, also those that look unchanged. That costs a fifth of
-//! a second for 200 MB, a few times a day, and what is published never depends on a time stamp that
-//! a program can set.
+//! a second for 200 MB, a few times a day, and no published content depends on a time stamp that a
+//! program can set.
 //!
-//! The kernel's time stamps show a change only if the clock of the file system went forward since the
-//! change before. So a mirror that changed just now is listed until it did: that takes moments, and
-//! who writes a file and publishes at once need not know of it.
+//! The clock of a file system moves in steps. A file that changes twice within one step keeps its time
+//! stamp, so the second change does not show. A capture therefore waits until the clock has passed the
+//! newest change of the mirror: up to 60 ms, or two seconds where a file system counts whole seconds.
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
@@ -34,8 +34,9 @@ pub const FILES_MAX: usize = 2000;
 /// How often a capture starts over before it leaves the mirror alone until it is quiet again.
 const TRIES_MAX: u32 = 3;
 
-/// How long after a change of a file there may be stores to it that the kernel did not see: it writes
-/// pages to disk after 35 s at the latest (`vm.dirty_expire_centisecs`), unless somebody tuned that.
+/// How long after a change a file may receive stores through a mapping that leave its time stamp
+/// alone. The kernel writes dirty pages to disk after 35 s at the latest with its default
+/// `vm.dirty_expire_centisecs`, and the next store then changes the time stamp.
 const STORES_AGE_MAX: Duration = Duration::from_secs(60);
 
 /// A consistent set of databases, all of it in the store.
@@ -147,7 +148,7 @@ fn capture_interrupted(
         match attempt(path, store, activity, &mut copied) {
             Ok(Some(capture)) => return Ok(capture),
             Ok(None) => {}
-            // A symlink may have been swapped, and the directory removed that it led to.
+            // A symlink was swapped, and the directory that it led to was removed.
             Err(CaptureError::List { source, .. })
                 if source.kind() == io::ErrorKind::NotFound && left > 0 => {}
             Err(error) => return Err(error),
@@ -166,7 +167,7 @@ fn attempt(
     let Some(before) = list_settled(path, activity)? else {
         return Ok(None);
     };
-    // They stay open until all is over: no file that takes the place of one gets its inode number.
+    // The files stay open to the end, so that no replacement gets the inode number of one of them.
     let Some(opened) = open_all(&before)? else {
         return Ok(None);
     };
@@ -188,8 +189,8 @@ fn attempt(
     }))
 }
 
-/// Lists the mirror when every further change will show; `None` if it changes meanwhile. What the
-/// listing has was there at one moment.
+/// Lists the mirror at a time when every further change will show; `None` if the mirror changes
+/// meanwhile. All entries of the listing existed at one moment.
 fn list_settled(path: &Path, activity: &Activity) -> Result<Option<Listing>, CaptureError> {
     let now = SystemTime::now();
     let Some(listing) = list(path, activity, now)? else {
@@ -198,15 +199,15 @@ fn list_settled(path: &Path, activity: &Activity) -> Result<Option<Listing>, Cap
     let Some(wait) = listing.settles_in(now) else {
         return Ok(Some(listing));
     };
-    // Whatever the clock of the file system shows, after this it shows something else.
+    // After this the clock of the file system shows another time, whatever it shows now.
     thread::sleep(wait);
     let again = list(path, activity, SystemTime::now())?;
     let stamps = |it: &Listing| (it.identity, it.changed, it.files.clone());
     Ok(again.filter(|again| stamps(again) == stamps(&listing)))
 }
 
-/// Lists the mirror and refuses what cannot be captured whatever it contains; `None` if the listing
-/// is not whole.
+/// Lists the mirror and refuses a listing that no capture can be made of; `None` if entries came or
+/// went while they were read.
 fn list(
     path: &Path,
     activity: &Activity,
@@ -244,11 +245,12 @@ fn list(
     Ok(Some(listing))
 }
 
-/// Opens what was listed and counts; `None` if it is not what was listed any more.
+/// Opens the listed files, without the lower form of a database that has both forms; `None` if one has
+/// changed since the listing.
 ///
-/// Of a program that writes through a mapping, the kernel sees the first store to a page, and then
-/// no other one until the page was written to disk. So that is done first. On a tmpfs nothing shows
-/// such a store.
+/// Also writes young files to disk. A program that writes through a mapping changes the time stamp with
+/// its first store to a page, and again only after that page went to disk. On tmpfs such stores never
+/// change the time stamp.
 fn open_all(listing: &Listing) -> Result<Option<BTreeMap<DatabaseName, File>>, CaptureError> {
     let mut opened = BTreeMap::new();
     for (name, stamp) in &listing.files {
@@ -271,14 +273,14 @@ fn open_all(listing: &Listing) -> Result<Option<BTreeMap<DatabaseName, File>>, C
     let now = SystemTime::now();
     for (name, file) in &opened {
         if listing.files[name].is_younger(STORES_AGE_MAX, now) {
-            // Where it fails, as on a file system that is mounted for reading only, nobody writes.
+            // An error means a file system that is mounted read-only, where nobody writes.
             let _ = file.sync_data();
         }
     }
     Ok(Some(opened))
 }
 
-/// Copies what was opened; `None` if it is not what was listed any more.
+/// Copies the opened files; `None` if one has changed since the listing.
 fn copy(
     listing: &Listing,
     opened: &BTreeMap<DatabaseName, File>,

@@ -25,12 +25,12 @@ const RUN_ENTRIES_MAX: usize = 10_000;
 /// How deep freshclam's working directory is looked into: it unpacks in a directory within.
 const RUN_DEPTH_MAX: usize = 3;
 
-/// The longest step of a clock that gives nanoseconds: a tick of Linux, at most 10 ms, five of which
-/// a busy machine may miss before another processor takes over (`MAX_STALLED_JIFFIES`).
+/// The longest step of a file system's clock that counts nanoseconds: a tick of Linux is at most 10 ms,
+/// and a busy machine may miss five ticks before another processor takes over (`MAX_STALLED_JIFFIES`).
 const STEP_MAX: Duration = Duration::from_millis(60);
 
-/// The longest step of a clock that gives whole seconds: FAT counts by two. Small ext4 file systems
-/// and those of NFS servers on them count by one.
+/// The longest step of a file system's clock that counts whole seconds: FAT counts by two, and ext4
+/// with inodes of 128 bytes by one.
 const STEP_OF_SECONDS_MAX: Duration = Duration::from_millis(2060);
 
 /// One look at the mirror.
@@ -40,10 +40,10 @@ pub struct Listing {
     pub directory: PathBuf,
     /// Which directory that is: another one may have its name later.
     pub identity: Identity,
-    /// When its entries last changed, in seconds and nanoseconds, before they were read.
+    /// When the directory last changed, as of the start of the listing, in seconds and nanoseconds.
     pub changed: (i64, i64),
-    /// Whether no entry came or went while they were read. Otherwise names may be missing, also of
-    /// databases that were there all the time, under one name or the other.
+    /// Whether no entry came or went during the listing. Otherwise even a database that was there all
+    /// the time can be missing, because it was renamed.
     pub is_whole: bool,
     /// Everything that has the name of a database.
     pub files: BTreeMap<DatabaseName, Stamp>,
@@ -134,18 +134,18 @@ impl Listing {
                 listing.ignored.push(name.into_owned());
             }
         }
-        let after = fs::metadata(&directory); // gone, if it was a snapshot that nothing leads to any more
+        let after = fs::metadata(&directory); // an error: it was a snapshot, and is gone
         listing.is_whole = after.is_ok_and(|it| changed(&it) == listing.changed);
         listing.ignored.sort();
         listing.runs.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(listing)
     }
 
-    /// How long to wait until every further change gets a later time than the newest one that was
-    /// listed; `None` if that is so. `now` is the time before the directory was listed.
+    /// How long to wait until every further change gets a later time stamp than the newest listed one;
+    /// `None` if every change gets one already. `now` is the time before the directory was listed.
     ///
-    /// The clock of a file system goes forward in steps: a file that changes twice within one step
-    /// has one time and two contents. git calls such a file racy.
+    /// The clock of a file system moves in steps. A file that changes twice within one step has one
+    /// time stamp and two contents; git calls such a file racy.
     pub fn settles_in(&self, now: SystemTime) -> Option<Duration> {
         let changes = self.files.values().map(|stamp| stamp.changed);
         let steps = changes.chain([self.changed]).filter_map(|changed| {
@@ -202,27 +202,27 @@ impl Stamp {
         self.size
     }
 
-    /// Whether the last change was less than `age` ago. One of the future was.
+    /// Whether the last change is at most `age` ago. A change in the future counts as young.
     pub fn is_younger(&self, age: Duration, now: SystemTime) -> bool {
         is_younger(self.changed, age, now)
     }
 }
 
-/// The time of the last change of content or attributes, in seconds and nanoseconds. The kernel sets
-/// it; a modification time is set by any program, also to the future.
+/// The time of the last change of content or attributes, in seconds and nanoseconds. Only the kernel
+/// sets it; any program can set a modification time, also to the future.
 fn changed(metadata: &Metadata) -> (i64, i64) {
     (metadata.ctime(), metadata.ctime_nsec())
 }
 
-/// The same as a point in time.
+/// A time stamp as a point in time.
 fn time((seconds, nanoseconds): (i64, i64)) -> SystemTime {
     let seconds = Duration::from_secs(seconds.try_into().unwrap_or(0));
     SystemTime::UNIX_EPOCH + seconds + Duration::from_nanos(nanoseconds.try_into().unwrap_or(0))
 }
 
 fn is_younger(changed: (i64, i64), age: Duration, now: SystemTime) -> bool {
-    let found = now.duration_since(time(changed)); // none of the future
-    found.map_or(true, |found| found <= age)
+    let elapsed = now.duration_since(time(changed)); // an error: the change is in the future
+    elapsed.map_or(true, |elapsed| elapsed <= age)
 }
 
 /// What a run's working directory looks like, and the newest status change in it. A directory that
