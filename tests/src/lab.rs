@@ -54,5 +54,5 @@ pub use scratch::Scratch;
 pub use slots::CLAMDS_MAX;
 pub use strace::{Call, Strace};
 pub use tree::{Tree, succeeded};
-pub use until::{Answer, PATIENCE, until, until_async};
+pub use until::{Answer, PATIENCE, pace, until, until_async};
 pub use usage::{Usage, datagrams_dropped};

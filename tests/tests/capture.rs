@@ -23,7 +23,7 @@ use clamcast_proto::dsse::{PublicKey, sign};
 use clamcast_proto::keys::KeySet;
 use clamcast_proto::{Digest, Epoch};
 use clamcast_tests::lab::{
-    Container, Fleet, Master, Mirror, Mount, NameServer, PATIENCE, Part, Scratch, Strace,
+    Container, Fleet, Master, Mirror, Mount, NameServer, PATIENCE, Part, Scratch, Strace, pace,
     signatures, until,
 };
 use clamcast_tests::{long, require};
@@ -133,7 +133,7 @@ fn under_fire(
 
 /// Up to so many milliseconds between two changes.
 fn pause(max: u64) {
-    thread::sleep(Duration::from_millis(rand::rng().random_range(0..max)));
+    pace(Duration::from_millis(rand::rng().random_range(0..max)));
 }
 
 /// Blocks of a file that is written in place. Each has the version that it belongs to.
@@ -187,7 +187,7 @@ fn rewrite_in_place(lab: &Lab, lasting: Duration) {
         write(version);
         // Most changes come in pairs within a tick of the kernel's clock.
         let mut random = rand::rng();
-        thread::sleep(match version % 16 {
+        pace(match version % 16 {
             0 => Duration::from_millis(150),
             2 | 4 | 6 | 8 | 10 | 12 | 14 => Duration::from_millis(random.random_range(5..20)),
             _ => Duration::from_micros(random.random_range(0..1000)),

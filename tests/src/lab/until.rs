@@ -88,6 +88,12 @@ pub async fn until_async<A: Answer>(
     waited.unwrap_or_else(|_| late(timeout, what, &last))
 }
 
+/// The time between two changes that a test makes as the program that it plays. It is no way to wait
+/// for something, which is what [`until`] is for.
+pub fn pace(time: Duration) {
+    thread::park_timeout(time);
+}
+
 #[track_caller]
 fn late(timeout: Duration, what: &str, state: &str) -> ! {
     panic!("not within {timeout:?}: {what}; last: {state}")
