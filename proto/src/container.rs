@@ -57,9 +57,9 @@ pub const INFO_BYTES_MAX: u64 = 1 << 20;
 ///   definition.
 ///
 /// Talos's two signatures together cover every byte of a `.cvd`. If both verify, a defect of the layout
-/// ([`ContainerError::is_layout`]) is no error but [`Summary::oddity`], because the refusal of a
-/// database that Talos released in an unusual form would keep it from every host. Members behind such a
-/// defect are not read, so they are not compared with `.info`.
+/// (a limit of ours, padding, a tar header, the end) is no error but [`Summary::oddity`], because the
+/// refusal of a database that Talos released in an unusual form would keep it from every host. Members
+/// behind such a defect are not read, so they are not compared with `.info`.
 ///
 /// Memory is bounded whatever the file says: buffers of 64 KiB, `.info`, and the members'
 /// names and digests.
