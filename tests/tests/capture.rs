@@ -638,6 +638,7 @@ fn of_what_cvdupdate_writes_in_place_only_whole_databases_are_published() {
     assert!(updating.wait().unwrap().success());
     drop(strace);
     master.wait_generation(generation + 1);
+    let files = ["bytecode.cvd", "local.hsb", "test.cvd"]; // the signature was of the former version
     assert_eq!(last(&files), generation + 1);
     until(PATIENCE, "the refusal is over", || {
         master.json(&["status"]).unwrap()["refused"].is_null()

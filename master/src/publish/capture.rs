@@ -23,6 +23,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use clamcast_proto::container::{ContainerError, HEADER_BYTES, Header};
 use clamcast_proto::manifest::{DATABASE_BYTES_MAX, content_digest};
+use clamcast_proto::names::DatabaseKind;
 use clamcast_proto::{DatabaseName, Digest};
 use nix::fcntl::OFlag;
 
@@ -232,8 +233,9 @@ fn list(
         let path = path.to_owned();
         return Err(CaptureError::Empty { path });
     }
-    if listing.files.len() > FILES_MAX {
-        let found = listing.files.len();
+    let kinds = listing.files.keys().map(DatabaseName::kind);
+    let found = kinds.filter(|kind| *kind != DatabaseKind::Sign).count();
+    if found > FILES_MAX {
         return Err(CaptureError::TooMany { found });
     }
     for (name, stamp) in &listing.files {
@@ -248,29 +250,20 @@ fn list(
     Ok(Some(listing))
 }
 
-/// Opens the listed files, without the lower form of a database that has both forms; `None` if one has
-/// changed since the listing.
+/// Opens the listed files, without the lower form of a database that has both forms and without the
+/// signatures of other versions; `None` if one has changed since the listing.
 ///
 /// Also writes young files to disk. A program that writes through a mapping changes the time stamp with
 /// its first store to a page, and again only after that page went to disk. On tmpfs such stores never
 /// change the time stamp.
 fn open_all(listing: &Listing) -> Result<Option<BTreeMap<DatabaseName, File>>, CaptureError> {
     let mut opened = BTreeMap::new();
-    for (name, stamp) in &listing.files {
-        if stamp.size() > DATABASE_BYTES_MAX {
-            let (name, size) = (name.clone(), stamp.size());
-            return Err(CaptureError::TooLarge { name, size });
-        }
-        match open(&listing.directory, name) {
-            Ok(file) => opened.insert(name.clone(), file),
-            // Gone, or a link by now: listed again, it is told.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) if error.raw_os_error() == Some(nix::libc::ELOOP) => return Ok(None),
-            Err(source) => {
-                let name = name.clone();
-                return Err(CaptureError::Read { name, source });
-            }
+    let is_signature = |name: &&DatabaseName| name.kind() == DatabaseKind::Sign;
+    for name in listing.files.keys().filter(|name| !is_signature(name)) {
+        let Some(file) = open_listed(listing, name)? else {
+            return Ok(None);
         };
+        opened.insert(name.clone(), file);
     }
     if let Err(error) = drop_lower_forms(&mut opened) {
         let is_listed = |(name, file): (&DatabaseName, &File)| {
@@ -283,6 +276,15 @@ fn open_all(listing: &Listing) -> Result<Option<BTreeMap<DatabaseName, File>>, C
             false => Ok(None),
         };
     }
+    for name in listing.files.keys().filter(is_signature) {
+        if !is_of_a_captured_version(name, &opened) {
+            continue;
+        }
+        let Some(file) = open_listed(listing, name)? else {
+            return Ok(None);
+        };
+        opened.insert(name.clone(), file);
+    }
     let now = SystemTime::now();
     for (name, file) in &opened {
         if listing.files[name].is_younger(STORES_AGE_MAX, now) {
@@ -291,6 +293,42 @@ fn open_all(listing: &Listing) -> Result<Option<BTreeMap<DatabaseName, File>>, C
         }
     }
     Ok(Some(opened))
+}
+
+/// Opens one file; `None` if it is gone since the listing.
+fn open_listed(listing: &Listing, name: &DatabaseName) -> Result<Option<File>, CaptureError> {
+    let size = listing.files[name].size();
+    if size > DATABASE_BYTES_MAX {
+        let name = name.clone();
+        return Err(CaptureError::TooLarge { name, size });
+    }
+    match open(&listing.directory, name) {
+        Ok(file) => Ok(Some(file)),
+        // Gone, or a link by now, which the next listing reports.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) if error.raw_os_error() == Some(nix::libc::ELOOP) => Ok(None),
+        Err(source) => {
+            let name = name.clone();
+            Err(CaptureError::Read { name, source })
+        }
+    }
+}
+
+/// Whether a `.cvd.sign` belongs to a captured `.cvd` of its version. ClamAV 1.5 looks for no other
+/// one, and cvdupdate keeps those of all earlier versions.
+fn is_of_a_captured_version(
+    signature: &DatabaseName,
+    files: &BTreeMap<DatabaseName, File>,
+) -> bool {
+    let of = signature
+        .base()
+        .rsplit_once('-')
+        .and_then(|(base, version)| {
+            let cvd: DatabaseName = format!("{base}.cvd").parse().ok()?;
+            let header = header(&cvd, files.get(&cvd)?).ok()?; // the check reports a bad one
+            Some(header.version.to_string() == version)
+        });
+    of == Some(true)
 }
 
 /// Copies the opened files; `None` if one has changed since the listing.
@@ -461,6 +499,22 @@ mod tests {
         let captured = captured.unwrap();
         let names: Vec<_> = captured.into_iter().map(|(name, _)| name).collect();
         assert_eq!(names, ["daily.cld", "z.ndb"]);
+    }
+
+    #[test]
+    fn of_the_signature_files_only_that_of_the_captured_version_counts() {
+        let sign = |name: &'static str| (name, b"PKCS7".to_vec());
+        let files = [
+            ("daily.cvd", container("daily", 7, 1)),
+            ("main.cld", container("main", 60, 1)),
+            sign("daily-6.cvd.sign"),
+            sign("daily-7.cvd.sign"),
+            sign("main-60.cvd.sign"),
+            sign("other-1.cvd.sign"),
+            sign("daily.cvd.sign"),
+        ];
+        let expected = ["daily-7.cvd.sign", "daily.cvd", "main.cld"];
+        assert_eq!(names(&files), expected);
     }
 
     #[test]
