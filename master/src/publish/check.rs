@@ -285,6 +285,13 @@ fn bases(files: &[ManifestFile]) -> BTreeMap<(&str, bool), u64> {
     highest
 }
 
+/// Whether the file only exempts from detection: a shorter one detects more.
+fn is_allow_list(name: &DatabaseName) -> bool {
+    [".ign", ".ign2", ".fp", ".sfp"]
+        .into_iter()
+        .any(|extension| name.as_str().ends_with(extension))
+}
+
 /// What counts versions upwards: a base name of Talos's, or one that nobody signed.
 fn line(file: &ManifestFile) -> (&str, bool) {
     (file.name.base(), file.name.kind() == DatabaseKind::Cud)
@@ -316,7 +323,7 @@ fn losses(
             (Some(old), Some(new)) => (old.signatures, new.signatures, "signatures"),
             (Some(_) | None, _) => (old.size, new.size, "bytes"),
         };
-        if before.saturating_sub(now) > shrink_max.of(before) {
+        if !is_allow_list(name) && before.saturating_sub(now) > shrink_max.of(before) {
             objections.push(Objection::Shrunk {
                 name: new.name.clone(),
                 found: now,
@@ -364,6 +371,24 @@ mod tests {
             lost[0].starts_with("main.cld is published and no longer in the mirror"),
             "{lost:?}"
         );
+    }
+
+    #[test]
+    fn a_shorter_allow_list_is_no_loss() {
+        let file = |name: &str, size| ManifestFile {
+            size,
+            ..published(name, 0, SignedBy::None)
+        };
+        for (name, held) in [
+            ("local.ndb", true),
+            ("local.ign2", false),
+            ("local.ign", false),
+            ("local.fp", false),
+            ("local.sfp", false),
+        ] {
+            let lost = lost(&[file(name, 100)], &[file(name, 1)]);
+            assert_eq!(!lost.is_empty(), held, "{name}");
+        }
     }
 
     #[test]
