@@ -26,7 +26,7 @@ use sha2::{Digest as _, Sha256};
 
 use crate::digest::Digest;
 use crate::manifest::SignedBy;
-use crate::names::DatabaseKind;
+use crate::names::{DatabaseKind, looks_like_a_database};
 use crate::talos::{self, SignatureError};
 
 /// Length of the header in front of the tar.
@@ -57,7 +57,7 @@ pub const INFO_BYTES_MAX: u64 = 1 << 20;
 ///   definition.
 ///
 /// Talos's two signatures together cover every byte of a `.cvd`. If both verify, a defect of the layout
-/// (a limit of ours, padding, a tar header, the end) is no error but [`Summary::oddity`], because the
+/// (a limit of ours, padding, a tar header, the end, an additional member that is no database) is no error but [`Summary::oddity`], because the
 /// refusal of a database that Talos released in an unusual form would keep it from every host. Members
 /// behind such a defect are not read, so they are not compared with `.info`.
 ///
@@ -343,7 +343,7 @@ const GZIP_MAGIC: u8 = 0x1f;
 
 impl ContainerError {
     /// Whether the defect concerns only how the container is laid out: a limit of ours, padding, a tar
-    /// header, the end. It says nothing about the members that were read before.
+    /// header, the end, or an additional member that is no database.
     fn is_layout(&self) -> bool {
         match self {
             Self::Cut(_)
@@ -354,6 +354,7 @@ impl ContainerError {
             | Self::MembersMax
             | Self::MemberBytesMax { .. }
             | Self::BodyBytesMax { .. } => true,
+            Self::Unlisted(member) => !looks_like_a_database(member),
             Self::Kind
             | Self::Renamed(_)
             | Self::Read(_)
@@ -363,7 +364,6 @@ impl ContainerError {
             | Self::Info { .. }
             | Self::HeaderDiffers { .. }
             | Self::Missing(_)
-            | Self::Unlisted(_)
             | Self::MemberDiffers { .. }
             | Self::NoMd5
             | Self::Md5 { .. }

@@ -324,6 +324,11 @@ pub(crate) mod tests {
         }
         assert_eq!(json["files"][0]["version"], 27001);
         assert_eq!(json["files"][0]["signed_by"], "talos");
+        let mut later = json.clone();
+        later["files"][0]["signed_by"] = "a later signer".into();
+        let later: Manifest = serde_json::from_value(later).unwrap();
+        assert_eq!(later.files[0].signed_by(), Some(SignedBy::Unknown));
+        assert!(!later.is_verified(), "nobody here knows that signer");
         assert_eq!(serde_json::from_value::<Manifest>(json).unwrap(), value);
     }
 }

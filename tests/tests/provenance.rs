@@ -9,12 +9,15 @@ use aws_lc_rs::rand::SystemRandom;
 use aws_lc_rs::rsa::{KeyPair, KeySize};
 use aws_lc_rs::signature::RSA_PSS_SHA256;
 use clamcast_proto::container::{self, HEADER_BYTES};
-use clamcast_proto::manifest::SignedBy;
+use clamcast_proto::dsse::{Envelope, sign};
+use clamcast_proto::manifest::{Manifest, SignedBy};
 use clamcast_proto::names::DatabaseKind;
 use clamcast_tests::lab::{
     Dismantled, Fleet, Master, Mirror, PATIENCE, Part, Scratch, Update, until,
 };
 use clamcast_tests::require;
+use ed25519_dalek::SigningKey;
+use ed25519_dalek::pkcs8::DecodePrivateKey as _;
 use flate2::Compression;
 use flate2::read::GzDecoder;
 use flate2::write::GzEncoder;
@@ -412,7 +415,7 @@ fn a_signed_database_that_is_gone_is_held_until_an_operator_accepts_it() {
 }
 
 #[test]
-fn a_new_version_that_talos_signed_is_published_and_every_member_sees_who_signed() {
+fn operators_hosts_and_receipts_show_which_databases_talos_signed() {
     require!(Freshclam, TestFiles);
     let Lab {
         fleet, mut master, ..
@@ -454,9 +457,43 @@ fn a_new_version_that_talos_signed_is_published_and_every_member_sees_who_signed
     assert_eq!(files[1]["signed_by"], "talos", "{files}");
 }
 
+/// The newest generation as an earlier build signed it: nobody has verified a database.
+fn unverify(fleet: &Fleet, master: &Master, generation: u64) {
+    let path = master
+        .directory()
+        .join(format!("state/generations/1-{generation}.json"));
+    let envelope: Envelope = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    let mut manifest: Manifest = serde_json::from_slice(&envelope.payload).unwrap();
+    for file in &mut manifest.files {
+        file.container.as_mut().unwrap().signed_by = None;
+    }
+    let key = fs::read_to_string(fleet.pki().join("manifest.key")).unwrap();
+    let key = SigningKey::from_pkcs8_pem(&key).unwrap();
+    let envelope = sign(manifest, &key).envelope().clone();
+    fs::write(path, serde_json::to_vec(&envelope).unwrap()).unwrap();
+}
+
+#[test]
+fn a_generation_of_an_earlier_build_is_verified_and_published_once_more() {
+    require!(Freshclam, TestFiles);
+    let Lab {
+        fleet, mut master, ..
+    } = Lab::new();
+    master.stop();
+    unverify(&fleet, &master, 1);
+    master.start();
+    master.wait_generation(2);
+    let generations = master.json(&["generations"]).unwrap();
+    assert_eq!(generations[0]["files"][0]["signed_by"], json!(null));
+    assert_eq!(generations[1]["files"][0]["signed_by"], json!("talos"));
+    let published = master.command(&["publish"]);
+    let said = String::from_utf8_lossy(&published.stdout);
+    assert!(said.contains("unchanged"), "{said}");
+}
+
 /// What a receipt in the audit log says.
 fn receipt(record: &serde_json::Value) -> serde_json::Value {
     let envelope = record["detail"]["receipt"].clone();
-    let envelope: clamcast_proto::dsse::Envelope = serde_json::from_value(envelope).unwrap();
+    let envelope: Envelope = serde_json::from_value(envelope).unwrap();
     serde_json::from_slice(&envelope.payload).unwrap()
 }

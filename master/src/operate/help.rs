@@ -118,8 +118,8 @@ Examples:
   clamcast-master agents --json | jq -r '.[] | select(.conformant | not) | .name'";
 
 pub(crate) const GENERATIONS: &str = "\
-FILES are named with their versions. Talos signed all .cvd and .cld files; (unsigned) files carry no \
-signature that says who made them, and (not verified) ones are of an earlier build. STATE is running (on its way through the fleet), waiting (for \
+FILES are named with their versions. A .cvd or .cld without a mark is signed by Talos; (unsigned) files carry \
+no signature that says who made them, and an earlier build published (not verified) ones. STATE is running (on its way through the fleet), waiting (for \
 that), current (what everybody else is wanted at), superseded, halted, aborted or rolled_back.
 
 Exit codes:

@@ -72,7 +72,7 @@ pub enum Objection {
     Misnamed {
         /// Its name.
         name: DatabaseName,
-        /// What it is.
+        /// The official database that it contains.
         of: &'static str,
     },
     /// Not signed by Talos, where only that is published.
@@ -209,7 +209,7 @@ fn file(captured: &Captured, store: &Store, unsigned: Unsigned) -> Result<Manife
     Ok(file)
 }
 
-/// What a container says of itself, if it is whole, as genuine as its kind can be, and what its name says.
+/// What a container says of itself, after the checks of its structure, signatures and name.
 fn check_container(name: &DatabaseName, object: File) -> Result<ContainerFacts, Objection> {
     let summary = container::check(name.kind(), object).map_err(|error| {
         let name = name.clone();
@@ -241,25 +241,35 @@ fn check_container(name: &DatabaseName, object: File) -> Result<ContainerFacts, 
 /// Talos's databases by their base names.
 const OFFICIAL: [&str; 3] = ["main", "daily", "bytecode"];
 
-/// Another official database that the members belong to. A signature covers the names of the members,
-/// and not the name of the file: a copy of `daily` over `bytecode` has a valid one.
+/// The official database that a member or an `.info` belongs to.
+fn official(name: &str) -> Option<&'static str> {
+    let (stem, extension) = name.split_once('.').unwrap_or((name, ""));
+    if extension == "cbc" {
+        return Some("bytecode"); // whose members have numbers for names
+    }
+    OFFICIAL.into_iter().find(|official| *official == stem)
+}
+
+/// The other official database whose members a file with an official name contains. Talos's signature
+/// covers the names of the members, and not the name of the file: a copy of `daily` over `bytecode` has
+/// a valid one.
 fn other_official(base: &str, info: &Info) -> Option<&'static str> {
-    let stem = |name: &str| name.split('.').next().unwrap_or_default().to_owned();
-    let members = info.members.iter().map(|member| stem(&member.name));
-    let stems: Vec<_> = members.chain([info.base().to_owned()]).collect();
-    let others = OFFICIAL.into_iter().filter(|official| *official != base);
-    others
-        .into_iter()
-        .find(|official| stems.iter().any(|stem| stem == official))
+    if !OFFICIAL.contains(&base) {
+        return None;
+    }
+    let members = info.members.iter().map(|member| member.name.as_str());
+    let mut found = members.chain([info.base()]).filter_map(official);
+    found.find(|official| *official != base)
 }
 
 /// No base has a lower version than it has in the current generation, under whatever extension. What
 /// Talos signed and what nobody signed have versions of their own: an unsigned `daily.cud` with a high
 /// number keeps no `daily.cld` from the fleet.
 fn versions(files: &[ManifestFile], published: &[ManifestFile]) -> Result<(), Objection> {
-    let highest = bases(published);
+    let highest = highest_versions(published);
     for file in files {
-        let (Some(facts), Some(published)) = (&file.container, highest.get(&line(file))) else {
+        let (Some(facts), Some(published)) = (&file.container, highest.get(&Series::of(file)))
+        else {
             continue;
         };
         if facts.version < *published {
@@ -273,12 +283,17 @@ fn versions(files: &[ManifestFile], published: &[ManifestFile]) -> Result<(), Ob
     Ok(())
 }
 
-/// The highest container version of each [`line`].
-fn bases(files: &[ManifestFile]) -> BTreeMap<(&str, bool), u64> {
+/// The highest container version of each series. What an earlier build published without verifying
+/// Talos's signature sets no version: it may be forged.
+fn highest_versions(files: &[ManifestFile]) -> BTreeMap<Series<'_>, u64> {
     let mut highest = BTreeMap::new();
     for file in files {
         if let Some(facts) = &file.container {
-            let version = highest.entry(line(file)).or_default();
+            let series = Series::of(file);
+            if series.signed && facts.signed_by != Some(SignedBy::Talos) {
+                continue;
+            }
+            let version = highest.entry(series).or_default();
             *version = facts.version.max(*version);
         }
     }
@@ -292,9 +307,21 @@ fn is_allow_list(name: &DatabaseName) -> bool {
         .any(|extension| name.as_str().ends_with(extension))
 }
 
-/// What counts versions upwards: a base name of Talos's, or one that nobody signed.
-fn line(file: &ManifestFile) -> (&str, bool) {
-    (file.name.base(), file.name.kind() == DatabaseKind::Cud)
+/// The databases whose versions count upwards together.
+#[derive(Clone, Copy, Eq, Ord, PartialEq, PartialOrd)]
+struct Series<'a> {
+    base: &'a str,
+    /// Whether these are databases of Talos, in both forms.
+    signed: bool,
+}
+
+impl<'a> Series<'a> {
+    fn of(file: &'a ManifestFile) -> Self {
+        Self {
+            base: file.name.base(),
+            signed: file.name.kind() != DatabaseKind::Cud,
+        }
+    }
 }
 
 /// What the current generation has and this one has not, or has much less of.
@@ -374,6 +401,20 @@ mod tests {
     }
 
     #[test]
+    fn the_members_tell_which_official_database_it_is() {
+        for (name, of) in [
+            ("daily.hsb", Some("daily")),
+            ("main.info", Some("main")),
+            ("767944.cbc", Some("bytecode")),
+            ("bytecode", Some("bytecode")),
+            ("last.hdb", None),
+            ("test.hdb", None),
+        ] {
+            assert_eq!(official(name), of, "{name}");
+        }
+    }
+
+    #[test]
     fn a_shorter_allow_list_is_no_loss() {
         let file = |name: &str, size| ManifestFile {
             size,
@@ -392,7 +433,7 @@ mod tests {
     }
 
     #[test]
-    fn a_version_of_talos_counts_in_both_forms_and_against_no_unsigned_one() {
+    fn only_verified_versions_of_talos_keep_lower_ones_of_talos_out() {
         let daily = |name, version| published(name, version, SignedBy::Talos);
         for (name, version, passes) in [
             ("daily.cvd", 6, false),
@@ -403,6 +444,8 @@ mod tests {
             let verdict = versions(&[daily(name, version)], &[daily("daily.cld", 7)]);
             assert_eq!(verdict.is_ok(), passes, "{name} {version}");
         }
+        let forged = published("daily.cld", u64::MAX, SignedBy::Unknown);
+        assert!(versions(&[daily("daily.cld", 7)], &[forged]).is_ok());
         let unsigned = published("daily.cud", u64::MAX, SignedBy::None);
         assert!(versions(&[daily("daily.cld", 7)], &[unsigned]).is_ok());
     }
