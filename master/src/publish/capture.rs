@@ -10,8 +10,8 @@
 //! stamp, so the second change does not show. A capture therefore waits until the clock has passed the
 //! newest change of the mirror: up to 60 ms, or two seconds where a file system counts whole seconds.
 //!
-//! Two changes stay unseen: stores through a mapping on tmpfs, and changes by another host on an NFS
-//! mount that caches attributes.
+//! That holds for local file systems of Linux. Stores through a mapping on tmpfs stay unseen, and so do
+//! changes on network and FUSE file systems whose time stamps are cached or invented.
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
@@ -26,6 +26,7 @@ use clamcast_proto::manifest::{DATABASE_BYTES_MAX, content_digest};
 use clamcast_proto::names::DatabaseKind;
 use clamcast_proto::{DatabaseName, Digest};
 use nix::fcntl::OFlag;
+use nix::libc;
 
 use crate::publish::mirror::activity::Activity;
 use crate::publish::mirror::listing::{Kind, Listing, Stamp};
@@ -37,11 +38,6 @@ pub const FILES_MAX: usize = 2000;
 
 /// How often a capture starts over before it leaves the mirror alone until it is quiet again.
 const TRIES_MAX: u32 = 3;
-
-/// How long after a change a file may receive stores through a mapping that leave its time stamp
-/// alone. The kernel writes dirty pages to disk after 35 s at the latest with its default
-/// `vm.dirty_expire_centisecs`, and the next store then changes the time stamp.
-const STORES_AGE_MAX: Duration = Duration::from_secs(60);
 
 /// A consistent set of databases, all of it in the store.
 #[derive(Clone, Debug)]
@@ -253,7 +249,7 @@ fn list(
 /// Opens the listed files, without the lower form of a database that has both forms and without the
 /// signatures of other versions; `None` if one has changed since the listing.
 ///
-/// Also writes young files to disk. A program that writes through a mapping changes the time stamp with
+/// Also writes the files to disk. A program that writes through a mapping changes the time stamp with
 /// its first store to a page, and again only after that page went to disk. On tmpfs such stores never
 /// change the time stamp.
 fn open_all(listing: &Listing) -> Result<Option<BTreeMap<DatabaseName, File>>, CaptureError> {
@@ -285,14 +281,24 @@ fn open_all(listing: &Listing) -> Result<Option<BTreeMap<DatabaseName, File>>, C
         };
         opened.insert(name.clone(), file);
     }
-    let now = SystemTime::now();
     for (name, file) in &opened {
-        if listing.files[name].is_younger(STORES_AGE_MAX, now) {
-            // An error means a file system that is mounted read-only, where nobody writes.
-            let _ = file.sync_data();
-        }
+        flush(file).map_err(|source| CaptureError::Read {
+            name: name.clone(),
+            source,
+        })?;
     }
     Ok(Some(opened))
+}
+
+/// Writes dirty pages to disk. Where nobody can write there are none.
+fn flush(file: &File) -> io::Result<()> {
+    match file
+        .sync_data()
+        .map_err(|error| (error.raw_os_error(), error))
+    {
+        Ok(()) | Err((Some(libc::EROFS | libc::EINVAL), _)) => Ok(()),
+        Err((_, error)) => Err(error),
+    }
 }
 
 /// Opens one file; `None` if it is gone since the listing.
@@ -304,9 +310,9 @@ fn open_listed(listing: &Listing, name: &DatabaseName) -> Result<Option<File>, C
     }
     match open(&listing.directory, name) {
         Ok(file) => Ok(Some(file)),
-        // Gone, or a link by now, which the next listing reports.
+        // Gone, or a link by now: the next listing shows which.
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) if error.raw_os_error() == Some(nix::libc::ELOOP) => Ok(None),
+        Err(error) if error.raw_os_error() == Some(libc::ELOOP) => Ok(None),
         Err(source) => {
             let name = name.clone();
             Err(CaptureError::Read { name, source })

@@ -153,7 +153,7 @@ impl Listing {
                 0 => STEP_OF_SECONDS_MAX,
                 _ => STEP_MAX,
             };
-            is_younger(changed, step, now).then_some(step)
+            is_recent(changed, step, now).then_some(step)
         });
         steps.max()
     }
@@ -201,11 +201,6 @@ impl Stamp {
     pub fn size(&self) -> u64 {
         self.size
     }
-
-    /// Whether the last change is at most `age` ago. A change in the future counts as young.
-    pub fn is_younger(&self, age: Duration, now: SystemTime) -> bool {
-        is_younger(self.changed, age, now)
-    }
 }
 
 /// The time of the last change of content or attributes, in seconds and nanoseconds. Only the kernel
@@ -220,9 +215,10 @@ fn time((seconds, nanoseconds): (i64, i64)) -> SystemTime {
     SystemTime::UNIX_EPOCH + seconds + Duration::from_nanos(nanoseconds.try_into().unwrap_or(0))
 }
 
-fn is_younger(changed: (i64, i64), age: Duration, now: SystemTime) -> bool {
-    let elapsed = now.duration_since(time(changed)); // an error: the change is in the future
-    elapsed.map_or(true, |elapsed| elapsed <= age)
+/// Whether a change is at most `step` ago, or in the future.
+fn is_recent(changed: (i64, i64), step: Duration, now: SystemTime) -> bool {
+    let elapsed = now.duration_since(time(changed)); // an error: it is in the future
+    elapsed.map_or(true, |elapsed| elapsed <= step)
 }
 
 /// What a run's working directory looks like, and the newest status change in it. A directory that
