@@ -230,7 +230,7 @@ fn problem<T: Settings>(text: &str, message: &str, place: Place) -> Problem {
     let known = || names.split('`').skip(2).step_by(2).map(str::to_owned);
     if message.starts_with("unknown field ") {
         return Problem::UnknownKey {
-            key: name(subject),
+            key: shown_name(subject),
             table: path(&key[..key.len().saturating_sub(1)]),
             nearest: nearest(subject, known()),
             known: known().collect(),
@@ -255,7 +255,7 @@ fn problem<T: Settings>(text: &str, message: &str, place: Place) -> Problem {
     }
     if on_key && let Some((last, tables)) = key.split_last() {
         return Problem::Name {
-            name: name(last),
+            name: shown_name(last),
             table: path(tables),
         };
     }
@@ -304,17 +304,17 @@ fn shown(text: &str) -> String {
 }
 
 fn cut(text: &str) -> String {
-    name(text.trim())
+    shown_name(text.trim())
 }
 
 /// A key, or the name of a table, with the tables around it.
 fn path(names: &[impl AsRef<str>]) -> String {
     let names: Vec<_> = names.iter().map(AsRef::as_ref).collect();
-    name(&names.join("."))
+    shown_name(&names.join("."))
 }
 
-/// A name that may be anything in quotes.
-fn name(text: &str) -> String {
+/// A name for a message: in quotes it may contain anything and have any length.
+fn shown_name(text: &str) -> String {
     let clean = |c: char| if c.is_control() { '?' } else { c };
     let mut name: String = text.chars().take(SHOWN_CHARS_MAX).map(clean).collect();
     if text.chars().count() > SHOWN_CHARS_MAX {
@@ -330,7 +330,7 @@ fn malformed(text: &str, message: &str, span: &Range<usize>) -> Problem {
     if message.starts_with("duplicate key") {
         let key = text[span.clone()].trim_matches(['"', '\'']).to_owned();
         if let Some(first) = last_line_of(&key, &text[..start]) {
-            let key = name(&key);
+            let key = shown_name(&key);
             return Problem::Twice { key, first };
         }
     }

@@ -38,13 +38,8 @@ pub const TARGETS: [Target; 9] = [
 ];
 
 /// The message of an error with its sources, as a daemon logs it.
-fn render(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text += &format!(": {cause}");
-        source = cause.source();
-    }
+fn render(error: &(dyn Error + 'static)) -> String {
+    let text = clamcast_daemon::chain(error);
     assert!(!text.is_empty(), "an error without a message");
     text
 }

@@ -1,4 +1,5 @@
-//! Unsigned database containers, which a real clamd loads under the extension `.cud`.
+//! Database containers: unsigned ones, which a real clamd loads under the extension `.cud`, and real
+//! ones that a test changes.
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -10,7 +10,7 @@ use std::time::Duration;
 /// The only port at which resolvers ask.
 const PORT: u16 = 53;
 
-/// How long the socket is listened at before the thread looks whether it is still wanted.
+/// Time between two looks whether the server is still wanted.
 const TICK: Duration = Duration::from_millis(50);
 
 /// Answers every question with one TXT record. It is a mock of the name server of clamav.net, whose
@@ -80,7 +80,7 @@ pub(super) fn may_bind() -> Result<(), String> {
     }
 }
 
-/// A socket on an address of loopback that nobody else uses, so that several tests may have one.
+/// A socket on a random address of loopback, so that tests beside this one get others.
 fn bind() -> io::Result<(Ipv4Addr, UdpSocket)> {
     let [one, two] = rand::random();
     let address = Ipv4Addr::new(127, 53, one, two);

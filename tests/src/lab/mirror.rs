@@ -96,7 +96,7 @@ impl Mirror {
         freshclam
     }
 
-    /// Keeps whoever asks for the file `name` waiting, until what this returns is dropped.
+    /// Answers no request for the file `name` until the returned value is dropped.
     pub fn hold(&self, name: &str) -> Hold<'_> {
         self.server.held.lock(|held| held.insert(name.to_owned()));
         Hold {
@@ -157,7 +157,7 @@ pub struct Hold<'a> {
 }
 
 impl Hold<'_> {
-    /// Waits until somebody waits for the file.
+    /// Waits until a client has asked for the file.
     pub fn wait(&self) {
         let request = format!("GET /{}", self.name);
         until(PATIENCE, &format!("{request} comes"), || {

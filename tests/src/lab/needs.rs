@@ -9,8 +9,6 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::{env, fs, iter};
 
-use nix::sys::statfs::{TMPFS_MAGIC, statfs};
-
 use super::{dns, tree};
 
 /// Something real that a test needs and that may not be on this machine.
@@ -24,14 +22,12 @@ pub enum Part {
     Freshclam,
     /// Talos's other updater, which writes in place. `cargo xtask test` installs it from PyPI.
     Cvdupdate,
-    /// The right to be a name server on loopback, which is where cvdupdate asks first. Root has it.
+    /// The right to listen on port 53 of loopback, for a name server that cvdupdate asks. Root has it.
     NameServer,
     /// ClamAV's own reader of database containers.
     Sigtool,
-    /// What plays programs that do what Rust calls unsafe.
+    /// The interpreter of small programs that need what the project forbids in Rust: `unsafe`.
     Python,
-    /// A directory for temporary files on a disk, not in memory, where the kernel notes less of a change.
-    Disk,
     /// What clamcast is measured against.
     Rsync,
     /// The command line of librsync, which reads deltas of its format.
@@ -86,7 +82,6 @@ impl Part {
             Part::NameServer => dns::may_bind().map(|()| "/".into()),
             Part::Sigtool => program("sigtool"),
             Part::Python => program("python3"),
-            Part::Disk => on_disk(env::temp_dir()),
             Part::Rsync => program("rsync"),
             Part::Rdiff => program("rdiff"),
             Part::Strace => program("strace").and_then(may_trace),
@@ -225,17 +220,6 @@ fn program(name: &str) -> Result<PathBuf, String> {
 /// The same of one from PyPI, which `cargo xtask test` installs in `target/python`.
 fn python_program(name: &str) -> Result<PathBuf, String> {
     program(name).or_else(|_| file(target().join("python/bin").join(name)))
-}
-
-fn on_disk(path: PathBuf) -> Result<PathBuf, String> {
-    match statfs(&path) {
-        Ok(found) if found.filesystem_type() != TMPFS_MAGIC => Ok(path),
-        Ok(_) => Err(format!(
-            "{} is in memory (TMPDIR names another directory)",
-            path.display()
-        )),
-        Err(error) => Err(format!("no file system has {}: {error}", path.display())),
-    }
 }
 
 /// Containers and hardened kernels often forbid it.

@@ -19,6 +19,14 @@ impl Scratch {
         Self(made.expect("the directory for temporary files can be written"))
     }
 
+    /// One in this directory, for a test that needs no socket.
+    pub fn below(directory: &Path) -> Self {
+        let made = tempfile::Builder::new()
+            .prefix("clamcast-")
+            .tempdir_in(directory);
+        Self(made.expect("the directory can be written"))
+    }
+
     /// Where it is.
     pub fn path(&self) -> &Path {
         self.0.path()

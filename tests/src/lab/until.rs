@@ -88,8 +88,8 @@ pub async fn until_async<A: Answer>(
     waited.unwrap_or_else(|_| late(timeout, what, &last))
 }
 
-/// The time between two changes that a test makes as the program that it plays. It is no way to wait
-/// for something, which is what [`until`] is for.
+/// Passes the time between two changes of a program whose part a test takes. To wait for an event, use
+/// [`until`].
 pub fn pace(time: Duration) {
     thread::park_timeout(time);
 }
