@@ -23,7 +23,7 @@ use clamcast_proto::keys::KeySet;
 use clamcast_proto::{Digest, Epoch};
 use clamcast_tests::lab::{
     Container, Fleet, Master, Mirror, Mount, NameServer, PATIENCE, Part, Scratch, Strace, pace,
-    signatures, until,
+    signatures, target, until,
 };
 use clamcast_tests::{long, require};
 use ed25519_dalek::SigningKey;

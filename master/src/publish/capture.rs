@@ -19,7 +19,7 @@ use std::io;
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::thread;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Instant, SystemTime};
 
 use clamcast_proto::container::{ContainerError, HEADER_BYTES, Header};
 use clamcast_proto::manifest::{DATABASE_BYTES_MAX, content_digest};
