@@ -164,12 +164,12 @@ pub fn dsig(bytes: &[u8]) -> bool {
     judge(DatabaseKind::Cvd, &cvd).expect_err("a forged .cvd is accepted");
     let cld = with_header(DatabaseKind::Cld, HEADER, &tar);
     judge(DatabaseKind::Cld, &cld).expect_err("a forged .cld is accepted");
-    // A `.cud` is unsigned by definition, whatever its list says.
-    let _ = judge(DatabaseKind::Cud, &cld);
+    judge(DatabaseKind::Cud, &cld).expect_err("a .cld under another name is accepted");
     body.is_ok()
 }
 
-/// Builds a container and damages it. A container that is not damaged must be accepted.
+/// Builds a container whose list may be wrong, and damages it. Exactly the containers that are whole and
+/// not damaged must be accepted.
 fn built(kind: DatabaseKind, input: &mut Unstructured<'_>) -> arbitrary::Result<bool> {
     let names = [
         &b"COPYING"[..],
@@ -180,21 +180,35 @@ fn built(kind: DatabaseKind, input: &mut Unstructured<'_>) -> arbitrary::Result<
     ];
     let mut info = format!("{HEADER}\n");
     let mut members = Vec::new();
-    let mut listed = false;
+    let (mut listed, mut lied) = (false, false);
     for name in names {
         if input.ratio(1, 4)? {
             continue;
         }
         let length = input.int_in_range(0..=2 * BLOCK_BYTES + 3)?;
         let content = vec![input.arbitrary::<u8>()?; length];
-        if name != b"COPYING" {
-            let (name, digest) = (String::from_utf8_lossy(name), Digest::of(&content));
-            info += &format!("{name}:{length}:{digest}\n");
-            listed = true;
+        let digest = Digest::of(&content);
+        let line = |size: usize| format!("{}:{size}:{digest}\n", String::from_utf8_lossy(name));
+        let lie = match name {
+            b"COPYING" => None, // it is not listed
+            _ => Some(input.int_in_range(0..=15)?),
+        };
+        match lie {
+            None | Some(0) => {}
+            Some(1) => info += &line(length).repeat(2),
+            Some(2) => info += &line(length + 1),
+            Some(_) => info += &line(length),
         }
-        members.push((name, content));
+        listed |= lie.is_some();
+        lied |= lie.is_some_and(|lie| lie < 5);
+        match lie {
+            Some(3) => {}
+            Some(4) => members.extend([(name, content.clone()), (name, content)]),
+            None | Some(_) => members.push((name, content)),
+        }
     }
-    if input.arbitrary()? {
+    let signed = input.arbitrary()?;
+    if signed {
         info += "DSIG:aZ09+/\n";
     }
     let at = input.int_in_range(0..=members.len())?;
@@ -216,10 +230,13 @@ fn built(kind: DatabaseKind, input: &mut Unstructured<'_>) -> arbitrary::Result<
     damaged |= damage(&mut file, input)?;
 
     let verdict = judge(kind, &file);
-    if listed && !damaged {
+    if lied && !damaged {
+        assert!(verdict.is_err(), "members and list differ");
+    } else if listed && !damaged {
         match &verdict {
             Ok(()) => {}
             Err(ContainerError::Signature(_)) if kind != DatabaseKind::Cud => {}
+            Err(ContainerError::Renamed(_)) if kind == DatabaseKind::Cud && signed => {}
             Err(error) => panic!("a whole container is refused: {}", render(error)),
         }
     }
