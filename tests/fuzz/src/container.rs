@@ -226,7 +226,12 @@ fn built(kind: DatabaseKind, input: &mut Unstructured<'_>) -> arbitrary::Result<
         body = gzip(&body);
         damaged |= damage(&mut body, input)?;
     }
-    let mut file = with_header(kind, HEADER, &body);
+    // `sigtool --unsigned` writes the MD5 into a `.cud`.
+    let has_md5 = kind == DatabaseKind::Cvd || (kind == DatabaseKind::Cud && input.arbitrary()?);
+    let mut file = match has_md5 {
+        true => container(&with_md5(HEADER, &body), &body),
+        false => container(HEADER, &body),
+    };
     damaged |= damage(&mut file, input)?;
 
     let verdict = judge(kind, &file);
@@ -390,14 +395,21 @@ fn assert_whole(file: &[u8], summary: &Summary) {
     assert_eq!(summary.info.signed(), signed);
 }
 
-/// A container of `header` and `body`; a `.cvd` has the MD5 of the body in its header.
+/// A container of `header` and `body`. The header of a `.cvd` has the MD5 of the body.
 fn with_header(kind: DatabaseKind, header: &str, body: &[u8]) -> Vec<u8> {
-    let mut header = header.to_owned();
-    if kind == DatabaseKind::Cvd {
-        let md5 = hex::encode(Md5::digest(body));
-        header = header.replacen(":X:", &format!(":{md5}:"), 1);
+    match kind == DatabaseKind::Cvd {
+        true => container(&with_md5(header, body), body),
+        false => container(header, body),
     }
-    let mut file = header.into_bytes();
+}
+
+fn with_md5(header: &str, body: &[u8]) -> String {
+    let md5 = hex::encode(Md5::digest(body));
+    header.replacen(":X:", &format!(":{md5}:"), 1)
+}
+
+fn container(header: &str, body: &[u8]) -> Vec<u8> {
+    let mut file = header.as_bytes().to_vec();
     file.resize(HEADER_BYTES, b' ');
     file.extend(body);
     file

@@ -69,13 +69,18 @@ fn parts(input: &mut Unstructured<'_>) -> arbitrary::Result<bool> {
     stream.extend((bent(operations.len(), 4) as u32).to_be_bytes());
     stream.extend((bent(frame.len(), 5) as u32).to_be_bytes());
     stream.extend(frame);
-    stream.extend(zstd::bulk::compress(inserts, 1).expect("memory takes everything"));
+    let more = match lie {
+        7 => usize::from(change.unsigned_abs()),
+        _ => 0,
+    };
+    let inserted = [inserts, &counted(more)].concat();
+    stream.extend(zstd::bulk::compress(&inserted, 1).expect("memory takes everything"));
     if lie == 6 {
         let length = stream.len().saturating_add_signed(change.into());
         stream.resize(length, 0);
     }
 
-    let honest = !(1..=6).contains(&lie) || change == 0;
+    let honest = !(1..=7).contains(&lie) || change == 0;
     let result = apply(&stream, &old, new);
     match (honest, made) {
         (true, made) => assert_eq!(result, made),
