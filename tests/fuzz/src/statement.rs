@@ -147,7 +147,7 @@ fn signed<T: Statement>(payload: &[u8]) -> Envelope {
 }
 
 /// What was verified survives being written and read again; an error can be rendered.
-fn judge<T: Checked, E: Error>(verdict: Result<T, E>) -> Option<T> {
+fn judge<T: Checked, E: Error + 'static>(verdict: Result<T, E>) -> Option<T> {
     match verdict {
         Ok(value) => {
             value.check();
