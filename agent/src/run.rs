@@ -14,6 +14,7 @@ use clamcast_daemon::pulse::Pulse;
 use clamcast_daemon::service::{self, Occasion, Service};
 use clamcast_proto::identity::Certificate;
 use jiff::Timestamp;
+use nix::sys::prctl;
 use tokio::runtime::{Handle, Runtime};
 use tokio::sync::{Mutex, mpsc};
 use tokio::task::{JoinError, JoinHandle};
@@ -153,7 +154,11 @@ impl Agent {
         let keeper = {
             let (keeper, runtime) = (Keeper::new(begin, keeper_stop.clone()), Handle::current());
             // It syncs files between two messages, so it has a thread of its own.
-            tokio::task::spawn_blocking(move || runtime.block_on(keeper.run(from_link, asked)))
+            tokio::task::spawn_blocking(move || {
+                // For `top -H` and debuggers. Without the name the loop runs all the same.
+                let _ = prctl::set_name(c"keeper");
+                runtime.block_on(keeper.run(from_link, asked))
+            })
         };
         let link = Link {
             endpoint,

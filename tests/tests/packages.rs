@@ -247,11 +247,11 @@ fn agent_whose_main_loop_alone_is_stalled_is_restarted_by_the_watchdog() {
     let unit = "clamcast-agent";
     shorten_watchdog(&fleet.web1, unit);
     fleet.wait_live("web1", 1);
-    // The runtime begins its workers before the threads that may block, one of which is the loop's.
-    let threads = threads(fleet.web1.process(unit), "tokio-");
-    let others = threads.get(WORKERS..).unwrap_or_default();
-    assert_ne!(others, [0; 0], "{threads:?}");
-    others.iter().copied().for_each(freeze);
+    let threads = threads(fleet.web1.process(unit), "keeper");
+    let [main_loop] = threads[..] else {
+        panic!("one thread has the main loop: {threads:?}");
+    };
+    freeze(main_loop);
     // The thread that feeds the watchdog says so.
     until(PATIENCE, "the process sees the stall", || {
         let journal = fleet.web1.journal(unit);
@@ -318,14 +318,11 @@ fn disks_that_reject_writes_make_the_watchdog_restart_no_daemon() {
 /// In place of the minute that the units give the daemons. A loop turns every two seconds.
 const WATCHDOG: Duration = Duration::from_secs(8);
 
-/// Threads of the runtime that serve its tasks.
-const WORKERS: usize = 2;
-
-/// Restarts a daemon with [`WATCHDOG`] and [`WORKERS`].
+/// Restarts a daemon with [`WATCHDOG`].
 fn shorten_watchdog(tree: &Tree, unit: &str) {
     tree.run(&format!(
         "mkdir -p /run/systemd/system/{unit}.service.d
-         printf '[Service]\nWatchdogSec={}\nEnvironment=TOKIO_WORKER_THREADS={WORKERS}\n' \
+         printf '[Service]\nWatchdogSec={}\n' \
              >/run/systemd/system/{unit}.service.d/test.conf
          systemctl daemon-reload
          systemctl restart {unit}",
