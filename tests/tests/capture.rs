@@ -377,6 +377,14 @@ fn rename_into_place(lasting: Duration) -> (u32, u32) {
     under_fire(lasting, write, look)
 }
 
+/// A master that has published what the mirror has.
+fn publishing(fleet: &Fleet, mirror: &Path) -> Master {
+    let mut master = fleet.master(mirror);
+    master.start();
+    master.wait_generation(1);
+    master
+}
+
 /// Number and file names of each publication in the audit log.
 fn published(master: &Master) -> Vec<(u64, Vec<String>)> {
     let records = master.audit("published").into_iter();
@@ -437,9 +445,7 @@ fn a_freshclam_run_over_several_databases_is_published_once_when_it_is_over() {
     require!(Freshclam, TestFiles);
     let fleet = Fleet::new();
     let mirror = Mirror::new();
-    let mut master = fleet.master(&mirror.directory());
-    master.start();
-    master.wait_generation(1);
+    let master = publishing(&fleet, &mirror.directory());
 
     let hold = mirror.hold("b.hsb");
     let mut freshclam = Started::new(&mut updating(&mirror));
@@ -466,9 +472,7 @@ fn what_a_killed_freshclam_leaves_behind_is_named_and_blocks_for_a_quarter_of_an
     let fleet = Fleet::new();
     let mirror = Mirror::new();
     let directory = mirror.directory();
-    let mut master = fleet.master(&directory);
-    master.start();
-    master.wait_generation(1);
+    let master = publishing(&fleet, &directory);
 
     let hold = mirror.hold("b.hsb");
     let mut freshclam = Started::new(&mut updating(&mirror));
@@ -538,9 +542,7 @@ fn of_a_freshclam_that_fails_at_the_second_database_the_first_one_is_published()
     require!(Freshclam, TestFiles);
     let fleet = Fleet::new();
     let mirror = Mirror::new();
-    let mut master = fleet.master(&mirror.directory());
-    master.start();
-    master.wait_generation(1);
+    let master = publishing(&fleet, &mirror.directory());
 
     let mut freshclam = updating(&mirror);
     mirror.serve("test.cvd", {
@@ -607,9 +609,7 @@ fn of_what_cvdupdate_writes_in_place_only_whole_databases_are_published() {
     let test_file = |name: &str| fs::read(Part::TestFiles.path().join(name)).unwrap();
     mirror.serve("bytecode.cvd", test_file("bytecode.cvd"));
     mirror.serve("local.hsb", signatures(0..10));
-    let mut master = fleet.master(&directory);
-    master.start();
-    master.wait_generation(1);
+    let master = publishing(&fleet, &directory);
 
     mirror.offer(2);
     for name in ["test-2.cvd.sign", "test-2.cdiff.sign"] {
@@ -660,11 +660,7 @@ fn of_what_cvdupdate_writes_in_place_only_whole_databases_are_published() {
     drop(hold);
     until(PATIENCE, "it is stopped", || strace.has_stopped());
     assert_eq!(fs::metadata(&test).unwrap().len(), 0);
-    let refused = until(PATIENCE, "the empty file is refused", || {
-        let status = master.json(&["status"]).unwrap();
-        let reason = status["refused"]["reason"].as_str().map(str::to_owned);
-        reason.ok_or(status)
-    });
+    let refused = master.wait_refused();
     assert!(
         refused.starts_with("test.cvd is not a whole database"),
         "{refused}"
@@ -897,9 +893,7 @@ fn a_container_that_was_copied_by_half_is_refused_and_the_whole_one_is_published
     let mirror = fleet.mirror();
     let daily = |version| Container::new("daily", version).member("hsb", signatures(0..1000));
     daily(1).write(&mirror);
-    let mut master = fleet.master(&mirror);
-    master.start();
-    master.wait_generation(1);
+    let master = publishing(&fleet, &mirror);
 
     // cp writes in place what comes through the pipe.
     let mut cp = Command::new("cp");
@@ -909,11 +903,7 @@ fn a_container_that_was_copied_by_half_is_refused_and_the_whole_one_is_published
     let content = daily(2).bytes();
     let (half, rest) = content.split_at(content.len() / 2);
     pipe.write_all(half).unwrap();
-    let refused = until(PATIENCE, "the half is refused", || {
-        let status = master.json(&["status"]).unwrap();
-        let reason = status["refused"]["reason"].as_str().map(str::to_owned);
-        reason.ok_or(status)
-    });
+    let refused = master.wait_refused();
     assert!(
         refused.starts_with("daily.cud is not a whole database"),
         "{refused}"

@@ -23,11 +23,7 @@ fn a_set_that_clamscan_cannot_load_is_refused_with_its_reason() {
     master.wait_generation(1);
 
     Container::refused_by_clamd("daily", 2).write(&mirror);
-    let reason = until(PATIENCE, "refused", || {
-        let status = master.json(&["status"]).unwrap();
-        let reason = status["refused"]["reason"].as_str();
-        reason.map(str::to_owned).ok_or(status)
-    });
+    let reason = master.wait_refused();
     assert!(reason.starts_with("the load test failed: "), "{reason}");
     assert!(reason.contains("Malformed database"), "{reason}");
     assert_eq!(master.json(&["status"]).unwrap()["generation"], 1);

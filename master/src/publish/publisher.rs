@@ -19,9 +19,9 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::chain;
-use crate::config::{Config, Mirror, Unsigned};
+use crate::config::{Config, Mirror};
 use crate::publish::capture::{CaptureError, capture};
-use crate::publish::check::{Checked, LoadTestError, Objection, check};
+use crate::publish::check::{Checked, LoadTestError, Objection, admits, check};
 use crate::publish::mirror::activity::Activity;
 use crate::publish::withdrawn::{Directives, Rollback, Withdrawal, Withdrawn, newest};
 use crate::store::{Store, StoreError};
@@ -393,7 +393,10 @@ impl Publisher {
             .as_ref()
             .is_some_and(|current| current.content == capture.content);
         let rejected = self.rejection(capture.content);
-        let admitted = current.is_none_or(|current| admits(mirror.unsigned, &current));
+        let admitted = current.is_none_or(|current| {
+            let mut files = current.files.iter();
+            files.all(|file| admits(mirror.unsigned, file))
+        });
         if same && admitted && rejected.is_none() && !self.is_due() {
             self.records().clear_refusal(&self.store)?;
             return Ok(Published::Unchanged);
@@ -672,13 +675,6 @@ impl Publisher {
     fn records(&self) -> MutexGuard<'_, Records> {
         lock(&self.records)
     }
-}
-
-/// Whether what is published would pass the rules about signatures of today: an earlier build verified
-/// none, and the configuration may have changed since.
-fn admits(unsigned: Unsigned, published: &Manifest) -> bool {
-    published.is_verified()
-        && (unsigned == Unsigned::Allow || published.unsigned().next().is_none())
 }
 
 /// Whether the manifest is small enough for agents to look at.

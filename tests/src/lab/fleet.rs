@@ -425,6 +425,16 @@ impl Master {
         });
     }
 
+    /// Waits until the mirror's set is refused, and returns the reason.
+    #[track_caller]
+    pub fn wait_refused(&self) -> String {
+        until(PATIENCE, "the set is refused", || {
+            let status = self.json(&["status"]).ok_or(Value::Null)?;
+            let reason = status["refused"]["reason"].as_str().map(str::to_owned);
+            reason.ok_or(status)
+        })
+    }
+
     /// Waits until the audit log has so many records of one event. A record follows what it is about.
     #[track_caller]
     pub fn wait_audit(&self, event: &str, count: usize) -> Vec<Value> {

@@ -1,7 +1,5 @@
 //! What checking a large database costs beside reading and hashing it:
-//! `cargo bench -p clamcast-proto --bench container`.
-
-#![expect(clippy::disallowed_methods, reason = "a bench reads the clock")]
+//! `cargo bench -p clamcast-tests --bench container`.
 
 use std::error::Error;
 use std::fs::File;
@@ -9,11 +7,17 @@ use std::io::{self, Read as _, Seek as _, Write as _};
 use std::time::{Duration, Instant};
 
 use clamcast_proto::names::DatabaseKind;
-use clamcast_proto::{Digest, container, talos};
+use clamcast_proto::{container, talos};
+use clamcast_tests::lab::{Container, signatures};
 use sha2::{Digest as _, Sha256};
 
-/// Size of the real daily database.
-const MEMBER_BYTES: [usize; 4] = [120_000_000, 50_000_000, 20_000_000, 7_000_000];
+/// Members of about the size of the real daily database.
+const MEMBERS: [(&str, usize); 4] = [
+    ("hsb", 120_000_000),
+    ("ndb", 50_000_000),
+    ("ldb", 20_000_000),
+    ("mdb", 7_000_000),
+];
 const ROUNDS: usize = 7;
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -71,30 +75,11 @@ fn median(mut times: Vec<Duration>) -> Duration {
 
 /// A plain container with lines of hexadecimal digits.
 fn database() -> Vec<u8> {
-    let head = "ClamAV-VDB:22 Nov 2026 06-05 +0000:7:3:90:X:X:bench:1795327500";
-    let mut info = format!("{head}\n");
-    let mut members = Vec::new();
-    for (number, size) in MEMBER_BYTES.into_iter().enumerate() {
-        let name = format!("daily.{}", ["hsb", "ndb", "ldb", "mdb"][number]);
-        let line = |at: u64| format!("{}:Bench-{at}\n", Digest::of(&at.to_be_bytes()));
-        let mut content: Vec<u8> = (0..).map(line).take(4096).collect::<String>().into_bytes();
-        content = content.into_iter().cycle().take(size).collect();
-        info += &format!("{name}:{size}:{}\n", Digest::of(&content));
-        members.push((name, content));
+    let lines: Vec<u8> = signatures(0..4096).into_bytes();
+    let mut container = Container::new("daily", 7);
+    for (extension, size) in MEMBERS {
+        let content: Vec<u8> = lines.iter().copied().cycle().take(size).collect();
+        container = container.member(extension, content);
     }
-    members.insert(0, ("daily.info".to_owned(), info.into_bytes()));
-    let mut bytes = format!("{head:512}").into_bytes();
-    for (name, content) in members {
-        let mut block = [0; 512];
-        block[..name.len()].copy_from_slice(name.as_bytes());
-        let size = format!("{:o}", content.len());
-        block[124..124 + size.len()].copy_from_slice(size.as_bytes());
-        block[148..156].fill(b' ');
-        let sum: u32 = block.iter().map(|byte| u32::from(*byte)).sum();
-        block[148..156].copy_from_slice(format!("{sum:06o}\0\0").as_bytes());
-        bytes.extend(block);
-        bytes.extend(content);
-        bytes.resize(bytes.len().next_multiple_of(512), 0);
-    }
-    bytes
+    container.bytes()
 }
