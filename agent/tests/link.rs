@@ -989,6 +989,7 @@ socket = "none"
 
     fn offer_of(&self, publisher: &str, generation: u64, files: &[(&str, &[u8])]) -> Box<Offer> {
         let file = |(name, content): &(&str, &[u8])| ManifestFile {
+            captured: None,
             name: name.parse().unwrap(),
             size: content.len() as u64,
             sha256: Digest::of(content),

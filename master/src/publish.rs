@@ -8,4 +8,5 @@ pub mod mirror;
 pub mod news;
 pub mod pipeline;
 pub mod publisher;
+pub mod units;
 pub mod withdrawn;

@@ -57,6 +57,10 @@ pub struct ManifestFile {
     pub size: u64,
     /// SHA-256 of the content.
     pub sha256: Digest,
+    /// When the master last found these bytes in the mirror and they passed its checks. A file that
+    /// is held back keeps the time from before. Absent in a manifest of an earlier build.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub captured: Option<Timestamp>,
     /// What its header says, if it is a container.
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     pub container: Option<ContainerFacts>,
@@ -225,6 +229,7 @@ pub(crate) mod tests {
             .map(|file| {
                 let (name, content) = file.split_once('=').unwrap();
                 ManifestFile {
+                    captured: None,
                     name: name.parse().unwrap(),
                     size: content.len() as u64,
                     sha256: Digest::of(content.as_bytes()),

@@ -343,6 +343,7 @@ fn manifest(u: &mut Unstructured<'_>) -> Result<Manifest> {
             signed_by: *u.choose(&[None, Some(SignedBy::Talos), Some(SignedBy::None)])?,
         };
         files.push(ManifestFile {
+            captured: None,
             name: format!("n{number}.{extension}").parse().expect("a name"),
             size: u.int_in_range(0..=1 << 30)?,
             sha256: digest(u)?,

@@ -279,6 +279,7 @@ mod tests {
 
     fn manifest(generation: u64) -> Verified<Manifest> {
         let files = vec![ManifestFile {
+            captured: None,
             name: "daily.cld".parse().unwrap(),
             size: 1,
             sha256: Digest::of(b"a"),

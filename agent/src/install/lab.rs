@@ -49,6 +49,7 @@ pub(super) fn set(line: &str) -> Files {
 /// A signed manifest of these files.
 pub(super) fn manifest(generation: u64, line: &str) -> Verified<Manifest> {
     let file = |(name, version, content): (String, Option<u64>, String)| ManifestFile {
+        captured: None,
         name: name.parse().expect("a database name"),
         size: content.len() as u64,
         sha256: Digest::of(content.as_bytes()),

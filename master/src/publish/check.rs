@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 use crate::chain;
 use crate::config::{Mirror, Unsigned};
 use crate::publish::capture::{Capture, Captured};
+use crate::publish::units::OFFICIAL;
 use crate::store::{Store, StoreError};
 
 pub use jail::{JailError, gaps};
@@ -198,6 +199,7 @@ fn file(captured: &Captured, store: &Store, unsigned: Unsigned) -> Result<Manife
         container = Some(check_container(name, store.open_object(sha256)?)?);
     }
     let file = ManifestFile {
+        captured: None,
         name: name.clone(),
         size: *size,
         sha256: *sha256,
@@ -248,9 +250,6 @@ fn check_container(name: &DatabaseName, object: File) -> Result<ContainerFacts, 
         signed_by: Some(summary.signed_by),
     })
 }
-
-/// Talos's databases by their base names.
-const OFFICIAL: [&str; 3] = ["main", "daily", "bytecode"];
 
 /// The official database that a member or an `.info` belongs to.
 fn official(name: &str) -> Option<&'static str> {
@@ -381,6 +380,7 @@ mod tests {
     fn published(name: &str, version: u64, signed_by: SignedBy) -> ManifestFile {
         let name: DatabaseName = name.parse().unwrap();
         ManifestFile {
+            captured: None,
             container: name.is_container().then_some(ContainerFacts {
                 version,
                 signatures: 100,
@@ -428,6 +428,7 @@ mod tests {
     #[test]
     fn a_shorter_allow_list_is_no_loss() {
         let file = |name: &str, size| ManifestFile {
+            captured: None,
             size,
             ..published(name, 0, SignedBy::None)
         };

@@ -77,6 +77,7 @@ fn import(store: &Store, content: &[u8]) -> ManifestFile {
     let (sha256, size) = store.import(&file).unwrap();
     assert_eq!((sha256, size), (Digest::of(content), content.len() as u64));
     ManifestFile {
+        captured: None,
         name: "daily.cud".parse().unwrap(),
         size,
         sha256,

@@ -39,6 +39,7 @@ impl Bad {
 /// The databases of one state of the mirror: one is always new, one seldom, one comes and goes.
 pub(super) fn files(state: u64) -> Vec<ManifestFile> {
     let file = |name: &str, sha256| ManifestFile {
+        captured: None,
         name: name.parse().expect("a database name"),
         size: 1000,
         sha256,

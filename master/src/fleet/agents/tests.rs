@@ -40,6 +40,7 @@ pub(crate) fn manifest(generation: u64) -> Arc<Verified<Manifest>> {
         rollback_of: None,
         content: content_digest([(&name, 1, &sha256)]),
         files: vec![ManifestFile {
+            captured: None,
             name,
             size: 1,
             sha256,

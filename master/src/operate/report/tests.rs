@@ -42,6 +42,7 @@ fn withdrawal(number: u64, outcome: &str) -> Value {
 fn generation_of(number: u64) -> Manifest {
     let sha256: Digest = CONTENT.parse().unwrap();
     let file = |name: &str, container| ManifestFile {
+        captured: None,
         name: name.parse().unwrap(),
         size: 5,
         sha256,

@@ -372,6 +372,7 @@ fn a_forged_database_that_an_earlier_build_published_is_refused_after_the_upgrad
     let (sha256, size) = store.import(&forged).unwrap();
     let mut files = current.files.clone();
     files.push(ManifestFile {
+        captured: None,
         name: "main.cld".parse().unwrap(),
         size,
         sha256,
@@ -641,6 +642,7 @@ fn a_rejected_content_is_held_until_it_changes_or_is_accepted() {
 /// A manifest of this fleet, signed with its key by some master.
 fn elsewhere(lab: &Lab, publisher: &str, number: u64) -> Verified<Manifest> {
     let file = clamcast_proto::manifest::ManifestFile {
+        captured: None,
         name: "daily.cud".parse().unwrap(),
         size: 1,
         sha256: Digest::of(b"elsewhere"),
