@@ -25,8 +25,8 @@ use clamcast_proto::keys::KeySet;
 use clamcast_proto::manifest::{Manifest, ManifestFile, Publisher, content_digest};
 use clamcast_proto::receipt::{Drift, Found, Outcome, Receipt};
 use clamcast_proto::wire::{
-    self, Have, Hello, NeedFile, Offer, OfferId, OtherMaster, Part, PartEncoding, PartKind,
-    ToAgent, ToMaster, Welcome, close,
+    self, Feature, Features, Have, Hello, NeedFile, Offer, OfferId, OtherMaster, Part,
+    PartEncoding, PartKind, ToAgent, ToMaster, Welcome, close,
 };
 use clamcast_proto::{Digest, Epoch, FleetName, Generation, Position};
 use ed25519_dalek::SigningKey;
@@ -55,6 +55,72 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const HOUR: SignedDuration = SignedDuration::from_hours(1);
 
 #[tokio::test]
+async fn a_master_of_version_0_1_0_gets_the_whole_list_and_a_later_one_what_deviates() {
+    let lab = Lab::new();
+    let master = lab.master("bank");
+    let agent = lab.start(&master).await;
+    let files: [(&str, &[u8]); 2] = [("a.ndb", b"first"), ("gr\u{f6}\u{df}e b.ndb", b"second")];
+
+    let mut talk = master.greet().await;
+    assert!(talk.hello.accepts.has(Feature::WideNames));
+    let receipt = talk.install(&lab, 1, &files).await;
+    assert_eq!((receipt.content, receipt.files.len()), (None, 2));
+    talk.say(&ToAgent::ReceiptAck { seq: 1 }).await;
+    talk.answered().await;
+    talk.hang_up(close::STOPPING);
+
+    // It does not know what is installed here.
+    let mut talk = master.greet_knowing(&[]).await;
+    assert!(talk.hello.installed.is_some() && talk.hello.installed_sha256.is_none());
+    let receipt = talk.install(&lab, 2, &files).await;
+    assert!(receipt.content.is_some() && receipt.files.is_empty() && receipt.missing.is_empty());
+    let installed = lab.offer(2, &files).manifest;
+    let manifest: Manifest = installed.peek().unwrap();
+    assert!(receipt.is_intact(&manifest));
+    talk.say(&ToAgent::ReceiptAck { seq: 2 }).await;
+    talk.answered().await;
+    talk.hang_up(close::STOPPING);
+
+    let talk = master.greet_knowing(&[&installed]).await;
+    let hello = &talk.hello;
+    assert!(hello.installed.is_none() && hello.files.is_empty());
+    assert_eq!(hello.installed_sha256, Some(Digest::of(&installed.payload)));
+    assert_eq!(hello.content, Some(manifest.content));
+    // What the master accepts is known before it is there again.
+    agent.stop(Occasion::Exit).await;
+    talk.hang_up(close::STOPPING);
+}
+
+#[tokio::test]
+async fn more_missing_files_than_one_message_has_room_for_are_asked_for_in_turns() {
+    let lab = Lab::new();
+    let master = lab.master("bank");
+    let agent = lab.start(&master).await;
+    let names: Vec<_> = (0..1_500).map(|it| format!("{it:0200}.ndb")).collect();
+    let files: Vec<(&str, &[u8])> = names
+        .iter()
+        .map(|name| (name.as_str(), name.as_bytes()))
+        .collect();
+
+    let mut talk = master.greet_knowing(&[]).await;
+    talk.say(&ToAgent::Offer(lab.offer(1, &files))).await;
+    let (mut asked, mut turns) = (0, 0);
+    while asked < files.len() {
+        let needs = talk.need().await;
+        turns += 1;
+        for need in &needs {
+            talk.push(1, need.name.as_str(), need.name.as_str().as_bytes())
+                .await;
+        }
+        asked += needs.len();
+    }
+    assert_eq!((asked, turns), (files.len(), 2));
+    let receipt = talk.receipt(&lab).await;
+    assert_eq!(receipt.outcome, Outcome::Live, "{:?}", receipt.error);
+    agent.stop(Occasion::Exit).await;
+}
+
+#[tokio::test]
 async fn an_offer_is_fetched_and_installed_and_its_receipt_waits_to_be_acknowledged() {
     let lab = Lab::new();
     let master = lab.master("bank");
@@ -76,7 +142,7 @@ async fn an_offer_is_fetched_and_installed_and_its_receipt_waits_to_be_acknowled
 
     let mut talk = master.greet().await;
     assert!(talk.hello.installed.is_some());
-    assert_eq!(talk.hello.files.len(), 1);
+    assert!(talk.hello.content.is_some() && talk.hello.files.is_empty());
     assert_eq!(talk.receipt(&lab).await, receipt, "the same, again");
     talk.say(&ToAgent::ReceiptAck { seq: 1 }).await;
     lab.until("it is forgotten", |status| status.receipts_pending == 0)
@@ -1152,6 +1218,8 @@ fn welcome(keys: Option<Envelope>) -> ToAgent {
         time: Timestamp::now(),
         keep_alive: 15,
         keys,
+        accepts: Features::default(),
+        known: Vec::new(),
     })
 }
 
@@ -1172,10 +1240,25 @@ impl Master {
     }
 
     async fn greet_with(&self, keys: Option<Envelope>) -> Talk {
+        self.greet_by(welcome(keys)).await
+    }
+
+    /// Greets as a master that takes short receipts and has these manifests.
+    async fn greet_knowing(&self, manifests: &[&Envelope]) -> Talk {
+        let ToAgent::Welcome(mut welcome) = welcome(None) else {
+            unreachable!("it is a Welcome");
+        };
+        welcome.accepts = [Feature::ShortReceipts].into_iter().collect();
+        let payloads = manifests.iter().map(|it| Digest::of(&it.payload));
+        welcome.known = payloads.collect();
+        self.greet_by(ToAgent::Welcome(welcome)).await
+    }
+
+    async fn greet_by(&self, welcome: ToAgent) -> Talk {
         assert_eq!(self.fleet, "bank");
         let connection = self.accept().await;
         let (mut send, mut recv) = connection.open_bi().await.unwrap();
-        say(&mut send, &welcome(keys)).await;
+        say(&mut send, &welcome).await;
         let ToMaster::Hello(hello) = hear(&mut recv).await else {
             panic!("an agent begins with Hello");
         };

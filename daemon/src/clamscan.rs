@@ -2,6 +2,7 @@
 //! reports details that clamd's log lacks.
 
 use std::env;
+use std::fs;
 use std::io;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
@@ -20,8 +21,9 @@ const SAID_BYTES_MAX: usize = 16 << 10;
 /// How many errors make a reason: the line, the file, the kind.
 const ERRORS_MAX: usize = 3;
 
-/// How long a reason is at most, in characters. It goes into audit lines and receipts.
-const REASON_CHARS_MAX: usize = 400;
+/// How long a reason is at most, in characters: [`ERRORS_MAX`] errors with a file name of 255 bytes
+/// each. It goes into audit lines and receipts.
+const REASON_CHARS_MAX: usize = 1000;
 
 /// Longest line of stderr that is examined, in bytes. The lines that matter are far shorter.
 const LINE_BYTES_MAX: usize = 8 << 10;
@@ -31,7 +33,7 @@ const EXIT_ERROR: i32 = 2;
 
 /// Phrases, in lower case, that report a lack of memory. Most are libclamav's own. Measured with
 /// clamscan 1.4.6 under 190 memory limits: the last line often says `Malformed database`, and a line
-/// before it always has one of these. A phrase has a blank, so that no file name matches.
+/// before it always has one of these. [`Misleading`] keeps file names from matching.
 const LACK_OF_MEMORY: [&str; 9] = [
     "can't map file into memory",
     "can't allocate",
@@ -124,6 +126,18 @@ pub fn find() -> Option<PathBuf> {
         .find(|program| program.is_file())
 }
 
+/// Major and minor version of `program`, a clamscan. `None` if it does not say.
+pub fn version(program: &Path) -> Option<(u32, u32)> {
+    let said = std::process::Command::new(program)
+        .arg("--version")
+        .output();
+    let said = String::from_utf8(said.ok()?.stdout).ok()?;
+    // `ClamAV 1.4.6/27821/Sun Nov 22 06:43:59 2026`
+    let mut numbers = said.strip_prefix("ClamAV ")?.split(['.', '/', '-', '\n']);
+    let mut number = || numbers.next()?.parse().ok();
+    Some((number()?, number()?))
+}
+
 /// Loads `databases` with `program`, a clamscan. With `official_only` it loads what a clamd with
 /// `OfficialDatabaseOnly` would. See [`run`].
 pub async fn load(
@@ -161,7 +175,7 @@ pub async fn run(
         let mut clamscan = Group::spawn(command)?;
         started(clamscan.pid().expect("nobody has waited for it"))?;
         let stderr = clamscan.0.stderr.take().expect("it was asked for");
-        let said = Said::read(stderr).await?;
+        let said = Said::read(stderr, &Misleading::names_in(databases)).await?;
         io::Result::Ok((clamscan.0.wait().await?, said))
     });
     let (status, said) = ended
@@ -203,6 +217,33 @@ fn has_any(line: &str, phrases: &[&str]) -> bool {
     phrases.iter().any(|phrase| line.contains(phrase))
 }
 
+/// Precedes a path in libclamav's reason of a failed load.
+const CANNOT_LOAD: &str = "Can't load ";
+
+/// Which of these files libclamav names in the reason of a failed load. It names a member of a
+/// container first, then the container, so the last name counts. A name may itself contain what
+/// libclamav writes around names: of the names that fit, the one that reaches furthest was meant.
+pub fn culprit<'n>(reason: &str, files: impl Iterator<Item = &'n str> + Clone) -> Option<&'n str> {
+    let mentions = reason.match_indices(CANNOT_LOAD).filter_map(|(at, words)| {
+        let start = at + words.len();
+        let after = &reason[start..];
+        // A kind follows, as in `site.ndb: Malformed database`, or the next error.
+        let is_named = |name: &&str| {
+            let rest = after.strip_prefix(name);
+            rest.is_some_and(|rest| {
+                rest.is_empty() || rest.starts_with(": ") || rest.starts_with("; ")
+            })
+        };
+        let name = files
+            .clone()
+            .filter(is_named)
+            .max_by_key(|name| name.len())?;
+        Some((start + name.len(), name.len(), name))
+    });
+    let (end, _, name) = mentions.max_by_key(|(end, length, _)| (*end, *length))?;
+    (!reason[end..].contains(CANNOT_LOAD)).then_some(name)
+}
+
 /// A process in a group of its own, so that the children of a wrapper script are killed with it.
 struct Group(Child);
 
@@ -241,7 +282,7 @@ struct Said {
 }
 
 impl Said {
-    async fn read(mut stream: impl AsyncRead + Unpin) -> io::Result<Self> {
+    async fn read(mut stream: impl AsyncRead + Unpin, names: &Misleading) -> io::Result<Self> {
         let (mut kept, mut line, mut trouble) = (Vec::new(), Vec::new(), None);
         loop {
             let from = kept.len();
@@ -255,7 +296,7 @@ impl Said {
                 let room = LINE_BYTES_MAX - line.len();
                 line.extend(&piece[..piece.len().min(room)]);
                 if piece.ends_with(b"\n") {
-                    trouble = trouble_in(&line);
+                    trouble = trouble_in(&line, names);
                     line.clear();
                 }
             }
@@ -265,17 +306,41 @@ impl Said {
         }
         Ok(Self {
             end: String::from_utf8_lossy(&kept).into_owned(),
-            trouble: trouble.or_else(|| trouble_in(&line)),
+            trouble: trouble.or_else(|| trouble_in(&line, names)),
         })
     }
 }
 
-fn trouble_in(line: &[u8]) -> Option<String> {
+/// Names of databases that contain one of the phrases of trouble, such as `out of memory.ndb`. An error
+/// that repeats such a name is no report of trouble.
+struct Misleading(Vec<String>);
+
+impl Misleading {
+    /// Most names that are kept. Each is searched in every line.
+    const NAMES_MAX: usize = 100;
+
+    fn names_in(databases: &Path) -> Self {
+        let entries = fs::read_dir(databases).into_iter().flatten().flatten();
+        let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
+        let misleading = names.filter(|name| is_hosts_trouble(name));
+        Self(misleading.take(Self::NAMES_MAX).collect())
+    }
+
+    fn removed_from(&self, line: &str) -> String {
+        let names = self.0.iter();
+        names.fold(line.to_owned(), |line, name| line.replace(name, ""))
+    }
+}
+
+fn trouble_in(line: &[u8], names: &Misleading) -> Option<String> {
     let line = String::from_utf8_lossy(line);
+    if !is_hosts_trouble(&names.removed_from(&line)) {
+        return None;
+    }
     let line = line.trim();
     let said = line.strip_prefix("LibClamAV Error: ");
     let said = said.or(line.strip_prefix("ERROR: ")).unwrap_or(line);
-    is_hosts_trouble(said).then(|| said.to_owned())
+    Some(said.to_owned())
 }
 
 /// The reason of a failed load, which libclamav ends with a line `ERROR: ...`.
@@ -381,6 +446,29 @@ mod tests {
             matches!(ended, Err(LoadError::NoReason { .. })),
             "{ended:?}"
         );
+    }
+
+    #[test]
+    fn a_name_that_reads_like_trouble_of_the_host_is_a_name() {
+        let said = |names: &[&str], line: &str| {
+            let names = Misleading(names.iter().map(|name| (*name).to_owned()).collect());
+            trouble_in(line.as_bytes(), &names)
+        };
+        let names = ["out of memory.ndb", "Permission denied.ndb"];
+        for name in names {
+            let line = format!("LibClamAV Error: Can't load db/{name}: Malformed database");
+            assert_eq!(said(&names, &line), None);
+            assert!(said(&[], &line).is_some());
+            let line =
+                format!("LibClamAV Error: cli_load(): Can't open file or directory db/{name}");
+            assert!(said(&names, &line).is_some_and(|said| said.contains(name)));
+        }
+        let root = tempfile::tempdir().unwrap();
+        for name in ["plain.ndb", "out of memory.ndb"] {
+            fs::write(root.path().join(name), "").unwrap();
+        }
+        let found = Misleading::names_in(root.path());
+        assert_eq!(found.0, ["out of memory.ndb"]);
     }
 
     #[tokio::test]

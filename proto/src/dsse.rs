@@ -2,9 +2,11 @@
 //! protocol version 1) with Ed25519 (RFC 8032).
 //!
 //! What is signed is the type and the exact payload bytes, so nothing is ever serialised again to
-//! check a signature, and a statement of one kind can never pass for another.
+//! check a signature, and a statement of one kind can never pass for another. A long statement is signed
+//! compressed, under a payload type of its own.
 
 use std::fmt;
+use std::io::{self, Read as _};
 
 use ed25519_dalek::{Signature as Ed25519Signature, Signer as _, SigningKey, VerifyingKey};
 use serde::de::DeserializeOwned;
@@ -146,7 +148,25 @@ pub trait Statement: DeserializeOwned + Serialize {
     const TYPE: &'static str;
     /// Longest payload in bytes that is looked at.
     const BYTES_MAX: usize;
+    /// The form of a statement whose JSON has more than [`Statement::BYTES_MAX`] bytes, if there is one.
+    const COMPRESSED: Option<Compressed> = None;
 }
+
+/// The form of a long statement: its JSON as one zstd frame of at most [`Statement::BYTES_MAX`] bytes.
+/// The frame is what is signed, and the statement's digest is that of the frame.
+#[derive(Clone, Copy, Debug)]
+pub struct Compressed {
+    /// The DSSE payload type.
+    pub payload_type: &'static str,
+    /// Longest JSON in bytes. Whatever size the frame claims, decompression ends there.
+    pub json_bytes_max: usize,
+}
+
+/// Compression level of long statements. Higher levels take ten times as long for a fiftieth.
+const ZSTD_LEVEL: i32 = 9;
+
+/// Largest window that a frame may ask a reader to allocate, as a power of two: 4 MiB.
+const ZSTD_WINDOW_LOG_MAX: u32 = 22;
 
 /// A signed statement as it travels and is kept. Nothing in it is to be believed before
 /// [`Envelope::verify`].
@@ -155,7 +175,7 @@ pub struct Envelope {
     /// What kind of statement the payload is.
     #[serde(rename = "payloadType")]
     pub payload_type: String,
-    /// The statement, JSON in base64.
+    /// The statement in base64: JSON, or a zstd frame with JSON ([`Compressed`]).
     #[serde(with = "base64_text")]
     pub payload: Vec<u8>,
     /// Who signed it.
@@ -230,6 +250,22 @@ pub enum EnvelopeError {
         /// The parser's reason.
         source: serde_json::Error,
     },
+    /// Signed, but not one whole zstd frame.
+    #[error("the {kind} is signed but is not one zstd frame")]
+    Decompress {
+        /// Payload type.
+        kind: &'static str,
+        /// The reason of zstd.
+        source: io::Error,
+    },
+    /// More than any honest statement after decompression.
+    #[error("the {kind} has more than {limit} bytes after decompression")]
+    DecompressesTooLarge {
+        /// Payload type.
+        kind: &'static str,
+        /// The bound.
+        limit: usize,
+    },
 }
 
 /// The bytes that are signed: DSSE's pre-authentication encoding.
@@ -244,17 +280,31 @@ fn pre_authentication_encoding(payload_type: &str, payload: &[u8]) -> Vec<u8> {
     out
 }
 
+/// The payload of a statement and its type: the JSON, or its compressed form where the JSON is too long
+/// and the statement has such a form.
+pub(crate) fn payload<T: Statement>(statement: &T) -> (&'static str, Vec<u8>) {
+    let json = serde_json::to_vec(statement).expect("our own statements serialise");
+    match T::COMPRESSED {
+        Some(compressed) if json.len() > T::BYTES_MAX => {
+            let frame = zstd::bulk::compress(&json, ZSTD_LEVEL);
+            let frame = frame.expect("memory is compressed into memory");
+            (compressed.payload_type, frame)
+        }
+        Some(_) | None => (T::TYPE, json),
+    }
+}
+
 /// Signs a statement.
 pub fn sign<T: Statement>(statement: T, key: &SigningKey) -> Verified<T> {
-    let payload = serde_json::to_vec(&statement).expect("our own statements serialise");
+    let (payload_type, payload) = payload(&statement);
     let signer = PublicKey::of(key).id();
     let sig = key
-        .sign(&pre_authentication_encoding(T::TYPE, &payload))
+        .sign(&pre_authentication_encoding(payload_type, &payload))
         .to_bytes()
         .to_vec();
     let payload_sha256 = Digest::of(&payload);
     let envelope = Envelope {
-        payload_type: T::TYPE.to_owned(),
+        payload_type: payload_type.to_owned(),
         payload,
         signatures: vec![Signature { keyid: signer, sig }],
     };
@@ -266,19 +316,38 @@ pub fn sign<T: Statement>(statement: T, key: &SigningKey) -> Verified<T> {
     }
 }
 
+/// The JSON in a zstd frame, at most `limit` bytes of it. The size that the frame claims is not used:
+/// memory grows with what really comes out.
+fn decompress(frame: &[u8], kind: &'static str, limit: usize) -> Result<Vec<u8>, EnvelopeError> {
+    let failed = |source| EnvelopeError::Decompress { kind, source };
+    let mut rest = frame;
+    let mut json = Vec::new();
+    let mut decoder = zstd::Decoder::with_buffer(&mut rest)
+        .map_err(failed)?
+        .single_frame();
+    decoder
+        .window_log_max(ZSTD_WINDOW_LOG_MAX)
+        .map_err(failed)?;
+    let read = decoder.by_ref().take(limit as u64 + 1);
+    { read }.read_to_end(&mut json).map_err(failed)?;
+    if json.len() > limit {
+        return Err(EnvelopeError::DecompressesTooLarge { kind, limit });
+    }
+    drop(decoder);
+    if !rest.is_empty() {
+        let behind = io::Error::other(format!("{} bytes follow the frame", rest.len()));
+        return Err(failed(behind));
+    }
+    Ok(json)
+}
+
 impl Envelope {
     /// Checks type, size and signature, then parses. One good signature by any of `keys` is enough.
     pub fn verify<'k, T: Statement>(
         &self,
         keys: impl IntoIterator<Item = &'k PublicKey> + Clone,
     ) -> Result<Verified<T>, EnvelopeError> {
-        if self.payload_type != T::TYPE {
-            let found = self.payload_type.chars().take(80).collect();
-            return Err(EnvelopeError::Type {
-                found,
-                expected: T::TYPE,
-            });
-        }
+        let compressed = self.form::<T>()?;
         self.check_size::<T>()?;
         if self.signatures.len() > SIGNATURES_MAX {
             return Err(EnvelopeError::TooManySignatures {
@@ -293,7 +362,8 @@ impl Envelope {
         if let Some(bytes) = longest.filter(|bytes| *bytes > SIGNATURE_BYTES_MAX) {
             return Err(EnvelopeError::LongSignature { bytes });
         }
-        let message = pre_authentication_encoding(T::TYPE, &self.payload);
+        let payload_type = compressed.map_or(T::TYPE, |compressed| compressed.payload_type);
+        let message = pre_authentication_encoding(payload_type, &self.payload);
         let signer = self.signatures.iter().find_map(|signature| {
             let key = keys
                 .clone()
@@ -322,10 +392,24 @@ impl Envelope {
         })
     }
 
-    /// Parses the payload *without* checking who signed it: only to find the key that must have.
-    pub(crate) fn peek<T: Statement>(&self) -> Result<T, EnvelopeError> {
+    /// Parses the payload *without* checking who signed it: for a statement that was verified before it
+    /// was kept, or to find the key that must have signed it.
+    pub fn peek<T: Statement>(&self) -> Result<T, EnvelopeError> {
         self.check_size::<T>()?;
         self.parse()
+    }
+
+    /// The form that the payload type names: `None` for plain JSON.
+    fn form<T: Statement>(&self) -> Result<Option<Compressed>, EnvelopeError> {
+        if self.payload_type == T::TYPE {
+            return Ok(None);
+        }
+        let compressed = T::COMPRESSED;
+        let compressed = compressed.filter(|it| self.payload_type == it.payload_type);
+        compressed.map(Some).ok_or_else(|| EnvelopeError::Type {
+            found: self.payload_type.chars().take(80).collect(),
+            expected: T::TYPE,
+        })
     }
 
     fn check_size<T: Statement>(&self) -> Result<(), EnvelopeError> {
@@ -341,10 +425,15 @@ impl Envelope {
     }
 
     fn parse<T: Statement>(&self) -> Result<T, EnvelopeError> {
-        serde_json::from_slice(&self.payload).map_err(|source| EnvelopeError::Malformed {
-            kind: T::TYPE,
-            source,
-        })
+        let kind = T::TYPE;
+        let parsed = match self.form::<T>()? {
+            None => serde_json::from_slice(&self.payload),
+            Some(compressed) => {
+                let json = decompress(&self.payload, kind, compressed.json_bytes_max)?;
+                serde_json::from_slice(&json)
+            }
+        };
+        parsed.map_err(|source| EnvelopeError::Malformed { kind, source })
     }
 }
 
@@ -485,6 +574,134 @@ mod tests {
                 "signature byte {at}"
             );
         }
+    }
+
+    #[derive(Debug, Deserialize, PartialEq, Serialize)]
+    struct Long {
+        text: String,
+    }
+    impl Statement for Long {
+        const TYPE: &'static str = "application/vnd.example.long+json";
+        const BYTES_MAX: usize = 100;
+        const COMPRESSED: Option<Compressed> = Some(Compressed {
+            payload_type: "application/vnd.example.long+json+zstd",
+            json_bytes_max: 1000,
+        });
+    }
+
+    /// Signs any payload under any type.
+    fn signed(payload_type: &str, payload: &[u8]) -> Envelope {
+        let sig = key(1).sign(&pre_authentication_encoding(payload_type, payload));
+        Envelope {
+            payload_type: payload_type.to_owned(),
+            payload: payload.to_vec(),
+            signatures: vec![Signature {
+                keyid: PublicKey::of(&key(1)).id(),
+                sig: sig.to_bytes().to_vec(),
+            }],
+        }
+    }
+
+    fn verify_long(envelope: &Envelope) -> Result<Verified<Long>, EnvelopeError> {
+        envelope.verify([&PublicKey::of(&key(1))])
+    }
+
+    #[test]
+    fn a_long_statement_is_signed_compressed_and_a_short_one_as_it_was() {
+        let long = |text: String| sign(Long { text }, &key(1));
+        let (short, long) = (long("x".repeat(50)), long("x".repeat(500)));
+        assert_eq!(short.envelope().payload_type, Long::TYPE);
+        assert_eq!(short.envelope().payload[0], b'{');
+        let payload_type = Long::COMPRESSED.unwrap().payload_type;
+        assert_eq!(long.envelope().payload_type, payload_type);
+        assert_eq!(long.payload_sha256(), Digest::of(&long.envelope().payload));
+        for statement in [short, long] {
+            let read = verify_long(statement.envelope()).unwrap();
+            assert_eq!(*read, *statement);
+            assert_eq!(read.payload_sha256(), statement.payload_sha256());
+            let peeked: Long = statement.envelope().peek().unwrap();
+            assert_eq!(peeked, *statement);
+        }
+    }
+
+    #[test]
+    fn a_reader_without_the_compressed_form_names_the_type_that_it_does_not_know() {
+        let long = sign(
+            Long {
+                text: "x".repeat(500),
+            },
+            &key(1),
+        );
+        let error = long.envelope().verify::<Note>([&PublicKey::of(&key(1))]);
+        assert_eq!(
+            error.unwrap_err().to_string(),
+            "this is a `application/vnd.example.long+json+zstd`, expected a \
+             `application/vnd.example.note+json`"
+        );
+    }
+
+    #[test]
+    fn the_two_forms_of_a_statement_do_not_pass_for_each_other() {
+        let text = "x".repeat(500);
+        let json = serde_json::to_vec(&Long { text }).unwrap();
+        let frame = zstd::bulk::compress(&json, 3).unwrap();
+        let payload_type = Long::COMPRESSED.unwrap().payload_type;
+        assert!(verify_long(&signed(payload_type, &frame)).is_ok());
+        let mut retyped = signed(payload_type, &frame);
+        retyped.payload_type = Long::TYPE.to_owned();
+        assert!(matches!(
+            verify_long(&retyped),
+            Err(EnvelopeError::Untrusted { .. })
+        ));
+        assert!(matches!(
+            verify_long(&signed(Long::TYPE, &frame)),
+            Err(EnvelopeError::Malformed { .. })
+        ));
+        assert!(matches!(
+            verify_long(&signed(payload_type, &json[..100])),
+            Err(EnvelopeError::Decompress { .. })
+        ));
+    }
+
+    #[test]
+    fn decompression_ends_at_the_limit_whatever_the_frame_claims() {
+        let payload_type = Long::COMPRESSED.unwrap().payload_type;
+        let compress = |bytes: &[u8]| zstd::bulk::compress(bytes, 19).unwrap();
+        let verify = |frame: &[u8]| verify_long(&signed(payload_type, frame)).unwrap_err();
+        let bomb = compress(&vec![b' '; 1 << 20]);
+        assert!(matches!(
+            verify(&bomb[..bomb.len().min(100)]),
+            EnvelopeError::DecompressesTooLarge { limit: 1000, .. }
+        ));
+        // The same without a size in its header.
+        let mut unsized_frame = zstd::Encoder::new(Vec::new(), 3).unwrap();
+        std::io::Write::write_all(&mut unsized_frame, &[b' '; 1001]).unwrap();
+        assert!(matches!(
+            verify(&unsized_frame.finish().unwrap()),
+            EnvelopeError::DecompressesTooLarge { .. }
+        ));
+        let mut two = compress(br#"{"text":""}"#);
+        let good = two.clone();
+        assert!(verify_long(&signed(payload_type, &good)).is_ok());
+        for behind in [&good[..], b"x"] {
+            two.truncate(good.len());
+            two.extend(behind);
+            assert!(matches!(verify(&two), EnvelopeError::Decompress { .. }));
+        }
+        for cut in 1..good.len() {
+            assert!(matches!(
+                verify(&good[..cut]),
+                EnvelopeError::Decompress { .. }
+            ));
+        }
+        // A window of 128 MiB, which a reader would have to allocate.
+        let mut wide = zstd::Encoder::new(Vec::new(), 3).unwrap();
+        wide.window_log(27).unwrap();
+        std::io::Write::write_all(&mut wide, br#"{"text":""}"#).unwrap();
+        assert!(matches!(
+            verify(&wide.finish().unwrap()),
+            EnvelopeError::Decompress { .. }
+        ));
     }
 
     #[test]

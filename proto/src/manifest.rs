@@ -1,18 +1,32 @@
 //! The manifest: the signed, immutable description of one generation.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
+use std::fmt;
 
 use jiff::Timestamp;
-use serde::{Deserialize, Serialize};
+use serde::de::{Error as _, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 use sha2::{Digest as _, Sha256};
 
-use crate::dsse::{Envelope, EnvelopeError, PublicKey, Statement, Verified};
+use crate::dsse::{Compressed, Envelope, EnvelopeError, PublicKey, Statement, Verified, payload};
 use crate::names::DatabaseKind;
 use crate::{DatabaseName, Digest, Epoch, FleetName, Generation, Position};
 
 /// Largest manifest payload in bytes: in base64 and with a key set beside it, it fits a control
-/// frame of 1 MiB.
+/// frame of 1 MiB. A manifest whose JSON is longer is compressed.
 pub const MANIFEST_BYTES_MAX: usize = 700 << 10;
+
+/// Longest JSON of a compressed manifest in bytes: [`FILES_MAX`] files with the longest names and every
+/// fact of a container.
+pub const MANIFEST_JSON_BYTES_MAX: usize = 4 << 20;
+
+/// Most files in a manifest. The longest plain manifest has fewer, and clamd takes seconds to open so
+/// many.
+pub const FILES_MAX: usize = 8_000;
+
+/// Files whose [`ManifestFile::budget`]s have at most this sum fit into a manifest: the payload without
+/// 8 KiB for what stands beside the files.
+pub const MANIFEST_BUDGET: usize = MANIFEST_BYTES_MAX - (8 << 10);
 
 /// Largest database file in bytes. libclamav maps a database whole and refuses 2 GiB and more
 /// (CLI_MAX_ALLOCATION and `cl_engine` limits); the official files are below 300 MB.
@@ -40,7 +54,34 @@ pub struct Manifest {
     /// [`content_digest`] of the files.
     pub content: Digest,
     /// The databases, sorted by name.
+    #[serde(deserialize_with = "at_most_files_max")]
     pub files: Vec<ManifestFile>,
+}
+
+/// Reads a list of files that ends before it is longer than [`FILES_MAX`].
+fn at_most_files_max<'de, D: Deserializer<'de>>(input: D) -> Result<Vec<ManifestFile>, D::Error> {
+    struct Files;
+
+    impl<'de> Visitor<'de> for Files {
+        type Value = Vec<ManifestFile>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            write!(f, "a list of at most {FILES_MAX} files")
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Self::Value, A::Error> {
+            let mut files = Vec::new();
+            while let Some(file) = list.next_element()? {
+                if files.len() == FILES_MAX {
+                    return Err(A::Error::invalid_length(FILES_MAX + 1, &self));
+                }
+                files.push(file);
+            }
+            Ok(files)
+        }
+    }
+
+    input.deserialize_seq(Files)
 }
 
 /// Random id of one master's state directory, 32 hexadecimal digits.
@@ -106,11 +147,68 @@ impl ManifestFile {
             DatabaseKind::Sign => None,
         }
     }
+
+    /// An upper bound of what the file adds to a compressed manifest, in bytes. Compression leaves about
+    /// 32 bytes of a digest, five of a size, one byte for each byte of a name that has no pattern, 15 of
+    /// a time that no other file has, and some bytes for what is equal in all files. The constants add a
+    /// fifth to what was measured at the compression level in use, with names of every length.
+    pub fn budget(&self) -> usize {
+        const FILE: usize = 56;
+        const CAPTURED: usize = 20;
+        const CONTAINER: usize = 80;
+        let escaped = |b: &u8| matches!(b, b'"' | b'\\');
+        let name = self.name.as_str().as_bytes();
+        let mut budget = FILE + name.len() + name.iter().filter(|b| escaped(b)).count();
+        if self.captured.is_some() {
+            budget += CAPTURED;
+        }
+        if self.container.is_some() {
+            budget += CONTAINER;
+        }
+        budget
+    }
 }
 
 impl Statement for Manifest {
     const TYPE: &'static str = "application/vnd.clamcast.manifest+json";
     const BYTES_MAX: usize = MANIFEST_BYTES_MAX;
+    const COMPRESSED: Option<Compressed> = Some(Compressed {
+        payload_type: "application/vnd.clamcast.manifest+json+zstd",
+        json_bytes_max: MANIFEST_JSON_BYTES_MAX,
+    });
+}
+
+/// A manifest cannot be signed, because agents would not read it.
+#[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
+pub enum TooLarge {
+    /// More files than a manifest may have.
+    #[error("the manifest would have {found} files, at most {FILES_MAX} are allowed")]
+    Files {
+        /// How many.
+        found: usize,
+    },
+    /// More bytes than a manifest may have.
+    #[error(
+        "the manifest of {files} databases would have {bytes} bytes after compression, at most \
+         {MANIFEST_BYTES_MAX} are allowed; publish fewer files, or files with shorter names"
+    )]
+    Bytes {
+        /// How many files.
+        files: usize,
+        /// Length of the payload.
+        bytes: usize,
+    },
+    /// More bytes before compression than a reader takes.
+    #[error(
+        "the manifest of {files} databases would have {bytes} bytes before compression, at most \
+         {MANIFEST_JSON_BYTES_MAX} are allowed; publish fewer files, or files with shorter names"
+    )]
+    Json {
+        /// How many files.
+        files: usize,
+        /// Length of the JSON.
+        bytes: usize,
+    },
 }
 
 /// Why a manifest was not believed.
@@ -127,6 +225,15 @@ pub enum ManifestError {
         /// What is wrong.
         reason: String,
     },
+}
+
+/// In which form a manifest is signed.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Form {
+    /// As JSON, which every agent reads.
+    Plain,
+    /// Compressed, which agents read that announce [`crate::wire::Feature::LargeManifests`].
+    Compressed,
 }
 
 /// SHA-256 over the set's sorted (name, size, sha256), one line each: two sets with one digest are
@@ -157,6 +264,36 @@ impl Manifest {
         Ok(manifest)
     }
 
+    /// Whether it can be signed so that agents read it, and in which form.
+    pub fn fits(&self) -> Result<Form, TooLarge> {
+        let files = self.files.len();
+        if files > FILES_MAX {
+            return Err(TooLarge::Files { found: files });
+        }
+        let (payload_type, payload) = payload(self);
+        let bytes = payload.len();
+        if bytes > MANIFEST_BYTES_MAX {
+            return Err(TooLarge::Bytes { files, bytes });
+        }
+        if payload_type == Self::TYPE {
+            return Ok(Form::Plain);
+        }
+        let json = serde_json::to_vec(self).expect("our own statements serialise");
+        let bytes = json.len();
+        if bytes > MANIFEST_JSON_BYTES_MAX {
+            return Err(TooLarge::Json { files, bytes });
+        }
+        Ok(Form::Compressed)
+    }
+
+    /// The form in which an envelope has a manifest, by its payload type.
+    pub fn form_of(envelope: &Envelope) -> Form {
+        match envelope.payload_type == Self::TYPE {
+            true => Form::Plain,
+            false => Form::Compressed,
+        }
+    }
+
     /// Where it stands in the fleet's history.
     pub fn position(&self) -> Position {
         Position {
@@ -165,9 +302,14 @@ impl Manifest {
         }
     }
 
-    /// The entry of a name.
+    /// The entry of a name. Fast where the files are sorted, as every master writes them.
     pub fn file(&self, name: &DatabaseName) -> Option<&ManifestFile> {
-        self.files.iter().find(|file| file.name == *name)
+        let sorted = self.files.binary_search_by(|file| file.name.cmp(name));
+        let at = sorted.ok().or_else(|| {
+            let mut files = self.files.iter();
+            files.position(|file| file.name == *name)
+        })?;
+        self.files.get(at)
     }
 
     /// The databases without a verified signature of Talos: anyone who can write into the mirror can
@@ -190,13 +332,24 @@ impl Manifest {
         if self.files.is_empty() {
             return Err("it has no files".into()); // clamd does not start without databases
         }
-        let mut names = HashSet::new();
+        if self.files.len() > FILES_MAX {
+            let found = self.files.len();
+            return Err(format!("it has {found} files, at most {FILES_MAX}"));
+        }
+        let mut names = HashMap::new();
+        for ManifestFile { name, .. } in &self.files {
+            match names.insert(name.folded(), name) {
+                Some(other) if other == name => return Err(format!("`{name}` is listed twice")),
+                Some(other) => {
+                    return Err(format!("`{name}` and `{other}` differ only in case"));
+                }
+                None => {}
+            }
+        }
         for file in &self.files {
             let ManifestFile { name, size, .. } = file;
-            if !names.insert(name.as_str().to_ascii_lowercase()) {
-                return Err(format!("`{name}` is listed twice"));
-            }
-            if let Some(other) = name.other_form().filter(|other| self.file(other).is_some()) {
+            let other_form = name.other_form();
+            if let Some(other) = other_form.and_then(|other| names.get(&other.folded())) {
                 return Err(format!("both `{name}` and `{other}` are listed"));
             }
             if *size > DATABASE_BYTES_MAX {
@@ -267,8 +420,10 @@ pub(crate) mod tests {
         for (files, reason) in [
             (&[][..], "no files"),
             (&["daily.cld=a", "daily.cld=b"], "twice"),
-            (&["a.ndb=a", "A.ndb=b"], "twice"),
+            (&["a.ndb=a", "A.NDB=b"], "differ only in case"),
+            (&["gr\u{f6}.ndb=a", "GR\u{d6}.ndb=b"], "differ only in case"),
             (&["daily.cld=a", "daily.cvd=b"], "both"),
+            (&["daily.cld=a", "DAILY.CVD=b"], "both"),
         ] {
             assert!(
                 check(manifest(1, 1, files)).unwrap_err().contains(reason),
@@ -278,6 +433,56 @@ pub(crate) mod tests {
         let mut lied = manifest(1, 1, &["daily.cld=a"]);
         lied.files[0].size += 1;
         assert!(check(lied).unwrap_err().contains("content digest"));
+    }
+
+    /// So many small files with names of this length.
+    fn many(count: usize, name_bytes: usize) -> Manifest {
+        let name = |number: usize| format!("{number:0width$}.ndb=x", width = name_bytes - 4);
+        let files: Vec<_> = (0..count).map(name).collect();
+        let files: Vec<_> = files.iter().map(String::as_str).collect();
+        let mut manifest = manifest(1, 1, &files);
+        for (number, file) in manifest.files.iter_mut().enumerate() {
+            file.sha256 = Digest::of(number.to_string().as_bytes());
+        }
+        let files = manifest.files.iter();
+        manifest.content = content_digest(files.map(|f| (&f.name, f.size, &f.sha256)));
+        manifest
+    }
+
+    #[test]
+    fn a_manifest_up_to_the_old_limit_is_signed_plain_and_a_larger_one_compressed() {
+        let small = many(4_000, 40);
+        assert_eq!(small.fits(), Ok(Form::Plain));
+        let large = many(FILES_MAX, 40);
+        assert_eq!(large.fits(), Ok(Form::Compressed));
+        for (manifest, form) in [(small, Form::Plain), (large, Form::Compressed)] {
+            let signed = sign(manifest.clone(), &SigningKey::from_bytes(&[1; 32]));
+            assert_eq!(Manifest::form_of(signed.envelope()), form);
+            assert_eq!(signed.envelope().peek::<Manifest>().unwrap(), manifest);
+            assert_eq!(check(manifest), Ok(()));
+        }
+    }
+
+    #[test]
+    fn a_manifest_with_too_many_files_is_neither_signed_nor_read() {
+        let many = many(FILES_MAX + 1, 10);
+        assert_eq!(
+            many.fits(),
+            Err(TooLarge::Files {
+                found: FILES_MAX + 1
+            })
+        );
+        let error = check(many).unwrap_err();
+        assert!(error.contains("not to be trusted"), "{error}");
+    }
+
+    #[test]
+    fn a_file_is_found_by_its_name_in_any_order() {
+        let manifest = manifest(1, 1, &["c.ndb=1", "a.ndb=2", "d.ndb=3", "b.ndb=4"]);
+        for file in &manifest.files {
+            assert_eq!(manifest.file(&file.name), Some(file));
+        }
+        assert_eq!(manifest.file(&"e.ndb".parse().unwrap()), None);
     }
 
     #[test]

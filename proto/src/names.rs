@@ -29,7 +29,7 @@ impl NameError {
         let text = text
             .chars()
             .take(80)
-            .map(|c| if c.is_control() { '?' } else { c })
+            .map(|c| if is_deceptive(c) { '?' } else { c })
             .collect();
         Self { text, kind, rule }
     }
@@ -124,14 +124,15 @@ name! {
 }
 name! {
     /// The file name of a database. It cannot leave its directory, be hidden, or be one of
-    /// clamcast's own proof files. Its extension may be one that a later ClamAV brings: an agent
-    /// that knew it better would refuse everything else in the manifest with it, on hosts that
-    /// nobody upgrades in a hurry. What a mirror's files are is asked of
-    /// [`DatabaseName::has_known_extension`].
+    /// clamcast's own proof files, and it looks the same in a terminal as in a directory. Spaces and
+    /// letters of every script are allowed, because clamd loads such files. The extension may be one
+    /// that a later ClamAV brings: an agent that refused it would refuse the whole manifest, on hosts
+    /// that nobody upgrades in a hurry. [`DatabaseName::has_known_extension`] decides what a master
+    /// publishes.
     DatabaseName,
     "a database name",
-    "expected a file name with an extension, no slash, no leading dot, printable ASCII, at most \
-     255 bytes, and not one of clamcast's own",
+    "expected a file name with an extension, no slash, no leading dot, no white space at either \
+     end, no control or invisible characters, at most 255 bytes, and not one of clamcast's own",
     is_database
 }
 
@@ -151,26 +152,59 @@ pub const DATABASE_EXTENSIONS: &[&str] = &[
 fn is_database(text: &str) -> bool {
     text.len() <= DATABASE_NAME_BYTES_MAX
         && !text.starts_with('.')
-        && !text.starts_with(OWN_PREFIX)
-        && text.bytes().all(|b| b.is_ascii_graphic() && b != b'/')
-        && text
-            .rsplit_once('.')
-            .is_some_and(|(stem, extension)| !stem.is_empty() && !extension.is_empty())
+        && !has_own_prefix(text)
+        && text.trim() == text
+        && !text.chars().any(|c| c == '/' || is_deceptive(c))
+        && has_extension(text)
+}
+
+fn has_own_prefix(text: &str) -> bool {
+    let prefix = text.as_bytes().get(..OWN_PREFIX.len());
+    prefix.is_some_and(|prefix| prefix.eq_ignore_ascii_case(OWN_PREFIX.as_bytes()))
+}
+
+fn has_extension(text: &str) -> bool {
+    text.rsplit_once('.')
+        .is_some_and(|(stem, extension)| !stem.is_empty() && !extension.is_empty())
+}
+
+/// Whether a terminal or a log would show a text with this character as a text that it is not: by
+/// control characters, invisible characters, line separators, or a change of the direction of writing.
+fn is_deceptive(c: char) -> bool {
+    c.is_control()
+        || matches!(
+            c,
+            '\u{ad}'
+                | '\u{61c}'
+                | '\u{180e}'
+                | '\u{200b}'..='\u{200f}'
+                | '\u{2028}'..='\u{202e}'
+                | '\u{2060}'..='\u{206f}'
+                | '\u{feff}'
+                | '\u{fff9}'..='\u{fffb}'
+                | '\u{e0000}'..='\u{e007f}'
+        )
 }
 
 /// Whether clamd would load a file of this name, or carries it beside one that it loads: it looks
 /// at how a name ends, whatever it starts with and in whatever case.
 pub fn looks_like_a_database(name: &str) -> bool {
-    let name = name.to_ascii_lowercase();
     DATABASE_EXTENSIONS
         .iter()
-        .any(|extension| ends_with(&name, extension))
+        .any(|extension| stem(name, extension).is_some())
 }
 
-fn ends_with(name: &str, extension: &str) -> bool {
-    name.strip_suffix(extension)
-        .is_some_and(|stem| stem.ends_with('.'))
+/// What stands before a dot and this extension, in whatever case the extension is written: libclamav
+/// compares with `cli_strbcasestr`.
+fn stem<'n>(name: &'n str, extension: &str) -> Option<&'n str> {
+    let at = name.len().checked_sub(extension.len())?;
+    let (stem, end) = (name.get(..at)?, name.get(at..)?);
+    stem.strip_suffix('.')
+        .filter(|_| end.eq_ignore_ascii_case(extension))
 }
+
+/// The extension of ClamAV's detached signatures.
+const SIGN: &str = "cvd.sign";
 
 /// What a database file is, by its name.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -188,49 +222,70 @@ pub enum DatabaseKind {
 }
 
 impl DatabaseName {
-    /// Whether the extension is one that this version knows, as ClamAV writes it.
+    /// Whether the extension is one that this version knows, in whatever case.
     pub fn has_known_extension(&self) -> bool {
-        DATABASE_EXTENSIONS
-            .iter()
-            .any(|extension| ends_with(&self.0, extension))
+        looks_like_a_database(&self.0)
+    }
+
+    /// Whether agents that do not announce [`crate::wire::Feature::WideNames`] accept the name and
+    /// treat the file by its kind: printable ASCII without a space, and the extension as ClamAV
+    /// writes it.
+    pub fn is_plain(&self) -> bool {
+        let ends = |extension: &&str| {
+            let stem = self.0.strip_suffix(*extension);
+            stem.is_some_and(|stem| stem.ends_with('.'))
+        };
+        self.0.bytes().all(|b| b.is_ascii_graphic()) && DATABASE_EXTENSIONS.iter().any(ends)
+    }
+
+    /// The name in lower case. Two names of one manifest differ in this form, too: a file system may
+    /// fold case, and so do people.
+    pub fn folded(&self) -> String {
+        self.0.to_lowercase()
     }
 
     /// What this file is.
     pub fn kind(&self) -> DatabaseKind {
-        if ends_with(&self.0, "cvd.sign") {
+        if stem(&self.0, SIGN).is_some() {
             return DatabaseKind::Sign;
         }
-        let (_, extension) = self
-            .0
-            .rsplit_once('.')
-            .expect("a database name has an extension");
+        let (_, extension) = self.parts();
+        let is = |known: &str| extension.eq_ignore_ascii_case(known);
         match extension {
-            "cvd" => DatabaseKind::Cvd,
-            "cld" => DatabaseKind::Cld,
-            "cud" => DatabaseKind::Cud,
+            _ if is("cvd") => DatabaseKind::Cvd,
+            _ if is("cld") => DatabaseKind::Cld,
+            _ if is("cud") => DatabaseKind::Cud,
             _ => DatabaseKind::Loose,
         }
     }
 
     /// The name without its extension: `daily` for `daily.cld`.
     pub fn base(&self) -> &str {
-        let stem = self.0.strip_suffix(".cvd.sign");
-        stem.unwrap_or_else(|| {
-            self.0
-                .rsplit_once('.')
-                .expect("a database name has an extension")
-                .0
-        })
+        stem(&self.0, SIGN).unwrap_or_else(|| self.parts().0)
     }
 
-    /// The other form of a signed container: `daily.cvd` for `daily.cld` and the reverse.
+    fn parts(&self) -> (&str, &str) {
+        self.0
+            .rsplit_once('.')
+            .expect("a database name has an extension")
+    }
+
+    /// The other form of a signed container: `daily.cvd` for `daily.cld` and the reverse, with the
+    /// extension in the same case.
     pub fn other_form(&self) -> Option<Self> {
-        let other = match self.kind() {
-            DatabaseKind::Cvd => "cld",
-            DatabaseKind::Cld => "cvd",
+        match self.kind() {
+            DatabaseKind::Cvd | DatabaseKind::Cld => {}
             DatabaseKind::Cud | DatabaseKind::Sign | DatabaseKind::Loose => return None,
-        };
-        Some(Self(format!("{}.{other}", self.base())))
+        }
+        let (base, extension) = self.parts();
+        let other = extension.chars().map(|c| match c {
+            'v' => 'l',
+            'V' => 'L',
+            'l' => 'v',
+            'L' => 'V',
+            c => c,
+        });
+        Some(Self(format!("{base}.{}", other.collect::<String>())))
     }
 
     /// Whether the file is a container with a ClamAV header.
@@ -259,8 +314,12 @@ mod tests {
             "rfxn.yara",
             "daily-27001.cvd.sign",
             "a b.ndb",
+            "gr\u{f6}\u{df}e.ndb",
+            "LOCAL.NDB",
+            "\u{65e5}\u{672c}.yara",
+            "it's \"quoted\": yes; no?.ndb",
         ] {
-            assert_eq!(database(good), !good.contains(' '), "{good}");
+            assert!(database(good), "{good}");
         }
         for bad in [
             "../daily.cld",
@@ -273,28 +332,48 @@ mod tests {
             "",
             "x.cld\n",
             "clamcast-canary.hsb",
+            "CLAMCAST-canary.hsb",
             "daily.cld/..",
             "..",
             "x\0.cld",
+            " x.cld",
+            "x.cld ",
+            "x.cld\u{a0}",
+            "x\u{85}.cld",
+            "x\u{7f}.cld",
         ] {
             assert!(!database(bad), "{bad}");
         }
         assert!(!database(&format!("{}.cld", "x".repeat(252))));
+        assert!(!database(&format!("{}.cld", "\u{f6}".repeat(126))));
+        assert!(database(&format!("{}.cld", "\u{f6}".repeat(125))));
+    }
+
+    #[test]
+    fn a_character_that_fakes_a_name_in_a_terminal_is_refused_and_never_repeated() {
+        for c in [
+            '\u{202e}', '\u{2066}', '\u{200b}', '\u{2028}', '\u{feff}', '\u{1b}',
+        ] {
+            let text = format!("a{c}bdn.exe.ndb");
+            let error = text.parse::<DatabaseName>().unwrap_err().to_string();
+            assert!(!error.contains(c), "{error:?}");
+        }
     }
 
     #[test]
     fn an_extension_of_a_later_clamav_is_a_name_that_is_not_known() {
         let known = |text: &str| text.parse::<DatabaseName>().unwrap().has_known_extension();
-        for name in ["daily.cld", "old.db", "x.ndb", "daily-27001.cvd.sign"] {
+        for name in [
+            "daily.cld",
+            "old.db",
+            "x.ndb",
+            "daily-27001.cvd.sign",
+            "daily.CLD",
+            "a b.Ndb",
+        ] {
             assert!(known(name), "{name}");
         }
-        for name in [
-            "daily.xdb",
-            "daily.tmp",
-            "daily.CLD",
-            "x.sign",
-            "freshclam.dat",
-        ] {
+        for name in ["daily.xdb", "daily.tmp", "x.sign", "freshclam.dat"] {
             assert!(!known(name), "{name}");
         }
         let later: DatabaseName = "daily.xdb".parse().unwrap();
@@ -304,7 +383,44 @@ mod tests {
             DatabaseKind::Loose
         );
         assert!(looks_like_a_database("Daily.CLD") && looks_like_a_database(".x.cvd"));
+        assert!(looks_like_a_database(".ndb") && looks_like_a_database("\u{f6}.ndb"));
         assert!(!looks_like_a_database("daily.xdb") && !looks_like_a_database("ndb"));
+        assert!(!looks_like_a_database("\u{f6}b") && !looks_like_a_database("x\u{f6}ndb"));
+    }
+
+    #[test]
+    fn the_case_of_an_extension_does_not_change_what_a_file_is() {
+        let kind = |text: &str| text.parse::<DatabaseName>().unwrap().kind();
+        assert_eq!(kind("DAILY.CVD"), DatabaseKind::Cvd);
+        assert_eq!(kind("daily.Cld"), DatabaseKind::Cld);
+        assert_eq!(kind("x.CUD"), DatabaseKind::Cud);
+        assert_eq!(kind("daily-7.CVD.Sign"), DatabaseKind::Sign);
+        let name: DatabaseName = "daily-7.CVD.Sign".parse().unwrap();
+        assert_eq!(name.base(), "daily-7");
+    }
+
+    #[test]
+    fn plain_names_are_those_that_earlier_agents_accept() {
+        let plain = |text: &str| text.parse::<DatabaseName>().unwrap().is_plain();
+        for name in ["daily.cld", "Local.ndb", "daily-27001.cvd.sign", "a:b.ign2"] {
+            assert!(plain(name), "{name}");
+        }
+        for name in [
+            "a b.ndb",
+            "gr\u{f6}\u{df}e.ndb",
+            "LOCAL.NDB",
+            "daily.CVD",
+            "daily.xdb",
+        ] {
+            assert!(!plain(name), "{name}");
+        }
+    }
+
+    #[test]
+    fn names_that_differ_only_in_case_fold_to_one_text() {
+        let folded = |text: &str| text.parse::<DatabaseName>().unwrap().folded();
+        assert_eq!(folded("GR\u{d6}SSE.NDB"), folded("gr\u{f6}sse.ndb"));
+        assert_ne!(folded("a.ndb"), folded("b.ndb"));
     }
 
     #[test]
@@ -323,5 +439,7 @@ mod tests {
         assert_eq!(name.other_form().unwrap().as_str(), "daily.cld");
         assert_eq!(name.other_form().unwrap().other_form().unwrap(), name);
         assert_eq!("x.ndb".parse::<DatabaseName>().unwrap().other_form(), None);
+        let name: DatabaseName = "Daily.Cvd".parse().unwrap();
+        assert_eq!(name.other_form().unwrap().as_str(), "Daily.Cld");
     }
 }

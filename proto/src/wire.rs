@@ -6,8 +6,10 @@
 //! Unknown fields are ignored and unknown messages are answered with `Error` and survived, because
 //! the hosts of a fleet are never all upgraded at once.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use jiff::Timestamp;
-use serde::de::Error as _;
+use serde::de::{Error as _, IgnoredAny};
 use serde::{Deserialize, Serialize};
 
 use crate::dsse::Envelope;
@@ -40,6 +42,9 @@ pub const FRAME_BYTES_MAX: usize = 1 << 20;
 
 /// Longest publisher id in a message, in bytes: a master makes 32 hexadecimal digits.
 pub const PUBLISHER_BYTES_MAX: usize = 64;
+
+/// Manifests that a master names in Welcome: three times what it keeps unless told otherwise.
+pub const KNOWN_MAX: usize = 64;
 
 /// Longest `Part` frame in bytes: names and digests of one file.
 pub const PART_BYTES_MAX: usize = 4 << 10;
@@ -144,6 +149,62 @@ impl OtherMaster {
 #[serde(transparent)]
 pub struct OfferId(pub u64);
 
+/// What a peer accepts that version 0.1.0 did not know. A peer that does not announce a feature is not
+/// sent what needs it.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, Ord, PartialEq, PartialOrd, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Feature {
+    /// An agent installs databases with names that are not [`DatabaseName::is_plain`].
+    WideNames,
+    /// An agent reads compressed manifests.
+    LargeManifests,
+    /// A master takes receipts that list only deviations from the manifest.
+    ShortReceipts,
+}
+
+/// The features that a peer announces: a list of names in JSON. Names that this version does not know are
+/// ignored.
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(from = "Vec<Announced>")]
+pub struct Features(BTreeSet<Feature>);
+
+impl Features {
+    /// Whether the peer announces a feature.
+    pub fn has(&self, feature: Feature) -> bool {
+        self.0.contains(&feature)
+    }
+
+    /// Whether the peer announces none that this version knows.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+impl FromIterator<Feature> for Features {
+    fn from_iter<I: IntoIterator<Item = Feature>>(features: I) -> Self {
+        Self(features.into_iter().collect())
+    }
+}
+
+/// An entry of a list of features.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Announced {
+    Known(Feature),
+    Unknown(IgnoredAny),
+}
+
+/// The set has at most as many entries as this version knows features, whatever was announced.
+impl From<Vec<Announced>> for Features {
+    fn from(announced: Vec<Announced>) -> Self {
+        let known = announced.into_iter().filter_map(|entry| match entry {
+            Announced::Known(feature) => Some(feature),
+            Announced::Unknown(IgnoredAny) => None,
+        });
+        known.collect()
+    }
+}
+
 /// First words of the master.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Welcome {
@@ -158,6 +219,13 @@ pub struct Welcome {
     /// The newest signed key set, [`crate::keys::KeySet`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub keys: Option<Envelope>,
+    /// What the master accepts beyond version 0.1.0.
+    #[serde(default, skip_serializing_if = "Features::is_empty")]
+    pub accepts: Features,
+    /// Payload digests of manifests that the master has, at most [`KNOWN_MAX`]. An agent does not send
+    /// one of these.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub known: Vec<Digest>,
 }
 
 /// First words of an agent.
@@ -165,23 +233,56 @@ pub struct Welcome {
 pub struct Hello {
     /// The agent's program version.
     pub agent_version: String,
+    /// What the agent accepts beyond version 0.1.0.
+    #[serde(default, skip_serializing_if = "Features::is_empty")]
+    pub accepts: Features,
     /// Its clamd.
     pub clamd: ClamdReport,
     /// The signed manifest of what is installed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub installed: Option<Envelope>,
+    /// In its place, where [`Welcome::known`] has it: SHA-256 of its payload.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub installed_sha256: Option<Digest>,
     /// What came of the last generation.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub outcome: Option<Outcome>,
-    /// What is on disk under the installed generation's names.
+    /// Content digest of what is on disk under the installed generation's names.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub content: Option<Digest>,
+    /// With `content`: the files that are not the installed manifest's, at most
+    /// [`crate::receipt::DEVIATIONS_MAX`]. Without it, from an earlier agent: all files. No master reads
+    /// it: what counts of a host is its receipts.
     #[serde(default)]
     pub files: Vec<FileState>,
+    /// With `content`: names of the manifest under which there is nothing, as many at most.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub missing: Vec<DatabaseName>,
     /// Databases of others in the directory.
     #[serde(default)]
     pub foreign: Vec<String>,
     /// Anything the host wants to be known by, for people to read.
     #[serde(default)]
-    pub labels: std::collections::BTreeMap<String, String>,
+    pub labels: BTreeMap<String, String>,
+}
+
+impl Hello {
+    /// The Hello of an agent that has nothing installed and accepts what version 0.1.0 did.
+    pub fn new(agent_version: &str, clamd: ClamdReport) -> Self {
+        Self {
+            agent_version: agent_version.to_owned(),
+            accepts: Features::default(),
+            clamd,
+            installed: None,
+            installed_sha256: None,
+            outcome: None,
+            content: None,
+            files: Vec::new(),
+            missing: Vec::new(),
+            foreign: Vec::new(),
+            labels: BTreeMap::new(),
+        }
+    }
 }
 
 /// An offered generation.
@@ -444,6 +545,18 @@ mod tests {
             parse::<ToAgent>(b"[1]"),
             Err(FrameError::Json { .. })
         ));
+    }
+
+    #[test]
+    fn features_that_this_version_does_not_know_are_ignored() {
+        let read = |json: &str| serde_json::from_str::<Features>(json).unwrap();
+        let both = read(r#"["wide-names","levitation",7,{"a":[1]},null,"large-manifests"]"#);
+        assert!(both.has(Feature::WideNames) && both.has(Feature::LargeManifests));
+        assert!(read("[]").is_empty() && read(r#"["levitation"]"#).is_empty());
+        let features: Features = [Feature::WideNames].into_iter().collect();
+        let json = serde_json::to_string(&features).unwrap();
+        assert_eq!(json, r#"["wide-names"]"#);
+        assert_eq!(read(&json), features);
     }
 
     #[test]

@@ -35,7 +35,7 @@ fn a_name_is_its_own_text() {
         let text = text_of(
             u,
             &[
-                "a", "Z", "0", ".", "_", "-", ".cld", "/", " ", "\n", "\u{e9}",
+                "a", "Z", "0", ".", "_", "-", ".cld", ".CvD", "/", " ", "\n", "\u{e9}", "\u{202e}",
             ],
         )?;
         check_name::<FleetName>(&text);

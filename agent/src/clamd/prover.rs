@@ -90,6 +90,8 @@ struct Shared {
     settings: Settings,
     nonce: Nonce,
     report: Mutex<ClamdReport>,
+    /// The answers to VERSION, one for each clamd, as of the last look.
+    versions: Mutex<Vec<Option<String>>>,
     last_load: LastLoad,
     /// Load tests of this install, the newest last.
     scans: Mutex<Vec<Scanned>>,
@@ -158,6 +160,7 @@ impl Prover {
                 settings,
                 nonce,
                 report: Mutex::new(report),
+                versions: Mutex::default(),
                 last_load,
                 scans: Mutex::default(),
                 watch: tokio::sync::Mutex::default(),
@@ -275,6 +278,14 @@ impl Prover {
         report.unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// Whether every clamd was older than ClamAV 1.5 when it was asked last.
+    pub fn ignores_signature_files(&self) -> bool {
+        let versions = self.shared.versions.lock();
+        let versions = versions.unwrap_or_else(PoisonError::into_inner);
+        let is_before = |it: &Option<String>| it.as_deref().is_some_and(is_before_signature_files);
+        !versions.is_empty() && versions.iter().all(is_before)
+    }
+
     /// Asks every clamd whether it is there, and returns what is known then. It proves nothing.
     pub async fn look(&self) -> ClamdReport {
         let mut findings = Vec::new();
@@ -292,7 +303,7 @@ impl Prover {
         }
         let mut report = report_of(&findings);
         report.proof = self.report().proof;
-        self.remember(&report);
+        self.remember(&report, &findings);
         report
     }
 
@@ -319,7 +330,7 @@ impl Prover {
             finding.note.get_or_insert_with(|| reason.to_owned());
         }
         let report = report_of(&findings);
-        self.remember(&report);
+        self.remember(&report, &findings);
         let refusal = findings.iter().find_map(|finding| match &finding.end {
             End::Refused { clamd, scan } => Some((clamd.clone(), scan.clone())),
             End::Live | End::Unproven | End::Absent => None,
@@ -365,10 +376,23 @@ impl Prover {
         }
     }
 
-    fn remember(&self, report: &ClamdReport) {
+    fn remember(&self, report: &ClamdReport, findings: &[Finding]) {
         let known = self.shared.report.lock();
         *known.unwrap_or_else(PoisonError::into_inner) = report.clone();
+        let versions = findings.iter().map(|finding| finding.version.clone());
+        let known = self.shared.versions.lock();
+        *known.unwrap_or_else(PoisonError::into_inner) = versions.collect();
     }
+}
+
+/// Whether an answer to VERSION, such as `ClamAV 1.4.6/27890/Sun Nov 22`, is that of a clamd before 1.5.
+fn is_before_signature_files(version: &str) -> bool {
+    let Some(number) = version.strip_prefix("ClamAV ") else {
+        return false;
+    };
+    let mut parts = number.split(|c: char| !c.is_ascii_digit());
+    let mut part = || parts.next().and_then(|part| part.parse::<u32>().ok());
+    matches!((part(), part()), (Some(major), Some(minor)) if (major, minor) < (1, 5))
 }
 
 /// What was found out about one clamd.
@@ -1109,6 +1133,36 @@ mod tests {
             prover.report().version.unwrap().as_bytes(),
             &VERSION[..VERSION.len() - 1]
         );
+    }
+
+    #[test]
+    fn clamds_before_1_5_read_no_signature_files() {
+        for (version, expected) in [
+            ("ClamAV 1.4.6/27890/Sun Nov 22 06:43:59 2026", true),
+            ("ClamAV 0.103.12", true),
+            ("ClamAV 1.4.0-rc", true),
+            ("ClamAV 1.5.0/27890/Sun Nov 22 06:43:59 2026", false),
+            ("ClamAV 1.10.1", false),
+            ("ClamAV 2.0.0", false),
+            ("ClamAV devel-20260101", false),
+            ("ClamAV 1", false),
+            ("something else", false),
+            ("", false),
+        ] {
+            assert_eq!(is_before_signature_files(version), expected, "{version}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_clamd_that_was_not_asked_or_is_gone_may_read_signature_files() {
+        let (first, mut second) = (clamd(7, 0), clamd(7, 0));
+        let prover = Host::new().prover(&[first.address(), second.address()]);
+        assert!(!prover.ignores_signature_files());
+        prover.probe(InstallNumber(7)).await;
+        assert!(prover.ignores_signature_files());
+        second.kill().await;
+        prover.probe(InstallNumber(7)).await;
+        assert!(!prover.ignores_signature_files());
     }
 
     #[tokio::test]

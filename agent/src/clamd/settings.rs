@@ -103,9 +103,10 @@ impl Settings {
     /// signature is not loaded anywhere, and nobody misses it.
     pub fn loads(&self, name: &DatabaseName) -> bool {
         let before = |name: &str| {
+            let name_in_lower_case = name.to_ascii_lowercase();
             matches!(name, "local.gdb" | "daily.cfg")
-                || name.ends_with(".ign")
-                || name.ends_with(".ign2")
+                || name_in_lower_case.ends_with(".ign")
+                || name_in_lower_case.ends_with(".ign2")
         };
         !self.official_only
             || match name.kind() {

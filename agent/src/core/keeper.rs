@@ -20,11 +20,13 @@ use clamcast_proto::dsse::{Envelope, Verified};
 use clamcast_proto::fresh::Freshness;
 use clamcast_proto::keys::KeySetError;
 use clamcast_proto::manifest::Manifest;
-use clamcast_proto::receipt::{ClamdState, Drift, ERROR_BYTES_MAX, Outcome, Receipt, ReceiptFile};
+use clamcast_proto::receipt::{
+    ClamdState, Contents, Drift, ERROR_BYTES_MAX, Outcome, Receipt, ReceiptFile,
+};
 use clamcast_proto::trust::TrustError;
 use clamcast_proto::wire::{
-    FrameError, Hello, NeedFile, Offer, OfferId, OtherMaster, Part, Phase, ToAgent, ToMaster,
-    Welcome, close,
+    Feature, Features, Hello, NeedFile, Offer, OfferId, OtherMaster, Part, Phase, ToAgent,
+    ToMaster, Welcome, close,
 };
 use clamcast_proto::{AuditEvent, DatabaseName, Digest, FleetName, Position};
 use jiff::Timestamp;
@@ -41,9 +43,10 @@ use crate::clamd::Prover;
 use crate::config::Stale;
 use crate::core::audit::AuditLog;
 use crate::core::drift::{Event as GuardEvent, Guard, Outages};
+use crate::core::needs::Needs;
 use crate::core::receipts::Receipts;
 use crate::core::slot::{Action, Ending, Event as SlotEvent, Slot, Work};
-use crate::core::status::{LastStatus, MasterStatus, Status};
+use crate::core::status::{HeldBack, LastStatus, MasterStatus, Status};
 use crate::core::trust::{RefusedKeys, TrustStore};
 use crate::host::state::{self, State, StateError};
 use crate::host::updater::Updater;
@@ -59,6 +62,12 @@ use crate::link::{self, Outbox};
 mod drift;
 
 pub(crate) use drift::kept_rest;
+
+/// What this agent accepts beyond version 0.1.0.
+pub const ACCEPTED: [Feature; 2] = [Feature::WideNames, Feature::LargeManifests];
+
+/// Most files that a receipt lists for a master of version 0.1.0, which publishes no more.
+const LISTED_MAX: usize = 2_000;
 
 /// While something is going on, the master hears of it at least this often.
 pub const PROGRESS: Duration = Duration::from_secs(15);
@@ -111,7 +120,7 @@ pub struct Keeper {
 
     slot: Slot<Arc<Job>>,
     /// What the last plan found missing.
-    needs: Vec<NeedFile>,
+    needs: Needs,
     /// Ends the transfers of the job in the slot.
     transfers: CancellationToken,
     /// Bytes that came for it, and how many the master knows of.
@@ -123,6 +132,8 @@ pub struct Keeper {
     progress_at: Instant,
 
     master: Master,
+    /// What the master that was connected last accepts.
+    accepted: Features,
     fresh: Option<KeptFresh>,
     first_start: Timestamp,
     stale_said: bool,
@@ -292,11 +303,22 @@ impl Keeper {
             tracing::warn!(error = chain(&error), "the kept freshness is of no use");
             None
         });
+        let accepted = state::load(
+            &accepted_path(&state),
+            "receipts list every file until then",
+        );
+        let accepted = accepted.unwrap_or_else(|error| {
+            tracing::warn!(
+                error = chain(&error),
+                "what the master accepts is not known"
+            );
+            None
+        });
         let first_start = first_start(&state, Timestamp::now(), credentials.certificate.not_before);
         Self {
             fleet: credentials.fleet.clone(),
             slot: Slot::new(true),
-            needs: Vec::new(),
+            needs: Needs::default(),
             transfers: stop.child_token(),
             received: Arc::default(),
             reported: 0,
@@ -307,6 +329,7 @@ impl Keeper {
                 since: Timestamp::now(),
                 error: None,
             },
+            accepted: accepted.unwrap_or_default(),
             fresh,
             first_start,
             stale_said: false,
@@ -566,10 +589,11 @@ impl Keeper {
     }
 
     fn connected(&mut self, welcome: Welcome, address: String, outbox: Outbox) {
-        let hello = self.hello();
+        self.learn_accepted(&welcome.accepts);
+        let hello = self.hello(&welcome.known);
         let waiting = self.receipts.pending();
         tracing::debug!(address, receipts = waiting.len(), "hello");
-        let mut sent = send_hello(&outbox, hello);
+        let mut sent = outbox.send(&ToMaster::Hello(Box::new(hello)));
         for receipt in waiting {
             let receipt = receipt.clone();
             sent = sent.and_then(|()| outbox.send(&ToMaster::Receipt { receipt }));
@@ -587,10 +611,22 @@ impl Keeper {
         self.guard_event(GuardEvent::Connected);
     }
 
+    /// Keeps what the master accepts: a receipt that is made while the agent is not connected has the form
+    /// that this master takes.
+    fn learn_accepted(&mut self, accepts: &Features) {
+        if self.accepted == *accepts {
+            return;
+        }
+        if let Err(error) = state::save(&accepted_path(&self.state), accepts) {
+            tracing::warn!(error = chain(&error), "what the master accepts is not kept");
+        }
+        self.accepted = accepts.clone();
+    }
+
     /// What is installed, and what the last receipt said, as far as the disk bears it out. A set
     /// with files that only the master has is not presented as installed, so that it is offered
-    /// again.
-    fn hello(&self) -> Hello {
+    /// again. Of a manifest that the master has (`known`) the digest is enough.
+    fn hello(&self, known: &[Digest]) -> Hello {
         let lacking = self.is_lacking();
         let installed = self.installer.installed().filter(|_| !lacking);
         let last = self.receipts.last();
@@ -603,15 +639,29 @@ impl Keeper {
             true => Some(Outcome::Live),
             false => last.map(|last| last.outcome),
         };
+        let contents = installed.as_ref().map(|installed| {
+            let found = self.found(&installed.set);
+            Contents::of(&installed.set.manifest, &found)
+        });
+        let installed_sha256 = installed.as_ref().map(|installed| installed.set.sha256());
+        let installed_sha256 = installed_sha256.filter(|digest| known.contains(digest));
         let hostname = nix::unistd::gethostname().ok();
         let hostname = hostname.map(|name| name.to_string_lossy().into_owned());
         Hello {
             agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+            accepts: ACCEPTED.into_iter().collect(),
             clamd: self.installer.clamd(),
             outcome: outcome.filter(|_| !lacking),
-            files: installed.as_ref().map_or_else(Vec::new, |i| i.set.files()),
+            content: contents.as_ref().map(|it| it.content),
+            files: contents
+                .as_ref()
+                .map_or_else(Vec::new, |it| it.files.clone()),
+            missing: contents.map_or_else(Vec::new, |it| it.missing),
             foreign: last.map_or_else(Vec::new, |last| last.foreign.clone()),
-            installed: installed.map(|installed| installed.set.envelope),
+            installed_sha256,
+            installed: installed
+                .filter(|_| installed_sha256.is_none())
+                .map(|installed| installed.set.into()),
             labels: hostname
                 .map(|name| ("hostname".to_owned(), name))
                 .into_iter()
@@ -884,15 +934,7 @@ impl Keeper {
             Action::Need(job) => {
                 self.transfers = self.stop.child_token();
                 self.trouble = None;
-                let files = self.needs.clone();
-                tracing::debug!(position = %job.manifest.position(), files = files.len(), "need");
-                let need = ToMaster::Need {
-                    offer: job.offer,
-                    files,
-                };
-                if let Err(error) = job.outbox.send(&need) {
-                    tracing::error!(error = chain(&error), "cannot ask for files");
-                }
+                self.ask(&job);
             }
             Action::Abort => self.transfers.cancel(),
             Action::Wait(job, until) => {
@@ -931,6 +973,19 @@ impl Keeper {
             }
         }
         None
+    }
+
+    /// Asks for the next files that are missing.
+    fn ask(&mut self, job: &Job) {
+        let files = self.needs.next();
+        tracing::debug!(position = %job.manifest.position(), files = files.len(), "need");
+        let need = ToMaster::Need {
+            offer: job.offer,
+            files,
+        };
+        if let Err(error) = job.outbox.send(&need) {
+            tracing::error!(error = chain(&error), "cannot ask for files");
+        }
     }
 
     /// A stream with a file: taken if the slot waits for it.
@@ -991,7 +1046,7 @@ impl Keeper {
             Done::Planned(Ok(needs), wrong) => {
                 self.learn(wrong);
                 let missing = needs.iter().map(|need| need.name.clone()).collect();
-                self.needs = needs;
+                self.needs = Needs::new(needs);
                 // An operator who forces an install does not want it to wait.
                 let forced = self.slot.job().is_none_or(|job| job.rehash);
                 let splay = if forced {
@@ -1008,7 +1063,15 @@ impl Keeper {
             }
             Done::Received(name, result) => {
                 let ending = self.received(&name, result);
+                let is_due = self.needs.ended(&name);
                 self.slot_event(SlotEvent::PartEnded(name, ending));
+                // If the slot plans anew, the plan finds what was not asked for.
+                if is_due
+                    && self.slot.is_fetching()
+                    && let Some(job) = self.slot.job().cloned()
+                {
+                    self.ask(&job);
+                }
             }
             Done::Faulted(completed, since) => self.complete(&completed, Some(since), false),
             Done::Installed(completed, since) => {
@@ -1141,6 +1204,16 @@ impl Keeper {
         let manifest = &completed.set.manifest;
         let error = completed.error.as_deref().map(bounded);
         let (fleet, agent) = (self.fleet.clone(), self.credentials.agent.clone());
+        let is_short =
+            self.accepted.has(Feature::ShortReceipts) || completed.files.len() > LISTED_MAX;
+        let contents = is_short.then(|| Contents::of(manifest, &completed.files));
+        let (content, files, missing, unlisted) = match contents {
+            Some(it) => (Some(it.content), it.files, it.missing, it.unlisted),
+            None => (None, completed.files.clone(), Vec::new(), 0),
+        };
+        let files = files
+            .into_iter()
+            .map(|file| ReceiptFile::new(file, manifest));
         let receipt = |seq| Receipt {
             fleet,
             agent,
@@ -1150,16 +1223,16 @@ impl Keeper {
             manifest_sha256: completed.set.sha256(),
             install: completed.install,
             outcome: completed.outcome,
-            files: completed
-                .files
-                .iter()
-                .map(|file| ReceiptFile::new(file.clone(), manifest))
-                .collect(),
+            content,
+            files: files.collect(),
+            missing,
+            unlisted,
             foreign: completed.foreign.clone(),
             adopted: completed.adopted.clone(),
             drift,
             clamd: completed.clamd.clone(),
             error,
+            blamed: completed.blamed.clone(),
             took: took.max(0.0), // the clock may have been set back
             time: Timestamp::now(),
         };
@@ -1273,7 +1346,11 @@ impl Keeper {
         let outcome = installed.as_ref().map(|installed| installed.outcome);
         let last = self.receipts.last();
         let unwell = last.filter(|last| last.outcome != Outcome::Live);
+        let (held_back, held_back_more) =
+            manifest.map_or_else(Default::default, |it| HeldBack::of(it));
         Status {
+            held_back,
+            held_back_more,
             fleet: self.fleet.clone(),
             agent: self.credentials.agent.clone(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -1384,15 +1461,8 @@ fn fresh_path(state: &State) -> PathBuf {
     state.path().join("fresh.json")
 }
 
-/// Says Hello. The largest manifests leave no room for the list of files in the frame; the master
-/// has it in the manifest, too.
-fn send_hello(outbox: &Outbox, mut hello: Hello) -> Result<(), FrameError> {
-    let said = outbox.send(&ToMaster::Hello(Box::new(hello.clone())));
-    if said.is_ok() {
-        return said;
-    }
-    hello.files = Vec::new();
-    outbox.send(&ToMaster::Hello(Box::new(hello)))
+fn accepted_path(state: &State) -> PathBuf {
+    state.path().join("accepted.json")
 }
 
 fn say_progress(job: &Job, phase: Phase, until: Option<Timestamp>) {

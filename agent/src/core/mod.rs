@@ -5,6 +5,7 @@
 pub mod audit;
 pub mod drift;
 pub mod keeper;
+mod needs;
 pub mod receipts;
 pub mod slot;
 pub mod status;

@@ -204,6 +204,11 @@ impl<J: Work> Slot<J> {
         }
     }
 
+    /// Whether missing files are awaited.
+    pub fn is_fetching(&self) -> bool {
+        matches!(self.state, State::Fetching { .. })
+    }
+
     /// Whether a failed job waits for its next try.
     pub fn is_resting(&self) -> bool {
         matches!(self.state, State::Resting { .. })

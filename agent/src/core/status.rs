@@ -1,10 +1,11 @@
 //! The agent at one moment, as the keeper reports it to operators.
 
 use clamcast_proto::dsse::KeyId;
+use clamcast_proto::manifest::Manifest;
 use clamcast_proto::receipt::{ClamdReport, Drift, InstallNumber, Outcome, Receipt};
 use clamcast_proto::wire::Phase;
 use clamcast_proto::{AgentName, DatabaseName, Digest, Epoch, FleetName, Generation, Position};
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
 use crate::chain;
@@ -37,6 +38,12 @@ pub struct Status {
     /// Those of them without a verified signature of Talos.
     #[serde(default)]
     pub unsigned: Vec<DatabaseName>,
+    /// Those of them that the master holds back, the longest first; at most [`HELD_BACK_MAX`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub held_back: Vec<HeldBack>,
+    /// How many more the master holds back.
+    #[serde(default)]
+    pub held_back_more: usize,
     /// Whether clamd was seen scanning with it.
     pub live: bool,
     /// Outcome of the newest generation that ended on this host.
@@ -81,6 +88,42 @@ pub struct Status {
     pub root: KeyId,
     /// Version of the key set in use.
     pub keys_version: u64,
+}
+
+/// Files that the master holds back, as far as they are listed.
+pub const HELD_BACK_MAX: usize = 20;
+
+/// A file that was captured so much earlier than its generation was made is held back. The load test
+/// of a capture takes minutes.
+const HELD_BACK_AFTER: SignedDuration = SignedDuration::from_hours(1);
+
+/// A database that the master publishes with older content than its mirror has.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct HeldBack {
+    /// Its name.
+    pub name: DatabaseName,
+    /// When the master last found this content in the mirror and could publish it.
+    pub since: Timestamp,
+}
+
+impl HeldBack {
+    /// The files of a generation that the master held back when it made the generation, the longest
+    /// first, and how many more there are. A rollback brings earlier content on purpose.
+    pub fn of(manifest: &Manifest) -> (Vec<Self>, usize) {
+        let files = manifest.files.iter();
+        let captured = files.filter_map(|file| {
+            let (name, since) = (file.name.clone(), file.captured?);
+            Some(Self { name, since })
+        });
+        let is_late = |it: &Self| manifest.created.duration_since(it.since) > HELD_BACK_AFTER;
+        let mut held: Vec<_> = captured
+            .filter(|it| manifest.rollback_of.is_none() && is_late(it))
+            .collect();
+        held.sort_by(|a, b| (a.since, &a.name).cmp(&(b.since, &b.name)));
+        let more = held.len().saturating_sub(HELD_BACK_MAX);
+        held.truncate(HELD_BACK_MAX);
+        (held, more)
+    }
 }
 
 /// The connection to the master.
@@ -177,5 +220,68 @@ impl From<&Receipt> for LastStatus {
             error: receipt.error.clone(),
             time: receipt.time,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clamcast_proto::manifest::{ManifestFile, Publisher, content_digest};
+
+    /// A generation of the second 100,000 with files that were captured so many seconds before.
+    fn manifest(ages: &[Option<i64>]) -> Manifest {
+        let at = |second| Timestamp::from_second(second).unwrap();
+        let files = ages.iter().enumerate().map(|(number, age)| ManifestFile {
+            name: format!("{number:02}.ndb").parse().unwrap(),
+            size: 0,
+            sha256: Digest::of(b""),
+            captured: age.map(|age| at(100_000 - age)),
+            container: None,
+        });
+        Manifest {
+            fleet: "bank".parse().unwrap(),
+            epoch: Epoch(1),
+            generation: Generation::FIRST,
+            publisher: Publisher("p".into()),
+            created: at(100_000),
+            previous: None,
+            rollback_of: None,
+            content: content_digest([]),
+            files: files.collect(),
+        }
+    }
+
+    #[test]
+    fn files_that_were_captured_more_than_an_hour_before_their_generation_are_held_back() {
+        let manifest = manifest(&[
+            Some(0),
+            None,
+            Some(3601),
+            Some(3600),
+            Some(90_000),
+            Some(-9),
+        ]);
+        let (held, more) = HeldBack::of(&manifest);
+        let named: Vec<_> = held
+            .iter()
+            .map(|it| (it.name.as_str(), it.since.as_second()))
+            .collect();
+        assert_eq!(named, [("04.ndb", 10_000), ("02.ndb", 96_399)]);
+        assert_eq!(more, 0);
+    }
+
+    #[test]
+    fn a_rollback_holds_nothing_back() {
+        let mut manifest = manifest(&[Some(90_000)]);
+        manifest.rollback_of = Some(manifest.position());
+        assert_eq!(HeldBack::of(&manifest), (Vec::new(), 0));
+    }
+
+    #[test]
+    fn the_files_that_are_held_back_longest_are_listed_and_the_others_counted() {
+        let ages: Vec<_> = (0..50).map(|number| Some(10_000 + number)).collect();
+        let (held, more) = HeldBack::of(&manifest(&ages));
+        assert_eq!((held.len(), more), (HELD_BACK_MAX, 30));
+        assert_eq!(held[0].name.as_str(), "49.ndb");
     }
 }

@@ -277,10 +277,10 @@ pub(super) fn earlier_sets<'s>(
     installed: Option<&'s Installed>,
     open: Option<&'s Journal>,
 ) -> Vec<&'s Manifest> {
-    let open_set = open.map(|journal| &journal.set.manifest);
+    let open_set = open.map(|journal| &*journal.set.manifest);
     let before = open.and_then(|journal| journal.before.installed.as_ref());
     let installed = installed.into_iter().chain(before);
-    let installed = installed.map(|installed| &installed.set.manifest);
+    let installed = installed.map(|installed| &*installed.set.manifest);
     installed.chain(open_set).collect()
 }
 

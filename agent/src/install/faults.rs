@@ -53,6 +53,17 @@ const OTHER_FORM: Scenario = Scenario {
     scan: FakeScan::Names,
 };
 
+/// Without a reload.
+const OTHER_SIGNATURE_FILES: Scenario = Scenario {
+    own: "",
+    old: "daily.cvd@1=daily-one daily-1.cvd.sign=signed main.cvd@62=main main-62.cvd.sign=signed",
+    foreign: "local.ndb=local",
+    denied: "",
+    new: "daily.cvd@1=daily-one daily-1.cvd.sign=again main.cvd@62=main x-1.cvd.sign=signed",
+    mood: Mood::Up,
+    scan: FakeScan::Names,
+};
+
 const LOWER_FORM: Scenario = Scenario {
     own: "",
     old: "daily.cld@9=daily-nine",
@@ -184,6 +195,7 @@ impl Scenario {
     fn host(&self) -> Host {
         let mut host = Host::with_own(self.own, 1, self.old);
         host.clamd.scan = self.scan;
+        host.clamd.is_old = true;
         host.put(self.foreign);
         host.put_denied(self.denied);
         *host.clamd.mood.lock().unwrap() = self.mood;
@@ -470,6 +482,11 @@ fn an_update_survives_every_fault() {
 #[test]
 fn a_change_of_form_survives_every_fault() {
     survive_everything("other form", &OTHER_FORM);
+}
+
+#[test]
+fn a_change_of_signature_files_alone_survives_every_fault() {
+    survive_everything("other signature files", &OTHER_SIGNATURE_FILES);
 }
 
 #[test]

@@ -5,17 +5,22 @@
 //! done that it speaks of. A file that cannot be read is taken as absent, with a warning: what it
 //! said is then found out again from the database directory, by hash.
 
+use std::sync::Arc;
+
 use clamcast_proto::dsse::{Envelope, Verified};
-use clamcast_proto::manifest::{MANIFEST_BYTES_MAX, Manifest};
+use clamcast_proto::manifest::Manifest;
 use clamcast_proto::receipt::{ClamdReport, FileState, InstallNumber, Outcome};
 use clamcast_proto::{DatabaseName, Digest, Position};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::disk::{At, Dir, HostFault, RECORD_MODE, Tree};
+use crate::chain;
 
-/// Largest record that is read, in bytes: a journal holds two manifests and lists of their files.
-const RECORD_BYTES_MAX: u64 = 8 << 20;
+/// Largest record that is read, in bytes. A journal holds two manifests, the files of both sets, and
+/// lists of names: less than 24 MB where both have [`clamcast_proto::manifest::FILES_MAX`] files with the
+/// longest names.
+const RECORD_BYTES_MAX: u64 = 32 << 20;
 
 /// Refused generations that are remembered. A master offers the newest one only, so that an older
 /// refusal is never asked for again.
@@ -26,7 +31,7 @@ const JOURNAL: &str = "journal.json";
 pub const INSTALLED: &str = "installed.json";
 const REFUSED: &str = "refused.json";
 
-/// A manifest with the envelope it came in.
+/// A manifest with the envelope it came in. Cheap to clone.
 ///
 /// It is kept in files that only the agent writes, and was verified before: a key that has been
 /// rotated since must not make a host forget what it has.
@@ -34,9 +39,9 @@ const REFUSED: &str = "refused.json";
 #[serde(into = "Envelope", try_from = "Envelope")]
 pub struct Set {
     /// The manifest.
-    pub manifest: Manifest,
+    pub manifest: Arc<Manifest>,
     /// As it was signed.
-    pub envelope: Envelope,
+    pub envelope: Arc<Envelope>,
 }
 
 impl Set {
@@ -47,29 +52,22 @@ impl Set {
 
     /// Its files, as they should be on disk.
     pub fn files(&self) -> Vec<FileState> {
-        let files = self.manifest.files.iter();
-        files
-            .map(|file| FileState {
-                name: file.name.clone(),
-                size: file.size,
-                sha256: file.sha256,
-            })
-            .collect()
+        self.manifest.files.iter().map(FileState::from).collect()
     }
 }
 
 impl From<&Verified<Manifest>> for Set {
     fn from(manifest: &Verified<Manifest>) -> Self {
         Self {
-            manifest: Manifest::clone(manifest),
-            envelope: manifest.envelope().clone(),
+            manifest: Arc::new(Manifest::clone(manifest)),
+            envelope: Arc::new(manifest.envelope().clone()),
         }
     }
 }
 
 impl From<Set> for Envelope {
     fn from(set: Set) -> Self {
-        set.envelope
+        Arc::unwrap_or_clone(set.envelope)
     }
 }
 
@@ -77,13 +75,11 @@ impl TryFrom<Envelope> for Set {
     type Error = String;
 
     fn try_from(envelope: Envelope) -> Result<Self, String> {
-        if envelope.payload.len() > MANIFEST_BYTES_MAX {
-            return Err(format!(
-                "a manifest of more than {MANIFEST_BYTES_MAX} bytes"
-            ));
-        }
-        let manifest = serde_json::from_slice(&envelope.payload).map_err(|e| e.to_string())?;
-        Ok(Self { manifest, envelope })
+        let manifest = envelope.peek().map_err(|error| chain(&error))?;
+        Ok(Self {
+            manifest: Arc::new(manifest),
+            envelope: Arc::new(envelope),
+        })
     }
 }
 

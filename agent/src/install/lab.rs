@@ -495,6 +495,8 @@ pub(super) struct FakeClamd {
     pub(super) rejections: Arc<Mutex<usize>>,
     /// A file of others that somebody mends right after a load that failed, and what it is then.
     pub(super) mended: Option<(&'static str, Option<&'static str>)>,
+    /// Whether it is older than 1.5 and reads no signature files.
+    pub(super) is_old: bool,
 }
 
 impl FakeClamd {
@@ -613,6 +615,10 @@ impl Prove for FakeClamd {
         (!self.memory).then(|| "this host has no 700 MiB left".to_owned())
     }
 
+    fn ignores_signature_files(&self) -> bool {
+        self.is_old
+    }
+
     fn loads(&self, name: &DatabaseName) -> bool {
         !name.as_str().ends_with(".hdb")
     }
@@ -672,6 +678,7 @@ impl Host {
             recovers_after: None,
             rejections: Arc::default(),
             mended: None,
+            is_old: false,
         };
         let runtime = tokio::runtime::Builder::new_current_thread()
             .build()

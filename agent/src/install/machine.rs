@@ -33,6 +33,10 @@ pub enum Event {
     Begin(Box<Journal>),
     /// The files are those that are installed, and clamd still has them: only the number moves.
     Moved(Box<Installed>, ClamdReport),
+    /// Only signature files differ from what is installed, and clamd, which still has the databases,
+    /// does not read such files: no reload and no new number. The journal has the number of the
+    /// installed set.
+    Resigned(Box<Journal>, ClamdReport),
     /// `clamscan` cannot load the staged set. Nothing was touched.
     Unloadable(Box<Refusal>, ClamdReport),
     /// All actions were carried out.
@@ -67,6 +71,8 @@ pub enum Action {
     TrySave(Box<Journal>),
     /// Put all files in place, then canary and gate.
     Swap(Box<Journal>),
+    /// Put all files in place, and leave canary and gate.
+    Place(Box<Journal>),
     /// Put only the next canary and gate in place.
     Renumber(InstallNumber),
     /// Make clamd reload and ask it for this journal's number.
@@ -97,6 +103,9 @@ pub struct Machine {
     waiting: Option<Box<Journal>>,
     /// What to say when the actions at hand are done and no journal holds it.
     ending: Option<Ending>,
+    /// The clamd that was seen with the databases of the open journal before its files were placed: no
+    /// other proof follows. A crash forgets it, and a replay proves the set like any other.
+    seen: Option<ClamdReport>,
     /// The host's fault that was reported of a set that waits for clamd, so that probes which find
     /// the same fault report nothing.
     reported: Option<String>,
@@ -204,6 +213,15 @@ impl Machine {
                 });
                 vec![Action::Record(Some(installed)), Action::Clean]
             }
+            Event::Resigned(journal, clamd) => {
+                self.slot = Slot::Idle;
+                self.failures = 0;
+                self.reported = None;
+                self.ending = None;
+                self.seen = Some(clamd);
+                self.journal = Some(journal.clone());
+                vec![save(journal.clone()), Action::Place(journal)]
+            }
             Event::Unloadable(refusal, clamd) => {
                 self.slot = Slot::Idle;
                 self.ending = Some(Ending {
@@ -256,6 +274,7 @@ impl Machine {
 
     fn save_and_swap(&mut self, journal: Box<Journal>) -> Vec<Action> {
         self.ending = None;
+        self.seen = None;
         self.journal = Some(journal.clone());
         vec![save(journal.clone()), Action::Swap(journal)]
     }
@@ -278,6 +297,7 @@ impl Machine {
             return self.ending.take().map(Action::Finish).into_iter().collect();
         };
         match journal.step.clone() {
+            Step::Swapping if let Some(clamd) = self.seen.take() => self.live(journal, clamd),
             Step::Swapping => {
                 journal.step = Step::Proving;
                 journal.touched = true;
@@ -293,6 +313,7 @@ impl Machine {
     }
 
     fn failed(&mut self, fault: String, touched: bool) -> Vec<Action> {
+        self.seen = None;
         let Some(journal) = self.journal.take() else {
             // The records could not be written, and nothing else was to be done.
             let mut ending = self
@@ -835,6 +856,7 @@ mod tests {
                         Action::Save(_)
                         | Action::TrySave(_)
                         | Action::Swap(_)
+                        | Action::Place(_)
                         | Action::Renumber(_)
                         | Action::RemoveLater(_)
                         | Action::Record(_)

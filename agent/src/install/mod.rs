@@ -145,7 +145,8 @@ enum Prepared {
     Answered(Refusal),
     /// The files are those that are installed: if clamd still has them, only the number moves.
     InPlace(Box<Installed>, Box<Journal>),
-    Go(Box<Journal>),
+    /// Put this set in place. With the number of the installed set, if only signature files differ.
+    Go(Box<Journal>, Option<InstallNumber>),
 }
 
 impl<P: Prove> Installer<P> {
@@ -294,7 +295,7 @@ impl<P: Prove> Installer<P> {
         bytes: impl Read,
     ) -> Result<(), ReceiveError> {
         let installed = self.installed();
-        let installed = installed.as_ref().map(|installed| &installed.set.manifest);
+        let installed = installed.as_ref().map(|installed| &*installed.set.manifest);
         self.shared.stage().receive(part, file, installed, bytes)?;
         lock(&self.shared.machine).handle(Event::Arrived(file.sha256));
         Ok(())
@@ -411,28 +412,27 @@ impl<P: Prove> Installer<P> {
                     }
                 }
             }
-            Ok(Prepared::Go(journal)) if !self.shared.prover.wants_load_test() => {
-                Event::Begin(journal)
-            }
-            Ok(Prepared::Go(journal)) => {
-                let test;
-                (guard, test) = self.try_out(guard, &journal).await;
-                match test {
-                    Tried::Loads(others) => {
-                        tried = Some(others);
-                        Event::Begin(journal)
-                    }
-                    Tried::Alone => Event::Begin(journal),
-                    Tried::Bad(error) => Event::Unloadable(
-                        Box::new(Refusal {
-                            position: set.manifest.position(),
-                            manifest_sha256: set.sha256(),
-                            install: InstallNumber::NONE,
-                            error,
+            Ok(Prepared::Go(journal, resigned)) => {
+                let seen = match resigned {
+                    Some(install) => self.seen_without_signature_files(install).await,
+                    None => None,
+                };
+                match (seen, resigned) {
+                    (Some(clamd), Some(install)) => Event::Resigned(
+                        Box::new(Journal {
+                            install,
+                            ..*journal
                         }),
-                        self.shared.prover.report(),
+                        clamd,
                     ),
-                    Tried::Hindered(reason) => return self.ended(guard, set, fault(reason)).await,
+                    (_, _) => {
+                        let begun;
+                        (guard, begun) = self.begin(guard, &set, journal, &mut tried).await;
+                        match begun {
+                            Ok(event) => event,
+                            Err(reason) => return self.ended(guard, set, fault(reason)).await,
+                        }
+                    }
                 }
             }
         };
@@ -450,6 +450,51 @@ impl<P: Prove> Installer<P> {
             };
             self.shared.completed(about, ending)
         })
+    }
+
+    /// Where clamd stops scanning to reload, loads the set with `clamscan` before anything is touched.
+    /// An error is a fault of this host.
+    async fn begin(
+        &self,
+        guard: OwnedMutexGuard<()>,
+        set: &Set,
+        journal: Box<Journal>,
+        tried: &mut Option<Vec<Other>>,
+    ) -> (OwnedMutexGuard<()>, Result<Event, String>) {
+        if !self.shared.prover.wants_load_test() {
+            return (guard, Ok(Event::Begin(journal)));
+        }
+        let (guard, test) = self.try_out(guard, &journal).await;
+        let event = match test {
+            Tried::Loads(others) => {
+                *tried = Some(others);
+                Event::Begin(journal)
+            }
+            Tried::Alone => Event::Begin(journal),
+            Tried::Bad(error) => Event::Unloadable(
+                Box::new(Refusal {
+                    position: set.manifest.position(),
+                    manifest_sha256: set.sha256(),
+                    install: InstallNumber::NONE,
+                    error,
+                }),
+                self.shared.prover.report(),
+            ),
+            Tried::Hindered(reason) => return (guard, Err(reason)),
+        };
+        (guard, Ok(event))
+    }
+
+    /// The clamds of this host, if all of them have install `n` and none reads signature files.
+    async fn seen_without_signature_files(&self, n: InstallNumber) -> Option<ClamdReport> {
+        let prover = &self.shared.prover;
+        match prover.probe(n).await {
+            Verdict::Live(clamd) if prover.ignores_signature_files() => Some(clamd),
+            Verdict::Live(_)
+            | Verdict::Refused { .. }
+            | Verdict::Unproven(_)
+            | Verdict::Absent(_) => None,
+        }
     }
 
     /// Goes on until there is an ending: between the blocking parts, clamd is asked. `tried`: the
@@ -549,7 +594,7 @@ impl<P: Prove> Shared<P> {
         self.known.clear();
         self.swap().clean_trial()?;
         let installed = lock(&self.installed).clone();
-        let installed = installed.as_ref().map(|installed| &installed.set.manifest);
+        let installed = installed.as_ref().map(|installed| &*installed.set.manifest);
         let needs = self.stage().plan(manifest, installed, full)?;
         let missing = needs.iter().filter_map(|need| manifest.file(&need.name));
         let missing = missing.map(|file| file.sha256).collect();
@@ -614,17 +659,17 @@ impl<P: Prove> Shared<P> {
         let installed = lock(&self.installed).clone();
         let open = lock(&self.machine).journal().cloned();
         let journal = Box::new(survey.journal);
+        let installed = installed.map(Box::new).filter(|installed| {
+            open.is_none() && !*lock(&self.suspect) && installed.outcome == Outcome::Live
+        });
         Ok(match installed {
             Some(installed)
-                if survey.in_place
-                    && open.is_none()
-                    && !*lock(&self.suspect)
-                    && installed.outcome == Outcome::Live
-                    && installed.set.manifest.content == set.manifest.content =>
+                if survey.in_place && installed.set.manifest.content == set.manifest.content =>
             {
-                Prepared::InPlace(Box::new(installed), journal)
+                Prepared::InPlace(installed, journal)
             }
-            Some(_) | None => Prepared::Go(journal),
+            Some(installed) if survey.resigned => Prepared::Go(journal, Some(installed.install)),
+            Some(_) | None => Prepared::Go(journal, None),
         })
     }
 
@@ -700,6 +745,7 @@ impl<P: Prove> Shared<P> {
                 }
             }
             Action::Swap(journal) => self.swap().perform(&journal)?,
+            Action::Place(journal) => self.swap().place_only(&journal)?,
             Action::Renumber(install) => self.swap().renumber(install)?,
             Action::RemoveLater(journal) => self.swap().remove_later(&journal)?,
             Action::Record(installed) => {

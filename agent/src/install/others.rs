@@ -5,7 +5,7 @@
 
 use std::collections::BTreeSet;
 
-use clamcast_daemon::clamscan::is_hosts_trouble;
+use clamcast_daemon::clamscan::{culprit, is_hosts_trouble};
 
 use super::disk::{Behind, HIDDEN};
 use crate::clamd::{LoadTest, Verdict};
@@ -64,7 +64,8 @@ impl Blame {
 
     /// The same from a content error of `clamscan`.
     pub(super) fn of_failure(said: &str, ours: &BTreeSet<&str>, others: &[Other]) -> Self {
-        let culprit = culprit(said);
+        let theirs = others.iter().map(|other| other.name.as_str());
+        let culprit = culprit(said, ours.iter().copied().chain(theirs));
         let theirs = culprit.and_then(|name| others.iter().find(|other| other.name == name));
         match (culprit, theirs) {
             (Some(name), _) if ours.contains(name) => Self::Set,
@@ -79,15 +80,6 @@ impl Blame {
             },
         }
     }
-}
-
-/// The file in the directory that libclamav names in the reason of a failed load. It names a member
-/// of a container first, then the container.
-pub(super) fn culprit(reason: &str) -> Option<&str> {
-    let (_, after) = reason.rsplit_once("Can't load ")?;
-    // A kind follows: `site.ndb: Malformed database`.
-    let end = after.find(": ").unwrap_or(after.len());
-    Some(&after[..end])
 }
 
 /// A database of somebody else's in the directory.
@@ -243,6 +235,40 @@ mod tests {
         let reason =
             "Can't load x.ndb: Malformed database; Can't load site.cud: Malformed database";
         check(&refused(reason), "site.cud", "site.cud");
+    }
+
+    #[test]
+    fn a_name_with_spaces_colons_or_libclamavs_own_words_is_found_whole() {
+        #[track_caller]
+        fn check(reason: &str, files: &[&str], expected: Option<&str>) {
+            assert_eq!(culprit(reason, files.iter().copied()), expected, "{reason}");
+        }
+        let files = [
+            "a",
+            "a.ndb",
+            "a.ndb: b.ndb",
+            "b.ndb",
+            "my file.ndb",
+            "gr\u{f6}\u{df}e.ndb",
+        ];
+        for name in &files[1..] {
+            let reason = format!("line 1; Can't load {name}: Malformed database");
+            check(&reason, &files, Some(name));
+            check(&format!("Can't load {name}"), &files, Some(name));
+            check(&format!("{reason}; Can't load gone.ndb"), &files, None);
+        }
+        let odd = ["x Can't load b.ndb", "b.ndb"];
+        check(
+            "Can't load x Can't load b.ndb: Malformed database",
+            &odd,
+            Some(odd[0]),
+        );
+        check(
+            "Can't load x.ndb: y; Can't load b.ndb: Malformed database",
+            &odd,
+            Some("b.ndb"),
+        );
+        check("Malformed database", &odd, None);
     }
 
     #[test]

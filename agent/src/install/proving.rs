@@ -4,6 +4,7 @@ use std::future::Future;
 use std::path::Path;
 use std::sync::Arc;
 
+use clamcast_daemon::clamscan;
 use clamcast_proto::DatabaseName;
 use clamcast_proto::receipt::{ClamdReport, ClamdState, FileState, InstallNumber, Outcome};
 use clamcast_proto::wire::Phase;
@@ -13,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use super::disk::{Dir, HostFault};
 use super::journal::{Installed, Journal, Step, Way};
 use super::machine::Event;
-use super::others::{self, Blame, Other};
+use super::others::{Blame, Other};
 use super::{Completed, Installer, Shared, lock, swap};
 use crate::chain;
 use crate::clamd::{LoadTest, LogMark, Prover, Verdict};
@@ -46,6 +47,9 @@ pub trait Prove: Send + Sync + 'static {
     fn load_test(&self, directory: &Path) -> impl Future<Output = LoadTest> + Send;
     /// Why there is too little memory to load this directory once more. Blocking.
     fn memory_shortage(&self, directory: &Path) -> Option<String>;
+    /// Whether every clamd, as it answered last, is older than ClamAV 1.5, which was the first to read
+    /// `.cvd.sign` files. A clamd of an unknown version reads them.
+    fn ignores_signature_files(&self) -> bool;
     /// Whether clamd loads a file of this name.
     fn loads(&self, name: &DatabaseName) -> bool;
     /// What is known of clamd without asking.
@@ -86,6 +90,10 @@ impl Prove for Prover {
 
     fn memory_shortage(&self, directory: &Path) -> Option<String> {
         memory::shortage(directory)
+    }
+
+    fn ignores_signature_files(&self) -> bool {
+        self.ignores_signature_files()
     }
 
     fn loads(&self, name: &DatabaseName) -> bool {
@@ -538,7 +546,7 @@ impl<P: Prove> Shared<P> {
     /// Reads every byte of these files in `dir`: why they are no evidence against the set. Of a file
     /// that `said` does not name a failed read says nothing.
     fn doubt_about(&self, said: &str, files: &[FileState], dir: Dir) -> Option<String> {
-        let named = others::culprit(said);
+        let named = clamscan::culprit(said, files.iter().map(|file| file.name.as_str()));
         files.iter().find_map(|file| {
             let check = self.check_in(dir, file.clone());
             let name = &file.name;

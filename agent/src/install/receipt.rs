@@ -1,5 +1,6 @@
 //! What a receipt says of an install: what came of it, and what is in the directory now.
 
+use clamcast_daemon::clamscan::culprit;
 use clamcast_proto::DatabaseName;
 use clamcast_proto::manifest::Manifest;
 use clamcast_proto::receipt::{ClamdReport, FileState, InstallNumber, Outcome};
@@ -32,6 +33,20 @@ pub struct Completed {
     pub clamd: ClamdReport,
     /// Why it is not live.
     pub error: Option<String>,
+    /// The file of the generation that is the cause of a refusal, if `clamscan` or clamd named it.
+    pub blamed: Option<DatabaseName>,
+}
+
+/// The file of a refused generation that libclamav named in the error.
+pub(super) fn blamed(manifest: &Manifest, ending: &Ending) -> Option<DatabaseName> {
+    let error = ending.error.as_deref();
+    let refused = error.filter(|_| ending.outcome == Outcome::Refused)?;
+    let name = culprit(
+        refused,
+        manifest.files.iter().map(|file| file.name.as_str()),
+    )?;
+    let mut files = manifest.files.iter().map(|file| &file.name);
+    files.find(|file| file.as_str() == name).cloned()
 }
 
 /// One database of the installed generation, compared with the disk.
@@ -67,13 +82,14 @@ impl<P: Prove> Shared<P> {
         self.known.clear(); // a receipt says what is on disk now
         let clamd = match ending.clamd == ClamdReport::default() {
             true => self.prover.report(),
-            false => ending.clamd,
+            false => ending.clamd.clone(),
         };
         let files = self.swap().files_on_disk(&set, &self.baseline);
         if matches!(ending.outcome, Outcome::Live | Outcome::Installed) && files == set.files() {
             *lock(&self.suspect) = false;
         }
         Completed {
+            blamed: blamed(&set.manifest, &ending),
             files,
             foreign: self.foreign(),
             adopted: self.adopted(),
@@ -119,7 +135,7 @@ impl<P: Prove> Shared<P> {
         let open = lock(&self.machine).journal().cloned();
         let sets = earlier_sets(installed.as_ref(), open.as_ref());
         let files = sets.iter().flat_map(|set| &set.files);
-        let ours: Vec<DatabaseName> = files.map(|file| file.name.clone()).collect();
+        let ours = files.map(|file| file.name.as_str()).collect();
         self.swap().foreign(&ours).unwrap_or_else(|fault| {
             tracing::warn!(error = chain(&fault), "cannot look for databases of others");
             Vec::new()

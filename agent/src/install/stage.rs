@@ -273,18 +273,27 @@ impl Stage<'_> {
     ) -> Result<bool, HostFault> {
         self.tree.remove(PLACE)?;
         let linked = is_ours(facts)
+            && self.is_synced(source, facts)?
             && self.tree.link(source, PLACE).is_ok() // not on every file system
             && self.tree.facts(PLACE)?.is_some_and(|now| now.inode == facts.inode);
-        if linked {
-            // Whoever wrote it may not have synced it.
-            if let Some(file) = self.tree.open(PLACE)? {
-                file.sync().map_err(|e| unreadable(self.tree, PLACE, e))?;
-            }
-        } else if !self.copy(source, file)? {
+        if !linked && !self.copy(source, file)? {
             return Ok(false);
         }
         self.tree.rename(PLACE, staged)?;
         Ok(true)
+    }
+
+    /// Makes a file durable, because whoever wrote it may not have. Before the file gets another link: a
+    /// link changes the inode, and a file system commits its journal to sync a changed one, which takes
+    /// milliseconds for each of thousands of files.
+    fn is_synced(&self, source: At<'_>, facts: &Facts) -> Result<bool, HostFault> {
+        let Some(file) = self.tree.open(source)? else {
+            return Ok(false);
+        };
+        let failed = |error| unreadable(self.tree, source, error);
+        file.sync().map_err(failed)?;
+        let now = file.facts().map_err(failed)?;
+        Ok(now.inode == facts.inode)
     }
 
     /// Another user's file, or one with other permissions: its owner could write into it.

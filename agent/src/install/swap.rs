@@ -4,7 +4,7 @@
 //! repeated from its start at any time: links that are there already are seen by their inode, the
 //! stage keeps every file until the outcome is decided, and what is gone need not be removed again.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use clamcast_proto::DatabaseName;
 use clamcast_proto::manifest::{Manifest, ManifestFile};
@@ -100,6 +100,14 @@ pub(super) struct Survey {
     pub(super) journal: Journal,
     /// Every file stands there already and nothing has to go: only the number would move.
     pub(super) in_place: bool,
+    /// The same but for signature files, and some of them differ from those of the installed set.
+    pub(super) resigned: bool,
+}
+
+/// The files of a set that clamd loads, sorted by name.
+fn databases_of(set: &Set) -> impl Iterator<Item = FileState> {
+    let files = set.files().into_iter();
+    files.filter(|file| file.name.kind() != DatabaseKind::Sign)
 }
 
 /// The swap and everything around it.
@@ -131,14 +139,17 @@ impl Swap<'_> {
         } = self.survey_adopted(&set.manifest, &earlier)?;
 
         let mut adopt = Vec::new();
-        let mut in_place = true;
+        let (mut in_place, mut databases_in_place) = (true, true);
         for file in &files {
+            let is_signature = file.name.kind() == DatabaseKind::Sign;
             let Some(name) = present.get(file.name.as_str()) else {
                 in_place = false;
+                databases_in_place &= is_signature;
                 continue;
             };
             let is_placed = self.is_placed(file)?;
             in_place &= is_placed;
+            databases_in_place &= is_placed || is_signature;
             // After the loss of the state directory the agent's own file is known by its link.
             if ours.contains(name) || self.is_current(name)? {
                 continue;
@@ -173,8 +184,15 @@ impl Swap<'_> {
                 withdraw.push(name.clone());
             }
         }
-        in_place &= withdraw.is_empty() && later.is_empty() && restore.is_empty();
-        in_place &= installed.is_some_and(|installed| numbers.whole == Some(installed.install));
+        let is_shown = installed.is_some_and(|installed| numbers.whole == Some(installed.install));
+        in_place &= withdraw.is_empty() && later.is_empty() && restore.is_empty() && is_shown;
+        let same_databases =
+            installed.is_some_and(|installed| databases_of(&installed.set).eq(databases_of(set)));
+        let only_signatures_go = later.iter().all(|it| it.kind() == DatabaseKind::Sign);
+        let mut resigned = databases_in_place && same_databases && only_signatures_go && is_shown;
+        // Nothing of the host's own comes, goes or is replaced.
+        resigned &= withdraw.is_empty() && restore.is_empty();
+        resigned &= adopt.is_empty() && obsolete.is_empty() && !in_place;
 
         let touched: BTreeSet<_> = files.iter().map(|file| file.name.clone()).collect();
         let restored = restore.iter().map(|restored| &restored.name);
@@ -185,7 +203,9 @@ impl Swap<'_> {
             .chain(restored);
         let (old, moved) = self.before(touched, installed)?;
         // What is moved need not be linked.
-        adopt.retain(|name| old.iter().any(|old| old.name == *name));
+        let linked: HashSet<_> = old.iter().map(|old| &old.name).collect();
+        adopt.retain(|name| linked.contains(name));
+        resigned &= moved.is_empty();
         let before = Before {
             installed: installed.cloned(),
             files: old,
@@ -215,6 +235,7 @@ impl Swap<'_> {
                 later,
             },
             in_place,
+            resigned,
         })
     }
 
@@ -269,15 +290,15 @@ impl Swap<'_> {
         target: &Manifest,
         ours: &BTreeSet<DatabaseName>,
     ) -> Result<bool, HostFault> {
+        let targets = target.files.iter().map(|file| &file.name);
+        let known: HashSet<_> = targets.chain(ours).map(DatabaseName::as_str).collect();
         let names = self.tree.list(Dir::Databases)?;
         Ok(names.iter().any(|name| {
             let name = name.to_string_lossy();
-            let known = |known: &DatabaseName| known.as_str() == name;
             name != CANARY
                 && name != GATE
                 && looks_like_a_database(&name)
-                && !ours.iter().any(known)
-                && !target.files.iter().any(|file| known(&file.name))
+                && !known.contains(&*name)
         }))
     }
 
@@ -356,6 +377,26 @@ impl Swap<'_> {
             .map_err(touched)
     }
 
+    /// Puts the files of a journal in place whose databases are there already, without a new canary and
+    /// gate.
+    pub(super) fn place_only(&self, journal: &Journal) -> Result<(), SwapFault> {
+        let touched = |fault| SwapFault {
+            fault,
+            touched: true,
+        };
+        self.fill_previous(&journal.before)?;
+        for file in &journal.files {
+            self.must_be_staged(file)?;
+        }
+        self.tree.sync_dir(Dir::Stage)?;
+        for file in signatures_first(&journal.files) {
+            self.place(file).map_err(touched)?;
+        }
+        self.tree.sync_dir(Dir::Databases).map_err(touched)?;
+        self.fill_current(&journal.files, Some(&journal.set.manifest))
+            .map_err(touched)
+    }
+
     /// The way back: whatever cannot be restored, everything else is, before it fails.
     fn go_back(&self, journal: &Journal) -> Result<(), HostFault> {
         let mut restored = Ok(());
@@ -393,7 +434,7 @@ impl Swap<'_> {
         self.show_proof()?;
         self.tree.sync_dir(Dir::Databases)?;
         let old = journal.before.installed.as_ref();
-        self.fill_current(&journal.files, old.map(|old| &old.set.manifest))
+        self.fill_current(&journal.files, old.map(|old| &*old.set.manifest))
     }
 
     /// Puts only the next canary and gate in place.
@@ -729,12 +770,11 @@ impl Swap<'_> {
 
     /// Databases in the directory that belong to nobody's set, as clamd would load them: it looks
     /// at how a name ends, whatever it starts with and in whatever case.
-    pub(super) fn foreign(&self, ours: &[DatabaseName]) -> Result<Vec<String>, HostFault> {
+    pub(super) fn foreign(&self, ours: &HashSet<&str>) -> Result<Vec<String>, HostFault> {
         let mut foreign = Vec::new();
         for name in self.tree.list(Dir::Databases)? {
             let name = name.to_string_lossy();
-            let ours =
-                name == CANARY || name == GATE || ours.iter().any(|known| known.as_str() == name);
+            let ours = name == CANARY || name == GATE || ours.contains(&*name);
             if !ours && looks_like_a_database(&name) {
                 foreign.push(printable(&name));
             }
@@ -798,6 +838,9 @@ fn places_of(moved: &Moved) -> (At<'_>, At<'_>) {
 /// Whether a file of the fleet is the successor of another's file: the other form of a container, or
 /// the file that a detached signature of any version belongs to.
 pub(super) fn succeeds(successor: &DatabaseName, name: &DatabaseName) -> bool {
+    if name.kind() == DatabaseKind::Loose {
+        return false;
+    }
     name.other_form().as_ref() == Some(successor)
         || (name.kind() == DatabaseKind::Sign && stem(successor) == stem(name))
 }

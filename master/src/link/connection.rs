@@ -13,7 +13,8 @@ use clamcast_proto::keys::KeySet;
 use clamcast_proto::manifest::Manifest;
 use clamcast_proto::receipt::Receipt;
 use clamcast_proto::wire::{
-    self, FRAME_BYTES_MAX, FrameError, NeedFile, Offer, OfferId, ToAgent, ToMaster, Welcome,
+    self, FRAME_BYTES_MAX, Feature, FrameError, NeedFile, Offer, OfferId, ToAgent, ToMaster,
+    Welcome,
 };
 use clamcast_proto::{AgentName, DatabaseName, FleetName, GroupName};
 use jiff::Timestamp;
@@ -588,6 +589,8 @@ impl Link<'_> {
                 time: Timestamp::now(),
                 keep_alive: wire::KEEP_ALIVE_SECS,
                 keys: Some(keys.envelope().clone()),
+                accepts: [Feature::ShortReceipts].into_iter().collect(),
+                known: publisher.store().known(wire::KNOWN_MAX),
             }),
             Message::Fresh(manifest) => {
                 let fresh = publisher.vouch(&manifest, Timestamp::now());

@@ -8,7 +8,7 @@ use std::sync::LazyLock;
 use clamcast_proto::dsse::{Envelope, PublicKey, Signature, Statement, Verified, sign};
 use clamcast_proto::fresh::Freshness;
 use clamcast_proto::keys::{KEYS_MAX, KeySet};
-use clamcast_proto::manifest::{Manifest, content_digest};
+use clamcast_proto::manifest::{FILES_MAX, Manifest, content_digest};
 use clamcast_proto::receipt::Receipt;
 use clamcast_proto::trust::{Mark, Trust};
 use ed25519_dalek::{Signer as _, SigningKey};
@@ -49,17 +49,25 @@ pub fn key_set(bytes: &[u8]) -> bool {
     true
 }
 
-/// Verifies the input as an envelope with a manifest, and as the payload of one that the manifest key
-/// has signed.
+/// Verifies the input as an envelope with a manifest, and as the plain and the compressed payload of one
+/// that the manifest key has signed.
 pub fn manifest(bytes: &[u8]) -> bool {
     let keys = [PublicKey::of(&KEY)];
     if let Some(envelope) = envelope(bytes) {
         judge(Manifest::verify(&envelope, &keys));
     }
-    let envelope = signed::<Manifest>(bytes);
-    let Some(manifest) = judge(Manifest::verify(&envelope, &keys)) else {
+    let compressed = Manifest::COMPRESSED.expect("a manifest has such a form");
+    let envelopes = [
+        signed::<Manifest>(bytes),
+        signed_as(compressed.payload_type, bytes),
+    ];
+    let manifests = envelopes.map(|envelope| judge(Manifest::verify(&envelope, &keys)));
+    let Some(manifest) = manifests.into_iter().flatten().next() else {
         return false;
     };
+    let again: Manifest = manifest.envelope().peek().expect("it was verified");
+    assert_eq!(again, *manifest);
+    assert!(manifest.files.len() <= FILES_MAX);
     let files = &manifest.files;
     assert!(!files.is_empty());
     let names = files.iter().map(|file| file.name.as_str().to_lowercase());
@@ -133,7 +141,12 @@ fn envelope(bytes: &[u8]) -> Option<Envelope> {
 
 /// An envelope with this payload and a good signature (DSSE, protocol version 1).
 fn signed<T: Statement>(payload: &[u8]) -> Envelope {
-    let (kind, length) = (T::TYPE, payload.len());
+    signed_as(T::TYPE, payload)
+}
+
+/// The same under any payload type.
+fn signed_as(kind: &str, payload: &[u8]) -> Envelope {
+    let length = payload.len();
     let mut message = format!("DSSEv1 {} {kind} {length} ", kind.len()).into_bytes();
     message.extend(payload);
     Envelope {

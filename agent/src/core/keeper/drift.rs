@@ -2,11 +2,11 @@
 //! [`crate::core::drift::Guard`] decides, one look or repair at a time, and none while an install
 //! is under way.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, Instant};
 
 use clamcast_proto::AuditEvent;
-use clamcast_proto::receipt::{Drift, InstallNumber, Outcome};
+use clamcast_proto::receipt::{Drift, FileState, InstallNumber, Outcome};
 use clamcast_proto::wire::{Phase, ToMaster};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -19,7 +19,7 @@ use crate::core::drift::{Action, Event, Kept, REPAIRS_MAX, Rest};
 use crate::core::status::{Blindness, DriftStatus, RepairWait};
 use crate::host::state::{self, State};
 use crate::host::updater::Updater;
-use crate::install::{Completed, Depth, Look, RepairError, Sighting};
+use crate::install::{Completed, Depth, Look, RepairError, Set, Sighting};
 
 /// In the state directory: why changed files are left alone, and which were put back.
 const REST: &str = "left-alone.json";
@@ -375,30 +375,37 @@ impl Keeper {
         let position = Some(installed.set.manifest.position());
         let files = json!({ "files": drift, "reason": reason });
         self.audit.note(event, position, None, files);
-        let mut files = installed.set.files();
-        if event == AuditEvent::Drift {
-            for wrong in self.guard.wrong() {
-                match files
-                    .iter()
-                    .position(|file| file.name.as_str() == wrong.name)
-                {
-                    Some(at) if wrong.state.is_none() => drop(files.remove(at)),
-                    Some(at) => files[at] = wrong.state.clone().expect("looked at just before"),
-                    None => {}
-                }
-            }
-        }
+        let files = if event == AuditEvent::Drift {
+            self.found(&installed.set)
+        } else {
+            installed.set.files()
+        };
         let completed = Completed {
             outcome: installed.outcome,
             install: installed.install,
             files,
             foreign: self.installer.foreign(),
             adopted: self.installer.adopted(),
+            blamed: None,
             clamd: self.installer.clamd(),
             error: reason,
             set: installed.set,
         };
         self.send_receipt(&completed, 0.0, drift);
+    }
+
+    /// What is on disk of the installed set, as far as the last look knows: a file that could not be read
+    /// is left out.
+    pub(super) fn found(&self, set: &Set) -> Vec<FileState> {
+        let wrong = self.guard.wrong();
+        let wrong: HashMap<_, _> = wrong.map(|it| (it.name.as_str(), &it.state)).collect();
+        let files = set.files().into_iter();
+        files
+            .filter_map(|file| match wrong.get(file.name.as_str()) {
+                None => Some(file),
+                Some(state) => (*state).clone(),
+            })
+            .collect()
     }
 
     fn repair(&mut self) {
@@ -455,6 +462,7 @@ impl Keeper {
             files: Vec::new(),
             foreign: Vec::new(),
             adopted: self.installer.adopted(),
+            blamed: None,
             clamd: self.installer.clamd(),
             error: Some(reason),
             set: installed.set,

@@ -45,6 +45,24 @@ fn every_way_through_an_install_keeps_the_rules() {
     println!("{seen} events");
 }
 
+#[test]
+fn every_way_through_an_install_of_other_signature_files_keeps_the_rules() {
+    let journal = journal(true);
+    let path = Path {
+        machine: Machine::default(),
+        trace: Vec::new(),
+        saved: journal.install,
+        // The databases were proven under the number of the journal.
+        proofs: 1,
+        passes: 1,
+        finished: 0,
+        evidence: false,
+        swapped: [Set::from(&manifest(1, "daily.cvd=one")).sha256()].into(),
+    };
+    let event = Event::Resigned(journal, ClamdReport::default());
+    walk(path, event, CHOICES, &mut 0);
+}
+
 /// Walks every way of `choices` choices that begins with this event.
 fn walk(mut path: Path, event: Event, choices: usize, seen: &mut usize) {
     *seen += 1;
@@ -98,6 +116,7 @@ fn walk(mut path: Path, event: Event, choices: usize, seen: &mut usize) {
                 path.passes = usize::from(journal.passes);
                 path.swapped.insert(journal.set.sha256());
             }
+            Action::Place(journal) => _ = path.swapped.insert(journal.set.sha256()),
             Action::Prove(_) => asked = true,
             Action::Finish(_) => path.finished += 1,
             Action::Renumber(_)
@@ -162,7 +181,9 @@ fn the_journal_is_saved_before_the_directory_changes(
     action: &Action,
 ) {
     let number = match action {
-        Action::Swap(journal) | Action::RemoveLater(journal) => journal.install,
+        Action::Swap(journal) | Action::Place(journal) | Action::RemoveLater(journal) => {
+            journal.install
+        }
         Action::Renumber(install) => *install,
         Action::Save(_)
         | Action::TrySave(_)
@@ -222,6 +243,7 @@ fn nothing_is_refused_without_evidence(path: &Path, action: &Action) {
         Action::Save(_)
         | Action::TrySave(_)
         | Action::Swap(_)
+        | Action::Place(_)
         | Action::Renumber(_)
         | Action::Prove(_)
         | Action::RemoveLater(_)

@@ -42,6 +42,47 @@ fn clamscan_that_names_an_intact_file_and_loads_the_previous_set_is_evidence() {
 }
 
 #[test]
+fn a_refusal_blames_the_file_that_clamscan_names_also_when_it_is_repeated() {
+    let host = host(FakeScan::Names);
+    let installer = host.start();
+    let offer = manifest(2, BAD);
+    let refused = host.take(&installer, &offer, BAD).unwrap();
+    assert_eq!(refused.outcome, Outcome::Refused);
+    assert_eq!(refused.blamed, Some("daily.cld".parse().unwrap()));
+    let again = installer.refused_before(&offer).unwrap();
+    assert_eq!(again.blamed, refused.blamed);
+}
+
+#[test]
+fn what_is_not_refused_or_names_no_file_of_the_generation_blames_none() {
+    let host = host(FakeScan::Loads);
+    mood(&host, Mood::Rejecting);
+    let new = "daily.cld@2=two";
+    let completed = host.take(&host.start(), &manifest(2, new), new).unwrap();
+    assert_eq!(
+        (completed.outcome, completed.blamed),
+        (Outcome::HostFault, None)
+    );
+    let named = |error: &str| {
+        let ending = Ending {
+            outcome: Outcome::Refused,
+            install: InstallNumber(1),
+            clamd: ClamdReport::default(),
+            error: Some(error.to_owned()),
+        };
+        let blamed = receipt::blamed(&manifest(2, new), &ending);
+        blamed.map(|name| name.to_string())
+    };
+    let ours = "clamscan: Can't load daily.cld: Malformed database; live as install 3";
+    assert_eq!(named(ours).as_deref(), Some("daily.cld"));
+    assert_eq!(
+        named("clamscan: Can't load site.ndb: Malformed database"),
+        None
+    );
+    assert_eq!(named("clamd: Malformed database"), None);
+}
+
+#[test]
 fn a_set_that_clamscan_loads_stays_and_is_live_once_clamd_can_load_it() {
     for scan in [FakeScan::Loads, FakeScan::Hindered] {
         let host = host(scan);

@@ -43,6 +43,76 @@ fn the_same_content_under_a_new_number_moves_only_the_number() {
     assert_eq!(installed.set.manifest.generation.number(), 2);
 }
 
+/// Offers these files to a host with a clamd that is `old`. Returns what came of it, how often clamd
+/// loaded and the numbers it was seen with, and checks the directory.
+fn resign(is_old: bool, before: &str, new: &str) -> (Completed, usize, Vec<u64>) {
+    let mut host = Host::with(1, before);
+    host.clamd.is_old = is_old;
+    let (loads, canary) = (*host.clamd.loads.lock().unwrap(), host.canary());
+    host.clamd.proven.lock().unwrap().clear();
+    let installer = host.start();
+    let completed = host.take(&installer, &manifest(2, new), new).unwrap();
+    assert_eq!(completed.outcome, Outcome::Live, "{:?}", completed.error);
+    assert_eq!(completed.files, completed.set.files());
+    assert_eq!(host.there(), set(new));
+    assert_eq!(
+        installer
+            .verify()
+            .iter()
+            .filter(|it| !it.is_right())
+            .count(),
+        0
+    );
+    let installed = installer.installed().unwrap();
+    assert_eq!(installed.set.manifest.generation.number(), 2);
+    assert_eq!(installed.install, completed.install);
+    let loaded = *host.clamd.loads.lock().unwrap() - loads;
+    assert_eq!(host.canary() == canary, loaded == 0);
+    (completed, loaded, proven(&host))
+}
+
+#[test]
+fn other_signature_files_alone_do_not_reload_a_clamd_that_reads_none() {
+    let signed = "daily.cvd@1=one daily-1.cvd.sign=signed x.ndb=x";
+    for new in [
+        "daily.cvd@1=one daily-1.cvd.sign=again x.ndb=x",
+        "daily.cvd@1=one x.ndb=x",
+        "daily.cvd@1=one daily-1.cvd.sign=signed x.ndb=x y-1.cvd.sign=signed",
+    ] {
+        let (completed, loads, proven) = resign(true, signed, new);
+        assert_eq!(loads, 0, "{new}");
+        assert_eq!(proven, [completed.install.0], "seen with the number it has");
+        let (_, loads, _) = resign(false, signed, new);
+        assert!(loads > 0, "ClamAV 1.5 reads them: {new}");
+    }
+}
+
+#[test]
+fn a_database_that_changes_with_its_signature_file_is_loaded_and_proven() {
+    let signed = "daily.cvd@1=one daily-1.cvd.sign=signed x.ndb=x";
+    for new in [
+        "daily.cvd@2=two daily-2.cvd.sign=signed x.ndb=x",
+        "daily.cvd@1=one daily-1.cvd.sign=again",
+        "daily.cvd@1=one daily-1.cvd.sign=again x.ndb=x y.ndb=y",
+    ] {
+        let (_, loads, _) = resign(true, signed, new);
+        assert!(loads > 0, "{new}");
+    }
+}
+
+#[test]
+fn other_signature_files_are_installed_as_ever_where_clamd_is_not_seen() {
+    let mut host = Host::with(1, "daily.cvd@1=one daily-1.cvd.sign=signed");
+    host.clamd.is_old = true;
+    mood(&host, Mood::Away);
+    let new = "daily.cvd@1=one daily-1.cvd.sign=again";
+    let before = host.canary();
+    let completed = host.take(&host.start(), &manifest(2, new), new).unwrap();
+    assert_eq!(completed.outcome, Outcome::Installed);
+    assert_eq!(host.there(), set(new));
+    assert!(host.canary() > before);
+}
+
 #[test]
 fn an_outranked_old_form_stays_until_the_proof() {
     let host = Host::with(1, "daily.cvd@1=one");
