@@ -8,7 +8,7 @@ use clamcast_proto::{DatabaseName, Position};
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
-use crate::core::status::{Blindness, DriftStatus, LastStatus, RepairWait, Status};
+use crate::core::status::{Blindness, DriftStatus, HeldBack, LastStatus, RepairWait, Status};
 use crate::install::FileCheck;
 
 impl Status {
@@ -58,6 +58,7 @@ impl Status {
                 ),
             );
         }
+        held_back(&self.held_back, self.held_back_more, now, &mut line);
         if self.generation.is_some() {
             let changed = !self.drift.files.is_empty();
             line("live:", &is_live(self.live, changed, &self.clamd));
@@ -138,9 +139,39 @@ impl Status {
     }
 }
 
+/// Most names in a line for people. `--json` has all.
+const NAMED_MAX: usize = 20;
+
+/// Lines about the files that the master holds back.
+fn held_back(
+    files: &[HeldBack],
+    more: usize,
+    now: Timestamp,
+    line: &mut impl FnMut(&str, &dyn fmt::Display),
+) {
+    for (n, HeldBack { name, since }) in files.iter().enumerate() {
+        let key = if n == 0 { "held back:" } else { "" };
+        let age = age(*since, now);
+        line(
+            key,
+            &format_args!("{name}, on the master since {since:.0} ({age})"),
+        );
+    }
+    if more > 0 {
+        line("", &format_args!("and {more} more"));
+    }
+    if !files.is_empty() {
+        line("", &"`clamcast-master status` says why");
+    }
+}
+
 fn joined(names: &[DatabaseName]) -> String {
-    let names: Vec<_> = names.iter().map(DatabaseName::as_str).collect();
-    names.join(", ")
+    let named = names.iter().take(NAMED_MAX).map(DatabaseName::as_str);
+    let named = named.collect::<Vec<_>>().join(", ");
+    match names.len().checked_sub(NAMED_MAX) {
+        None | Some(0) => named,
+        Some(more) => format!("{named} and {more} more"),
+    }
 }
 
 impl DriftStatus {
@@ -314,6 +345,16 @@ mod tests {
     use clamcast_proto::{Digest, Epoch, Generation};
 
     #[test]
+    fn a_line_names_some_databases_and_counts_the_others() {
+        let names: Vec<DatabaseName> = (0..NAMED_MAX + 3)
+            .map(|number| format!("{number:02}.ndb").parse().unwrap())
+            .collect();
+        assert_eq!(joined(&names[..2]), "00.ndb, 01.ndb");
+        assert!(joined(&names[..NAMED_MAX]).ends_with(", 19.ndb"));
+        assert!(joined(&names).ends_with(", 19.ndb and 3 more"));
+    }
+
+    #[test]
     fn live_says_by_what_it_is_known() {
         for (live, state, proof, text) in [
             (true, ClamdState::Up, Proof::Canary, "seen scanning"),
@@ -329,6 +370,29 @@ mod tests {
             let said = is_live(live, false, &clamd);
             assert!(said.contains(text), "{state:?}, {proof:?}: {said}");
         }
+    }
+
+    #[test]
+    fn files_that_the_master_holds_back_are_shown_with_the_time_and_the_next_step() {
+        let at = |second| Timestamp::from_second(second).unwrap();
+        let shown = |count: usize, more| {
+            let held = HeldBack {
+                name: "feed.ndb".parse().unwrap(),
+                since: at(3600),
+            };
+            let mut text = String::new();
+            held_back(&vec![held; count], more, at(3 * 3600), &mut |key, value| {
+                writeln!(text, "{key}|{value}").unwrap();
+            });
+            text
+        };
+        assert_eq!(shown(0, 0), "");
+        assert_eq!(
+            shown(2, 3),
+            "held back:|feed.ndb, on the master since 1970-01-01T01:00:00Z (2h)\n\
+             |feed.ndb, on the master since 1970-01-01T01:00:00Z (2h)\n\
+             |and 3 more\n|`clamcast-master status` says why\n"
+        );
     }
 
     fn check(found: Result<Option<&[u8]>, &str>) -> Verification {
