@@ -1,12 +1,13 @@
 //! The mirror directory: what stands in it, and when that is worth a capture.
 //!
-//! File events only say when to look; what changed is told by comparing two looks. So an event that
-//! was lost costs time and nothing else, and one that means nothing costs a look.
+//! File events say when to look, and which files are open for writing. What changed is told by comparing
+//! two looks. A lost event costs time, and an event without meaning costs a look.
 
 pub mod activity;
 pub mod listing;
 pub mod quiet;
 mod watch;
+mod writers;
 
 use std::io;
 use std::path::Path;
@@ -20,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 use crate::config::Mirror;
 use activity::Activity;
 use listing::Listing;
-use quiet::{Next, Quiet};
+use quiet::Next;
 use watch::Watch;
 
 /// Time between looks where there are no events to rely on: the mirror is missing, the kernel has
@@ -31,9 +32,9 @@ const POLL: Duration = Duration::from_secs(5);
 /// After an event others follow within moments. One look serves them all.
 const EVENTS_SETTLE: Duration = Duration::from_millis(20);
 
-/// Watches the mirror until `stop`, and sends on `wake` when a capture is due: once for every
-/// change, when it is quiet. The first look counts as a change, and so does a mirror that cannot
-/// be listed any more, whose capture then says why.
+/// Watches the mirror until `stop`, and sends on `wake` when a capture is due: once for every change
+/// of a unit, when the unit is quiet. The first look counts as a change, and so does a mirror that
+/// cannot be listed any more, whose capture then says why.
 ///
 /// `again` is for a capture that met a mirror in motion: it is due again after the next quiet time.
 /// A full channel is as good as a sent wake-up, since the capture that it leads to is still to come.
@@ -44,8 +45,7 @@ pub async fn watch(
     activity: Activity,
     stop: CancellationToken,
 ) {
-    let mut quiet = Quiet::new(settings.quiet);
-    let mut watch = Watch::new(&settings.path);
+    let mut watch = Watch::new(&settings.path, activity.clone());
     let mut trouble = None;
     loop {
         let listing = look(&settings.path).await;
@@ -60,27 +60,23 @@ pub async fn watch(
             Ok(_) | Err(_) => settings.rescan.min(POLL),
         };
         let now = Instant::now();
-        let listing = listing.ok();
-        let runs = listing.as_ref().map_or(&[][..], |listing| &listing.runs);
-        let open = activity.look(runs, now);
-        quiet.look(listing.as_ref(), open, now);
-        activity.waits(quiet.waiting(now));
         let rescan = now + poll;
-        let wait = match quiet.next(now) {
+        let wait = match activity.watched(listing.as_ref().ok(), now) {
             Next::Idle => rescan,
             Next::Wait(until) => until.min(rescan),
             Next::Due => {
                 if let Err(mpsc::error::TrySendError::Closed(())) = wake.try_send(()) {
                     return; // nobody captures any more: the daemon stops
                 }
-                quiet.told();
+                activity.told(now);
                 rescan
             }
         };
         tokio::select! {
             biased;
             () = stop.cancelled() => return,
-            () = again.notified() => quiet.again(Instant::now()),
+            () = again.notified() => activity.whole_again(Instant::now()),
+            () = activity.woken() => {}
             () = watch.event() => sleep(EVENTS_SETTLE).await,
             () = sleep_until(wait.into()) => {}
         }
@@ -112,9 +108,11 @@ fn report(path: &Path, error: Option<&io::Error>, trouble: &mut Option<String>) 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{LoadTest, Unsigned};
+    use crate::config::units::{UnitName, Units};
+    use crate::config::{LoadTest, OnBadUnit, Unsigned};
     use clamcast_daemon::values::Percent;
     use std::fs;
+    use std::io::Write as _;
     use std::os::unix::fs::symlink;
     use std::path::PathBuf;
 
@@ -125,6 +123,7 @@ mod tests {
         root: tempfile::TempDir,
         due: mpsc::Receiver<()>,
         again: Arc<Notify>,
+        activity: Activity,
         stop: CancellationToken,
     }
 
@@ -141,18 +140,23 @@ mod tests {
                 load_test: LoadTest::Never,
                 load_test_socket: "/nowhere/loadtest.sock".into(),
                 shrink_max: Percent::new(30).unwrap(),
+                on_bad_unit: OnBadUnit::Hold,
+                units: Units::default(),
+                cvd_certs: None,
                 age_alarm: Duration::from_secs(48 * 3600),
             };
             let (wake, due) = mpsc::channel(1);
             let again = Arc::new(Notify::new());
             let stop = CancellationToken::new();
-            let activity = Activity::default();
-            let watching = watch(settings, wake, again.clone(), activity, stop.clone());
+            let activity = Activity::new(settings.quiet, Units::default());
+            let shared = activity.clone();
+            let watching = watch(settings, wake, again.clone(), shared, stop.clone());
             tokio::spawn(watching);
             Self {
                 root,
                 due,
                 again,
+                activity,
                 stop,
             }
         }
@@ -186,6 +190,51 @@ mod tests {
         mirror.due().await;
         mirror.stop.cancel();
         assert_eq!(mirror.due.recv().await, None);
+    }
+
+    #[tokio::test]
+    async fn a_file_that_is_open_for_writing_is_seen_until_it_is_closed_and_delays_no_other() {
+        let mut mirror = Watched::start("mirror", |root| {
+            fs::create_dir(root.join("mirror")).unwrap();
+            fs::write(root.join("mirror/daily.cld"), "1").unwrap();
+        });
+        mirror.due().await;
+        let mut slow = fs::File::create(mirror.path("mirror/slow.ndb")).unwrap();
+        slow.write_all(b"half").unwrap();
+        fs::write(mirror.path("mirror/part"), "1").unwrap();
+        fs::rename(mirror.path("mirror/part"), mirror.path("mirror/a.ndb")).unwrap();
+        mirror.due().await; // a.ndb
+        let slow_unit = UnitName::new("slow.ndb");
+        // Later than any quiet time, and earlier than the file counts as abandoned.
+        let later = Instant::now() + Duration::from_secs(600);
+        let unsettled = mirror.activity.unsettled(later);
+        assert_eq!(unsettled.keys().collect::<Vec<_>>(), [&slow_unit]);
+        assert_eq!(
+            unsettled[&slow_unit].to_string(),
+            "still being written: slow.ndb is open for writing"
+        );
+        let waits = mirror.activity.waiting(later).waits;
+        assert_eq!(waits.len(), 1, "{waits:?}");
+        assert_eq!(
+            waits[0].reason,
+            "slow.ndb in the mirror is open for writing"
+        );
+        assert!(mirror.due.try_recv().is_err());
+        drop(slow);
+        mirror.due().await;
+        assert!(mirror.activity.unsettled(later).is_empty());
+    }
+
+    #[tokio::test]
+    async fn what_a_capture_found_in_motion_is_due_again() {
+        let mut mirror = Watched::start("mirror", |root| {
+            fs::create_dir(root.join("mirror")).unwrap();
+            fs::write(root.join("mirror/a.ndb"), "1").unwrap();
+        });
+        mirror.due().await;
+        let unit = [UnitName::new("a.ndb")].into();
+        mirror.activity.again(&unit, Instant::now());
+        mirror.due().await;
     }
 
     #[tokio::test]

@@ -1,16 +1,19 @@
 //! What stands in the mirror directory at one moment, without opening any of it.
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::fmt::{self, Write as _};
 use std::fs::{self, Metadata};
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::io;
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use clamcast_daemon::input;
 use clamcast_proto::DatabaseName;
-use clamcast_proto::names::looks_like_a_database;
+use clamcast_proto::names::{DATABASE_NAME_BYTES_MAX, OWN_PREFIX, looks_like_a_database};
 
 /// freshclam works in `tmp.<hex>/` and removes it at the end of its run.
 const RUN_PREFIX: &str = "tmp.";
@@ -47,10 +50,102 @@ pub struct Listing {
     pub is_whole: bool,
     /// Everything that has the name of a database.
     pub files: BTreeMap<DatabaseName, Stamp>,
-    /// Names that clamd would load, and we do not take: hidden, in capitals, our own.
-    pub ignored: Vec<String>,
+    /// Names that clamd would load and that no database may have, sorted.
+    pub skipped: Vec<Skipped>,
     /// freshclam's runs that are open or were killed.
     pub runs: Vec<Run>,
+    /// The time before the directory was listed.
+    pub taken: SystemTime,
+}
+
+/// An entry that clamd would load and that is not published.
+#[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
+pub struct Skipped {
+    /// Its name, with control characters and bytes that are not UTF-8 escaped.
+    pub name: String,
+    /// Why it is not published.
+    pub reason: SkipReason,
+}
+
+/// Why the name of an entry is no name of a database.
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+pub enum SkipReason {
+    /// It begins with a dot.
+    Hidden,
+    /// It has clamcast's own prefix.
+    Own,
+    /// It has a control character.
+    Control,
+    /// It is not UTF-8.
+    NotUtf8,
+    /// It is longer than [`DATABASE_NAME_BYTES_MAX`].
+    TooLong,
+    /// It has an invisible character, or white space at an end.
+    Character,
+}
+
+impl Skipped {
+    /// The entry `name`, if clamd would load it.
+    fn of(name: &OsStr) -> Option<Self> {
+        let lossy = name.to_string_lossy();
+        if !looks_like_a_database(&lossy) {
+            return None;
+        }
+        let lower = lossy.to_ascii_lowercase();
+        let reason = if name.to_str().is_none() {
+            SkipReason::NotUtf8
+        } else if lossy.chars().any(char::is_control) {
+            SkipReason::Control
+        } else if lossy.starts_with('.') {
+            SkipReason::Hidden
+        } else if lower.starts_with(OWN_PREFIX) {
+            SkipReason::Own
+        } else if lossy.len() > DATABASE_NAME_BYTES_MAX {
+            SkipReason::TooLong
+        } else {
+            SkipReason::Character
+        };
+        Some(Self {
+            name: escaped(name),
+            reason,
+        })
+    }
+}
+
+impl fmt::Display for Skipped {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({})", self.name, self.reason)
+    }
+}
+
+impl fmt::Display for SkipReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Hidden => "hidden",
+            Self::Own => "the name of a file of clamcast",
+            Self::Control => "control characters in the name",
+            Self::NotUtf8 => "the name is not UTF-8",
+            Self::TooLong => "the name is too long",
+            Self::Character => "an invisible character in the name, or white space at an end",
+        })
+    }
+}
+
+/// A name that is safe to print: control characters, backslashes and bytes that are not UTF-8 as escapes.
+fn escaped(name: &OsStr) -> String {
+    let mut text = String::new();
+    for chunk in name.as_bytes().utf8_chunks() {
+        for c in chunk.valid().chars() {
+            match c.is_control() || c == '\\' {
+                true => text.extend(c.escape_default()),
+                false => text.push(c),
+            }
+        }
+        for byte in chunk.invalid() {
+            let _ = write!(text, "\\x{byte:02x}"); // a string takes everything
+        }
+    }
+    text
 }
 
 /// A directory by device and inode.
@@ -79,6 +174,8 @@ pub enum Kind {
     File,
     /// A symbolic link.
     Symlink,
+    /// A directory. clamd fails on one that has the name of a database.
+    Directory,
     /// A pipe, a socket or a device.
     Special,
 }
@@ -95,7 +192,7 @@ pub struct Run {
 }
 
 impl Listing {
-    /// Lists the directory. `now` only says how old runs are, which counts at the first look.
+    /// Lists the directory. `now` only says how old runs and files are, which counts at the first look.
     pub fn of(path: &Path, now: SystemTime) -> io::Result<Self> {
         let directory = fs::canonicalize(path)?;
         let metadata = fs::metadata(&directory)?;
@@ -108,35 +205,38 @@ impl Listing {
             changed: changed(&metadata),
             is_whole: true,
             files: BTreeMap::new(),
-            ignored: Vec::new(),
+            skipped: Vec::new(),
             runs: Vec::new(),
+            taken: now,
         };
-        for name in input::names(&directory, ENTRIES_MAX)? {
-            let path = directory.join(&name);
-            let name = name.to_string_lossy();
+        for entry in input::names(&directory, ENTRIES_MAX)? {
+            let path = directory.join(&entry);
             let metadata = match fs::symlink_metadata(&path) {
                 Ok(metadata) => metadata,
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue, // gone since
                 Err(error) => return Err(error),
             };
-            if metadata.is_dir() {
-                if name.starts_with(RUN_PREFIX) {
-                    let (trace, newest) = trace(&path, &metadata);
-                    let age = now.duration_since(newest).unwrap_or_default();
-                    let name = name.into_owned();
-                    listing.runs.push(Run { name, trace, age });
-                }
-            } else if let Ok(name) = name.parse::<DatabaseName>()
+            let name = entry.to_str();
+            let database = name.and_then(|name| name.parse::<DatabaseName>().ok());
+            if let Some(name) = database
                 && name.has_known_extension()
             {
                 listing.files.insert(name, Stamp::of(&metadata));
-            } else if looks_like_a_database(&name) {
-                listing.ignored.push(name.into_owned());
+            } else if let Some(skipped) = Skipped::of(&entry) {
+                listing.skipped.push(skipped);
+            } else if let Some(name) = name
+                && name.starts_with(RUN_PREFIX)
+                && metadata.is_dir()
+            {
+                let (trace, newest) = trace(&path, &metadata);
+                let age = now.duration_since(newest).unwrap_or_default();
+                let name = name.to_owned();
+                listing.runs.push(Run { name, trace, age });
             }
         }
         let after = fs::metadata(&directory); // an error: it was a snapshot, and is gone
         listing.is_whole = after.is_ok_and(|it| changed(&it) == listing.changed);
-        listing.ignored.sort();
+        listing.skipped.sort();
         listing.runs.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(listing)
     }
@@ -148,15 +248,18 @@ impl Listing {
     /// time stamp and two contents; git calls such a file racy.
     pub fn settles_in(&self, now: SystemTime) -> Option<Duration> {
         let changes = self.files.values().map(|stamp| stamp.changed);
-        let steps = changes.chain([self.changed]).filter_map(|changed| {
-            let step = match changed.1 {
-                0 => STEP_OF_SECONDS_MAX,
-                _ => STEP_MAX,
-            };
-            is_recent(changed, step, now).then_some(step)
-        });
-        steps.max()
+        let steps = changes.chain([self.changed]);
+        steps.filter_map(|changed| settles_in(changed, now)).max()
     }
+}
+
+/// The same for one change.
+fn settles_in(changed: (i64, i64), now: SystemTime) -> Option<Duration> {
+    let step = match changed.1 {
+        0 => STEP_OF_SECONDS_MAX,
+        _ => STEP_MAX,
+    };
+    is_recent(changed, step, now).then_some(step)
 }
 
 impl Stamp {
@@ -166,6 +269,8 @@ impl Stamp {
             Kind::File
         } else if metadata.is_symlink() {
             Kind::Symlink
+        } else if metadata.is_dir() {
+            Kind::Directory
         } else {
             Kind::Special
         };
@@ -192,9 +297,19 @@ impl Stamp {
         }
     }
 
+    /// How long to wait until a further change gets a later time stamp; see [`Listing::settles_in`].
+    pub fn settles_in(&self, now: SystemTime) -> Option<Duration> {
+        settles_in(self.changed, now)
+    }
+
     /// What it is.
     pub fn kind(&self) -> Kind {
         self.kind
+    }
+
+    /// Time since the last change at `now`; zero if that is in the future.
+    pub(super) fn age(&self, now: SystemTime) -> Duration {
+        now.duration_since(time(self.changed)).unwrap_or_default()
     }
 
     /// Length in bytes.
@@ -256,30 +371,50 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_names_of_databases_are_listed_and_what_clamd_might_load_is_named() {
+    fn only_names_of_databases_are_listed_and_what_else_clamd_would_load_is_skipped_with_the_reason()
+     {
         let dir = tempfile::tempdir().unwrap();
         for name in [
-            "daily.cld",
-            "local.ndb",
-            "daily-7.cvd.sign",
-            "freshclam.dat",
-            "daily.cld.tmp",
-            "x.txt",
-            ".hidden.ndb",
-            "X.NDB",
-            "clamcast-canary.hsb",
-            "a\nb.ndb",
+            &b"daily.cld"[..],
+            b"local.ndb",
+            b"daily-7.cvd.sign",
+            b"freshclam.dat",
+            b"daily.cld.tmp",
+            b"x.txt",
+            b".hidden.ndb",
+            b"clamcast-canary.hsb",
+            b"a\nb\\.ndb",
+            b"gr\xf6sse.ndb",
         ] {
-            fs::write(dir.path().join(name), "").unwrap();
+            fs::write(dir.path().join(OsStr::from_bytes(name)), "").unwrap();
         }
-        fs::create_dir(dir.path().join("sub.ndb")).unwrap();
+        for name in ["sub.ndb", ".sub.ndb", "sub", "tmp.db"] {
+            fs::create_dir(dir.path().join(name)).unwrap();
+        }
         let listing = Listing::of(dir.path(), SystemTime::now()).unwrap();
-        let files: Vec<_> = listing.files.keys().map(ToString::to_string).collect();
-        assert_eq!(files, ["daily-7.cvd.sign", "daily.cld", "local.ndb"]);
+        let files = listing.files.iter().map(|it| (it.0.as_str(), it.1.kind()));
         assert_eq!(
-            listing.ignored,
-            [".hidden.ndb", "X.NDB", "a\nb.ndb", "clamcast-canary.hsb"]
+            files.collect::<Vec<_>>(),
+            [
+                ("daily-7.cvd.sign", Kind::File),
+                ("daily.cld", Kind::File),
+                ("local.ndb", Kind::File),
+                ("sub.ndb", Kind::Directory),
+                ("tmp.db", Kind::Directory),
+            ]
         );
+        let skipped: Vec<_> = listing.skipped.iter().map(ToString::to_string).collect();
+        assert_eq!(
+            skipped,
+            [
+                ".hidden.ndb (hidden)",
+                ".sub.ndb (hidden)",
+                r"a\nb\\.ndb (control characters in the name)",
+                "clamcast-canary.hsb (the name of a file of clamcast)",
+                r"gr\xf6sse.ndb (the name is not UTF-8)",
+            ]
+        );
+        assert_eq!(listing.runs, []);
     }
 
     #[test]

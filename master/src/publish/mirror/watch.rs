@@ -4,18 +4,22 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
-use notify::event::{AccessKind, AccessMode, ModifyKind};
+use notify::event::{AccessKind, AccessMode, CreateKind, Flag, ModifyKind, RenameMode};
 use notify::{Event, EventKind, RecommendedWatcher, RecursiveMode, Watcher as _};
 use tokio::sync::Notify;
 
+use super::activity::Activity;
 use super::listing::{Identity, Listing};
+use super::writers::FileEvent;
 
-/// Says that something happened, as well as it can.
+/// Says that something happened, as well as it can, and tells `activity` of the events of files.
 #[derive(Debug)]
 pub(super) struct Watch {
     path: PathBuf,
     events: Arc<Notify>,
+    activity: Activity,
     watching: Option<Watching>,
     /// Whether it was told already that there are no events.
     warned: bool,
@@ -31,10 +35,11 @@ struct Watching {
 }
 
 impl Watch {
-    pub(super) fn new(path: &Path) -> Self {
+    pub(super) fn new(path: &Path, activity: Activity) -> Self {
         Self {
             path: path.components().collect(), // a slash at the end would hide a symlink
             events: Arc::default(),
+            activity,
             watching: None,
             warned: false,
         }
@@ -64,7 +69,10 @@ impl Watch {
                 return false;
             }
         }
-        self.watching = None;
+        if let Some(watching) = self.watching.take() {
+            watching.broken.store(true, Ordering::Relaxed); // late events of it count no more
+        }
+        self.activity.event(FileEvent::Lost, Instant::now());
         match self.watch(listing) {
             Ok(watching) => {
                 self.watching = Some(watching);
@@ -93,9 +101,19 @@ impl Watch {
         let link = link(&self.path)?;
         let broken = Arc::new(AtomicBool::new(false));
         let (events, breaks) = (self.events.clone(), broken.clone());
+        let activity = self.activity.clone();
         let mirrored = directory.clone();
         let swapped = link.clone();
         let mut watcher = notify::recommended_watcher(move |event: notify::Result<Event>| {
+            let of_a_file = match &event {
+                Ok(event) => file_event(event, &mirrored),
+                Err(_) => Some(FileEvent::Lost),
+            };
+            if let Some(of_a_file) = of_a_file
+                && !breaks.load(Ordering::Relaxed)
+            {
+                activity.event(of_a_file, Instant::now());
+            }
             match event {
                 // The watch ends with the directory. Another one may get its inode number.
                 Ok(event) if is_end(&event, &mirrored) => breaks.store(true, Ordering::Relaxed),
@@ -133,6 +151,37 @@ fn link(path: &Path) -> notify::Result<Option<PathBuf>> {
     let name = path.file_name();
     let parent = fs::canonicalize(parent)?;
     Ok(name.map(|name| parent.join(name)))
+}
+
+/// What an event says of a file in the directory, if it says anything of its writers.
+fn file_event(event: &Event, directory: &Path) -> Option<FileEvent> {
+    if event.attrs.flag() == Some(Flag::Rescan) {
+        return Some(FileEvent::Lost);
+    }
+    let path = event.paths.first()?;
+    if path.parent() != Some(directory) {
+        return None;
+    }
+    let name = path.file_name()?.to_owned();
+    let rename = event.attrs.tracker();
+    match event.kind {
+        EventKind::Create(CreateKind::File) => Some(FileEvent::Created(name)),
+        EventKind::Access(AccessKind::Open(_)) => Some(FileEvent::Opened(name)),
+        EventKind::Access(AccessKind::Close(AccessMode::Write)) => Some(FileEvent::Closed(name)),
+        EventKind::Modify(ModifyKind::Data(_)) => Some(FileEvent::Modified(name)),
+        EventKind::Modify(ModifyKind::Name(RenameMode::From)) => {
+            Some(FileEvent::MovedFrom(name, rename))
+        }
+        EventKind::Modify(ModifyKind::Name(RenameMode::To)) => {
+            Some(FileEvent::MovedTo(name, rename))
+        }
+        EventKind::Remove(_) => Some(FileEvent::Removed(name)),
+        EventKind::Any
+        | EventKind::Access(_)
+        | EventKind::Create(_)
+        | EventKind::Modify(_)
+        | EventKind::Other => None,
+    }
 }
 
 /// Whether the directory was removed or has another name.
