@@ -5,6 +5,7 @@
 mod keys;
 mod rollout;
 mod settings;
+pub mod units;
 mod window;
 
 use std::collections::BTreeMap;
@@ -26,6 +27,7 @@ pub use keys::{
 };
 pub use rollout::{Rules, Wave, WaveError};
 pub use settings::KEYS;
+use units::Units;
 pub use window::{Window, WindowError};
 
 /// Where `--config` points unless told otherwise.
@@ -90,8 +92,25 @@ pub struct Mirror {
     pub load_test_socket: PathBuf,
     /// A database that lost a larger part than this is held for an operator; 0 to 1.
     pub shrink_max: Percent,
+    /// What a unit that fails a check means for the others.
+    pub on_bad_unit: OnBadUnit,
+    /// Which files are published or held together.
+    pub units: Units,
+    /// The certificates that signature files (`.cvd.sign`) are verified with, if any.
+    pub cvd_certs: Option<PathBuf>,
     /// Signatures, or a hold, that are older than this are an alarm.
     pub age_alarm: Duration,
+}
+
+/// What a unit that fails a check means for the others.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq)]
+#[serde(rename_all = "lowercase")]
+pub enum OnBadUnit {
+    /// The others are published.
+    #[default]
+    Hold,
+    /// Nothing is published.
+    Refuse,
 }
 
 /// What is done with databases that carry no signature.
@@ -220,20 +239,13 @@ struct RawMirror {
     #[serde(default)]
     load_test: LoadTest,
     shrink_max: Option<Percent>,
-    on_bad_unit: Option<OnBadUnit>,
+    #[serde(default)]
+    on_bad_unit: OnBadUnit,
     #[serde(default)]
     units: BTreeMap<String, Vec<DatabaseName>>,
     #[serde(default)]
     cvd_certs: PathBuf,
     age_alarm: Option<Span>,
-}
-
-/// What a unit that fails a check means for the others.
-#[derive(Deserialize)]
-#[serde(rename_all = "lowercase")]
-enum OnBadUnit {
-    Hold,
-    Refuse,
 }
 
 #[derive(Default, Deserialize)]
@@ -360,14 +372,7 @@ impl Raw {
                 without_effect.push(key);
             }
         };
-        let (mirror, listen) = (&self.mirror, &self.listen);
-        match mirror.on_bad_unit {
-            // Today's answer to a bad file.
-            None | Some(OnBadUnit::Refuse) => {}
-            Some(OnBadUnit::Hold) => later("mirror.on_bad_unit", true),
-        }
-        later("mirror.units", !mirror.units.is_empty());
-        later("mirror.cvd_certs", !mirror.cvd_certs.as_os_str().is_empty());
+        let listen = &self.listen;
         later("listen.tcp", listen.tcp.0.is_some());
         later(
             "listen.http",
@@ -473,6 +478,12 @@ impl Config {
             return Err(file.wrong::<Raw>(&["mirror", "rescan"], None));
         }
 
+        let units = Units::joining(raw.mirror.units)
+            .map_err(|error| file.wrong_part(&["mirror", "units"], &error))?;
+        let certs = raw.mirror.cvd_certs;
+        let cvd_certs =
+            (!certs.as_os_str().is_empty()).then(|| clamcast_daemon::config::beside(path, &certs));
+
         let mut waves = Vec::new();
         let default = || WAVES.map(str::to_owned).to_vec();
         for wave in raw.rollout.waves.unwrap_or_else(default) {
@@ -523,6 +534,9 @@ impl Config {
                     .mirror
                     .shrink_max
                     .unwrap_or_else(|| "30%".parse().expect("a percentage")),
+                on_bad_unit: raw.mirror.on_bad_unit,
+                units,
+                cvd_certs,
                 age_alarm: above_zero(&["mirror", "age_alarm"], raw.mirror.age_alarm, AGE_ALARM)?,
             },
             listen: Listen {
@@ -688,15 +702,7 @@ keys = "/etc/clamcast/manifest.pub"
         }
         let config = load(&DOCUMENTED.replace("\n# ", "\n")).unwrap();
         assert_eq!(config.without_effect, warned);
-        assert_eq!(
-            warned,
-            [
-                "mirror.on_bad_unit",
-                "mirror.units",
-                "listen.http",
-                "audit.keep",
-            ]
-        );
+        assert_eq!(warned, ["listen.http", "audit.keep",]);
     }
 
     #[test]

@@ -4,9 +4,10 @@
 
 pub mod capture;
 pub mod check;
+mod culprits;
 pub mod mirror;
 pub mod news;
 pub mod pipeline;
+pub mod plan;
 pub mod publisher;
-pub mod units;
 pub mod withdrawn;

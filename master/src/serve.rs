@@ -186,7 +186,7 @@ impl Master {
         }
         store.need(hub::needed(&rollout, &store));
         let (directives, directed) = watch::channel(rollout.directives());
-        let activity = Activity::default();
+        let activity = Activity::new(config.mirror.quiet, config.mirror.units.clone());
         let publisher = Arc::new(Publisher::new(
             &config,
             store.clone(),
@@ -345,6 +345,7 @@ impl Master {
             hub: hub.clone(),
             pipeline,
             store,
+            units: config.mirror.units.clone(),
             groups: config.groups.clone(),
             recorder: recorder.clone(),
             audit: audit_dir,

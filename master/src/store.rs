@@ -277,6 +277,32 @@ impl Store {
             .collect()
     }
 
+    /// The generation whose manifest's payload has this digest, if it is still kept.
+    pub fn named(&self, payload_sha256: &Digest) -> Option<Arc<Verified<Manifest>>> {
+        let generations = self.read_generations();
+        let mut manifests = generations.manifests.values();
+        manifests
+            .find(|manifest| manifest.payload_sha256() == *payload_sha256)
+            .cloned()
+    }
+
+    /// Whether this very manifest is kept.
+    pub fn has(&self, envelope: &Envelope) -> bool {
+        let generations = self.read_generations();
+        let mut manifests = generations.manifests.values();
+        manifests.any(|manifest| {
+            let kept = manifest.envelope();
+            kept.payload == envelope.payload && kept.payload_type == envelope.payload_type
+        })
+    }
+
+    /// Payload digests of the newest generations, at most `max`.
+    pub fn known(&self, max: usize) -> Vec<Digest> {
+        let generations = self.read_generations();
+        let newest = generations.manifests.values().rev().take(max);
+        newest.map(|manifest| manifest.payload_sha256()).collect()
+    }
+
     /// Whether a generation is still here, with its files.
     pub fn keeps(&self, position: Position) -> bool {
         self.read_generations().manifests.contains_key(&position)
@@ -450,10 +476,19 @@ impl Store {
         }
     }
 
-    /// Whether a kept generation has the object under a name with the base name of `name`.
+    /// Whether a kept generation has the object under this name or, of a container, under the same name
+    /// in another form. An agent may ask for every file of a set, so this looks names up.
     fn has_base(&self, digest: &Digest, name: &DatabaseName) -> bool {
-        let bases = self.files_of(digest, |file| file.name.base() == name.base());
-        bases.contains(&true)
+        let forms = ["cvd", "cld", "cud"].iter().filter(|_| name.is_container());
+        let forms = forms.filter_map(|form| format!("{}.{form}", name.base()).parse().ok());
+        let forms: Vec<DatabaseName> = forms.collect();
+        let names = || forms.iter().chain([name]);
+        let generations = self.read_generations();
+        let mut manifests = generations.manifests.values();
+        manifests.any(|manifest| {
+            let mut files = names().filter_map(|name| manifest.file(name));
+            files.any(|file| file.sha256 == *digest)
+        })
     }
 
     /// What the kept generations say of an object, oldest first.

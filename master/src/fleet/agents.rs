@@ -9,16 +9,16 @@ mod row;
 #[cfg(test)]
 pub(crate) mod tests;
 
-use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use clamcast_proto::dsse::{Envelope, Verified};
-use clamcast_proto::manifest::Manifest;
+use clamcast_proto::manifest::{Manifest, ManifestFile};
 use clamcast_proto::receipt::{ClamdReport, Receipt};
 use clamcast_proto::revocation::RevocationList;
-use clamcast_proto::wire::{OfferId, OtherMaster, Phase};
+use clamcast_proto::wire::{Feature, Features, OfferId, OtherMaster, Phase};
 use clamcast_proto::{AgentName, Digest, GroupName, Position};
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
@@ -28,7 +28,7 @@ use crate::fleet::rollout::{
     Agents, Effect, Ending, Member, Order, OrderError, PauseKind, Rollout, Tally, Target, Wanted,
 };
 use crate::fleet::twins::{Arrivals, Twins};
-use crate::publish::withdrawn::Withdrawal;
+use crate::publish::withdrawn::{Directives, Withdrawal};
 
 pub use agent::{
     Answered, Declined, Failed, Installed, Link, LinkId, Offered, Record, Standing, Taken,
@@ -142,6 +142,32 @@ impl Fleet {
         self.rollout.resumed(now);
     }
 
+    /// What the publisher is to know.
+    pub fn directives(&self) -> Directives {
+        Directives {
+            plain_names: self.plain_names(),
+            ..self.rollout.directives()
+        }
+    }
+
+    /// Why only databases with plain names may be published: the agents whose program declines a
+    /// manifest with any other. An agent that is away counts, because it would decline such a manifest
+    /// when it is back.
+    pub fn plain_names(&self) -> Option<String> {
+        let agents = self.agents.0.iter();
+        let mut lacking = agents.filter(|(_, agent)| agent.record.lacks(Feature::WideNames));
+        let (first, _) = lacking.next()?;
+        Some(match lacking.count() {
+            0 => {
+                format!("{first} runs a clamcast-agent that does not accept such names; upgrade it")
+            }
+            more => format!(
+                "{first} and {more} more run a clamcast-agent that does not accept such names; \
+                 upgrade them"
+            ),
+        })
+    }
+
     /// How careful rollouts are.
     pub fn rules(&self) -> &Rules {
         &self.rules
@@ -191,25 +217,46 @@ impl Fleet {
     pub fn order(&mut self, order: Order, now: Timestamp) -> Result<Vec<Effect>, OrderError> {
         let rules = &self.rules;
         let effects = self.rollout.order(order, &self.agents, rules, now)?;
-        for effect in &effects {
-            if let Effect::Withdrawn {
+        self.note_withdrawals(&effects, now);
+        Ok(effects)
+    }
+
+    /// Takes note of the files that were new in the generations that were taken back.
+    fn note_withdrawals(&mut self, effects: &[Effect], now: Timestamp) {
+        for effect in effects {
+            let Effect::Withdrawn {
                 target,
-                how: Ending::RolledBack,
+                how,
+                back_to,
             } = effect
-            {
+            else {
+                continue;
+            };
+            let Some(manifest) = self.manifests.get(&target.manifest_sha256) else {
+                continue;
+            };
+            let base = back_to.and_then(|it| self.manifests.get(&it.manifest_sha256));
+            let is_new = |file: &&ManifestFile| {
+                let before = base.and_then(|base| base.file(&file.name));
+                before.map(|before| before.sha256) != Some(file.sha256)
+            };
+            let new = manifest.files.iter().filter(is_new);
+            let new: BTreeMap<_, _> = new.map(|it| (it.name.clone(), it.sha256)).collect();
+            if *how == Ending::RolledBack {
                 // The same databases under an older number are no better.
                 let known = self.manifests.values();
                 let same = known.filter(|manifest| manifest.content == target.content);
-                let since = now;
                 self.rollout.were_withdrawn(same.map(|manifest| Withdrawal {
                     content: manifest.content,
                     position: manifest.position(),
                     outcome: Ending::RolledBack,
-                    since,
+                    since: now,
+                    new: Some(new.clone()),
+                    blamed: BTreeSet::new(),
                 }));
             }
+            self.rollout.were_new(target.position, new);
         }
-        Ok(effects)
     }
 
     /// Takes note of a manifest that somebody is to be wanted at.
@@ -228,6 +275,7 @@ impl Fleet {
         self.latest = now;
         let mut effects = std::mem::take(&mut self.unsaid);
         effects.extend(self.rollout.step(&self.agents, &self.rules, now));
+        self.note_withdrawals(&effects, now);
         effects
     }
 
@@ -483,6 +531,7 @@ impl Fleet {
                 connected: true,
                 taken: None,
                 version: None,
+                accepts: None,
                 installed: None,
                 failed: None,
                 clamd: ClamdReport::default(),
@@ -681,12 +730,13 @@ impl Fleet {
         }
     }
 
-    /// What an agent's Hello says of its clamd. Returns whether it is news; nothing if this is not
-    /// its connection any more.
+    /// What an agent's Hello says of its program and its clamd. Returns whether it is news; nothing if
+    /// this is not its connection any more.
     pub fn hello(
         &mut self,
         name: &AgentName,
         id: LinkId,
+        accepts: Features,
         clamd: ClamdReport,
         foreign: Vec<String>,
     ) -> Option<bool> {
@@ -695,7 +745,10 @@ impl Fleet {
             link.greeted = true;
         }
         let (clamd, foreign) = (bounded(clamd), bounded_list(foreign));
-        let news = agent.record.clamd != clamd || agent.record.foreign != foreign;
+        let accepts = Some(accepts);
+        let record = &agent.record;
+        let news = record.clamd != clamd || record.foreign != foreign || record.accepts != accepts;
+        agent.record.accepts = accepts;
         agent.record.clamd = clamd;
         agent.record.learn_version();
         agent.record.foreign = foreign;

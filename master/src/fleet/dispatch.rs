@@ -831,6 +831,7 @@ impl Dispatcher {
     /// An agent said Hello.
     pub fn hello(&mut self, name: &AgentName, id: LinkId, hello: Hello, now: Now) {
         let Hello {
+            accepts,
             clamd,
             foreign,
             installed,
@@ -841,7 +842,7 @@ impl Dispatcher {
         if self.fleet.first_wave_waits() {
             self.look(now); // else it would be offered the generation before first
         }
-        let Some(news) = self.fleet.hello(name, id, clamd, foreign) else {
+        let Some(news) = self.fleet.hello(name, id, accepts, clamd, foreign) else {
             return; // replaced meanwhile
         };
         self.look_soon();

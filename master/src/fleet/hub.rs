@@ -299,6 +299,7 @@ pub fn start(
     means: Means,
     stop: CancellationToken,
 ) -> (Hub, tokio::task::JoinHandle<()>) {
+    means.directives.send_replace(fleet.directives());
     let (events, inbox) = mpsc::channel(EVENTS_MAX);
     let (tick, changed) = watch::channel(0);
     let mut dispatcher = Dispatcher::new(fleet, BOUNDS, Now::get());
@@ -529,7 +530,21 @@ impl Running {
                 // The task may have ended meanwhile; then its end is the next event.
                 let _ = reply.send(answer);
             }
-            Event::Hello { name, id, hello } => dispatcher.hello(&name, id, *hello, now),
+            Event::Hello {
+                name,
+                id,
+                mut hello,
+            } => {
+                let store = self.means.publisher.store();
+                // The digest alone names a manifest of this master, which was verified when it was read.
+                if let Some(digest) = hello.installed_sha256.take()
+                    && hello.installed.is_none()
+                    && let Some(known) = store.named(&digest)
+                {
+                    hello.installed = Some(known.envelope().clone());
+                }
+                dispatcher.hello(&name, id, *hello, now);
+            }
             Event::Progress { name, id, progress } => {
                 dispatcher.progress(&name, id, progress, now);
             }
@@ -616,6 +631,8 @@ impl Running {
                         }
                     });
                 }
+                // Nothing that this master has forgotten, and no other master's.
+                Action::Ahead(installed) if self.means.publisher.store().has(&installed) => {}
                 Action::Ahead(installed) => {
                     let ours = self.dispatcher.fleet().current();
                     if recovery::is_news(&installed, ours, &self.means.keys) {
@@ -654,9 +671,25 @@ impl Running {
             .any(|(file, _)| *file == FileName::Rollout)
         {
             let rollout = self.dispatcher.fleet().rollout();
-            self.means.directives.send_replace(rollout.directives());
+            let directives = self.dispatcher.fleet().directives();
+            self.means.directives.send_replace(directives);
             let store = self.means.publisher.store();
             store.need(needed(rollout, store));
+        } else if entry
+            .files
+            .iter()
+            .any(|(file, _)| matches!(file, FileName::Agent(_)))
+        {
+            let plain_names = self.dispatcher.fleet().plain_names();
+            let are_wider = plain_names.is_none();
+            let is_news = self.means.directives.send_if_modified(|directives| {
+                let is_news = directives.plain_names != plain_names;
+                directives.plain_names = plain_names;
+                is_news
+            });
+            if is_news && are_wider {
+                self.publish(); // what was skipped
+            }
         }
         self.numbers.push_back(self.means.recorder.write(entry));
     }

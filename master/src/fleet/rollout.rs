@@ -13,7 +13,7 @@ mod weigh;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 
-use clamcast_proto::{AgentName, AuditEvent, Digest, GroupName, Position};
+use clamcast_proto::{AgentName, AuditEvent, DatabaseName, Digest, GroupName, Position};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
@@ -26,7 +26,7 @@ pub use weigh::SetAside;
 use crate::config::{Rules, Wave};
 pub use crate::publish::withdrawn::Ending;
 use crate::publish::withdrawn::{Directives, Rollback, Withdrawal, Withdrawn};
-use run::{Participant, Regard, Turn};
+use run::{Halt, Participant, Regard, Turn};
 
 /// Generations that are remembered as passed over: more than any store keeps.
 const PASSED_OVER_MAX: usize = 256;
@@ -71,6 +71,8 @@ pub struct Member<'a> {
     pub at: Option<Position>,
     /// What its receipt says of the running generation.
     pub answer: Option<Answer>,
+    /// The file that it named, if it refused the running generation.
+    pub blamed: Option<&'a DatabaseName>,
     /// The offer of the running generation.
     pub offered: Option<Offering>,
 }
@@ -241,6 +243,8 @@ pub enum Effect {
         target: Target,
         /// How it ended.
         how: Ending,
+        /// What the fleet goes back to, if anything was complete.
+        back_to: Option<Target>,
     },
     /// The mirror may hold something that was passed over.
     Look,
@@ -266,17 +270,23 @@ impl Rollout {
         }
     }
 
+    /// Takes note of the files that were new in a withdrawn generation.
+    pub fn were_new(&mut self, position: Position, new: BTreeMap<DatabaseName, Digest>) {
+        self.withdrawn.were_new(position, new);
+    }
+
     /// The generations that were taken back.
     pub fn withdrawn(&self) -> &Withdrawn {
         &self.withdrawn
     }
 
-    /// What the publisher is to know.
+    /// What the publisher is to know of rollouts.
     pub fn directives(&self) -> Directives {
         Directives {
             held: self.held.as_ref().map(|held| held.reason.clone()),
             owed: self.owed.as_ref().map(|owed| owed.rollback()),
             withdrawn: self.withdrawn.clone(),
+            plain_names: None, // the agents decide it
         }
     }
 
@@ -542,8 +552,9 @@ impl Rollout {
                     }
                 }
                 Turn::Through => effects.extend(self.completed(rules, now)),
-                Turn::Halt(reason) => {
-                    effects.extend(self.end(Ending::Halted, reason, agents, rules, now));
+                Turn::Halt(halt) => {
+                    let how = Ending::Halted;
+                    effects.extend(self.end(how, halt, agents, rules, now));
                 }
             }
         }
@@ -675,11 +686,12 @@ impl Rollout {
     fn end(
         &mut self,
         how: Ending,
-        reason: String,
+        halt: Halt,
         agents: &impl Agents,
         rules: &Rules,
         now: Timestamp,
     ) -> Vec<Effect> {
+        let Halt { reason, blamed } = halt;
         let Some(run) = self.running.take() else {
             return Vec::new();
         };
@@ -687,13 +699,13 @@ impl Rollout {
         // An operator may have brought it to hosts before their wave.
         let members = agents.members(Some(&target));
         let forced = members.iter().any(|it| it.at >= Some(target.position));
-        self.withdraw(target, how, now);
         self.failed = Some(Failed {
             target,
             how,
             reason: reason.clone(),
             since: now,
         });
+        self.withdraw(target, how, blamed, now);
         let event = match how {
             Ending::Halted => AuditEvent::Halt,
             Ending::Aborted => AuditEvent::Abort,
@@ -701,7 +713,11 @@ impl Rollout {
         };
         let mut effects = vec![
             note(event, target, reason),
-            Effect::Withdrawn { target, how },
+            Effect::Withdrawn {
+                target,
+                how,
+                back_to: self.complete,
+            },
         ];
         let same = |it: &Target| it.content == target.content;
         effects.extend(self.unpin_all(|pin| same(&pin.target), "its generation was taken back"));
@@ -732,12 +748,20 @@ impl Rollout {
         }
     }
 
-    fn withdraw(&mut self, target: Target, outcome: Ending, since: Timestamp) {
+    fn withdraw(
+        &mut self,
+        target: Target,
+        outcome: Ending,
+        blamed: BTreeSet<DatabaseName>,
+        since: Timestamp,
+    ) {
         self.withdrawn.insert(Withdrawal {
             content: target.content,
             position: target.position,
             outcome,
             since,
+            new: None,
+            blamed,
         });
     }
 

@@ -1,20 +1,20 @@
-//! Captures: immutable copies of the mirror's databases, taken when the set is whole.
+//! Captures: immutable copies of the mirror's databases, unit by unit.
 //!
-//! The directory is listed, every file copied into the store, and the directory listed again. If
-//! anything differs, some program was at work in between and the set may be a mixture: start over.
-//! Files are always copied and hashed anew, also those that look unchanged. That costs a fifth of
-//! a second for 200 MB, a few times a day, and no published content depends on a time stamp that a
+//! The directory is listed, every file copied into the store, and the directory listed again. If a file
+//! of a unit differs, some program was at work in between and the unit may be a mixture: it is copied
+//! again. A unit that cannot be captured does not keep the others from it. Files are always copied and
+//! hashed anew, also those that look unchanged, so no published content depends on a time stamp that a
 //! program can set.
 //!
 //! The clock of a file system moves in steps. A file that changes twice within one step keeps its time
-//! stamp, so the second change does not show. A capture therefore waits until the clock has passed the
-//! newest change of the mirror: up to 60 ms, or two seconds where a file system counts whole seconds.
+//! stamp, so the second change does not show. A unit is therefore copied only when the clock has passed
+//! its newest change: up to 60 ms, or two seconds where a file system counts whole seconds.
 //!
 //! That holds for local file systems of Linux. Stores through a mapping on tmpfs stay unseen, and so do
 //! changes on network and FUSE file systems whose time stamps are cached or invented.
 
-use std::collections::BTreeMap;
-use std::fs::{File, OpenOptions};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
@@ -22,32 +22,35 @@ use std::thread;
 use std::time::{Instant, SystemTime};
 
 use clamcast_proto::container::{ContainerError, HEADER_BYTES, Header};
-use clamcast_proto::manifest::{DATABASE_BYTES_MAX, content_digest};
+use clamcast_proto::manifest::DATABASE_BYTES_MAX;
 use clamcast_proto::names::DatabaseKind;
 use clamcast_proto::{DatabaseName, Digest};
 use nix::fcntl::OFlag;
 use nix::libc;
 
+use crate::config::units::{UnitName, Units};
 use crate::publish::mirror::activity::Activity;
-use crate::publish::mirror::listing::{Kind, Listing, Stamp};
+use crate::publish::mirror::listing::{Identity, Kind, Listing, Skipped, Stamp};
+use crate::publish::mirror::quiet::Reason;
 use crate::store::{Store, StoreError};
 
-/// Databases in one capture. Their manifest entries fit into a manifest, and no mirror has a tenth
-/// of it.
-pub const FILES_MAX: usize = 2000;
-
-/// How often a capture starts over before it leaves the mirror alone until it is quiet again.
+/// How often a unit that changes is copied again before it is left alone until it is quiet.
 const TRIES_MAX: u32 = 3;
 
-/// A consistent set of databases, all of it in the store.
-#[derive(Clone, Debug)]
+/// What stands in the mirror, with the content of every whole unit in the store.
+#[derive(Debug)]
 pub struct Capture {
-    /// The databases, sorted by name.
-    pub files: Vec<Captured>,
-    /// [`content_digest`] of the files.
-    pub content: Digest,
-    /// Names that clamd would load, and that were left out: hidden, in capitals, clamcast's own.
-    pub ignored: Vec<String>,
+    /// The units of the mirror.
+    pub units: BTreeMap<UnitName, Result<Vec<Captured>, Fault>>,
+    /// Files that clamd would load and that no generation carries.
+    pub skipped: Vec<Skipped>,
+    /// Signature files that cannot be read. Their databases are captured without them.
+    pub left_out: BTreeMap<DatabaseName, Fault>,
+    /// Units that a program is at work on and that have no file at the moment.
+    pub absent: BTreeMap<UnitName, Fault>,
+    /// Whether every file of the mirror is among these. Otherwise names came and went all the time, and
+    /// a unit that is missing here may be there.
+    pub is_whole: bool,
 }
 
 /// One database of a capture.
@@ -64,17 +67,6 @@ pub struct Captured {
 /// Why there is no capture.
 #[derive(Debug, thiserror::Error)]
 pub enum CaptureError {
-    /// The mirror changes faster than it can be copied. It is worth another try when it is quiet.
-    #[error("the mirror kept changing while it was copied")]
-    Changing,
-    /// freshclam is not done. It is worth another try when it is.
-    #[error("a freshclam run is open in the mirror ({run}/ is there and changed {age_secs} s ago)")]
-    RunOpen {
-        /// Its working directory.
-        run: String,
-        /// Since its newest change.
-        age_secs: u64,
-    },
     /// The mirror directory cannot be listed.
     #[error("cannot list the mirror {}", path.display())]
     List {
@@ -89,12 +81,38 @@ pub enum CaptureError {
         /// As configured.
         path: PathBuf,
     },
-    /// More than any mirror has.
-    #[error("the mirror has {found} databases, at most {FILES_MAX} are published")]
-    TooMany {
-        /// How many.
-        found: usize,
-    },
+    /// Ours, not the mirror's.
+    #[error("cannot keep a capture")]
+    Store(#[from] StoreError),
+}
+
+/// Decides whether a capture leaves a unit alone for this reason.
+pub type WaitsFor = dyn Fn(&UnitName, &Reason) -> bool;
+
+/// Where captures come from.
+#[derive(Clone, Copy)]
+pub struct Source<'a> {
+    /// The mirror.
+    pub path: &'a Path,
+    /// Which files belong together.
+    pub units: &'a Units,
+    /// What goes on in the mirror.
+    pub activity: &'a Activity,
+    /// Whether a unit that a program is at work on is left alone.
+    pub waits_for: &'a WaitsFor,
+    /// Whether an operator wants the official databases although freshclam runs.
+    pub despite_runs: bool,
+}
+
+/// Why a unit cannot be captured.
+#[derive(Debug, thiserror::Error)]
+pub enum Fault {
+    /// Some program is not done with it.
+    #[error("{0}")]
+    Waiting(String),
+    /// It changes faster than it can be copied.
+    #[error("it kept changing while it was copied")]
+    Changing,
     /// A name of a database on something else than a file.
     #[error("{name} is {what}, expected a regular file")]
     NotAFile {
@@ -127,162 +145,253 @@ pub enum CaptureError {
         /// What is wrong.
         source: ContainerError,
     },
-    /// Ours, not the mirror's.
-    #[error("cannot keep a capture")]
-    Store(#[from] StoreError),
 }
 
-/// Captures the mirror at `path` into the store.
-pub fn capture(path: &Path, store: &Store, activity: &Activity) -> Result<Capture, CaptureError> {
-    capture_interrupted(path, store, activity, || {})
+/// The files of one unit as a listing has them.
+type Entries = BTreeMap<DatabaseName, Stamp>;
+
+/// What was captured so far.
+#[derive(Default)]
+struct Progress {
+    /// The directory that it stands in.
+    directory: Option<Identity>,
+    units: BTreeMap<UnitName, Result<Vec<Captured>, Fault>>,
+    left_out: BTreeMap<DatabaseName, Fault>,
+}
+
+/// Captures the mirror into the store.
+pub fn capture(source: &Source<'_>, store: &Store) -> Result<Capture, CaptureError> {
+    capture_interrupted(source, store, || {})
 }
 
 /// The same; `copied` runs after each copy, so that a test can be the program that gets in between.
 fn capture_interrupted(
-    path: &Path,
+    source: &Source<'_>,
     store: &Store,
-    activity: &Activity,
     mut copied: impl FnMut(),
 ) -> Result<Capture, CaptureError> {
-    for left in (0..TRIES_MAX).rev() {
-        match attempt(path, store, activity, &mut copied) {
-            Ok(Some(capture)) => return Ok(capture),
-            Ok(None) => {}
+    let mut progress = Progress::default();
+    let mut left = TRIES_MAX;
+    loop {
+        left -= 1;
+        let (mut missing, listing) = match look(source, store, &mut progress, &mut copied) {
             // A symlink was swapped, and the directory that it led to was removed.
             Err(CaptureError::List { source, .. })
-                if source.kind() == io::ErrorKind::NotFound && left > 0 => {}
-            Err(error) => return Err(error),
+                if source.kind() == io::ErrorKind::NotFound && left > 0 =>
+            {
+                continue;
+            }
+            looked => looked?,
+        };
+        if left > 0 && !(missing.is_empty() && listing.is_whole) {
+            continue;
+        }
+        let seen = partition(&listing, source.units);
+        let mut captured = progress.units;
+        captured.retain(|unit, _| seen.contains_key(unit) || missing.contains(unit));
+        missing.retain(|unit| !captured.contains_key(unit));
+        captured.extend(missing.into_iter().map(|unit| (unit, Err(Fault::Changing))));
+        return Ok(Capture {
+            units: captured,
+            skipped: listing.skipped,
+            left_out: progress.left_out,
+            absent: waiting(source)
+                .into_iter()
+                .map(|(unit, reason)| (unit, Fault::Waiting(reason)))
+                .collect(),
+            is_whole: listing.is_whole,
+        });
+    }
+}
+
+/// Lists the mirror, copies the units that are not `captured` yet, and lists it again. Returns the units
+/// that have changed meanwhile, with the second listing.
+fn look(
+    source: &Source<'_>,
+    store: &Store,
+    progress: &mut Progress,
+    copied: &mut impl FnMut(),
+) -> Result<(BTreeSet<UnitName>, Listing), CaptureError> {
+    let (before, now) = list_settled(source.path)?;
+    if progress.directory.replace(before.identity) != Some(before.identity) {
+        progress.units.clear(); // another snapshot: a capture is of one
+    }
+    let captured = &mut progress.units;
+    let mut copies = BTreeMap::new();
+    let listed = partition(&before, source.units);
+    let run = open_run(source, &before);
+    let waiting = waiting(source);
+    for (unit, entries) in &listed {
+        if captured.contains_key(unit) {
+            continue;
+        }
+        let run = run.as_ref().filter(|_| unit.is_official());
+        if let Some(reason) = waiting.get(unit).or(run) {
+            captured.insert(unit.clone(), Err(Fault::Waiting(reason.clone())));
+            continue;
+        }
+        // A change within the same step of the clock would not show.
+        let is_settled = entries
+            .values()
+            .all(|stamp| stamp.settles_in(now).is_none());
+        let left_out = &mut progress.left_out;
+        if is_settled
+            && let Some(copy) = copy_unit(&before.directory, entries, store, left_out, copied)?
+        {
+            copies.insert(unit.clone(), copy);
         }
     }
-    Err(CaptureError::Changing)
-}
-
-/// Captures the mirror; `None` if it changed meanwhile.
-fn attempt(
-    path: &Path,
-    store: &Store,
-    activity: &Activity,
-    copied: &mut impl FnMut(),
-) -> Result<Option<Capture>, CaptureError> {
-    let Some(before) = list_settled(path, activity)? else {
-        return Ok(None);
-    };
-    // The files stay open to the end, so that no replacement gets the inode number of one of them.
-    let Some(opened) = open_all(&before)? else {
-        return Ok(None);
-    };
-    let Some(files) = copy(&before, &opened, store, copied)? else {
-        return Ok(None);
-    };
-    let Some(after) = list(path, activity, SystemTime::now())? else {
-        return Ok(None);
-    };
-    if (after.identity, &after.files) != (before.identity, &before.files) {
-        return Ok(None);
+    let after = list(source.path, SystemTime::now())?;
+    let run = open_run(source, &after);
+    let again = partition(&after, source.units);
+    // A program may have begun since, and need not have changed anything yet.
+    let waiting = self::waiting(source);
+    for (unit, copy) in copies {
+        let is_same = before.identity == after.identity && listed.get(&unit) == again.get(&unit);
+        let run = run.as_ref().filter(|_| unit.is_official());
+        if let Some(reason) = waiting.get(&unit).or(run) {
+            captured.insert(unit, Err(Fault::Waiting(reason.clone())));
+        } else if is_same {
+            captured.insert(unit, copy);
+        }
     }
-    let content = content_digest(files.iter().map(|f| (&f.name, f.size, &f.sha256)));
-    let ignored = after.ignored;
-    Ok(Some(Capture {
-        files,
-        content,
-        ignored,
-    }))
+    let there = listed.into_keys().chain(again.into_keys());
+    let missing = there.filter(|unit| !captured.contains_key(unit));
+    Ok((missing.collect(), after))
 }
 
-/// Lists the mirror at a time when every further change will show; `None` if the mirror changes
-/// meanwhile. All entries of the listing existed at one moment.
-fn list_settled(path: &Path, activity: &Activity) -> Result<Option<Listing>, CaptureError> {
+/// The units that are left alone, with the reason.
+fn waiting(source: &Source<'_>) -> BTreeMap<UnitName, String> {
+    let unsettled = source.activity.unsettled(Instant::now()).into_iter();
+    let waiting = unsettled.filter(|(unit, it)| (source.waits_for)(unit, &it.reason));
+    waiting.map(|(unit, it)| (unit, it.to_string())).collect()
+}
+
+/// Why the official databases may be a mixture, if a run of freshclam is open.
+fn open_run(source: &Source<'_>, listing: &Listing) -> Option<String> {
+    let (run, _) = source.activity.look(listing, Instant::now())?;
+    let reason = || format!("a freshclam run is open in the mirror ({run}/)");
+    (!source.despite_runs).then(reason)
+}
+
+fn partition(listing: &Listing, units: &Units) -> BTreeMap<UnitName, Entries> {
+    let mut parts: BTreeMap<UnitName, Entries> = BTreeMap::new();
+    for (name, stamp) in &listing.files {
+        let part = parts.entry(units.of(name)).or_default();
+        part.insert(name.clone(), *stamp);
+    }
+    parts
+}
+
+/// Lists the mirror when the clock of its file system has passed the changes that were there first.
+/// Returns also the time before the listing.
+fn list_settled(path: &Path) -> Result<(Listing, SystemTime), CaptureError> {
     let now = SystemTime::now();
-    let Some(listing) = list(path, activity, now)? else {
-        return Ok(None);
-    };
+    let listing = list(path, now)?;
     let Some(wait) = listing.settles_in(now) else {
-        return Ok(Some(listing));
+        return Ok((listing, now));
     };
     // After this the clock of the file system shows another time, whatever it shows now.
     thread::sleep(wait);
-    let again = list(path, activity, SystemTime::now())?;
-    let stamps = |it: &Listing| (it.identity, it.changed, it.files.clone());
-    Ok(again.filter(|again| stamps(again) == stamps(&listing)))
+    let now = SystemTime::now();
+    Ok((list(path, now)?, now))
 }
 
-/// Lists the mirror and refuses a listing that no capture can be made of; `None` if entries came or
-/// went while they were read.
-fn list(
-    path: &Path,
-    activity: &Activity,
-    clock: SystemTime,
-) -> Result<Option<Listing>, CaptureError> {
-    let listing = Listing::of(path, clock).map_err(|source| CaptureError::List {
+fn list(path: &Path, now: SystemTime) -> Result<Listing, CaptureError> {
+    let listing = Listing::of(path, now).map_err(|source| CaptureError::List {
         path: path.to_owned(),
         source,
     })?;
-    let now = Instant::now();
-    if let Some((run, changed)) = activity.look(&listing.runs, now) {
-        let age_secs = now.saturating_duration_since(changed).as_secs();
-        return Err(CaptureError::RunOpen { run, age_secs });
-    }
-    if !listing.is_whole {
-        return Ok(None);
-    }
     if listing.files.is_empty() {
         let path = path.to_owned();
         return Err(CaptureError::Empty { path });
     }
-    let kinds = listing.files.keys().map(DatabaseName::kind);
-    let found = kinds.filter(|kind| *kind != DatabaseKind::Sign).count();
-    if found > FILES_MAX {
-        return Err(CaptureError::TooMany { found });
-    }
-    for (name, stamp) in &listing.files {
-        let what = match stamp.kind() {
-            Kind::File => continue,
-            Kind::Symlink => "a symbolic link",
-            Kind::Special => "a pipe, socket or device",
-        };
-        let name = name.clone();
-        return Err(CaptureError::NotAFile { name, what });
-    }
-    Ok(Some(listing))
+    Ok(listing)
 }
 
-/// Opens the listed files, without the lower form of a database that has both forms and without the
+/// Copies one unit; `None` if it has changed since the listing.
+fn copy_unit(
+    directory: &Path,
+    entries: &Entries,
+    store: &Store,
+    left_out: &mut BTreeMap<DatabaseName, Fault>,
+    copied: &mut impl FnMut(),
+) -> Result<Option<Result<Vec<Captured>, Fault>>, StoreError> {
+    // The files stay open to the end, so that no replacement gets the inode number of one of them.
+    let opened = match open_unit(directory, entries, left_out) {
+        Ok(Some(opened)) => opened,
+        Ok(None) => return Ok(None),
+        Err(fault) => return Ok(Some(Err(fault))),
+    };
+    let mut files = Vec::new();
+    for (name, file) in &opened {
+        // A program that writes in place may have been at work since.
+        let is_listed = || is_listed(entries, name, file);
+        if !is_listed() {
+            return Ok(None);
+        }
+        let (sha256, size) = match store.import(file) {
+            Err(StoreError::TooLarge { .. }) => return Ok(None), // it grew: the next listing shows it
+            imported => imported?,
+        };
+        copied();
+        if !is_listed() {
+            return Ok(None);
+        }
+        let name = name.clone();
+        files.push(Captured { name, size, sha256 });
+    }
+    let still = |(name, stamp): (&DatabaseName, &Stamp)| {
+        let metadata = fs::symlink_metadata(directory.join(name.as_str()));
+        metadata.is_ok_and(|it| Stamp::of(&it) == *stamp)
+    };
+    Ok(entries.iter().all(still).then_some(Ok(files)))
+}
+
+fn is_listed(entries: &Entries, name: &DatabaseName, file: &File) -> bool {
+    let metadata = file.metadata();
+    metadata.is_ok_and(|it| Stamp::of(&it) == entries[name])
+}
+
+/// Opens the files of a unit, without the lower form of a database that has both forms and without the
 /// signatures of other versions; `None` if one has changed since the listing.
 ///
 /// Also writes the files to disk. A program that writes through a mapping changes the time stamp with
 /// its first store to a page, and again only after that page went to disk. On tmpfs such stores never
 /// change the time stamp.
-fn open_all(listing: &Listing) -> Result<Option<BTreeMap<DatabaseName, File>>, CaptureError> {
+fn open_unit(
+    directory: &Path,
+    entries: &Entries,
+    left_out: &mut BTreeMap<DatabaseName, Fault>,
+) -> Result<Option<BTreeMap<DatabaseName, File>>, Fault> {
     let mut opened = BTreeMap::new();
-    let is_signature = |name: &&DatabaseName| name.kind() == DatabaseKind::Sign;
-    for name in listing.files.keys().filter(|name| !is_signature(name)) {
-        let Some(file) = open_listed(listing, name)? else {
+    let is_signature = |name: &DatabaseName| name.kind() == DatabaseKind::Sign;
+    for (name, stamp) in entries.iter().filter(|(name, _)| !is_signature(name)) {
+        let Some(file) = open_listed(directory, name, stamp)? else {
             return Ok(None);
         };
         opened.insert(name.clone(), file);
     }
     if let Err(error) = drop_lower_forms(&mut opened) {
-        let is_listed = |(name, file): (&DatabaseName, &File)| {
-            let metadata = file.metadata().ok();
-            metadata.is_some_and(|it| Stamp::of(&it) == listing.files[name])
-        };
         // A program that writes in place may have emptied the file since.
-        return match opened.iter().all(is_listed) {
+        let mut files = opened.iter();
+        return match files.all(|(name, file)| is_listed(entries, name, file)) {
             true => Err(error),
             false => Ok(None),
         };
     }
-    for name in listing.files.keys().filter(is_signature) {
+    for (name, stamp) in entries.iter().filter(|(name, _)| is_signature(name)) {
         if !is_of_a_captured_version(name, &opened) {
             continue;
         }
-        let Some(file) = open_listed(listing, name)? else {
-            return Ok(None);
-        };
-        opened.insert(name.clone(), file);
+        match open_listed(directory, name, stamp) {
+            Ok(Some(file)) => _ = opened.insert(name.clone(), file),
+            Ok(None) => return Ok(None),
+            Err(fault) => _ = left_out.insert(name.clone(), fault),
+        }
     }
     for (name, file) in &opened {
-        flush(file).map_err(|source| CaptureError::Read {
+        flush(file).map_err(|source| Fault::Read {
             name: name.clone(),
             source,
         })?;
@@ -302,21 +411,34 @@ fn flush(file: &File) -> io::Result<()> {
 }
 
 /// Opens one file; `None` if it is gone since the listing.
-fn open_listed(listing: &Listing, name: &DatabaseName) -> Result<Option<File>, CaptureError> {
-    let size = listing.files[name].size();
-    if size > DATABASE_BYTES_MAX {
-        let name = name.clone();
-        return Err(CaptureError::TooLarge { name, size });
+fn open_listed(
+    directory: &Path,
+    name: &DatabaseName,
+    stamp: &Stamp,
+) -> Result<Option<File>, Fault> {
+    let name = || name.clone();
+    let what = match stamp.kind() {
+        Kind::File => None,
+        Kind::Directory => Some("a directory"),
+        Kind::Symlink => Some("a symbolic link"),
+        Kind::Special => Some("a pipe, socket or device"),
+    };
+    if let Some(what) = what {
+        return Err(Fault::NotAFile { name: name(), what });
     }
-    match open(&listing.directory, name) {
+    let size = stamp.size();
+    if size > DATABASE_BYTES_MAX {
+        return Err(Fault::TooLarge { name: name(), size });
+    }
+    match open(directory, &name()) {
         Ok(file) => Ok(Some(file)),
         // Gone, or a link by now: the next listing shows which.
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) if error.raw_os_error() == Some(libc::ELOOP) => Ok(None),
-        Err(source) => {
-            let name = name.clone();
-            Err(CaptureError::Read { name, source })
-        }
+        Err(source) => Err(Fault::Read {
+            name: name(),
+            source,
+        }),
     }
 }
 
@@ -337,36 +459,6 @@ fn is_of_a_captured_version(
     of == Some(true)
 }
 
-/// Copies the opened files; `None` if one has changed since the listing.
-fn copy(
-    listing: &Listing,
-    opened: &BTreeMap<DatabaseName, File>,
-    store: &Store,
-    copied: &mut impl FnMut(),
-) -> Result<Option<Vec<Captured>>, CaptureError> {
-    let mut files = Vec::new();
-    for (name, file) in opened {
-        let unchanged = || {
-            let metadata = file.metadata().map_err(|source| CaptureError::Read {
-                name: name.clone(),
-                source,
-            })?;
-            Ok::<_, CaptureError>(Some(&Stamp::of(&metadata)) == listing.files.get(name))
-        };
-        if !unchanged()? {
-            return Ok(None);
-        }
-        let (sha256, size) = store.import(file)?;
-        copied();
-        if !unchanged()? {
-            return Ok(None);
-        }
-        let name = name.clone();
-        files.push(Captured { name, size, sha256 });
-    }
-    Ok(Some(files))
-}
-
 /// Opens a file of the mirror, and neither follows a link nor waits for the writer of a pipe.
 fn open(directory: &Path, name: &DatabaseName) -> io::Result<File> {
     OpenOptions::new()
@@ -377,31 +469,32 @@ fn open(directory: &Path, name: &DatabaseName) -> io::Result<File> {
 
 /// Of `x.cvd` and `x.cld` the one with the higher version counts, on a tie `x.cld`, as clamd has
 /// it. Both are there while freshclam is between a rename and an unlink, or was killed there.
-fn drop_lower_forms(files: &mut BTreeMap<DatabaseName, File>) -> Result<(), CaptureError> {
+fn drop_lower_forms(files: &mut BTreeMap<DatabaseName, File>) -> Result<(), Fault> {
     let names: Vec<_> = files.keys().cloned().collect();
-    for cld in names.iter().filter(|name| name.as_str().ends_with(".cld")) {
-        let Some(cvd) = cld.other_form().filter(|cvd| files.contains_key(cvd)) else {
+    for cld in names.iter().filter(|name| name.kind() == DatabaseKind::Cld) {
+        let other = cld.other_form().map(|cvd| cvd.folded());
+        let Some(cvd) = names.iter().find(|it| Some(it.folded()) == other) else {
             continue;
         };
         let version = |name: &DatabaseName| header(name, &files[name]).map(|head| head.version);
-        let lower = if version(&cvd)? > version(cld)? {
+        let lower = if version(cvd)? > version(cld)? {
             cld
         } else {
-            &cvd
+            cvd
         };
         files.remove(lower);
     }
     Ok(())
 }
 
-fn header(name: &DatabaseName, file: &File) -> Result<Header, CaptureError> {
+fn header(name: &DatabaseName, file: &File) -> Result<Header, Fault> {
     let mut bytes = [0; HEADER_BYTES];
     let read = file.read_at(&mut bytes, 0);
-    let length = read.map_err(|source| CaptureError::Read {
+    let length = read.map_err(|source| Fault::Read {
         name: name.clone(),
         source,
     })?;
-    Header::read(&bytes[..length]).map_err(|source| CaptureError::Header {
+    Header::read(&bytes[..length]).map_err(|source| Fault::Header {
         name: name.clone(),
         source,
     })
@@ -412,14 +505,13 @@ mod tests {
     use super::*;
     use crate::publish::publisher::tests::container;
     use crate::store::tests::open_store;
-    use std::fs;
 
     /// Captures a directory in which `change` is made after each copy, with the directory and how
     /// many copies there were.
     fn capture_while(
         files: &[(&str, Vec<u8>)],
         mut change: impl FnMut(&Path, usize),
-    ) -> Result<Vec<(String, Digest)>, CaptureError> {
+    ) -> Result<Vec<(String, Digest)>, Fault> {
         let root = tempfile::tempdir().unwrap();
         let mirror = root.path().join("mirror");
         fs::create_dir(&mirror).unwrap();
@@ -428,18 +520,28 @@ mod tests {
         }
         let store = open_store(&root.path().join("state"));
         let mut copies = 0;
-        let capture = capture_interrupted(&mirror, &store, &Activity::default(), || {
+        let source = Source {
+            path: &mirror,
+            units: &Units::default(),
+            activity: &Activity::default(),
+            waits_for: &|_, _| false,
+            despite_runs: false,
+        };
+        let capture = capture_interrupted(&source, &store, || {
             copies += 1;
             change(&mirror, copies);
-        })?;
-        for file in &capture.files {
+        });
+        let units = capture.unwrap().units;
+        let files: Result<Vec<_>, _> = units.into_values().collect();
+        let files: Vec<_> = files?.into_iter().flatten().collect();
+        for file in &files {
             let object = fs::read(store.object(&file.sha256)).unwrap();
             assert_eq!(
                 (object.len() as u64, Digest::of(&object)),
                 (file.size, file.sha256)
             );
         }
-        let files = capture.files.into_iter();
+        let files = files.into_iter();
         Ok(files.map(|it| (it.name.to_string(), it.sha256)).collect())
     }
 
@@ -529,14 +631,21 @@ mod tests {
         for (name, version) in [("daily.cvd", 2), ("daily.cld", 1)] {
             fs::write(dir.path().join(name), container("daily", version, 1)).unwrap();
         }
-        let list = || list_settled(dir.path(), &Activity::default());
-        let listing = list().unwrap().unwrap();
-        assert!(open_all(&listing).unwrap().is_some());
+        let list = || list_settled(dir.path()).unwrap().0.files;
+        let entries = list();
+        assert!(
+            open_unit(dir.path(), &entries, &mut BTreeMap::new())
+                .unwrap()
+                .is_some()
+        );
         fs::write(dir.path().join("daily.cvd"), "").unwrap();
-        assert!(open_all(&listing).unwrap().is_none());
-        let listing = list().unwrap().unwrap();
-        let error = open_all(&listing).unwrap_err();
-        assert!(matches!(error, CaptureError::Header { .. }), "{error}");
+        assert!(
+            open_unit(dir.path(), &entries, &mut BTreeMap::new())
+                .unwrap()
+                .is_none()
+        );
+        let error = open_unit(dir.path(), &list(), &mut BTreeMap::new()).unwrap_err();
+        assert!(matches!(error, Fault::Header { .. }), "{error}");
     }
 
     #[test]
@@ -582,17 +691,6 @@ mod tests {
         let captured = capture_while(&files, |mirror, copies| {
             fs::write(mirror.join("a.ndb"), vec![b'x'; copies + 1]).unwrap();
         });
-        assert!(matches!(captured, Err(CaptureError::Changing)));
-    }
-
-    #[test]
-    fn the_limit_of_files_fits_a_manifest() {
-        let entry = r#"{"name":"","size":2147483648,"sha256":"","version":99999,"signatures":9999999,"built":"2026-11-22T00:00:00Z"},"#;
-        let usual_name = 40;
-        let bytes = FILES_MAX * (entry.len() + usual_name + 64);
-        assert!(
-            bytes < clamcast_proto::manifest::MANIFEST_BYTES_MAX,
-            "{bytes}"
-        );
+        assert!(matches!(captured, Err(Fault::Changing)));
     }
 }

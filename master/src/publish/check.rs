@@ -3,53 +3,52 @@
 mod jail;
 mod load_test;
 mod service;
+pub mod sign_file;
+mod signature_files;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::fs::File;
 
 use clamcast_daemon::values::Percent;
+use clamcast_proto::DatabaseName;
 use clamcast_proto::container::{self, ContainerError, Info};
-use clamcast_proto::manifest::{ContainerFacts, Manifest, ManifestFile, SignedBy};
+use clamcast_proto::manifest::{ContainerFacts, ManifestFile, SignedBy};
 use clamcast_proto::names::DatabaseKind;
 use clamcast_proto::talos::SignatureError;
-use clamcast_proto::{DatabaseName, Digest};
+use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 
 use crate::chain;
+use crate::config::units::{OFFICIAL, is_official};
 use crate::config::{Mirror, Unsigned};
-use crate::publish::capture::{Capture, Captured};
-use crate::publish::units::OFFICIAL;
+use crate::publish::capture::Captured;
+use crate::publish::plan::{CauseKind, Skipped};
 use crate::store::{Store, StoreError};
 
 pub use jail::{JailError, gaps};
 pub use load_test::{LoadTestError, TIME_MAX};
 pub use service::{ServiceError, serve};
+pub use signature_files::{SignatureFiles, signs};
 
-/// A capture that may be signed.
-#[derive(Debug)]
-pub struct Checked {
-    /// The databases as the manifest lists them, sorted by name.
+/// A unit after its checks.
+#[derive(Debug, Default)]
+pub struct Judged {
+    /// Its databases as the manifest lists them, sorted by name. Empty if a check of one failed.
     pub files: Vec<ManifestFile>,
-    /// What would have been held, had an operator not accepted it.
-    pub accepted: Vec<Objection>,
+    /// What is wrong with it.
+    pub objections: Vec<Objection>,
+    /// Signature files that do not travel.
+    pub left_out: Vec<Skipped>,
 }
 
-/// Why a capture is not published.
+/// Why a unit is not published as the mirror has it.
 #[derive(Debug, thiserror::Error)]
 pub enum Objection {
-    /// One name on a file system that folds case.
-    #[error("{one} and {other} differ in capitals only")]
-    Names {
-        /// One.
-        one: DatabaseName,
-        /// The other.
-        other: DatabaseName,
-    },
-    /// A base that must be there.
-    #[error("{base} is not in the mirror, and the configuration requires it")]
-    Required {
-        /// The base name.
-        base: String,
+    /// clamd does not load an empty file of this kind.
+    #[error("{name} is empty, and clamd loads no set with it")]
+    Empty {
+        /// Its name.
+        name: DatabaseName,
     },
     /// A container that is not whole, or not a container.
     #[error("{name} is not a whole database")]
@@ -93,9 +92,7 @@ pub enum Objection {
         published: u64,
     },
     /// Much smaller than published.
-    #[error(
-        "{name} shrank from {published} to {found} {unit}; `publish --accept REASON` if that is right"
-    )]
+    #[error("{name} shrank from {published} to {found} {unit}")]
     Shrunk {
         /// Its name.
         name: DatabaseName,
@@ -107,108 +104,134 @@ pub enum Objection {
         unit: &'static str,
     },
     /// A signed database that is published and not in the mirror any more.
-    #[error(
-        "{name} is published and no longer in the mirror; `publish --accept REASON` if that is right"
-    )]
+    #[error("{name} is published and no longer in the mirror")]
     Withdrawn {
         /// Its name.
         name: DatabaseName,
     },
-    /// `clamscan` could not load it.
-    #[error("the load test failed")]
-    LoadTest(#[from] LoadTestError),
-    /// Ours, not the capture's.
-    #[error("cannot check the capture")]
-    Store(#[from] StoreError),
 }
 
 impl Objection {
-    /// Whether an operator may overrule it.
-    pub fn may_be_accepted(&self) -> bool {
-        matches!(self, Self::Shrunk { .. } | Self::Withdrawn { .. })
+    /// What can be done about it.
+    pub fn kind(&self) -> CauseKind {
+        match self {
+            Self::Version { .. } | Self::Shrunk { .. } | Self::Withdrawn { .. } => {
+                CauseKind::Questionable
+            }
+            Self::Empty { .. }
+            | Self::Container { .. }
+            | Self::Signature { .. }
+            | Self::Misnamed { .. }
+            | Self::Unsigned { .. } => CauseKind::Broken,
+        }
     }
 }
 
-/// Checks a capture against the rules and the current generation. `accept`: an operator overrules
-/// what may be overruled. `stop` breaks the load test off.
-///
-/// The cheap checks come first. The load test is the last, so that `clamscan` never sees what is
-/// known to be broken.
-pub fn check(
-    capture: &Capture,
+/// Checks the databases of one unit by themselves, and against what is published of it.
+pub fn judge(
+    captured: &[Captured],
+    published: &[ManifestFile],
     store: &Store,
     rules: &Mirror,
-    published: Option<&Manifest>,
-    accept: bool,
-    stop: &CancellationToken,
-) -> Result<Checked, Objection> {
-    names(&capture.files)?;
-    required(&capture.files, &rules.require)?;
-    let mut files = Vec::new();
-    for captured in &capture.files {
-        files.push(file(captured, store, rules.unsigned)?);
-    }
-    let mut accepted = Vec::new();
-    if let Some(published) = published {
-        versions(&files, &published.files)?;
-        for objection in losses(&files, &published.files, rules.shrink_max) {
-            if !accept {
-                return Err(objection);
+    signatures: &SignatureFiles,
+    now: Timestamp,
+) -> Result<Judged, StoreError> {
+    let mut judged = Judged::default();
+    for file in captured {
+        if file.name.kind() == DatabaseKind::Sign {
+            let verified = match file.size {
+                0 => Err("it is empty".to_owned()),
+                _ => signatures.check(file, captured, store, now)?,
+            };
+            if let Err(reason) = verified {
+                let name = file.name.to_string();
+                judged.left_out.push(Skipped { name, reason });
+                continue;
             }
-            accepted.push(objection);
+        }
+        // What is published passed these checks.
+        let mut known = published.iter();
+        let known = known.find(|it| (&it.name, it.sha256) == (&file.name, file.sha256));
+        let known = known.filter(|it| admits(rules.unsigned, it)).cloned();
+        let file = match known {
+            Some(known) => Ok(known),
+            None => self::file(file, store, rules.unsigned)?,
+        };
+        match file {
+            Ok(file) => judged.files.push(ManifestFile {
+                captured: Some(now),
+                ..file
+            }),
+            Err(objection) => judged.objections.push(objection),
         }
     }
-    let objects: Vec<(&DatabaseName, &Digest)> = files
-        .iter()
-        .map(|file| (&file.name, &file.sha256))
-        .collect();
-    let service = &rules.load_test_socket;
-    load_test::run(&objects, store, rules.load_test, service, stop)?;
-    Ok(Checked { files, accepted })
-}
-
-/// Agents may have a file system that folds case.
-fn names(files: &[Captured]) -> Result<(), Objection> {
-    let mut folded = HashMap::new();
-    for Captured { name: one, .. } in files {
-        if let Some(other) = folded.insert(one.as_str().to_ascii_lowercase(), one) {
-            let (one, other) = (one.clone(), other.clone());
-            return Err(Objection::Names { one, other });
-        }
+    if judged.objections.is_empty() {
+        judged.objections = versions(&judged.files, published);
+        let lost = losses(&judged.files, published, rules.shrink_max);
+        judged.objections.extend(lost);
+    } else {
+        judged.files.clear();
     }
-    Ok(())
+    Ok(judged)
 }
 
-fn required(files: &[Captured], require: &[String]) -> Result<(), Objection> {
+/// The first base of `require` that is not among these files.
+pub fn missing<'r>(files: &[ManifestFile], require: &'r [String]) -> Option<&'r String> {
     let there = |base: &String| {
         files
             .iter()
             .any(|file| file.name.kind() != DatabaseKind::Sign && file.name.base() == base)
     };
-    match require.iter().find(|base| !there(base)) {
-        Some(base) => Err(Objection::Required { base: base.clone() }),
-        None => Ok(()),
-    }
+    require.iter().find(|base| !there(base))
 }
 
+/// Loads these files with clamscan, if there is one and the rules do not forbid it.
+pub fn load(
+    files: &[ManifestFile],
+    store: &Store,
+    rules: &Mirror,
+    stop: &CancellationToken,
+) -> Result<(), LoadTestError> {
+    let objects: Vec<_> = files.iter().map(|it| (&it.name, &it.sha256)).collect();
+    let service = &rules.load_test_socket;
+    load_test::run(&objects, store, rules.load_test, service, stop)
+}
+
+/// Loose files of these kinds may be empty: libclamav loads them.
+const EMPTY_ALLOWED: [&str; 11] = [
+    ".ign", ".ign2", ".yar", ".yara", ".pdb", ".wdb", ".gdb", ".crb", ".cfg", ".cat", ".ioc",
+];
+
 /// Checks one database by itself.
-fn file(captured: &Captured, store: &Store, unsigned: Unsigned) -> Result<ManifestFile, Objection> {
+fn file(
+    captured: &Captured,
+    store: &Store,
+    unsigned: Unsigned,
+) -> Result<Result<ManifestFile, Objection>, StoreError> {
     let Captured { name, size, sha256 } = captured;
+    let has_extension = |extension: &&str| name.folded().ends_with(*extension);
+    if *size == 0 && !name.is_container() && !EMPTY_ALLOWED.iter().any(has_extension) {
+        let name = name.clone();
+        return Ok(Err(Objection::Empty { name }));
+    }
     let mut container = None;
     if name.is_container() {
-        container = Some(check_container(name, store.open_object(sha256)?)?);
+        match check_container(name, store.open_object(sha256)?) {
+            Ok(facts) => container = Some(facts),
+            Err(objection) => return Ok(Err(objection)),
+        }
     }
     let file = ManifestFile {
-        captured: None,
         name: name.clone(),
         size: *size,
         sha256: *sha256,
+        captured: None,
         container,
     };
-    if !admits(unsigned, &file) {
-        return Err(Objection::Unsigned { name: name.clone() });
-    }
-    Ok(file)
+    Ok(match admits(unsigned, &file) {
+        true => Ok(file),
+        false => Err(Objection::Unsigned { name: name.clone() }),
+    })
 }
 
 /// Whether the signer of a file lets it pass. The publisher asks this of published files too: an
@@ -264,33 +287,29 @@ fn official(name: &str) -> Option<&'static str> {
 /// covers the names of the members, and not the name of the file: a copy of `daily` over `bytecode` has
 /// a valid one.
 fn other_official(base: &str, info: &Info) -> Option<&'static str> {
-    if !OFFICIAL.contains(&base) {
+    if !is_official(base) {
         return None;
     }
     let members = info.members.iter().map(|member| member.name.as_str());
     let mut found = members.chain([info.base()]).filter_map(official);
-    found.find(|official| *official != base)
+    found.find(|official| !official.eq_ignore_ascii_case(base))
 }
 
 /// No base has a lower version than it has in the current generation, under whatever extension. What
 /// Talos signed and what nobody signed have versions of their own: an unsigned `daily.cud` with a high
 /// number keeps no `daily.cld` from the fleet.
-fn versions(files: &[ManifestFile], published: &[ManifestFile]) -> Result<(), Objection> {
+fn versions(files: &[ManifestFile], published: &[ManifestFile]) -> Vec<Objection> {
     let highest = highest_versions(published);
-    for file in files {
-        let (Some(facts), Some(published)) = (&file.container, highest.get(&Series::of(file)))
-        else {
-            continue;
-        };
-        if facts.version < *published {
-            return Err(Objection::Version {
-                name: file.name.clone(),
-                found: facts.version,
-                published: *published,
-            });
-        }
-    }
-    Ok(())
+    let older = files.iter().filter_map(|file| {
+        let found = file.container.as_ref()?.version;
+        let published = *highest.get(&Series::of(file))?;
+        (found < published).then(|| Objection::Version {
+            name: file.name.clone(),
+            found,
+            published,
+        })
+    });
+    older.collect()
 }
 
 /// The highest container version of each series. What an earlier build published without verifying
@@ -312,9 +331,10 @@ fn highest_versions(files: &[ManifestFile]) -> BTreeMap<Series<'_>, u64> {
 
 /// Whether the file only exempts from detection: a shorter one detects more.
 fn is_allow_list(name: &DatabaseName) -> bool {
+    let name = name.folded();
     [".ign", ".ign2", ".fp", ".sfp"]
         .into_iter()
-        .any(|extension| name.as_str().ends_with(extension))
+        .any(|extension| name.ends_with(extension))
 }
 
 /// The databases whose versions count upwards together.
@@ -375,6 +395,7 @@ fn losses(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use clamcast_proto::Digest;
 
     /// A file of 100 bytes, and of 100 signatures if its kind has any.
     fn published(name: &str, version: u64, signed_by: SignedBy) -> ManifestFile {
@@ -454,11 +475,11 @@ mod tests {
             ("main.cld", 6, true),
         ] {
             let verdict = versions(&[daily(name, version)], &[daily("daily.cld", 7)]);
-            assert_eq!(verdict.is_ok(), passes, "{name} {version}");
+            assert_eq!(verdict.is_empty(), passes, "{name} {version}");
         }
         let forged = published("daily.cld", u64::MAX, SignedBy::Unknown);
-        assert!(versions(&[daily("daily.cld", 7)], &[forged]).is_ok());
+        assert!(versions(&[daily("daily.cld", 7)], &[forged]).is_empty());
         let unsigned = published("daily.cud", u64::MAX, SignedBy::None);
-        assert!(versions(&[daily("daily.cld", 7)], &[unsigned]).is_ok());
+        assert!(versions(&[daily("daily.cld", 7)], &[unsigned]).is_empty());
     }
 }

@@ -1,6 +1,7 @@
 //! From the mirror to the fleet: publishes when a capture is due, publishes rollbacks, and sends
 //! [`News`] of both. One publication at a time, whoever asks.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,10 +17,13 @@ use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use super::news::{News, Wish};
+use super::plan::Skipped;
 use super::publisher::{
-    Adoption, Announcement, PublishError, Published, Publisher, Refusal, RefusalKind, Request,
+    Adoption, Announcement, Hold, Preview, PublishError, Published, Publisher, Refusal,
+    RefusalKind, Request,
 };
 use super::withdrawn::{Rollback, Withdrawal, Withdrawn};
+use crate::config::units::UnitName;
 use crate::record::entry::Entry;
 use crate::record::recorder::Recorder;
 
@@ -34,6 +38,9 @@ const RETRY_MAX: Duration = Duration::from_secs(10 * 60);
 /// that could not run.
 const PUBLISHING: &str = "publishing";
 
+/// Held units and skipped files that one publication logs. `status` has all.
+const LOGGED_MAX: usize = 20;
+
 /// The alarm about another master with this fleet's manifest key.
 pub const TWO_MASTERS: &str = "two-masters";
 
@@ -46,10 +53,19 @@ pub struct Pipeline {
     publisher: Arc<Publisher>,
     news: mpsc::Sender<News>,
     recorder: Recorder,
-    /// The last refusal that the audit log has, so that it has each once.
-    told: Arc<Mutex<Option<String>>>,
+    /// What the audit log has, so that it has each refusal and each held unit once.
+    told: Arc<Mutex<Told>>,
     alarms: Alarms,
     stop: CancellationToken,
+}
+
+/// What was told of the mirror last.
+#[derive(Debug)]
+struct Told {
+    refusal: Option<String>,
+    /// The reasons by unit.
+    held: BTreeMap<UnitName, String>,
+    skipped: Vec<Skipped>,
 }
 
 impl Pipeline {
@@ -61,7 +77,11 @@ impl Pipeline {
         alarms: Alarms,
         stop: CancellationToken,
     ) -> Self {
-        let told = publisher.refusal().map(|refusal| refusal.to_string());
+        let told = Told {
+            refusal: publisher.refusal().map(|refusal| refusal.to_string()),
+            held: reasons(&publisher, Timestamp::now()),
+            skipped: publisher.skipped(),
+        };
         Self {
             publisher,
             news,
@@ -84,9 +104,16 @@ impl Pipeline {
             publisher.publish(&asked, &by, Timestamp::now(), &stop)
         });
         let published = publishing.await.expect("publishing does not panic");
-        let trouble = published.as_ref().err().map(|error| crate::chain(error));
-        self.alarms
-            .set(PUBLISHING, "mirror", trouble, Timestamp::now());
+        let failed = published.as_ref().err();
+        if !failed.is_some_and(PublishError::is_usage) {
+            let trouble = failed.map(|error| crate::chain(error));
+            self.alarms
+                .set(PUBLISHING, "mirror", trouble, Timestamp::now());
+        }
+        if published.is_ok() {
+            self.tell_left_out(&mut told, actor).await;
+        }
+        let told = &mut told.refusal;
         match &published {
             Ok(Published::New {
                 manifest,
@@ -124,6 +151,60 @@ impl Pipeline {
             Err(_) => {} // for the caller to tell
         }
         published
+    }
+
+    /// Writes down which units are held and which files are skipped, if that is news.
+    async fn tell_left_out(&self, told: &mut Told, actor: &str) {
+        let skipped = self.publisher.skipped();
+        let new = skipped.iter().filter(|it| !told.skipped.contains(it));
+        for Skipped { name, reason } in new.take(LOGGED_MAX) {
+            tracing::warn!(name, reason, "in the mirror, and not taken");
+        }
+        told.skipped = skipped;
+        let told = &mut told.held;
+        let held = reasons(&self.publisher, Timestamp::now());
+        let is_news = |(unit, reason): &(&UnitName, &String)| told.get(*unit) != Some(*reason);
+        let news: Vec<_> = held.iter().filter(is_news).collect();
+        for (unit, reason) in news.iter().take(LOGGED_MAX) {
+            tracing::warn!(%unit, "held: {reason}");
+        }
+        for unit in told.keys().filter(|unit| !held.contains_key(*unit)) {
+            tracing::info!(%unit, "no longer held");
+        }
+        if !news.is_empty() {
+            let shown = news.iter().take(LOGGED_MAX);
+            let shown: Vec<_> = shown
+                .map(|(unit, reason)| format!("{unit}: {reason}"))
+                .collect();
+            let mut reason = shown.join("; ");
+            if let Some(more) = news.len().checked_sub(LOGGED_MAX + 1) {
+                reason += &format!("; and {} more", more + 1);
+            }
+            let units: Vec<_> = held.keys().collect();
+            let detail = json!({ "reason": reason, "units": units });
+            self.note(AuditEvent::Held, actor, None, detail).await;
+        }
+        *told = held;
+    }
+
+    /// What [`Pipeline::publish`] would do now.
+    pub async fn preview(&self, request: Request) -> Result<Preview, PublishError> {
+        let _one_at_a_time = self.told.lock().await;
+        let (publisher, stop) = (self.publisher.clone(), self.stop.clone());
+        let looking = tokio::task::spawn_blocking(move || {
+            publisher.preview(&request, Timestamp::now(), &stop)
+        });
+        looking.await.expect("a preview does not panic")
+    }
+
+    /// The units that are held.
+    pub fn holds(&self) -> BTreeMap<UnitName, Hold> {
+        self.publisher.holds()
+    }
+
+    /// Files of the mirror that no generation carries.
+    pub fn skipped(&self) -> Vec<Skipped> {
+        self.publisher.skipped()
     }
 
     /// Why the mirror's content is not published at the moment.
@@ -318,6 +399,9 @@ fn announce(
         .collect();
     let unsigned: Vec<_> = manifest.unsigned().collect();
     let mut detail = json!({ "content": manifest.content, "files": files, "unsigned": unsigned });
+    if !announcement.held.is_empty() {
+        detail["held"] = json!(announcement.held);
+    }
     if !announcement.accepted.is_empty() {
         detail["accepted"] = json!(announcement.accepted);
         detail["reason"] = json!(announcement.reason);
@@ -334,6 +418,14 @@ fn announce(
         ..Draft::new(AuditEvent::Published, &announcement.actor, "mirror")
     };
     recorder.write(Entry::line(draft))
+}
+
+/// Why units are held, by unit.
+fn reasons(publisher: &Publisher, now: Timestamp) -> BTreeMap<UnitName, String> {
+    let held = publisher.holds().into_iter();
+    let held = held.filter(|(_, hold)| !hold.is_passing(now));
+    held.map(|(unit, hold)| (unit, hold.held.cause.text))
+        .collect()
 }
 
 /// Marks a publication as written down when its entry is on disk.
@@ -379,6 +471,7 @@ async fn until(deadline: Option<Instant>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::publish::publisher::Accept;
     use crate::publish::publisher::tests::{Lab, container, key};
     use clamcast_daemon::audit;
     use std::fs;
@@ -416,9 +509,14 @@ mod tests {
     }
 
     fn publish(lab: &Lab, accept: Option<&str>) {
+        let accept = accept.map(|reason| Accept {
+            reason: reason.to_owned(),
+            units: Vec::new(),
+        });
         let request = Request {
-            accept: accept.map(str::to_owned),
+            accept,
             supersede: false,
+            is_operators: false,
         };
         let (now, stop) = (Timestamp::now(), CancellationToken::new());
         let published = lab

@@ -1,14 +1,15 @@
 //! Publishing: from the mirror to a signed generation, or to a reason why not.
 
+mod draft;
 mod record;
 #[cfg(test)]
 pub(crate) mod tests;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use clamcast_proto::dsse::{self, Envelope, KeyId, PublicKey, Statement as _, Verified};
+use clamcast_proto::dsse::{self, Envelope, KeyId, PublicKey, Verified};
 use clamcast_proto::fresh::Freshness;
 use clamcast_proto::keys::KeySet;
 use clamcast_proto::manifest::{Manifest, ManifestError, Publisher as PublisherId};
@@ -19,15 +20,17 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::chain;
+use crate::config::units::UnitName;
 use crate::config::{Config, Mirror};
-use crate::publish::capture::{CaptureError, capture};
-use crate::publish::check::{Checked, LoadTestError, Objection, admits, check};
+use crate::publish::check::LoadTestError;
 use crate::publish::mirror::activity::Activity;
+use crate::publish::plan::{Plan, Skipped};
 use crate::publish::withdrawn::{Directives, Rollback, Withdrawal, Withdrawn, newest};
 use crate::store::{Store, StoreError};
 
+use draft::{Draft, Drafted, Obstacle};
 use record::Records;
-pub use record::{Announcement, Refusal, RefusalKind};
+pub use record::{Announcement, Hold, Refusal, RefusalKind};
 
 /// Agents hear that their generation is current this many times in the time that the statement
 /// holds, so that a few lost ones do not make a host stale.
@@ -101,10 +104,35 @@ pub enum Published {
 /// What is asked for when something is to be published.
 #[derive(Clone, Debug, Default)]
 pub struct Request {
-    /// An operator's reason for overruling what may be overruled.
-    pub accept: Option<String>,
+    /// What an operator accepts.
+    pub accept: Option<Accept>,
     /// Whether it takes the place of what is on its way through the fleet.
     pub supersede: bool,
+    /// Whether an operator asks: units that changed a moment ago are not waited for, and what did not
+    /// load is loaded again.
+    pub is_operators: bool,
+}
+
+/// An operator's word for what may be overruled.
+#[derive(Clone, Debug, Default)]
+pub struct Accept {
+    /// The reason.
+    pub reason: String,
+    /// The units that it is about, by their names or those of their files; empty: all.
+    pub units: Vec<String>,
+}
+
+/// What would be published.
+#[derive(Debug)]
+pub struct Preview {
+    /// The generation in the making; none if the mirror cannot be captured.
+    pub plan: Option<Plan>,
+    /// Files that no generation carries.
+    pub skipped: Vec<Skipped>,
+    /// Why nothing would be published.
+    pub obstacle: Option<(RefusalKind, String)>,
+    /// Whether it is published already.
+    pub is_published: bool,
 }
 
 /// Why a publication failed through no fault of the mirror's.
@@ -130,6 +158,18 @@ pub enum PublishError {
     Gone {
         /// The generation.
         position: Position,
+    },
+    /// An operator names a unit that neither the mirror nor the fleet has.
+    #[error("there is no unit `{name}`; `publish --dry-run` lists the units")]
+    NoSuchUnit {
+        /// What was named.
+        name: String,
+    },
+    /// An operator names a unit and gives no reason.
+    #[error("`{unit}` is the name of a unit; say why first: `publish --accept REASON {unit}`")]
+    NoReason {
+        /// What was given as the reason.
+        unit: String,
     },
     /// We made a manifest that agents would refuse.
     #[error("the manifest that was made is wrong, which is a bug; nothing was published")]
@@ -219,6 +259,13 @@ pub enum AdoptError {
     /// It could not be remembered.
     #[error("cannot remember the reported manifest")]
     Store(#[from] StoreError),
+}
+
+impl PublishError {
+    /// Whether the command was wrong, and nothing is wrong with the master.
+    pub fn is_usage(&self) -> bool {
+        matches!(self, Self::NoSuchUnit { .. } | Self::NoReason { .. })
+    }
 }
 
 impl Publisher {
@@ -366,97 +413,71 @@ impl Publisher {
         now: Timestamp,
         stop: &CancellationToken,
     ) -> Result<Published, PublishError> {
-        let held = self.directives.borrow().held.clone();
-        if let Some(reason) = held {
-            return self.not_published(RefusalKind::Held, reason, now);
+        let directives = self.directives.borrow().clone();
+        if let Some(reason) = &directives.held {
+            return self.not_published(RefusalKind::Held, reason.clone(), now);
         }
-        let accept = request.accept.is_some();
-        let mirror = &self.settings.mirror;
-        let capture = match capture(&mirror.path, &self.store, &self.activity) {
-            Ok(capture) => capture,
-            Err(CaptureError::Store(error)) => return Err(error.into()),
-            Err(error @ (CaptureError::Changing | CaptureError::RunOpen { .. })) => {
-                let reason = chain(&error);
+        let draft = match self.draft(request, &directives, false, now, stop)? {
+            Drafted::Draft(draft) => draft,
+            Drafted::Obstacle(reason) => {
+                return self.not_published(RefusalKind::Refused, reason, now);
+            }
+        };
+        // What an operator accepted in vain is still held.
+        if draft.obstacle.is_none() || request.accept.is_none() {
+            let held = draft.plan.held();
+            self.records()
+                .hold(held, &draft.skipped, now, &self.store)?;
+        }
+        match &draft.obstacle {
+            Some(Obstacle::Busy(reason)) => {
+                let reason = reason.clone();
                 return Ok(Published::Busy { reason });
             }
-            Err(error) => return self.not_published(RefusalKind::Refused, chain(&error), now),
-        };
-        if !capture.ignored.is_empty() {
-            let names = &capture.ignored;
-            tracing::warn!(
-                ?names,
-                "in the mirror, and not taken: hidden, in capitals, or of clamcast itself"
-            );
+            Some(Obstacle::Refusal(kind, reason)) => {
+                return self.not_published(*kind, reason.clone(), now);
+            }
+            None => {}
         }
-        let current = self.store.current();
-        let same = current
-            .as_ref()
-            .is_some_and(|current| current.content == capture.content);
-        let rejected = self.rejection(capture.content);
-        let admitted = current.is_none_or(|current| {
-            let mut files = current.files.iter();
-            files.all(|file| admits(mirror.unsigned, file))
-        });
-        if same && admitted && rejected.is_none() && !self.is_due() {
+        if draft.is_published {
             self.records().clear_refusal(&self.store)?;
             return Ok(Published::Unchanged);
         }
-        let mut accepted = Vec::new();
-        if let Some(rejected) = rejected {
-            if !accept {
-                return self.not_published(RefusalKind::Held, rejected.to_string(), now);
-            }
-            accepted.push(rejected.to_string());
-        }
-        let published = self.highest_known();
-        let reference = published.as_ref().map(|manifest| &***manifest);
-        let checked = check(&capture, &self.store, mirror, reference, accept, stop);
-        let Checked {
-            files,
-            accepted: overruled,
-        } = match checked {
-            Ok(checked) => checked,
-            Err(Objection::Store(error)) => return Err(error.into()),
-            Err(Objection::LoadTest(LoadTestError::Stopping)) => {
-                return Err(PublishError::Stopping);
-            }
-            Err(Objection::LoadTest(error)) if error.is_ours() => return Err(error.into()),
-            Err(objection) => {
-                let kind = if objection.may_be_accepted() {
-                    RefusalKind::Held
-                } else {
-                    RefusalKind::Refused
-                };
-                return self.not_published(kind, chain(&objection), now);
-            }
+        let Draft { plan, content, .. } = *draft;
+        // A load test takes its time.
+        let is_same = {
+            let now = self.directives.borrow();
+            (&now.held, &now.withdrawn) == (&directives.held, &directives.withdrawn)
         };
-        accepted.extend(overruled.iter().map(|objection| chain(objection)));
-
+        if !is_same {
+            let reason = "a rollout ended meanwhile".to_owned();
+            return Ok(Published::Busy { reason });
+        }
         let Position { epoch, generation } = self.next_position()?;
+        let publisher = self.records().publisher.id.clone();
         let manifest = Manifest {
             fleet: self.settings.fleet.clone(),
             epoch,
             generation,
-            publisher: self.records().publisher.id.clone(),
+            publisher,
             created: now,
-            previous: published.map(|manifest| manifest.payload_sha256()),
+            previous: self.highest_known().map(|it| it.payload_sha256()),
             rollback_of: None,
-            content: capture.content,
-            files,
+            content,
+            files: plan.files(),
         };
-        if let Err(reason) = fits(&manifest) {
-            return self.not_published(RefusalKind::Refused, reason, now);
+        if let Err(error) = manifest.fits() {
+            return self.not_published(RefusalKind::Refused, error.to_string(), now);
         }
         let manifest = dsse::sign(manifest, &self.key);
         Manifest::verify(manifest.envelope(), &self.keys.manifest)?;
+        let reason = request.accept.as_ref().map(|accept| accept.reason.clone());
         let announcement = Announcement {
             position: manifest.position(),
             actor: actor.to_owned(),
-            reason: request
-                .accept
-                .clone()
-                .filter(|_reason| !accepted.is_empty()),
-            accepted,
+            reason: reason.filter(|_| !plan.accepted.is_empty()),
+            accepted: plan.accepted.clone(),
+            held: plan.held().map(|(unit, _)| unit.clone()).collect(),
         };
         self.records().announce(announcement.clone(), &self.store)?;
         let manifest = self.store.add(manifest)?;
@@ -474,6 +495,62 @@ impl Publisher {
             manifest,
             announcement,
         })
+    }
+
+    /// What [`Publisher::publish`] would do now.
+    pub fn preview(
+        &self,
+        request: &Request,
+        now: Timestamp,
+        stop: &CancellationToken,
+    ) -> Result<Preview, PublishError> {
+        let _one_at_a_time = lock(&self.publishing);
+        if stop.is_cancelled() {
+            return Err(PublishError::Stopping);
+        }
+        let directives = self.directives.borrow().clone();
+        let held = directives.held.clone();
+        let held = held.map(|reason| (RefusalKind::Held, reason));
+        let preview = match self.draft(request, &directives, true, now, stop)? {
+            Drafted::Draft(draft) => {
+                let Draft {
+                    plan,
+                    skipped,
+                    obstacle,
+                    is_published,
+                    ..
+                } = *draft;
+                Preview {
+                    plan: Some(plan),
+                    skipped,
+                    obstacle: held.or(obstacle.map(Obstacle::into_refusal)),
+                    is_published,
+                }
+            }
+            Drafted::Obstacle(reason) => Preview {
+                plan: None,
+                skipped: Vec::new(),
+                obstacle: held.or(Some((RefusalKind::Refused, reason))),
+                is_published: false,
+            },
+        };
+        if let Err(error) = self.store.retain(self.settings.keep) {
+            tracing::warn!(
+                error = chain(&error),
+                "cannot remove what is not needed any more"
+            );
+        }
+        Ok(preview)
+    }
+
+    /// The units that are held, as far as the last capture knows.
+    pub fn holds(&self) -> BTreeMap<UnitName, Hold> {
+        self.records().holds.held.clone()
+    }
+
+    /// Files of the mirror that clamd would load and that no generation carries.
+    pub fn skipped(&self) -> Vec<Skipped> {
+        self.records().holds.skipped.clone()
     }
 
     /// The withdrawal that keeps a content from being published, if one does.
@@ -527,6 +604,7 @@ impl Publisher {
             actor: "master".to_owned(),
             reason: None,
             accepted: Vec::new(),
+            held: Vec::new(),
         };
         self.records().announce(announcement.clone(), &self.store)?;
         let manifest = self.store.add(manifest)?;
@@ -675,21 +753,6 @@ impl Publisher {
     fn records(&self) -> MutexGuard<'_, Records> {
         lock(&self.records)
     }
-}
-
-/// Whether the manifest is small enough for agents to look at.
-fn fits(manifest: &Manifest) -> Result<(), String> {
-    let bytes = serde_json::to_vec(manifest)
-        .expect("our own statements serialise")
-        .len();
-    let limit = Manifest::BYTES_MAX;
-    if bytes > limit {
-        return Err(format!(
-            "the manifest of {} databases would have {bytes} bytes, agents take {limit}",
-            manifest.files.len()
-        ));
-    }
-    Ok(())
 }
 
 /// Records are changed in memory after they were on disk: what a panic leaves behind is whole.

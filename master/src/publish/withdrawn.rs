@@ -4,19 +4,23 @@
 //! Pure: no sockets, no disk, no clock. The rollout owns these facts. The publisher reads them when
 //! it needs them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::Arc;
 
 use clamcast_proto::dsse::Verified;
-use clamcast_proto::manifest::Manifest;
-use clamcast_proto::{Digest, Position};
+use clamcast_proto::manifest::{Manifest, ManifestFile};
+use clamcast_proto::{DatabaseName, Digest, Position};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 /// Generations that are remembered as withdrawn. A host that still has an older one of them was away
 /// for so many bad updates; then it is told to go on from there like any other.
 pub const WITHDRAWN_MAX: usize = 256;
+
+/// Files of all withdrawn generations together that are remembered as new in them. Beyond that the
+/// lowest generations are remembered by their content alone.
+pub const NEW_FILES_MAX: usize = 20_000;
 
 /// How a rollout ended that did not go through.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
@@ -53,6 +57,24 @@ pub struct Withdrawal {
     pub outcome: Ending,
     /// When.
     pub since: Timestamp,
+    /// Its files that the generation does not have which the fleet went back to. Absent in a record of
+    /// an earlier build, and in one of very many.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub new: Option<BTreeMap<DatabaseName, Digest>>,
+    /// The files that the refusals which halted it name. Empty if one of them names none, so that any new
+    /// file may be at fault. Hosts name them: a name need not be one of the generation.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub blamed: BTreeSet<DatabaseName>,
+}
+
+impl Withdrawal {
+    /// The new files because of which the generation was taken back, or may have been.
+    fn suspects(&self) -> impl Iterator<Item = (&DatabaseName, &Digest)> {
+        let new = self.new.iter().flatten();
+        let blames_new = |new: &BTreeMap<_, _>| self.blamed.iter().any(|it| new.contains_key(it));
+        let is_blamed = self.new.as_ref().is_some_and(blames_new);
+        new.filter(move |(name, _)| !is_blamed || self.blamed.contains(*name))
+    }
 }
 
 impl fmt::Display for Withdrawal {
@@ -80,6 +102,50 @@ impl Withdrawn {
         if self.0.len() > WITHDRAWN_MAX {
             self.0.pop_first();
         }
+        let mut files = 0;
+        for withdrawal in self.0.values_mut().rev() {
+            files += withdrawal.new.as_ref().map_or(0, BTreeMap::len);
+            if files > NEW_FILES_MAX {
+                withdrawal.new = None;
+            }
+        }
+    }
+
+    /// Takes note of the files that were new in a withdrawn generation.
+    pub fn were_new(&mut self, position: Position, new: BTreeMap<DatabaseName, Digest>) {
+        if let Some(mut withdrawal) = self.0.remove(&position) {
+            withdrawal.new = Some(new);
+            self.insert(withdrawal);
+        }
+    }
+
+    /// The last withdrawal because of which a unit with these `files` is held, with a file that was new.
+    /// `is_of_unit` says which names belong to the unit. A unit that has changed since, in any of the files
+    /// that were new, is not held, nor one that was published again in a generation that was not withdrawn.
+    pub fn condemnation(
+        &self,
+        files: &[ManifestFile],
+        published: &[Arc<Verified<Manifest>>],
+        is_of_unit: impl Fn(&DatabaseName) -> bool,
+    ) -> Option<(&Withdrawal, &DatabaseName)> {
+        self.0.values().rev().find_map(|withdrawal| {
+            let suspects = withdrawal.suspects().filter(|(name, _)| is_of_unit(name));
+            let suspects: Vec<_> = suspects.collect();
+            let has_all = |files: &[ManifestFile]| {
+                let has = |(name, digest): &(&DatabaseName, &Digest)| {
+                    let mut files = files.iter();
+                    files.any(|it| (&it.name, &it.sha256) == (*name, *digest))
+                };
+                suspects.iter().all(has)
+            };
+            let is_back = published.iter().rev().any(|it| {
+                it.position() > withdrawal.position
+                    && !self.has(it.position())
+                    && has_all(&it.files)
+            });
+            let (name, _) = suspects.first()?;
+            (has_all(files) && !is_back).then_some((withdrawal, *name))
+        })
     }
 
     /// Whether this generation was taken back.
@@ -158,6 +224,9 @@ pub struct Directives {
     pub owed: Option<Rollback>,
     /// The generations that were taken back.
     pub withdrawn: Withdrawn,
+    /// Why only databases with plain names may be published
+    /// ([`clamcast_proto::DatabaseName::is_plain`]).
+    pub plain_names: Option<String>,
 }
 
 #[cfg(test)]
@@ -178,6 +247,8 @@ mod tests {
             position: position(number),
             outcome: Ending::Halted,
             since: Timestamp::UNIX_EPOCH,
+            new: None,
+            blamed: BTreeSet::new(),
         }
     }
 

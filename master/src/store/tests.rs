@@ -5,7 +5,7 @@ use std::sync::Barrier;
 use std::thread;
 
 use clamcast_proto::dsse::sign;
-use clamcast_proto::manifest::{ManifestFile, Publisher, content_digest};
+use clamcast_proto::manifest::{Form, ManifestFile, Publisher, content_digest};
 use clamcast_proto::wire::{Have, PartKind};
 use ed25519_dalek::SigningKey;
 use jiff::Timestamp;
@@ -369,4 +369,45 @@ fn a_damaged_record_is_kept_once_when_another_takes_its_place() {
         assert_eq!(kept.unwrap(), damaged);
     }
     assert!(store.keep_damaged("gone.json").is_err());
+}
+
+#[test]
+fn a_manifest_is_named_by_its_digest_and_the_newest_are_known_first() {
+    let root = tempfile::tempdir().unwrap();
+    let store = open_store(root.path());
+    two_published(&store, 10);
+    let manifests = store.manifests();
+    let digests = [&manifests[1], &manifests[0]].map(|it| it.payload_sha256());
+    assert_eq!(store.known(usize::MAX), digests);
+    assert_eq!(store.known(1), digests[..1]);
+    let named = store.named(&digests[0]).unwrap();
+    assert_eq!(named.position(), manifests[1].position());
+    assert!(store.named(&Digest::of(b"another")).is_none());
+    assert!(store.has(manifests[0].envelope()));
+    let mut other = manifests[0].envelope().clone();
+    other.payload.push(b' ');
+    assert!(!store.has(&other));
+}
+
+#[test]
+fn a_compressed_manifest_is_read_again_at_a_start() {
+    let root = tempfile::tempdir().unwrap();
+    let store = open_store(root.path());
+    let file = import(&store, b"x");
+    let files: Vec<_> = (0..6_000)
+        .map(|number| ManifestFile {
+            name: format!("feed-{number:04}-of-a-list-with-a-long-name.ndb")
+                .parse()
+                .unwrap(),
+            sha256: Digest::of(&u32::to_be_bytes(number)),
+            ..file.clone()
+        })
+        .collect();
+    publish(&store, &files.iter().collect::<Vec<_>>());
+    let kept = store.manifests();
+    assert_eq!(Manifest::form_of(kept[0].envelope()), Form::Compressed);
+    drop(store);
+    let again = open_store(root.path()).manifests();
+    assert_eq!(again[0].payload_sha256(), kept[0].payload_sha256());
+    assert_eq!(again[0].files, files);
 }

@@ -10,9 +10,9 @@ use clamcast_proto::manifest::Manifest;
 use clamcast_proto::names::DATABASE_NAME_BYTES_MAX;
 use clamcast_proto::receipt::{
     ADOPTED_MAX, ClamdReport, ClamdState, DRIFT_MAX, Drift, ERROR_BYTES_MAX, FOREIGN_MAX, Outcome,
-    Proof, Receipt, ReceiptFile,
+    Proof, Receipt,
 };
-use clamcast_proto::wire::{self, OfferId, OtherMaster, Phase};
+use clamcast_proto::wire::{self, Feature, Features, OfferId, OtherMaster, Phase};
 use clamcast_proto::{AgentName, DatabaseName, Digest, GroupName, Position};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -134,6 +134,10 @@ pub struct Record {
     /// The ClamAV version that its clamd reported last.
     #[serde(default)]
     pub version: Option<String>,
+    /// What its program accepts, by its last Hello; `None` before the first Hello. A record of an
+    /// earlier version of the master says nothing: such an agent accepts nothing new.
+    #[serde(default = "nothing_new")]
+    pub accepts: Option<Features>,
     /// What it last said is in its database directory.
     pub installed: Option<Installed>,
     /// The last generation that it could not take.
@@ -155,6 +159,10 @@ pub struct Record {
     /// Digests of its last receipts.
     #[serde(default)]
     pub(super) receipts: VecDeque<Digest>,
+}
+
+fn nothing_new() -> Option<Features> {
+    Some(Features::default())
 }
 
 /// A generation on an agent's disk.
@@ -186,6 +194,9 @@ pub struct Failed {
     pub outcome: Outcome,
     /// Why, in the agent's words.
     pub error: String,
+    /// The file that it names as the cause of a refusal.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub blamed: Option<DatabaseName>,
     /// When the receipt says so.
     pub time: Timestamp,
 }
@@ -235,6 +246,12 @@ impl Record {
             self.certificates.pop_front();
         }
         is_new
+    }
+
+    /// Whether its program is known not to accept a feature.
+    pub(super) fn lacks(&self, feature: Feature) -> bool {
+        let accepts = self.accepts.as_ref();
+        accepts.is_some_and(|accepts| !accepts.has(feature))
     }
 
     /// Keeps the version of ClamAV that clamd reports. A clamd that is down has none to report.
@@ -344,6 +361,7 @@ impl Agent {
             seen: record.seen,
             at: self.at(),
             answer: digest.and_then(|digest| self.answer(&digest)),
+            blamed: digest.and_then(|digest| self.blamed(&digest)),
             offered: taken.map(|taken| Offering {
                 since: taken.since,
                 renewed: taken.renewed,
@@ -407,6 +425,15 @@ impl Agent {
             (true, false) => Answer::Unwell,
             (false, _) => Answer::Installed,
         })
+    }
+
+    /// The file of a generation that it named when it refused that generation.
+    fn blamed(&self, target: &Digest) -> Option<&DatabaseName> {
+        let failed = self.record.failed.as_ref();
+        let refused = failed.filter(|failed| {
+            failed.manifest_sha256 == *target && failed.outcome == Outcome::Refused
+        });
+        refused?.blamed.as_ref()
     }
 
     pub(super) fn standing(&self, wanted: Wanted, now: Timestamp, deadline: Duration) -> Standing {
@@ -485,8 +512,7 @@ impl Agent {
                     live: receipt.outcome == Outcome::Live,
                     proven: receipt.outcome == Outcome::Live
                         && receipt.clamd.proof == Proof::Canary,
-                    intact: !drifted
-                        && manifest.is_none_or(|manifest| is_intact(manifest, &receipt.files)),
+                    intact: !drifted && manifest.is_none_or(|manifest| receipt.is_intact(manifest)),
                     time: receipt.time,
                 });
                 // What it went back to and says it has says nothing for what it refused.
@@ -498,7 +524,7 @@ impl Agent {
                     && let Some(manifest) = manifest
                 {
                     // It is about the generation that was there: what it found counts.
-                    installed.intact = is_intact(manifest, &receipt.files);
+                    installed.intact = receipt.is_intact(manifest);
                     installed.live &= installed.intact;
                 } else if let Some(installed) = &mut record.installed
                     && receipt.outcome == Outcome::Refused
@@ -514,6 +540,7 @@ impl Agent {
                         manifest_sha256,
                         outcome: receipt.outcome,
                         error: clipped(receipt.error.clone().unwrap_or_default()),
+                        blamed: receipt.blamed.clone(),
                         time: receipt.time,
                     });
                 }
@@ -562,13 +589,4 @@ pub(super) fn bounded_list(names: Vec<String>) -> Vec<String> {
     first
         .filter(|name| name.len() <= DATABASE_NAME_BYTES_MAX)
         .collect()
-}
-
-/// Whether what an agent found on its disk is the manifest's set.
-fn is_intact(manifest: &Manifest, files: &[ReceiptFile]) -> bool {
-    manifest.files.iter().all(|wanted| {
-        files.iter().any(|ReceiptFile { file, .. }| {
-            file.name == wanted.name && file.sha256 == wanted.sha256
-        })
-    })
 }

@@ -8,7 +8,8 @@ use clamcast_proto::manifest::{ManifestFile, Publisher, content_digest};
 use clamcast_proto::receipt::{
     Drift, FileState, Found, InstallNumber, Outcome, Proof, ReceiptFile,
 };
-use clamcast_proto::wire::Phase;
+use clamcast_proto::revocation::Revoked;
+use clamcast_proto::wire::{Feature, Features, Phase};
 use clamcast_proto::{Epoch, Generation};
 use ed25519_dalek::SigningKey;
 
@@ -24,6 +25,8 @@ pub(crate) fn withdrawal(manifest: &Manifest) -> Withdrawal {
         position: manifest.position(),
         outcome: Ending::Halted,
         since: at(0),
+        new: None,
+        blamed: BTreeSet::new(),
     }
 }
 
@@ -69,7 +72,10 @@ pub(crate) fn receipt(generation: u64, seq: u64, outcome: Outcome) -> Verified<R
         manifest_sha256: manifest.payload_sha256(),
         install: InstallNumber(seq),
         outcome,
+        content: None,
         files: files.collect(),
+        missing: Vec::new(),
+        unlisted: 0,
         foreign: vec![],
         adopted: vec![],
         drift: vec![],
@@ -78,6 +84,7 @@ pub(crate) fn receipt(generation: u64, seq: u64, outcome: Outcome) -> Verified<R
             ..ClamdReport::default()
         },
         error: (outcome == Outcome::Refused).then(|| "Malformed database".to_owned()),
+        blamed: None,
         took: 1.0,
         time: at(100 + i64::try_from(seq).unwrap()),
     };
@@ -153,7 +160,7 @@ fn versions_with_less_than_three_canaries_are_reported() {
                 version: Some((*version).to_owned()),
                 ..ClamdReport::default()
             };
-            fleet.hello(&name, LinkId(id), clamd, vec![]);
+            fleet.hello(&name, LinkId(id), Features::default(), clamd, vec![]);
         }
         let thin = fleet.thin_versions();
         let thin = thin
@@ -386,6 +393,27 @@ fn an_offer_keeps_that_its_host_is_there_over_a_restart() {
 }
 
 #[test]
+fn the_file_that_a_refusal_blames_is_kept_with_it() {
+    for (outcome, expected) in [
+        (Outcome::Refused, Some("x.ndb")),
+        (Outcome::HostFault, None),
+    ] {
+        let mut fleet = after(outcome);
+        let blaming = Receipt {
+            blamed: Some("x.ndb".parse().unwrap()),
+            ..Receipt::clone(&receipt(8, 3, outcome))
+        };
+        let blaming = sign(blaming, &SigningKey::from_bytes(&[2; 32]));
+        assert!(fleet.receipt(&blaming, at(192)));
+        let record = fleet.record(&"web1".parse().unwrap()).unwrap();
+        let saved = serde_json::to_string(record).unwrap();
+        assert_eq!(serde_json::from_str::<Record>(&saved).unwrap(), *record);
+        let blamed = fleet.members()[0].blamed.map(|name| name.as_str());
+        assert_eq!(blamed, expected);
+    }
+}
+
+#[test]
 fn a_mended_host_says_nothing_new_of_what_it_failed_with_and_is_then_offered_that_again() {
     for (failed, answer) in [
         (Outcome::Refused, Answer::Refused),
@@ -585,7 +613,7 @@ fn an_answer_counts_for_the_version_that_was_known_when_the_host_was_offered() {
             version: Some(version.to_owned()),
             ..ClamdReport::default()
         };
-        fleet.hello(&name, LinkId(1), clamd, vec![]);
+        fleet.hello(&name, LinkId(1), Features::default(), clamd, vec![]);
         fleet.members()[0].version.to_owned()
     };
     fleet.published(&manifest(8), false, at(100));
@@ -600,4 +628,87 @@ fn an_answer_counts_for_the_version_that_was_known_when_the_host_was_offered() {
         fleet.record(&name).unwrap().version.as_deref(),
         Some("ClamAV 1.0.9")
     );
+}
+
+/// Says Hello with these features, over the connection with this number.
+fn greet(fleet: &mut Fleet, name: &AgentName, id: u64, accepts: &[Feature]) -> Option<bool> {
+    let accepts = accepts.iter().copied().collect();
+    fleet.hello(name, LinkId(id), accepts, ClamdReport::default(), vec![])
+}
+
+fn connect(fleet: &mut Fleet, name: &str, id: u64) -> AgentName {
+    let name: AgentName = name.parse().unwrap();
+    let certificate = Digest::of(name.as_str().as_bytes());
+    fleet.connected(&name, vec![], certificate, link(id));
+    name
+}
+
+fn empty_fleet() -> Fleet {
+    let rules = fleet(1, &[]).rules().clone();
+    Fleet::new(vec![], Rollout::default(), rules, vec![])
+}
+
+#[test]
+fn only_plain_names_are_published_while_an_agent_lacks_wide_names() {
+    let mut fleet = empty_fleet();
+    assert_eq!(fleet.plain_names(), None);
+    let web1 = connect(&mut fleet, "web1", 1);
+    // Nobody knows yet, and it was never offered anything.
+    assert_eq!(fleet.plain_names(), None);
+    greet(&mut fleet, &web1, 1, &[Feature::LargeManifests]);
+    let said = fleet.directives().plain_names.unwrap();
+    assert!(said.starts_with("web1 runs a clamcast-agent"), "{said}");
+    for (id, name) in (2..).zip(["web2", "web3", "web4"]) {
+        let name = connect(&mut fleet, name, id);
+        greet(&mut fleet, &name, id, &[]);
+    }
+    let said = fleet.plain_names().unwrap();
+    assert_eq!(
+        said,
+        "web1 and 3 more run a clamcast-agent that does not accept such names; upgrade them"
+    );
+    // An agent that is away counts: it declines such a manifest when it is back.
+    fleet.disconnected(&web1, LinkId(1), at(100));
+    assert_eq!(fleet.plain_names().unwrap(), said);
+    for (id, name) in (11..).zip(["web1", "web2", "web3", "web4"]) {
+        let name = connect(&mut fleet, name, id);
+        let news = greet(&mut fleet, &name, id, &[Feature::WideNames]);
+        assert_eq!(news, Some(true), "it is kept");
+    }
+    assert_eq!(fleet.plain_names(), None);
+}
+
+#[test]
+fn a_revoked_agent_that_lacks_wide_names_holds_nobody_up() {
+    let mut fleet = empty_fleet();
+    let web1 = connect(&mut fleet, "web1", 1);
+    greet(&mut fleet, &web1, 1, &[]);
+    assert!(fleet.plain_names().is_some());
+    let serial = fleet.record(&web1).unwrap().serial.clone();
+    fleet.revoked(&RevocationList {
+        fleet: "bank".parse().unwrap(),
+        version: 1,
+        issued: at(0),
+        revoked: vec![Revoked {
+            name: web1,
+            serial,
+            time: at(0),
+            reason: None,
+        }],
+    });
+    assert_eq!(fleet.plain_names(), None);
+}
+
+#[test]
+fn what_an_agent_accepts_outlives_a_restart_and_a_record_of_before_accepts_nothing_new() {
+    let mut fleet = empty_fleet();
+    let web1 = connect(&mut fleet, "web1", 1);
+    greet(&mut fleet, &web1, 1, &[Feature::WideNames]);
+    let record = fleet.record(&web1).unwrap();
+    let mut json = serde_json::to_value(record).unwrap();
+    let read: Record = serde_json::from_value(json.clone()).unwrap();
+    assert!(!read.lacks(Feature::WideNames));
+    json.as_object_mut().unwrap().remove("accepts");
+    let old: Record = serde_json::from_value(json).unwrap();
+    assert!(old.lacks(Feature::WideNames));
 }

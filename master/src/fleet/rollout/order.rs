@@ -1,5 +1,7 @@
 //! What operators order about a rollout.
 
+use std::collections::BTreeSet;
+
 use clamcast_proto::{AgentName, AuditEvent, GroupName, Position};
 use jiff::Timestamp;
 
@@ -198,7 +200,7 @@ impl Rollout {
         now: Timestamp,
     ) -> Result<Vec<Effect>, OrderError> {
         self.run()?;
-        Ok(self.end(Ending::Aborted, reason, agents, rules, now))
+        Ok(self.end(Ending::Aborted, reason.into(), agents, rules, now))
     }
 
     /// An operator's pause ends with [`Rollout::resume`] only.
@@ -270,13 +272,17 @@ impl Rollout {
         let how = Ending::RolledBack;
         for target in [of, complete] {
             if target.content != to.content {
-                self.withdraw(target, how, now);
-                effects.push(Effect::Withdrawn { target, how });
+                self.withdraw(target, how, BTreeSet::new(), now);
+                effects.push(Effect::Withdrawn {
+                    target,
+                    how,
+                    back_to: Some(to),
+                });
                 let same = |pin: &Pin| pin.target.content == target.content;
                 effects.extend(self.unpin_all(same, "its generation was taken back"));
             }
         }
-        self.withdraw(of, how, now);
+        self.withdraw(of, how, BTreeSet::new(), now);
         let gone = |pin: &Pin| pin.target.position == of.position;
         effects.extend(self.unpin_all(gone, "its generation was taken back"));
         effects.dedup();

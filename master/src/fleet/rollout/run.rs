@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use clamcast_daemon::values::Percent;
-use clamcast_proto::{AgentName, AuditEvent, GroupName};
+use clamcast_proto::{AgentName, AuditEvent, DatabaseName, GroupName};
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
@@ -32,6 +32,9 @@ const SEEN: SignedDuration = SignedDuration::from_hours(24);
 
 /// Agents that a reason names; `agents` lists all.
 const NAMED_MAX: usize = 5;
+
+/// Files that the refusals of one generation may blame. With more of them the generation is to blame.
+pub(super) const BLAMED_MAX: usize = 100;
 
 /// Agents that an audit record or `status` names.
 const LISTED_MAX: usize = 20;
@@ -202,7 +205,24 @@ pub(super) enum Turn {
     /// Every wave is settled.
     Through,
     /// It must end.
-    Halt(String),
+    Halt(Halt),
+}
+
+/// Why a run ends before it is through.
+#[derive(Debug)]
+pub(super) struct Halt {
+    /// In words.
+    pub(super) reason: String,
+    /// See [`Withdrawal::blamed`](crate::publish::withdrawn::Withdrawal::blamed).
+    pub(super) blamed: BTreeSet<DatabaseName>,
+}
+
+/// An operator's reason names no file.
+impl From<String> for Halt {
+    fn from(reason: String) -> Self {
+        let blamed = BTreeSet::new();
+        Self { reason, blamed }
+    }
 }
 
 impl Pause {
@@ -425,7 +445,7 @@ impl Run {
         votes: &BTreeMap<&str, Votes<'_>>,
         rules: &Rules,
         now: Timestamp,
-    ) -> Option<String> {
+    ) -> Option<Halt> {
         let withheld = votes
             .iter()
             .filter(|(version, _)| self.is_refused_by(version));
@@ -456,8 +476,11 @@ impl Run {
         (!any_left || too_many).then(|| {
             let named = some_of(refused.iter().copied());
             let members = members.len().max(refused.len());
-            let refused = refused.len();
-            format!("clamd refused it on {refused} of {members} hosts: {named}")
+            let count = refused.len();
+            Halt {
+                reason: format!("clamd refused it on {count} of {members} hosts: {named}"),
+                blamed: blamed(subject, &refused),
+            }
         })
     }
 
@@ -1040,6 +1063,16 @@ pub(super) fn reconnected(started: Timestamp) -> Timestamp {
 pub(super) fn is_over(since: Timestamp, span: Duration, now: Timestamp) -> bool {
     let span = SignedDuration::try_from(span).unwrap_or(SignedDuration::MAX);
     now.duration_since(since) >= span
+}
+
+/// The files that these hosts named when they refused the generation; none if one of the hosts named
+/// none, or if they named too many.
+fn blamed(subject: &[Participant<'_>], refused: &BTreeSet<&AgentName>) -> BTreeSet<DatabaseName> {
+    let refusing = subject.iter().map(|agent| &agent.member);
+    let refusing = refusing.filter(|member| refused.contains(member.name));
+    let names: Option<BTreeSet<_>> = refusing.map(|member| member.blamed).collect();
+    let names = names.filter(|names| names.len() <= BLAMED_MAX);
+    names.into_iter().flatten().cloned().collect()
 }
 
 /// A few names, and how many more there are.

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use clamcast_proto::{Epoch, Generation};
 
+use super::run::BLAMED_MAX;
 use super::*;
 
 mod quorum;
@@ -33,6 +34,8 @@ struct Host {
     at: Option<u64>,
     /// What it says of a generation.
     answers: BTreeMap<u64, Answer>,
+    /// The file that it names when it refuses one.
+    blames: Option<DatabaseName>,
     /// When it was offered one, and when it last made progress with it.
     offered: BTreeMap<u64, (i64, i64)>,
     version: Option<&'static str>,
@@ -288,6 +291,7 @@ impl Host {
             seen: at(if self.away { self.seen } else { now }),
             at: self.at.map(position),
             answer: of.and_then(|number| self.answers.get(&number).copied()),
+            blamed: self.blames.as_ref(),
             offered: of.and_then(|number| {
                 let (since, renewed) = self.offered.get(&number)?;
                 Some(Offering {
@@ -370,6 +374,47 @@ fn refusals_of_the_first_wave_halt_and_those_who_took_it_go_back() {
         "who never had it counts the number only"
     );
     assert_eq!(lab.noted.last().unwrap(), "look");
+}
+
+#[test]
+fn a_halt_keeps_the_files_that_its_refusals_blame_if_each_names_one() {
+    let check = |blames: [Option<&str>; 3], expected: &[&str]| {
+        let mut lab = Lab::new(10, 3, &["group:canary", "100%"]);
+        lab.published(1).everybody(1, LIVE);
+        lab.published(2);
+        for (name, file) in ["h0", "h1", "h2"].into_iter().zip(blames) {
+            lab.host(name).blames = file.map(|file| file.parse().unwrap());
+            lab.host(name).answers.insert(2, Answer::Refused);
+        }
+        lab.host("h9").blames = Some("other.ndb".parse().unwrap()); // which has not refused it
+        lab.step().is("complete 1, owes 1 for 2");
+        let saved = serde_json::to_string(&lab.rollout).unwrap();
+        let loaded: Rollout = serde_json::from_str(&saved).unwrap();
+        let failed = loaded.failed().unwrap().target.position;
+        let blamed = &loaded.withdrawn().of(failed).unwrap().blamed;
+        let blamed: Vec<_> = blamed.iter().map(DatabaseName::as_str).collect();
+        assert_eq!(blamed, expected, "{blames:?}");
+    };
+    let feed = Some("feed.ndb");
+    check([feed, feed, feed], &["feed.ndb"]);
+    check([feed, Some("daily.cld"), feed], &["daily.cld", "feed.ndb"]);
+    check([feed, None, feed], &[]);
+}
+
+#[test]
+fn a_halt_by_too_many_blamed_files_blames_the_whole_generation() {
+    let hosts = BLAMED_MAX + 1;
+    let mut lab = Lab::new(hosts, hosts, &["group:canary"]);
+    lab.published(1).everybody(1, LIVE);
+    lab.published(2);
+    for (number, host) in lab.hosts.values_mut().enumerate() {
+        host.blames = Some(format!("{number}.ndb").parse().unwrap());
+        host.answers.insert(2, Answer::Refused);
+    }
+    lab.step().is("complete 1, owes 1 for 2");
+    let failed = lab.rollout.failed().unwrap().target.position;
+    let withdrawal = lab.rollout.withdrawn().of(failed).unwrap();
+    assert_eq!(withdrawal.blamed, BTreeSet::new());
 }
 
 #[test]

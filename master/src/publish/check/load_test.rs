@@ -136,6 +136,22 @@ impl LoadTestError {
         }
     }
 
+    /// libclamav's own words about the set, if it refused it.
+    pub(crate) fn refusal(&self) -> Option<&str> {
+        if let Self::Clamscan(LoadError::Refused { reason }) = self {
+            return Some(reason);
+        }
+        None
+    }
+
+    /// Whether time or memory ran out.
+    pub(crate) fn is_about_resources(&self) -> bool {
+        matches!(
+            self,
+            Self::CpuTime { .. } | Self::Memory { .. } | Self::Clamscan(LoadError::TimedOut { .. })
+        )
+    }
+
     /// Converts the error of a run with these limits.
     fn of(error: LoadError, limits: &Limits) -> Self {
         let memory = limits.memory;

@@ -1,6 +1,7 @@
 //! What a publisher remembers beside its generations, each in a file of its own in the state
 //! directory. A change is on disk before it counts.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
@@ -8,16 +9,25 @@ use clamcast_proto::Position;
 use clamcast_proto::dsse::{Envelope, Verified};
 use clamcast_proto::keys::KeySet;
 use clamcast_proto::manifest::{Manifest, Publisher};
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
 use crate::chain;
+use crate::config::units::UnitName;
+use crate::publish::plan::{CauseKind, Held, Skipped};
 use crate::store::{Store, StoreError};
 
 const PUBLISHER: &str = "publisher";
 const ADOPTED: &str = "adopted.json";
 const REFUSED: &str = "refused.json";
 const ANNOUNCEMENT: &str = "announcement.json";
+const HOLDS: &str = "holds.json";
+
+/// Skipped files that are remembered. Few mirrors have any.
+const SKIPPED_MAX: usize = 1000;
+
+/// Held units that are remembered. A mirror with more has other trouble.
+const HELD_MAX: usize = 5000;
 
 #[derive(Debug)]
 pub(super) struct Records {
@@ -25,8 +35,27 @@ pub(super) struct Records {
     /// The highest manifest that agents reported and that was not made here.
     pub(super) adopted: Option<Arc<Verified<Manifest>>>,
     pub(super) refusal: Option<Refusal>,
+    /// What the last capture left out of the generation.
+    pub(super) holds: Holds,
     /// What is about to be published, or is and may not be in the audit log yet.
     pub(super) announcement: Option<Announcement>,
+}
+
+/// What a capture left out.
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+pub(super) struct Holds {
+    pub(super) held: BTreeMap<UnitName, Hold>,
+    pub(super) skipped: Vec<Skipped>,
+}
+
+/// A unit that is held.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Hold {
+    /// Why, and what is published in its place.
+    #[serde(flatten)]
+    pub held: Held,
+    /// Since when it is held without a break, for whatever reason.
+    pub since: Timestamp,
 }
 
 /// Who publishes from this state directory.
@@ -49,6 +78,9 @@ pub struct Announcement {
     pub accepted: Vec<String>,
     /// The operator's reason.
     pub reason: Option<String>,
+    /// The units that were held.
+    #[serde(default)]
+    pub held: Vec<UnitName>,
 }
 
 /// Why the mirror's state is not published.
@@ -70,6 +102,16 @@ pub enum RefusalKind {
     Held,
     /// Repair the mirror.
     Refused,
+}
+
+/// A program that is at work on a unit for less than this is no news.
+const PASSING: SignedDuration = SignedDuration::from_mins(1);
+
+impl Hold {
+    /// Whether a program has only just begun to change the unit.
+    pub fn is_passing(&self, now: Timestamp) -> bool {
+        self.held.cause.kind == CauseKind::Unfinished && now.duration_since(self.since) < PASSING
+    }
 }
 
 impl fmt::Display for Refusal {
@@ -114,6 +156,14 @@ impl Records {
             adopted,
             refusal: store.load(REFUSED)?,
             announcement: store.load(ANNOUNCEMENT)?,
+            holds: store
+                .load(HOLDS)
+                .unwrap_or_else(|error| {
+                    // The next capture finds them again.
+                    tracing::warn!(error = %chain(&error), "cannot read which units are held");
+                    None
+                })
+                .unwrap_or_default(),
         })
     }
 
@@ -176,6 +226,41 @@ impl Records {
         store.save(REFUSED, &refusal)?;
         self.refusal = Some(refusal.clone());
         Ok(refusal)
+    }
+
+    /// Remembers what a capture left out, and since when.
+    pub(super) fn hold<'p>(
+        &mut self,
+        held: impl Iterator<Item = (&'p UnitName, &'p Held)>,
+        skipped: &[Skipped],
+        now: Timestamp,
+        store: &Store,
+    ) -> Result<(), StoreError> {
+        let held = held.map(|(unit, held)| {
+            let known = self.holds.held.get(unit);
+            let since = known.map_or(now, |known| known.since);
+            let held = held.clone();
+            (unit.clone(), Hold { held, since })
+        });
+        let mut holds = Holds {
+            held: held.take(HELD_MAX).collect(),
+            skipped: skipped.iter().take(SKIPPED_MAX).cloned().collect(),
+        };
+        if let Some(more) = skipped
+            .len()
+            .checked_sub(SKIPPED_MAX)
+            .filter(|more| *more > 0)
+        {
+            holds.skipped.push(Skipped {
+                name: format!("{more} more files"),
+                reason: "not listed".to_owned(),
+            });
+        }
+        if holds != self.holds {
+            store.save(HOLDS, &holds)?;
+            self.holds = holds;
+        }
+        Ok(())
     }
 
     pub(super) fn clear_refusal(&mut self, store: &Store) -> Result<(), StoreError> {

@@ -1,5 +1,6 @@
 //! The way from a mirror to a generation, on real directories.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
@@ -13,7 +14,8 @@ use nix::sys::stat::Mode;
 use sha2::{Digest as _, Sha256};
 
 use super::*;
-use crate::config::{LoadTest, Unsigned};
+use crate::config::units::Units;
+use crate::config::{LoadTest, OnBadUnit, Unsigned};
 use crate::publish::withdrawn::Ending;
 
 /// A mirror, a state directory and the keys of a fleet.
@@ -59,6 +61,9 @@ impl Lab {
             load_test: LoadTest::Never,
             load_test_socket: "/nowhere/loadtest.sock".into(),
             shrink_max: Percent::new(30).unwrap(),
+            on_bad_unit: OnBadUnit::Hold,
+            units: Units::default(),
+            cvd_certs: None,
             age_alarm: Duration::from_secs(48 * 3600),
         };
         let settings = Settings {
@@ -121,7 +126,24 @@ impl Lab {
         .unwrap()
     }
 
-    /// The fleet took this generation back.
+    /// The fleet took this generation back, in which these files were new.
+    fn reject(&self, manifest: &Manifest, new: &[&str], blamed: &[&str]) {
+        self.withdraw(manifest);
+        let new = new.iter().map(|name| {
+            let name = name.parse().unwrap();
+            let sha256 = manifest.file(&name).unwrap().sha256;
+            (name, sha256)
+        });
+        self.directives.send_modify(|directives| {
+            let position = manifest.position();
+            let mut withdrawal = directives.withdrawn.of(position).unwrap().clone();
+            withdrawal.new = Some(new.collect());
+            withdrawal.blamed = blamed.iter().map(|name| name.parse().unwrap()).collect();
+            directives.withdrawn.insert(withdrawal);
+        });
+    }
+
+    /// The fleet took this generation back, as an earlier build remembers it.
     fn withdraw(&self, manifest: &Manifest) {
         self.directives.send_modify(|directives| {
             directives.withdrawn.insert(Withdrawal {
@@ -129,29 +151,45 @@ impl Lab {
                 position: manifest.position(),
                 outcome: Ending::Halted,
                 since: Timestamp::UNIX_EPOCH,
+                new: None,
+                blamed: BTreeSet::new(),
             });
         });
     }
 }
 
 /// What came of publishing: `1.2 daily.cud=7 local.ndb` for a new generation with its files and
-/// versions, or why there is none.
+/// versions, or why there is none; then ` | UNIT: REASON` for each held unit.
 fn publish(publisher: &Publisher) -> String {
     publish_as(publisher, None)
 }
 
 fn accept(publisher: &Publisher) -> String {
-    publish_as(publisher, Some("it is right"))
+    accept_units(publisher, &[])
 }
 
-fn publish_as(publisher: &Publisher, reason: Option<&str>) -> String {
+fn accept_units(publisher: &Publisher, units: &[&str]) -> String {
+    let units = units.iter().map(|unit| (*unit).to_owned()).collect();
+    let reason = "it is right".to_owned();
+    publish_as(publisher, Some(Accept { reason, units }))
+}
+
+fn publish_as(publisher: &Publisher, accept: Option<Accept>) -> String {
     let request = Request {
+        is_operators: accept.is_some(),
+        accept,
         supersede: false,
-        accept: reason.map(str::to_owned),
     };
+    let published = outcome(publisher, &request);
+    let held = publisher.holds().into_iter();
+    let held = held.map(|(unit, hold)| format!(" | {unit}: {}", hold.held.cause.text));
+    published + &held.collect::<String>()
+}
+
+fn outcome(publisher: &Publisher, request: &Request) -> String {
     match publisher
         .publish(
-            &request,
+            request,
             "tester",
             Timestamp::now(),
             &CancellationToken::new(),
@@ -180,8 +218,13 @@ fn publish_as(publisher: &Publisher, reason: Option<&str>) -> String {
     }
 }
 
+#[track_caller]
 fn check(publisher: &Publisher, expected: &str) {
-    let found = publish(publisher);
+    expect(&publish(publisher), expected);
+}
+
+#[track_caller]
+fn expect(found: &str, expected: &str) {
     assert!(
         found == expected || (expected.contains(": ") && found.contains(expected)),
         "expected `{expected}`, found `{found}`"
@@ -265,7 +308,7 @@ fn an_agent_with_the_key_set_takes_what_is_published() {
 }
 
 #[test]
-fn a_truncated_or_foreign_file_is_refused_and_the_last_generation_stays() {
+fn a_truncated_or_foreign_file_is_held_and_the_published_one_stays() {
     let lab = Lab::with_daily(7);
     let publisher = lab.publisher("state");
     publish(&publisher);
@@ -278,7 +321,10 @@ fn a_truncated_or_foreign_file_is_refused_and_the_last_generation_stays() {
         (b"", "was cut off"),
     ] {
         lab.put("daily.cud", content);
-        check(&publisher, "refused: daily.cud is not a whole database");
+        check(
+            &publisher,
+            "unchanged | official: daily.cud is not a whole database",
+        );
         assert!(publish(&publisher).contains(why), "{}", publish(&publisher));
     }
     assert_eq!(publisher.current().unwrap().generation, Generation::FIRST);
@@ -311,16 +357,20 @@ fn a_required_base_must_be_there_in_any_form() {
 }
 
 #[test]
-fn a_lower_version_is_refused_also_if_an_operator_accepts_it() {
+fn a_lower_version_is_held_until_an_operator_accepts_it() {
     let lab = Lab::with_daily(7);
     let publisher = lab.publisher("state");
     publish(&publisher);
     lab.put("daily.cud", &container("daily", 6, 10));
     check(
         &publisher,
-        "refused: daily.cud has version 6, version 7 is published",
+        "unchanged | official: daily.cud has version 6, version 7 is published",
     );
-    assert!(accept(&publisher).contains("refused: daily.cud has version 6"));
+    let accepted = accept(&publisher);
+    assert!(
+        accepted.starts_with("1.2 daily.cud=6 in spite of: "),
+        "{accepted}"
+    );
 }
 
 #[test]
@@ -336,17 +386,19 @@ fn a_database_that_shrank_is_held_until_an_operator_accepts_it() {
     lab.put("daily.cud", &container("daily", 9, 48));
     check(
         &publisher,
-        "held: daily.cud shrank from 70 to 48 signatures",
+        "unchanged | official: daily.cud shrank from 70 to 48 signatures",
     );
-    assert_eq!(publisher.refusal().unwrap().kind, RefusalKind::Held);
     let accepted = accept(&publisher);
     assert!(
         accepted.starts_with("1.3 daily.cud=9 local.ndb in spite of: daily.cud shrank"),
         "{accepted}"
     );
-    assert_eq!(publisher.refusal(), None);
+    assert!(publisher.holds().is_empty());
     lab.put("local.ndb", &[b'\n'; 10]);
-    check(&publisher, "held: local.ndb shrank from 70 to 10 bytes");
+    check(
+        &publisher,
+        "unchanged | local.ndb: local.ndb shrank from 70 to 10 bytes",
+    );
 }
 
 #[test]
@@ -397,8 +449,11 @@ fn a_forged_database_is_refused_also_if_an_operator_accepts_it() {
     let lab = Lab::with_daily(7);
     lab.put("main.cld", &container("main", 60, 10));
     let publisher = lab.publisher("state");
-    let why = "refused: main.cld has no valid signature of Talos; remove it and run freshclam: `.info` has no signature";
-    check(&publisher, why);
+    let why = "main.cld has no valid signature of Talos; remove it and run freshclam: `.info` has no signature";
+    check(
+        &publisher,
+        &format!("refused: nothing is left to publish: official is held, because {why}"),
+    );
     assert!(accept(&publisher).contains(why));
 }
 
@@ -408,13 +463,13 @@ fn databases_that_nobody_signed_can_be_refused() {
     lab.settings.mirror.unsigned = Unsigned::Refuse;
     check(
         &lab.publisher("one"),
-        "refused: daily.cud is not signed by Talos",
+        "nothing is left to publish: official is held, because daily.cud is not signed by Talos",
     );
     lab.remove("daily.cud");
     lab.put("local.ndb", b"Lab.Local:0:*:6c6f63616c\n");
     check(
         &lab.publisher("two"),
-        "refused: local.ndb is not signed by Talos",
+        "nothing is left to publish: local.ndb is held, because local.ndb is not signed by Talos",
     );
 }
 
@@ -425,7 +480,7 @@ fn a_rule_about_signatures_that_is_tightened_also_judges_what_is_published() {
     lab.settings.mirror.unsigned = Unsigned::Refuse;
     check(
         &lab.publisher("state"),
-        "refused: daily.cud is not signed by Talos",
+        "nothing is left to publish: official is held, because daily.cud is not signed by Talos",
     );
 }
 
@@ -435,30 +490,43 @@ fn names_cannot_bring_in_anything_but_files_of_the_mirror() {
     let publisher = lab.publisher("state");
     for ignored in [
         ".hidden.ndb",
-        "X.NDB",
+        "a\nb.ndb",
         "clamcast-gate.ign2",
         "daily.cld.tmp",
     ] {
         lab.put(ignored, b"no database at all");
     }
-    fs::create_dir(lab.mirror("sub.ndb")).unwrap();
     check(&publisher, "1.1 daily.cud=7");
+    let skipped = publisher.skipped().into_iter().map(|it| it.to_string());
+    assert_eq!(
+        skipped.collect::<Vec<_>>(),
+        [
+            ".hidden.ndb: hidden",
+            "a\\nb.ndb: control characters in the name",
+            "clamcast-gate.ign2: the name of a file of clamcast",
+        ]
+    );
 
+    fs::create_dir(lab.mirror("x.ndb")).unwrap();
+    check(&publisher, "unchanged | x.ndb: x.ndb is a directory");
+    fs::remove_dir(lab.mirror("x.ndb")).unwrap();
     let secret = lab.root.path().join("secret");
     fs::write(&secret, "root:x:0:0").unwrap();
     symlink(secret, lab.mirror("x.ndb")).unwrap();
-    check(&publisher, "refused: x.ndb is a symbolic link");
+    check(&publisher, "unchanged | x.ndb: x.ndb is a symbolic link");
     lab.remove("x.ndb");
     nix::unistd::mkfifo(&lab.mirror("x.ndb"), Mode::S_IRWXU).unwrap();
-    check(&publisher, "refused: x.ndb is a pipe");
+    check(&publisher, "unchanged | x.ndb: x.ndb is a pipe");
     lab.remove("x.ndb");
 
     lab.put("local.ndb", b"a");
     lab.put("LOCAL.ndb", b"b");
     check(
         &publisher,
-        "refused: local.ndb and LOCAL.ndb differ in capitals only",
+        "1.2 LOCAL.ndb daily.cud=7 | local.ndb: local.ndb and LOCAL.ndb are one name where case does not count",
     );
+    lab.put("LOCAL.ndb", b"bb"); // the published one keeps its name
+    check(&publisher, "1.3 LOCAL.ndb daily.cud=7 | local.ndb: ");
 }
 
 #[test]
@@ -467,15 +535,34 @@ fn nothing_is_captured_in_the_middle_of_a_freshclam_run() {
     let publisher = lab.publisher("state");
     let run = lab.mirror("tmp.0123456789");
     fs::create_dir(&run).unwrap();
-    check(&publisher, "busy: a freshclam run is open in the mirror");
-    assert_eq!(publisher.refusal(), None);
+    lab.put("local.ndb", b"Lab.Local:0:*:6c6f63616c\n");
+    let waits = "| official: a freshclam run is open in the mirror";
+    let found = publish(&publisher);
+    assert!(
+        found.starts_with("1.1 local.ndb | ") && found.contains(waits),
+        "{found}"
+    );
     fs::remove_dir(&run).unwrap();
-    check(&publisher, "1.1 daily.cud=7");
+    check(&publisher, "1.2 daily.cud=7 local.ndb");
+
+    fs::create_dir(&run).unwrap();
+    lab.put("daily.cud", &container("daily", 8, 10));
+    expect(&publish(&publisher), &format!("unchanged {waits}"));
+    expect(
+        &accept_units(&publisher, &["local.ndb"]),
+        &format!("unchanged {waits}"),
+    );
+    let accepted = accept_units(&publisher, &["daily.cud"]);
+    assert!(
+        accepted.starts_with("1.3 daily.cud=8 local.ndb in spite of: official: a freshclam run"),
+        "{accepted}"
+    );
 }
 
 #[test]
 fn a_refusal_survives_a_restart_and_ends_when_the_mirror_is_whole() {
-    let lab = Lab::with_daily(7);
+    let mut lab = Lab::with_daily(7);
+    lab.settings.mirror.on_bad_unit = OnBadUnit::Refuse;
     let publisher = lab.publisher("state");
     publish(&publisher);
     lab.put("daily.cud", b"broken");
@@ -641,7 +728,7 @@ fn a_rejected_content_is_held_until_it_changes_or_is_accepted() {
 
 /// A manifest of this fleet, signed with its key by some master.
 fn elsewhere(lab: &Lab, publisher: &str, number: u64) -> Verified<Manifest> {
-    let file = clamcast_proto::manifest::ManifestFile {
+    let file = ManifestFile {
         captured: None,
         name: "daily.cud".parse().unwrap(),
         size: 1,
@@ -815,11 +902,11 @@ fn retention_keeps_what_the_kept_generations_need_and_nothing_else() {
 }
 
 #[test]
-fn a_refused_capture_leaves_nothing_in_the_store() {
+fn what_is_held_leaves_nothing_in_the_store() {
     let lab = Lab::with_daily(7);
     let publisher = lab.publisher("state");
     publish(&publisher);
-    lab.put("local.ndb", b"new");
+    lab.put("local.ndb", b"");
     lab.put("daily.cud", b"broken");
     publish(&publisher);
     let objects = fs::read_dir(lab.root.path().join("state/objects")).unwrap();
@@ -876,4 +963,262 @@ fn what_the_fleet_rejected_is_not_the_newest() {
     assert_eq!(newest(), bad.position());
     lab.withdraw(&bad);
     assert_eq!(newest().generation, Generation::FIRST);
+}
+
+/// A mirror with a daily database, two lists and their first generation.
+fn published() -> (Lab, Publisher) {
+    let lab = Lab::with_daily(7);
+    lab.put("a.ndb", &list(10));
+    lab.put("b.ndb", &list(10));
+    let publisher = lab.publisher("state");
+    check(&publisher, "1.1 a.ndb b.ndb daily.cud=7");
+    (lab, publisher)
+}
+
+fn list(lines: usize) -> Vec<u8> {
+    let lines = (0..lines).map(|line| format!("Lab.List-{line}:0:*:6c6f63616c{line:04}\n"));
+    lines.collect::<String>().into_bytes()
+}
+
+#[test]
+fn one_bad_unit_holds_no_other_and_its_published_version_stays() {
+    let (lab, publisher) = published();
+    let old = publisher.current().unwrap();
+    lab.put("daily.cud", &container("daily", 8, 10));
+    lab.put("b.ndb", &list(11));
+    lab.put("a.ndb", b"");
+    check(
+        &publisher,
+        "1.2 a.ndb b.ndb daily.cud=8 | a.ndb: a.ndb is empty, and clamd loads no set with it",
+    );
+    let new = publisher.current().unwrap();
+    let of = |manifest: &Manifest, name: &str| manifest.file(&name.parse().unwrap()).cloned();
+    assert_eq!(
+        of(&new, "a.ndb"),
+        of(&old, "a.ndb"),
+        "also when it was captured"
+    );
+    let captured = |name: &str| of(&new, name).unwrap().captured;
+    assert!(captured("a.ndb") < captured("b.ndb"));
+    let hold = publisher.holds().into_values().next().unwrap();
+    assert_eq!(hold.held.carries.unwrap().captured, captured("a.ndb"));
+
+    // A unit that was never published is left out.
+    lab.put("c.hdb", b"");
+    lab.put("b.ndb", &list(12));
+    check(&publisher, "1.3 a.ndb b.ndb daily.cud=8 | a.ndb: ");
+    assert_eq!(publisher.holds().len(), 2);
+    let since = hold.since;
+    drop(publisher);
+    let publisher = lab.publisher("state");
+    publish(&publisher);
+    let holds = publisher.holds();
+    assert!(
+        holds.values().any(|hold| hold.since == since),
+        "a restart keeps the date"
+    );
+    lab.put("a.ndb", &list(12));
+    lab.remove("c.hdb");
+    check(&publisher, "1.4 a.ndb b.ndb daily.cud=8");
+}
+
+#[test]
+fn a_bad_unit_can_refuse_everything() {
+    let (mut lab, publisher) = published();
+    drop(publisher);
+    lab.settings.mirror.on_bad_unit = OnBadUnit::Refuse;
+    let publisher = lab.publisher("state");
+    lab.put("daily.cud", &container("daily", 8, 10));
+    lab.put("b.ndb", &list(1));
+    check(&publisher, "held: b.ndb shrank from ");
+    assert_eq!(publisher.refusal().unwrap().kind, RefusalKind::Held);
+    lab.put("a.ndb", b"");
+    check(&publisher, "refused: a.ndb is empty");
+    assert_eq!(publisher.current().unwrap().generation, Generation::FIRST);
+}
+
+#[test]
+fn an_operator_accepts_single_units_and_never_a_broken_one() {
+    let (lab, publisher) = published();
+    lab.put("a.ndb", &list(1));
+    lab.put("b.ndb", &list(1));
+    lab.put("c.ndb", b"");
+    assert!(publish(&publisher).starts_with("unchanged | a.ndb: a.ndb shrank"));
+    let accepted = accept_units(&publisher, &["b.ndb"]);
+    assert!(
+        accepted.starts_with(
+            "1.2 a.ndb b.ndb daily.cud=7 in spite of: b.ndb shrank from 300 to 30 bytes | a.ndb: "
+        ),
+        "{accepted}"
+    );
+    let accepted = accept(&publisher);
+    assert!(
+        accepted.contains("1.3 ")
+            && accepted.ends_with("| c.ndb: c.ndb is empty, and clamd loads no set with it"),
+        "{accepted}"
+    );
+    let slip = Accept {
+        reason: "x".to_owned(),
+        units: vec!["d.ndb".to_owned()],
+    };
+    let request = Request {
+        accept: Some(slip),
+        ..Request::default()
+    };
+    let stop = CancellationToken::new();
+    let error = publisher.publish(&request, "tester", Timestamp::now(), &stop);
+    assert!(matches!(error, Err(PublishError::NoSuchUnit { name }) if name == "d.ndb"));
+}
+
+#[test]
+fn joined_files_are_published_or_held_together() {
+    let (mut lab, publisher) = published();
+    drop(publisher);
+    let files = ["a.ndb", "a.ign2"].map(|name| name.parse().unwrap());
+    lab.settings.mirror.units = Units::joining([("a".to_owned(), files.to_vec())]).unwrap();
+    let publisher = lab.publisher("state");
+    lab.put("a.ign2", b"Lab.List-1\n");
+    check(&publisher, "1.2 a.ign2 a.ndb b.ndb daily.cud=7");
+    lab.put("a.ign2", b"Lab.List-1\nLab.List-2\n");
+    lab.put("a.ndb", b"");
+    check(&publisher, "unchanged | a: a.ndb is empty");
+    lab.remove("a.ndb");
+    check(&publisher, "1.3 a.ign2 b.ndb daily.cud=7"); // a loose file may go
+}
+
+#[test]
+fn units_that_were_new_in_a_rejected_generation_stay_held_until_they_change() {
+    let (lab, publisher) = published();
+    lab.put("daily.cud", &container("daily", 8, 10));
+    lab.put("a.ndb", &list(11));
+    publish(&publisher);
+    let bad = publisher.current().unwrap();
+    lab.reject(&bad, &["daily.cud", "a.ndb"], &[]);
+    let [to, of] = [0, 1].map(|index| publisher.store().manifests()[index].position());
+    publisher
+        .roll_back(Rollback { to, of }, Timestamp::now())
+        .unwrap();
+
+    let why = "was new in generation 1.2, which was halted";
+    let held = format!("unchanged | a.ndb: a.ndb {why} | official: daily.cud {why}");
+    assert_eq!(publish(&publisher), held);
+    // A change of one list brings back neither of them.
+    lab.put("b.ndb", &list(11));
+    let found = publish(&publisher);
+    assert!(
+        found.starts_with("1.4 a.ndb b.ndb daily.cud=7 | a.ndb: ")
+            && found.contains("| official: "),
+        "{found}"
+    );
+    let current = publisher.current().unwrap();
+    let before = publisher.store().manifests()[0].clone();
+    let a: clamcast_proto::DatabaseName = "a.ndb".parse().unwrap();
+    assert_eq!(current.file(&a), before.file(&a));
+    // A change of their own does, and so does an operator's word.
+    lab.put("daily.cud", &container("daily", 9, 10));
+    check(
+        &publisher,
+        &format!("1.5 a.ndb b.ndb daily.cud=9 | a.ndb: a.ndb {why}"),
+    );
+    let accepted = accept_units(&publisher, &["a.ndb"]);
+    assert_eq!(
+        accepted,
+        format!("1.6 a.ndb b.ndb daily.cud=9 in spite of: a.ndb {why}")
+    );
+    check(&publisher, "unchanged");
+    lab.put("b.ndb", &list(12));
+    check(&publisher, "1.7 a.ndb b.ndb daily.cud=9");
+}
+
+#[test]
+fn of_a_rejected_generation_only_what_clamscan_blamed_stays_held() {
+    let (lab, publisher) = published();
+    lab.put("daily.cud", &container("daily", 8, 10));
+    lab.put("a.ndb", &list(11));
+    publish(&publisher);
+    let bad = publisher.current().unwrap();
+    lab.reject(&bad, &["daily.cud", "a.ndb"], &["a.ndb"]);
+    check(
+        &publisher,
+        "1.3 a.ndb b.ndb daily.cud=8 | a.ndb: a.ndb was new in generation 1.2, which was halted",
+    );
+}
+
+#[test]
+fn a_halted_generation_that_nobody_rolled_back_is_not_replaced_by_what_was_before() {
+    let (lab, publisher) = published();
+    lab.put("daily.cud", &container("daily", 8, 10));
+    publish(&publisher);
+    lab.reject(&publisher.current().unwrap(), &["daily.cud"], &[]);
+    check(
+        &publisher,
+        "unchanged | official: daily.cud was new in generation 1.2",
+    );
+    assert_eq!(publisher.store().manifests().len(), 2);
+}
+
+#[test]
+fn a_held_unit_that_a_restored_master_does_not_have_is_published_in_its_own_version() {
+    let (lab, publisher) = published();
+    let mut theirs = (*elsewhere(&lab, "lost", 57)).clone();
+    let ours = publisher.current().unwrap();
+    let other = |file: &ManifestFile| ManifestFile {
+        sha256: Digest::of(file.name.as_str().as_bytes()),
+        ..file.clone()
+    };
+    theirs.files = ours.files.iter().map(other).collect();
+    theirs.content = content_digest(theirs.files.iter().map(|f| (&f.name, f.size, &f.sha256)));
+    let theirs = sign(theirs, &key(MANIFEST));
+    publisher.adopt(theirs.envelope()).unwrap();
+    lab.put("a.ndb", b"");
+    let found = publish(&publisher);
+    assert!(
+        found.starts_with("1.58 a.ndb b.ndb daily.cud=7 | a.ndb: "),
+        "{found}"
+    );
+}
+
+#[test]
+fn a_preview_changes_nothing() {
+    let (lab, publisher) = published();
+    lab.put("daily.cud", &container("daily", 8, 10));
+    lab.put("a.ndb", b"");
+    lab.put("c.ndb", &list(3));
+    lab.remove("b.ndb");
+    let stop = CancellationToken::new();
+    let preview = publisher.preview(&Request::default(), Timestamp::now(), &stop);
+    let plan = preview.unwrap().plan.unwrap();
+    let units: Vec<_> = plan
+        .units()
+        .map(|(unit, state)| format!("{unit} {state:?}"))
+        .collect();
+    assert!(units[0].starts_with("a.ndb Held"));
+    assert_eq!(
+        units[1..],
+        [
+            "b.ndb Removed",
+            "c.ndb Changed { is_new: true }",
+            "official Changed { is_new: false }"
+        ]
+    );
+    assert!(publisher.holds().is_empty());
+    assert_eq!(publisher.store().manifests().len(), 1);
+    let objects = fs::read_dir(lab.root.path().join("state/objects")).unwrap();
+    assert_eq!(objects.count(), 2, "a.ndb and b.ndb are one");
+}
+
+#[test]
+fn more_files_than_a_generation_carries_are_held() {
+    let (lab, publisher) = published();
+    let mut plan = Plan::new(Default::default());
+    let base = publisher.current().unwrap();
+    for (number, unit) in ["official", "a", "b", "c"].into_iter().enumerate() {
+        let mut file = base.files[0].clone();
+        file.name = format!("x{number}.ndb").parse().unwrap();
+        plan.take(UnitName::new(unit), vec![file]);
+    }
+    plan.fit(3, |_| 1, "files");
+    let held: Vec<_> = plan.held().map(|(unit, _)| unit.as_str()).collect();
+    assert_eq!(held, ["c"]);
+    drop(lab);
 }
