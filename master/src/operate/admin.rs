@@ -7,7 +7,7 @@ mod waits;
 
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clamcast_daemon::admin::{AdminError, Finish, Listener, Session};
 use clamcast_daemon::alarms::Alarms;
@@ -23,15 +23,17 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Groups;
+use crate::config::units::Units;
 use crate::fleet::force::{Meant, Selection};
 use crate::fleet::hub::{Hub, Stopping, View};
 use crate::fleet::rollout::PINS_MAX;
 use crate::link::rejections::Rejections;
-use crate::operate::api::{AuditPiece, Request, Wait};
+use crate::operate::api::{AuditPiece, HeldUnit, Request, Wait};
 use crate::operate::preflight::Running;
 use crate::operate::report;
-use crate::publish::mirror::activity::Activity;
+use crate::publish::mirror::activity::{Activity, MirrorWaits};
 use crate::publish::pipeline::Pipeline;
+use crate::publish::publisher::{self, Accept, Hold};
 use crate::record::events::Filter;
 use crate::record::recorder::Recorder;
 use crate::store::{RECORD_BYTES_MAX, Store};
@@ -81,6 +83,8 @@ pub struct Commands {
     pub store: Arc<Store>,
     /// Groups of the configuration.
     pub groups: Groups,
+    /// Which files of the mirror belong together.
+    pub units: Units,
     /// Says whether the log can be written.
     pub recorder: Recorder,
     /// The audit log's directory.
@@ -182,7 +186,10 @@ impl Commands {
         let _waits = self.waits.begin(&request, &session.operator);
         let finish = match request {
             // Nothing that changes anything begins when the end has begun.
-            Request::Publish { .. } | Request::ForceSync(_) | Request::Rollout { .. }
+            Request::Publish { .. }
+            | Request::Preview { .. }
+            | Request::ForceSync(_)
+            | Request::Rollout { .. }
                 if self.stop.is_cancelled() =>
             {
                 stopping(Stopping)
@@ -190,8 +197,21 @@ impl Commands {
             Request::Publish {
                 wait,
                 accept,
+                units,
                 supersede,
-            } => self.publish(&mut session, wait, accept, supersede).await?,
+            } => {
+                let accept = accept.map(|reason| Accept { reason, units });
+                let request = publisher::Request {
+                    accept,
+                    supersede,
+                    is_operators: true,
+                };
+                self.publish(&mut session, wait, request).await?
+            }
+            Request::Preview { accept, units } => {
+                let accept = accept.map(|reason| Accept { reason, units });
+                self.preview(accept).await
+            }
             Request::Status => self.status().await.unwrap_or_else(stopping),
             Request::Agents => self
                 .hub
@@ -256,16 +276,13 @@ impl Commands {
         let view = self.hub.view().await?;
         let now = Timestamp::now();
         let disk = self.recorder.alarms();
-        let mirror = self.activity.waiting().map(|wait| Wait {
-            name: "mirror".to_owned(),
-            text: wait.reason,
-            since: wait.since,
-            until: Some(wait.until),
-        });
+        let mirror = mirror_waits(self.activity.waiting(Instant::now()));
         let master = report::Master {
             fleet: self.fleet.clone(),
             daemon: self.daemon.clone(),
             refused: self.pipeline.refusal(),
+            held: self.held(|hold| !hold.is_passing(now)),
+            skipped: self.pipeline.skipped(),
             alarms: disk.into_iter().chain(self.alarms.all(now)).collect(),
             waits: mirror.into_iter().chain(self.waits.all()).collect(),
             age_alarm: self.age_alarm,
@@ -275,6 +292,23 @@ impl Commands {
         let complete = complete.as_ref().map(|manifest| &***manifest);
         let status = report::status(master, &view, complete, now);
         Ok(Finish::done(status))
+    }
+
+    /// The units that are held and that `is_shown`.
+    fn held(&self, is_shown: impl Fn(&Hold) -> bool) -> Vec<HeldUnit> {
+        let held = self.pipeline.holds().into_iter();
+        let held = held.filter(|(_, hold)| is_shown(hold));
+        let mut held: Vec<_> = held
+            .map(|(unit, hold)| HeldUnit {
+                reason: hold.held.cause.text,
+                remedy: hold.held.cause.kind.remedy(&unit),
+                since: hold.since,
+                carries: hold.held.carries,
+                unit,
+            })
+            .collect();
+        held.sort_by_key(|it: &HeldUnit| !it.unit.is_official()); // it matters most
+        held
     }
 
     async fn generations(&self) -> Result<Finish, Stopping> {
@@ -382,4 +416,24 @@ impl Commands {
         }
         text
     }
+}
+
+/// The waits for the mirror, the longest first. The last one counts those that are left out.
+fn mirror_waits(mirror: MirrorWaits) -> Vec<Wait> {
+    let wait = |text, since, until| Wait {
+        name: "mirror".to_owned(),
+        text,
+        since,
+        until,
+    };
+    let last = mirror.waits.last().map(|it| it.since);
+    let shown = mirror.waits.into_iter();
+    let mut waits: Vec<_> = shown
+        .map(|it| wait(it.reason, it.since, Some(it.until)))
+        .collect();
+    if let Some(since) = last.filter(|_| mirror.more > 0) {
+        let text = format!("{} more units of the mirror wait", mirror.more);
+        waits.push(wait(text, since, None));
+    }
+    waits
 }

@@ -17,6 +17,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::Value;
 
 use crate::config::Wave;
+use crate::config::units::UnitName;
 pub use crate::fleet::agents::{Counts, ThinVersion};
 pub use crate::fleet::rollout::{Awaited, Tally};
 
@@ -24,6 +25,8 @@ use crate::fleet::agents::Row;
 use crate::fleet::force::{End, Meant, Selection};
 use crate::fleet::rollout::{Ending, Held, Pause, SetAside, Withheld};
 use crate::operate::preflight::Running;
+use crate::publish::plan::Carried;
+pub use crate::publish::plan::Skipped;
 use crate::publish::publisher::Refusal;
 use crate::record::events::Filter;
 
@@ -35,10 +38,20 @@ pub enum Request {
     Publish {
         /// Return only when the connected agents have settled.
         wait: bool,
-        /// The operator's reason to publish also a held capture.
+        /// The operator's reason to publish also held units.
         accept: Option<String>,
+        /// The units that the reason is about; none: all.
+        #[serde(default)]
+        units: Vec<String>,
         /// Replace the generation on its way.
         supersede: bool,
+    },
+    /// Report what `publish` would do. Answer: [`Preview`].
+    Preview {
+        /// The operator's reason to publish also held units.
+        accept: Option<String>,
+        /// The units that the reason is about; none: all.
+        units: Vec<String>,
     },
     /// Answer: [`Status`].
     Status,
@@ -118,6 +131,7 @@ impl Request {
     pub fn word(&self) -> &'static str {
         match self {
             Self::Publish { .. } => "publish",
+            Self::Preview { .. } => "publish --dry-run",
             Self::Status => "status",
             Self::Agents => "agents",
             Self::Generations => "generations",
@@ -135,7 +149,8 @@ impl Request {
                 reason.as_deref()
             }
             Self::ForceSync(request) => request.accept.as_deref(),
-            Self::Status
+            Self::Preview { .. }
+            | Self::Status
             | Self::Agents
             | Self::Generations
             | Self::RolloutStatus { .. }
@@ -242,6 +257,9 @@ pub struct Publication {
     /// Why the capture is held or refused.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
+    /// The units that are held.
+    #[serde(default)]
+    pub held: Vec<HeldUnit>,
     /// After `--wait`: the agents by state.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub agents: Option<Counts>,
@@ -264,6 +282,84 @@ pub enum PublicationOutcome {
     Held,
     /// It cannot be published.
     Refused,
+}
+
+/// A unit that is held.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub struct HeldUnit {
+    /// Its name.
+    pub unit: UnitName,
+    /// Why.
+    pub reason: String,
+    /// What to do.
+    pub remedy: String,
+    /// Since when.
+    pub since: Timestamp,
+    /// What is published in its place; absent if nothing is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub carries: Option<Carried>,
+}
+
+/// The answer to `publish --dry-run`.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub struct Preview {
+    /// What `publish` would come to.
+    pub outcome: PublicationOutcome,
+    /// Why nothing would be published.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// The units of the mirror and of the fleet, by name.
+    pub units: Vec<PreviewUnit>,
+    /// Files of the mirror that no generation carries.
+    pub skipped: Vec<Skipped>,
+    /// What the operator's reason would overrule.
+    pub accepted: Vec<String>,
+}
+
+/// What `publish` would do with a unit.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub struct PreviewUnit {
+    /// Its name.
+    pub unit: UnitName,
+    /// What would be done.
+    pub state: UnitState,
+    /// Its files in the generation.
+    pub files: Vec<DatabaseName>,
+    /// Why it would be held.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// What to do about that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub remedy: Option<String>,
+}
+
+/// What a generation has of a unit.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum UnitState {
+    /// It is published for the first time.
+    New,
+    /// It has changed.
+    Changed,
+    /// It is published already.
+    Unchanged,
+    /// It is gone from the mirror.
+    Removed,
+    /// The published version stays.
+    Held,
+}
+
+impl UnitState {
+    /// As it stands in JSON and in tables.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::New => "new",
+            Self::Changed => "changed",
+            Self::Unchanged => "unchanged",
+            Self::Removed => "removed",
+            Self::Held => "held",
+        }
+    }
 }
 
 /// How far the fleet is, while a command waits.
@@ -300,6 +396,12 @@ pub struct Status {
     /// Why the mirror's databases are not published.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub refused: Option<Refusal>,
+    /// The units that are held.
+    #[serde(default)]
+    pub held: Vec<HeldUnit>,
+    /// Files of the mirror that clamd would load and that no generation carries.
+    #[serde(default)]
+    pub skipped: Vec<Skipped>,
     /// The alarms about the master itself, in one line.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub alarm: Option<String>,

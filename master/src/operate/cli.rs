@@ -76,10 +76,13 @@ pub(crate) enum Command {
         /// Return when every connected agent has settled; exit 1 if one failed
         #[arg(long)]
         wait: bool,
-        /// Publish also what is held for an operator (a database that shrank); the reason goes into
-        /// the audit log
-        #[arg(long, value_name = "REASON", value_parser = reason)]
-        accept: Option<String>,
+        /// Publish also units that are held because they shrank, are older, were withdrawn or
+        /// rejected, or are still being written: these, or all. The reason goes into the audit log
+        #[arg(long, value_names = ["REASON", "UNIT"], num_args = 1.., value_parser = reason)]
+        accept: Vec<String>,
+        /// Show which units would be published or held, and why, and publish nothing
+        #[arg(long, conflicts_with_all = ["wait", "supersede"])]
+        dry_run: bool,
         /// Let it, or the one that waits, take the place of the generation that is on its way, which
         /// otherwise goes first
         #[arg(long)]

@@ -41,13 +41,21 @@ fn run(cli: Cli, serve: impl FnOnce(&Path, u8) -> Result<(), Exit>) -> Result<()
         Command::Publish {
             wait,
             accept,
+            dry_run,
             supersede,
             json,
         } => {
+            let mut accept = accept.into_iter();
+            let (accept, units) = (accept.next(), accept.collect());
+            if dry_run {
+                let finish = ask(socket, &Request::Preview { accept, units })?;
+                return show::end(finish, json, show::preview);
+            }
             let progress = show::Progress::new(wait && !json);
             let request = Request::Publish {
                 wait,
                 accept,
+                units,
                 supersede,
             };
             let finish = call(socket, &request, |value| progress.show(value))?;

@@ -51,13 +51,14 @@ pub(crate) const PUBLISH: &str = "\
 Exit codes:
   0  published, or what the mirror holds is published already
   1  with --wait: an agent did not take it; the output names it and says why
-  4  held for an operator or refused; the output says why, and the last good generation stays
+  4  nothing new was published, because all of it is held or refused; the output says why
   5  failed: the mirror changes all the time, disk
 
 Examples:
   clamcast-master publish
   clamcast-master publish --wait
-  clamcast-master publish --accept 'main was cut by Talos, ticket 4711'";
+  clamcast-master publish --dry-run
+  clamcast-master publish --accept 'main was cut by Talos, ticket 4711' official";
 
 pub(crate) const ROLLOUT: &str = "\
 A wave is settled when all of its connected members have answered, or at its deadline; in both cases half \

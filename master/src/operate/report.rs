@@ -13,8 +13,8 @@ use clamcast_proto::{AgentName, FleetName, Position};
 use jiff::{SignedDuration, Timestamp};
 
 use super::api::{
-    self, Alarm, Current, Expiry, Failed, Generation, GenerationState, GoingBack, Host, Lagging,
-    Owed, Pin, RolloutState, Signatures, Status, Wait, Weighing,
+    self, Alarm, Current, Expiry, Failed, Generation, GenerationState, GoingBack, HeldUnit, Host,
+    Lagging, Owed, Pin, RolloutState, Signatures, Skipped, Status, Wait, Weighing,
 };
 use crate::fleet::agents::{AWAY, Row};
 use crate::fleet::hub::View;
@@ -36,6 +36,10 @@ pub(super) struct Master {
     pub daemon: Running,
     /// Why the mirror's databases are not published.
     pub refused: Option<Refusal>,
+    /// The units that are held.
+    pub held: Vec<HeldUnit>,
+    /// Files of the mirror that no generation carries.
+    pub skipped: Vec<Skipped>,
     /// Alarms about the master itself.
     pub alarms: Vec<Alarm>,
     /// What commands and the mirror wait for.
@@ -58,18 +62,13 @@ pub(super) fn status(
         published: manifest.into(),
         signatures: signatures(manifest, master.age_alarm, now),
     });
+    let ages = ages(current.as_ref(), &master, now);
     let own: Vec<_> = lost_alarm(&view.rollout)
         .into_iter()
         .chain(master.alarms)
         .collect();
     let alarm = own.iter().map(|alarm| &*alarm.text).collect::<Vec<_>>();
     let alarm = (!alarm.is_empty()).then(|| alarm.join("; "));
-    let ages = ages(
-        current.as_ref(),
-        master.refused.as_ref(),
-        master.age_alarm,
-        now,
-    );
     let waits: Vec<_> = waits(view, now).into_iter().chain(master.waits).collect();
     let restless = restless(&waits, now);
     let alarms = own
@@ -108,6 +107,8 @@ pub(super) fn status(
         current,
         daemon: master.daemon,
         refused: master.refused,
+        held: master.held,
+        skipped: master.skipped,
         alarm,
         alarms: alarms.collect(),
         waits,
@@ -156,12 +157,9 @@ fn hours(duration: Duration) -> String {
 }
 
 /// Alarms about signatures and holds that are too old.
-fn ages(
-    current: Option<&Current>,
-    refused: Option<&Refusal>,
-    age_alarm: Duration,
-    now: Timestamp,
-) -> Vec<Alarm> {
+fn ages(current: Option<&Current>, master: &Master, now: Timestamp) -> Vec<Alarm> {
+    let age_alarm = master.age_alarm;
+    let refused = master.refused.as_ref();
     let from = |since: Timestamp| since.saturating_add(span(age_alarm)).unwrap_or(since);
     let signatures = current.and_then(|current| current.signatures.as_ref());
     let old = signatures.and_then(|it| {
@@ -184,7 +182,20 @@ fn ages(
         text: format!("nothing was published for {}: {it}", hours(age_alarm)),
         since: from(it.since),
     });
-    old.into_iter().chain(held).collect()
+    let units = master.held.iter();
+    let units = units.filter(|it| now.duration_since(it.since) > span(age_alarm));
+    let units = units.take(NAMED_MAX).map(|it| Alarm {
+        name: "held".to_owned(),
+        text: format!(
+            "{} is held for more than {}: {}; {}",
+            it.unit,
+            hours(age_alarm),
+            it.reason,
+            it.remedy
+        ),
+        since: from(it.since),
+    });
+    old.into_iter().chain(held).chain(units).collect()
 }
 
 /// An alarm about hosts that follow another master.
@@ -258,7 +269,7 @@ fn restless(waits: &[Wait], now: Timestamp) -> Option<Alarm> {
     Some(Alarm {
         name: "mirror-busy".to_owned(),
         text: format!(
-            "nothing can be captured since {:.0}: {}; stop the program that changes it",
+            "the mirror has not been quiet since {:.0}: {}; stop the program that changes it",
             mirror.since, mirror.text
         ),
         since: over,

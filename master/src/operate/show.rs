@@ -18,8 +18,8 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use super::api::{
-    self, Alarm, Counts, Current, Expiry, Generation, Publication, PublicationOutcome, Published,
-    Signatures, Status,
+    self, Alarm, Counts, Current, Expiry, Generation, HeldUnit, Preview, Publication,
+    PublicationOutcome, Published, Signatures, Status, UnitState,
 };
 use crate::fleet::agents::Row;
 
@@ -83,20 +83,93 @@ pub(crate) fn published(result: Publication) {
         match result.outcome {
             PublicationOutcome::New => say!("published {position}"),
             PublicationOutcome::Begun => say!("{position} waits no longer"),
-            PublicationOutcome::Unchanged => {
+            PublicationOutcome::Unchanged if result.held.is_empty() => {
                 say!("unchanged: {position} is what the mirror holds");
             }
+            PublicationOutcome::Unchanged => say!("unchanged: {position}"),
             PublicationOutcome::Held | PublicationOutcome::Refused => {
                 say!("current is still {position}");
             }
         }
+    }
+    for unit in result.held.iter().take(NAMED_MAX) {
+        say!("{}", held(unit, Timestamp::now()));
+    }
+    if let Some(more) = result.held.len().checked_sub(NAMED_MAX + 1) {
+        say!(
+            "and {} more units are held; `status --json` has them all",
+            more + 1
+        );
     }
     if let Some(agents) = result.agents {
         say!("{}", counts(&agents));
     }
 }
 
-/// Agents that `status` names; `agents` has them all.
+pub(crate) fn preview(preview: Preview) {
+    let would = match preview.outcome {
+        PublicationOutcome::New | PublicationOutcome::Begun => "would be published".to_owned(),
+        PublicationOutcome::Unchanged => "unchanged: nothing would be published".to_owned(),
+        PublicationOutcome::Held => "would be held".to_owned(),
+        PublicationOutcome::Refused => "would be refused".to_owned(),
+    };
+    match &preview.reason {
+        Some(reason) => say!("{would}: {}", printable(reason)),
+        None => say!("{would}"),
+    }
+    let mut table = Table::with_width(["UNIT", "STATE", "FILES", "WHY"], terminal_width());
+    let mut unchanged = 0;
+    for unit in &preview.units {
+        if unit.state == UnitState::Unchanged {
+            unchanged += 1;
+            continue;
+        }
+        let why = unit.reason.as_deref().map(|reason| match &unit.remedy {
+            Some(remedy) => format!("{reason}; {remedy}"),
+            None => reason.to_owned(),
+        });
+        let files: Vec<_> = unit.files.iter().map(DatabaseName::as_str).collect();
+        table.row([
+            unit.unit.as_str(),
+            unit.state.word(),
+            or_dash((!files.is_empty()).then(|| files.join(" ")).as_deref()),
+            or_dash(why.as_deref()),
+        ]);
+    }
+    if unchanged < preview.units.len() {
+        say!("{table}");
+    }
+    if unchanged > 0 {
+        say!("{unchanged} more units are unchanged");
+    }
+    for skipped in &preview.skipped {
+        say!("skipped: {}", printable(&skipped.to_string()));
+    }
+    for accepted in &preview.accepted {
+        say!("accepted: {}", printable(accepted));
+    }
+}
+
+/// A line about a held unit.
+fn held(unit: &HeldUnit, now: Timestamp) -> String {
+    let HeldUnit {
+        unit,
+        reason,
+        remedy,
+        since,
+        carries,
+    } = unit;
+    let carries = match carries {
+        Some(carried) => format!("the fleet keeps {carried}"),
+        None => "nothing is published in its place".to_owned(),
+    };
+    let since = ago(*since, now);
+    printable(&format!(
+        "held: {unit}: {reason} (since {since}; {carries}); {remedy}"
+    ))
+}
+
+/// Agents and units that `status` names; `agents` has them all.
 const NAMED_MAX: usize = 20;
 
 pub(crate) fn status(status: Status) {
@@ -131,6 +204,24 @@ fn status_lines(status: &Status, now: Timestamp, width: Option<usize>) -> Vec<St
     lines.field("agents", &counts(&status.agents));
     if let Some(refused) = &status.refused {
         lines.alarm(&refused.to_string());
+    }
+    for unit in status.held.iter().take(NAMED_MAX) {
+        lines.alarm(&held(unit, now));
+    }
+    if let Some(more) = status.held.len().checked_sub(NAMED_MAX + 1) {
+        lines.alarm(&format!(
+            "and {} more units are held; `--json` has them all",
+            more + 1
+        ));
+    }
+    for skipped in status.skipped.iter().take(NAMED_MAX) {
+        lines.field("skipped", &printable(&skipped.to_string()));
+    }
+    if let Some(more) = status.skipped.len().checked_sub(NAMED_MAX + 1) {
+        lines.field(
+            "skipped",
+            &format!("{} more; `--json` has them all", more + 1),
+        );
     }
     for Alarm { name, text, since } in &status.alarms {
         // The rollout's lines say the same of these, with the hosts.

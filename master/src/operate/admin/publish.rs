@@ -8,13 +8,20 @@ use tokio::time::sleep;
 
 use super::rollout::Undone;
 use super::{CHANGES_SETTLE, Commands, LOOK};
+use crate::config::units::UnitName;
 use crate::fleet::agents::Row;
 use crate::fleet::dispatch::Order;
 use crate::fleet::hub::{Stopping, View};
 use crate::fleet::rollout::{Order as RolloutOrder, OrderError};
-use crate::operate::api::{Progress, Publication, PublicationOutcome};
+use crate::operate::api::{
+    HeldUnit, Preview, PreviewUnit, Progress, Publication, PublicationOutcome, UnitState,
+};
 use crate::operate::report;
-use crate::publish::publisher::{PublishError, Published, Refusal, RefusalKind, Request};
+use crate::publish::plan::{Plan, State};
+use crate::publish::publisher::{Accept, PublishError, Published, Refusal, RefusalKind, Request};
+
+/// Held units that a message names; the answer has all.
+const NAMED_MAX: usize = 3;
 
 impl Commands {
     /// Captures the mirror and publishes it, and waits for the fleet if `wait` says so.
@@ -22,8 +29,7 @@ impl Commands {
         &self,
         session: &mut Session,
         wait: bool,
-        accept: Option<String>,
-        supersede: bool,
+        request: Request,
     ) -> Result<Finish, AdminError> {
         if let Err(finish) = self.can_write() {
             return Ok(finish);
@@ -33,17 +39,23 @@ impl Commands {
             operator = actor,
             login_uid = session.operator.login_uid,
             wait,
-            accept,
-            supersede,
+            accept = request.accept.as_ref().map(|accept| &*accept.reason),
+            units = ?request.accept.as_ref().map(|accept| &accept.units),
+            supersede = request.supersede,
             "publish"
         );
-        let published = match self
-            .pipeline
-            .publish(Request { accept, supersede }, &actor)
-            .await
-        {
+        let supersede = request.supersede;
+        let named = request
+            .accept
+            .as_ref()
+            .map_or(Vec::new(), |it| it.units.clone());
+        let wants = |unit: &UnitName| named.iter().any(|name| self.units.named(name) == *unit);
+        let published = match self.pipeline.publish(request, &actor).await {
             Ok(published) => published,
             Err(PublishError::Stopping) => return Ok(self.life.ending().finish()),
+            Err(error) if error.is_usage() => {
+                return Ok(Finish::because(exit::USAGE, error));
+            }
             Err(error) => {
                 return Ok(Finish::because(exit::FAILED, crate::chain(&error)));
             }
@@ -72,9 +84,28 @@ impl Commands {
             outcome,
             generation: newest.map(|manifest| (&**manifest).into()),
             reason: None,
+            held: self.held(|_| true),
             agents: None,
             failed: None,
         };
+        let is_wanted =
+            |it: &&HeldUnit| outcome == PublicationOutcome::Unchanged || wants(&it.unit);
+        let missed: Vec<_> = result.held.iter().filter(is_wanted).collect();
+        if !missed.is_empty() {
+            let named = missed.iter().take(NAMED_MAX);
+            let named: Vec<_> = named
+                .map(|it| format!("{}: {}", it.unit, it.reason))
+                .collect();
+            let mut message = format!("not published: {}", named.join("; "));
+            if let Some(more) = missed.len().checked_sub(NAMED_MAX + 1) {
+                message += &format!("; and {} more units", more + 1);
+            }
+            return Ok(Finish {
+                exit: exit::REFUSED,
+                message: Some(message),
+                ..Finish::done(result)
+            });
+        }
         if !wait {
             return Ok(Finish::done(result));
         }
@@ -115,6 +146,52 @@ impl Commands {
         }
     }
 
+    /// Reports what `publish` would do.
+    pub(super) async fn preview(&self, accept: Option<Accept>) -> Finish {
+        let request = Request {
+            accept,
+            supersede: false,
+            is_operators: true,
+        };
+        let preview = match self.pipeline.preview(request).await {
+            Ok(preview) => preview,
+            Err(PublishError::Stopping) => return self.life.ending().finish(),
+            Err(error) if error.is_usage() => return Finish::because(exit::USAGE, error),
+            Err(error) => return Finish::because(exit::FAILED, crate::chain(&error)),
+        };
+        let outcome = match &preview.obstacle {
+            Some((RefusalKind::Held, _)) => PublicationOutcome::Held,
+            Some((RefusalKind::Refused, _)) => PublicationOutcome::Refused,
+            None if preview.is_published => PublicationOutcome::Unchanged,
+            None => PublicationOutcome::New,
+        };
+        let units = preview.plan.iter().flat_map(Plan::units);
+        let units = units.map(|(unit, state)| {
+            let files = preview.plan.iter().flat_map(|plan| plan.files_of(unit));
+            let cause = match state {
+                State::Held(held) => Some(&held.cause),
+                State::Unchanged | State::Changed { .. } | State::Removed => None,
+            };
+            PreviewUnit {
+                unit: unit.clone(),
+                state: UnitState::from(state),
+                files: files.map(|file| file.name.clone()).collect(),
+                reason: cause.map(|cause| cause.text.clone()),
+                remedy: cause.map(|cause| cause.kind.remedy(unit)),
+            }
+        });
+        Finish::done(Preview {
+            outcome,
+            reason: preview.obstacle.as_ref().map(|(_, reason)| reason.clone()),
+            units: units.collect(),
+            skipped: preview.skipped,
+            accepted: preview
+                .plan
+                .as_ref()
+                .map_or_else(Vec::new, |plan| plan.accepted.clone()),
+        })
+    }
+
     /// The answer to a `publish` whose capture is held or refused.
     async fn rejected(&self, refusal: Refusal) -> Finish {
         let Ok(view) = self.hub.view().await else {
@@ -141,9 +218,22 @@ impl Commands {
                 outcome,
                 generation: complete.map(|manifest| (&**manifest).into()),
                 reason: Some(refusal.reason),
+                held: self.held(|_| true),
                 agents: None,
                 failed: None,
             })
+        }
+    }
+}
+
+impl From<&State> for UnitState {
+    fn from(state: &State) -> Self {
+        match state {
+            State::Unchanged => Self::Unchanged,
+            State::Changed { is_new: true } => Self::New,
+            State::Changed { is_new: false } => Self::Changed,
+            State::Removed => Self::Removed,
+            State::Held(_) => Self::Held,
         }
     }
 }

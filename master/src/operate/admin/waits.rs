@@ -30,7 +30,7 @@ impl Waits {
             | Request::Generations
             | Request::AuditShow { .. }
             | Request::RolloutStatus { timeout: None } => return None,
-            Request::Publish { .. } | Request::Rollout { .. } => None,
+            Request::Publish { .. } | Request::Preview { .. } | Request::Rollout { .. } => None,
             Request::RolloutStatus { timeout } => *timeout,
         };
         Some(self.insert(request.word(), operator, timeout))

@@ -10,6 +10,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use super::*;
+use crate::config::units::UnitName;
 use crate::fleet::agents::{Counts, ThinVersion, Turn, tests::manifest};
 use crate::fleet::budget::Exceeded;
 use crate::fleet::force::{End, News};
@@ -263,6 +264,8 @@ fn master(refused: Option<Refusal>) -> Master {
             quic: "[::]:7310".parse().unwrap(),
             admin: "/run/clamcast/master.sock".into(),
         },
+        held: Vec::new(),
+        skipped: Vec::new(),
         refused,
         alarms: alarm.into_iter().collect(),
         waits: vec![],
@@ -285,12 +288,18 @@ fn status_with_alarms_and_hosts_that_lag() {
         since: at(90),
     };
     let manifest = generation_of(6);
-    let status = status(
-        master(Some(refused)),
-        &held_up(),
-        Some(&manifest),
-        at(86_400 * 2),
-    );
+    let held = HeldUnit {
+        unit: UnitName::new("feed.ndb"),
+        reason: "feed.ndb is empty".to_owned(),
+        remedy: "mend it".to_owned(),
+        since: at(80),
+        carries: None,
+    };
+    let master = Master {
+        held: vec![held],
+        ..master(Some(refused))
+    };
+    let status = status(master, &held_up(), Some(&manifest), at(86_400 * 2));
     check("status: alarms", status);
 }
 
@@ -325,6 +334,7 @@ fn publications() {
     let new = Publication {
         outcome: PublicationOutcome::New,
         generation: Some((&generation_of(7)).into()),
+        held: Vec::new(),
         reason: None,
         agents: None,
         failed: None,
