@@ -39,7 +39,7 @@ mod until;
 mod usage;
 
 pub use clamd::Clamd;
-pub use container::{Container, Dismantled, hash_signature, signatures};
+pub use container::{Container, Dismantled, certificates_in, hash_signature, signatures};
 pub use datagrams::{halfway, initials, send_from};
 pub use dns::NameServer;
 pub use fleet::{Agent, Daemon, Fleet, Master, program};

@@ -13,7 +13,8 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use clamcast_daemon::alarms::Alarms;
-use clamcast_master::publish::capture::{Capture, CaptureError, capture};
+use clamcast_master::config::units::{UnitName, Units};
+use clamcast_master::publish::capture::{Captured, Fault, Source, capture};
 use clamcast_master::publish::mirror::activity::Activity;
 use clamcast_master::publish::mirror::listing::Listing;
 use clamcast_master::publish::mirror::quiet::ABANDONED_AFTER;
@@ -22,8 +23,8 @@ use clamcast_proto::dsse::{PublicKey, sign};
 use clamcast_proto::keys::KeySet;
 use clamcast_proto::{Digest, Epoch};
 use clamcast_tests::lab::{
-    Container, Fleet, Master, Mirror, Mount, NameServer, PATIENCE, Part, Scratch, Strace, pace,
-    signatures, target, until,
+    Container, Fleet, Master, Mirror, Mount, NameServer, PATIENCE, Part, Scratch, Strace,
+    certificates_in, pace, signatures, target, until,
 };
 use clamcast_tests::{long, require};
 use ed25519_dalek::SigningKey;
@@ -44,6 +45,8 @@ struct Lab {
     mirror: PathBuf,
     store: Store,
     activity: Activity,
+    /// The two loose files of these tests are one unit.
+    units: Units,
     _disk: Option<Mount>,
     _scratch: Scratch,
 }
@@ -61,18 +64,54 @@ impl Lab {
             store: store(&scratch.join("disk/state"), &mirror),
             mirror,
             activity: Activity::default(),
+            units: {
+                let files = LOOSE.map(|name| name.parse().unwrap());
+                Units::joining([("loose".to_owned(), files.to_vec())]).unwrap()
+            },
             _disk: disk,
             _scratch: scratch,
         }
     }
 
-    /// Captures as the master does; `None` if the mirror did not rest.
-    fn capture(&self) -> Option<Capture> {
-        match capture(&self.mirror, &self.store, &self.activity) {
-            Ok(capture) => Some(capture),
-            Err(CaptureError::Changing | CaptureError::RunOpen { .. }) => None,
-            Err(error) => panic!("{error}"),
+    /// Captures as the master does; `None` if a unit of the mirror did not rest.
+    fn capture(&self) -> Option<Vec<Captured>> {
+        let units = self.capture_units(&self.mirror, &self.activity);
+        let mut files = Vec::new();
+        for (unit, captured) in units? {
+            match captured {
+                Ok(captured) => files.extend(captured),
+                Err(Fault::Changing | Fault::Waiting(_)) => return None,
+                Err(fault) => panic!("{unit}: {fault}"),
+            }
         }
+        files.sort_by(|a, b| a.name.cmp(&b.name));
+        Some(files)
+    }
+
+    /// Captures a mirror unit by unit; `None` if names came and went all the time.
+    fn capture_units(
+        &self,
+        mirror: &Path,
+        activity: &Activity,
+    ) -> Option<BTreeMap<UnitName, Result<Vec<Captured>, Fault>>> {
+        let source = Source {
+            path: mirror,
+            units: &self.units,
+            activity,
+            waits_for: &|_, _| false,
+            despite_runs: false,
+        };
+        let capture = capture(&source, &self.store).unwrap();
+        capture.is_whole.then_some(capture.units)
+    }
+
+    /// The names and digests of a mirror at rest.
+    fn files_of(&self, mirror: &Path, activity: &Activity) -> Vec<(String, Digest)> {
+        let units = self.capture_units(mirror, activity).unwrap().into_values();
+        let files = units.flat_map(Result::unwrap);
+        let mut files: Vec<_> = files.map(|it| (it.name.to_string(), it.sha256)).collect();
+        files.sort();
+        files
     }
 
     fn content(&self, digest: &Digest) -> Vec<u8> {
@@ -179,9 +218,8 @@ fn versions(content: &[u8]) -> impl Iterator<Item = u64> {
 /// A capture of files that are rewritten one after the other, from their beginning to their end: what
 /// is in them begins with blocks of one version and goes on with those of the one before.
 #[track_caller]
-fn assert_was_rewritten(lab: &Lab, capture: &Capture) {
+fn assert_was_rewritten(lab: &Lab, capture: &[Captured]) {
     let content: Vec<u8> = capture
-        .files
         .iter()
         .flat_map(|file| lab.content(&file.sha256))
         .collect();
@@ -364,7 +402,7 @@ fn rename_into_place(lasting: Duration) -> (u32, u32) {
         };
         let known = known.lock().unwrap();
         let found = OFFICIAL.map(|base| {
-            let mut files = capture.files.iter().filter(|it| it.name.base() == base);
+            let mut files = capture.iter().filter(|it| it.name.base() == base);
             let file = files.next().expect("it was there all the time");
             assert_eq!(files.next(), None, "one form of it");
             known[&file.sha256]
@@ -417,7 +455,7 @@ fn run_in(mirror: &Path) -> Option<String> {
 fn a_quarter_of_an_hour_later(mirror: &Path) -> Activity {
     let listing = Listing::of(mirror, SystemTime::now() + ABANDONED_AFTER).unwrap();
     let activity = Activity::default();
-    activity.look(&listing.runs, Instant::now());
+    activity.look(&listing, Instant::now());
     activity
 }
 
@@ -441,7 +479,7 @@ fn updating(mirror: &Mirror) -> Command {
 }
 
 #[test]
-fn a_freshclam_run_over_several_databases_is_published_once_when_it_is_over() {
+fn the_official_databases_of_a_freshclam_run_are_published_once_when_it_is_over() {
     require!(Freshclam, TestFiles);
     let fleet = Fleet::new();
     let mirror = Mirror::new();
@@ -454,16 +492,29 @@ fn a_freshclam_run_over_several_databases_is_published_once_when_it_is_over() {
     until(PATIENCE, "the run is waited for", || waiting(&master, &run));
     assert!(mirror.directory().join("test.cld").exists());
     let ordered = master.command(&["publish"]);
-    let said = String::from_utf8_lossy(&ordered.stderr).into_owned();
-    assert!(!ordered.status.success() && said.contains(&run), "{said}");
+    let said = String::from_utf8_lossy(&ordered.stdout).into_owned();
+    assert!(said.contains(&run), "{said}");
+    let has_official = |files: &[String]| files.iter().any(|name| name == "bytecode.cvd");
+    assert!(
+        published(&master)
+            .iter()
+            .all(|(_, files)| !has_official(files))
+    );
     drop(hold);
     assert!(freshclam.0.wait().unwrap().success());
-    master.wait_audit("published", 2);
-    let second = ["a.hsb", "b.hsb", "bytecode.cvd", "test.cld"].map(str::to_owned);
-    assert_eq!(
-        published(&master),
-        [(1, vec!["test.cvd".to_owned()]), (2, second.to_vec())]
-    );
+    let all = ["a.hsb", "b.hsb", "bytecode.cvd", "test.cld"].map(str::to_owned);
+    until(PATIENCE, "everything is published", || {
+        let last = published(&master).pop().unwrap().1;
+        if last == all {
+            Ok(())
+        } else {
+            Err(format!("{last:?}"))
+        }
+    });
+    let official = published(&master)
+        .into_iter()
+        .filter(|(_, files)| has_official(files));
+    assert_eq!(official.count(), 1);
 }
 
 #[test]
@@ -486,24 +537,34 @@ fn what_a_killed_freshclam_leaves_behind_is_named_and_blocks_for_a_quarter_of_an
     let left = until.duration_since(Timestamp::now());
     let quarter = SignedDuration::from_mins(14)..=SignedDuration::from_mins(15);
     assert!(quarter.contains(&left), "{wait}");
-    assert_eq!(published(&master).len(), 1);
+    let names = published(&master).into_iter().flat_map(|(_, files)| files);
+    assert!(
+        !names
+            .collect::<Vec<_>>()
+            .contains(&"bytecode.cvd".to_owned())
+    );
 
     let lab = Lab::new();
-    let now = capture(&directory, &lab.store, &lab.activity).unwrap_err();
-    assert!(now.to_string().contains(&run), "{now}");
+    let units = lab.capture_units(&directory, &lab.activity).unwrap();
+    let official = units[&UnitName::official()].as_ref().unwrap_err();
+    assert!(official.to_string().contains(&run), "{official}");
+    assert!(
+        units.values().filter(|it| it.is_ok()).count() == 2,
+        "{units:?}"
+    );
     let later = a_quarter_of_an_hour_later(&directory);
-    let captured = capture(&directory, &lab.store, &later).unwrap();
-    let files = captured.files.iter();
-    let files: Vec<_> = files.map(|it| (it.name.as_str(), it.sha256)).collect();
-    let on_disk = |name| (name, Digest::of(&fs::read(directory.join(name)).unwrap()));
+    let files = lab.files_of(&directory, &later);
+    let on_disk = |name: &str| {
+        let content = fs::read(directory.join(name)).unwrap();
+        (name.to_owned(), Digest::of(&content))
+    };
     assert_eq!(files, ["a.hsb", "bytecode.cvd", "test.cld"].map(on_disk));
 
     // The next freshclam leaves it, too, and does not make it younger.
     assert!(updating(&mirror).status().unwrap().success());
     assert_eq!(run_in(&directory), Some(run));
     let later = a_quarter_of_an_hour_later(&directory);
-    let captured = capture(&directory, &lab.store, &later);
-    assert_eq!(captured.unwrap().files.len(), 4);
+    assert_eq!(lab.files_of(&directory, &later).len(), 4);
 }
 
 #[test]
@@ -532,9 +593,8 @@ fn of_a_freshclam_that_is_killed_between_rename_and_unlink_the_newer_form_is_cap
 
     let lab = Lab::new();
     let later = a_quarter_of_an_hour_later(&directory);
-    let capture = capture(&directory, &lab.store, &later).unwrap();
-    let names: Vec<_> = capture.files.iter().map(|it| it.name.as_str()).collect();
-    assert_eq!(names, ["test.cld"]);
+    let names = lab.files_of(&directory, &later).into_iter();
+    assert_eq!(names.map(|it| it.0).collect::<Vec<_>>(), ["test.cld"]);
 }
 
 #[test]
@@ -609,7 +669,14 @@ fn of_what_cvdupdate_writes_in_place_only_whole_databases_are_published() {
     let test_file = |name: &str| fs::read(Part::TestFiles.path().join(name)).unwrap();
     mirror.serve("bytecode.cvd", test_file("bytecode.cvd"));
     mirror.serve("local.hsb", signatures(0..10));
-    let master = publishing(&fleet, &directory);
+    let certs = scratch.directory("certs");
+    let issuer = certificates_in(&test_file("test-2.cvd.sign"));
+    fs::write(certs.join("issuer.pem"), issuer).unwrap();
+    let mut master = fleet.master(&directory);
+    let trusted = format!("require = []\ncvd_certs = {certs:?}");
+    master.configure("require = []", &trusted);
+    master.start();
+    master.wait_generation(1);
 
     mirror.offer(2);
     for name in ["test-2.cvd.sign", "test-2.cdiff.sign"] {
@@ -660,11 +727,8 @@ fn of_what_cvdupdate_writes_in_place_only_whole_databases_are_published() {
     drop(hold);
     until(PATIENCE, "it is stopped", || strace.has_stopped());
     assert_eq!(fs::metadata(&test).unwrap().len(), 0);
-    let refused = master.wait_refused();
-    assert!(
-        refused.starts_with("test.cvd is not a whole database"),
-        "{refused}"
-    );
+    let open = "test.cvd in the mirror is open for writing";
+    until(PATIENCE, "it is waited for", || waiting(&master, open));
     let pid = Pid::from_raw(updating.0.id().try_into().unwrap());
     kill(pid, Signal::SIGCONT).unwrap();
     assert!(updating.0.wait().unwrap().success());
@@ -672,9 +736,8 @@ fn of_what_cvdupdate_writes_in_place_only_whole_databases_are_published() {
     master.wait_generation(generation + 1);
     let files = ["bytecode.cvd", "local.hsb", "test.cvd"]; // the signature was of the former version
     assert_eq!(last(&files), generation + 1);
-    until(PATIENCE, "the refusal is over", || {
-        master.json(&["status"]).unwrap()["refused"].is_null()
-    });
+    let status = master.json(&["status"]).unwrap();
+    assert_eq!(status["held"], json!([]));
 }
 
 #[test]
@@ -717,7 +780,7 @@ fn a_snapshot_symlink_that_is_swapped_fifty_times_gives_whole_snapshots() {
         let Some(capture) = lab.capture() else {
             return false;
         };
-        let mut names = capture.files.iter().map(|file| file.name.base());
+        let mut names = capture.iter().map(|file| file.name.base());
         let only = names.find_map(|name| name.strip_prefix("only-")).unwrap();
         let number = only.parse().unwrap();
         let mut expected: Vec<_> = OFFICIAL
@@ -730,7 +793,7 @@ fn a_snapshot_symlink_that_is_swapped_fifty_times_gives_whole_snapshots() {
             .to_vec();
         expected.push((format!("only-{number}.hsb"), Digest::of(b"")));
         expected.sort();
-        let files = capture.files.iter();
+        let files = capture.iter();
         let files: Vec<_> = files.map(|it| (it.name.to_string(), it.sha256)).collect();
         assert_eq!(files, expected);
         seen.lock().unwrap().insert(number);
@@ -750,7 +813,7 @@ fn rsync(
     lab: &Lab,
     options: &[&str],
     fill: impl Fn(&Path, u64) + Sync,
-    check: impl Fn(&Capture) + Sync,
+    check: impl Fn(&[Captured]) + Sync,
 ) {
     let source = lab.mirror.with_extension("source");
     let run = |version: u64| {
@@ -795,14 +858,14 @@ fn rsync_in_place_is_captured_as_it_stood_at_one_moment() {
             fs::write(source.join(name), content).unwrap();
         }
     };
-    let check = |capture: &Capture| assert_was_rewritten(&lab, capture);
+    let check = |capture: &[Captured]| assert_was_rewritten(&lab, capture);
     for delta in ["--whole-file", "--no-whole-file"] {
         rsync(&lab, &["--inplace", delta], fill, check);
     }
 }
 
 #[test]
-fn rsync_that_deletes_before_it_writes_is_captured_as_it_stood_at_one_moment() {
+fn of_an_rsync_that_deletes_before_it_writes_every_file_is_captured_whole() {
     require!(Rsync);
     let lab = Lab::new();
     // Two files change their names with the version, and one, which comes last, keeps it.
@@ -814,34 +877,18 @@ fn rsync_that_deletes_before_it_writes_is_captured_as_it_stood_at_one_moment() {
         }
         fs::write(source.join("daily.hsb"), version.to_string()).unwrap();
     };
-    let check = |capture: &Capture| {
-        let mut found = BTreeMap::new();
-        for file in &capture.files {
+    let check = |capture: &[Captured]| {
+        for file in capture {
             let text = String::from_utf8(lab.content(&file.sha256)).unwrap();
-            let version = match file.name.base().split_once('-') {
+            match file.name.base().split_once('-') {
                 Some((base, version)) => {
                     let version = version.parse().unwrap();
                     assert_eq!(text, content(base, version), "half of {}", file.name);
-                    version
                 }
-                None => text.parse::<u64>().unwrap(),
-            };
-            found.insert(
-                file.name.base().split('-').next().unwrap().to_owned(),
-                version,
-            );
+                None => assert!(text.parse::<u64>().is_ok(), "half of {}: {text}", file.name),
+            }
         }
-        let daily = found.remove("daily").expect("it was there all the time");
-        let names = capture.files.len() - 1;
-        assert_eq!(found.len(), names, "two versions of one file: {capture:?}");
-        let versions: BTreeSet<_> = found.values().copied().collect();
-        // Before the deletion and during it, and then the new files as far as they have come.
-        let is_a_state = versions.iter().all(|it| *it == daily)
-            || versions.iter().all(|it| *it == daily + 1) && found.contains_key("a");
-        assert!(
-            is_a_state,
-            "this was never on disk: {found:?}, daily {daily}"
-        );
+        assert!(capture.iter().any(|file| file.name.base() == "daily"));
     };
     rsync(&lab, &["--delete-before"], fill, check);
 }
@@ -872,7 +919,7 @@ fn a_file_that_grows_slowly_is_published_when_it_is_whole() {
             lines
         });
         until(PATIENCE, "the file is named", || {
-            waiting(&master, "slow.hsb in the mirror keeps changing")
+            waiting(&master, "slow.hsb in the mirror is open for writing")
         });
         assert_eq!(master.audit("published").len(), 1);
         over.store(true, Ordering::Relaxed);
@@ -888,7 +935,7 @@ fn a_file_that_grows_slowly_is_published_when_it_is_whole() {
 }
 
 #[test]
-fn a_container_that_was_copied_by_half_is_refused_and_the_whole_one_is_published() {
+fn a_container_is_waited_for_while_it_is_copied_and_refused_if_it_was_copied_by_half() {
     let fleet = Fleet::new();
     let mirror = fleet.mirror();
     let daily = |version| Container::new("daily", version).member("hsb", signatures(0..1000));
@@ -896,23 +943,32 @@ fn a_container_that_was_copied_by_half_is_refused_and_the_whole_one_is_published
     let master = publishing(&fleet, &mirror);
 
     // cp writes in place what comes through the pipe.
-    let mut cp = Command::new("cp");
-    cp.arg("/dev/stdin").arg(mirror.join("daily.cud"));
-    let mut cp = cp.stdin(Stdio::piped()).spawn().unwrap();
-    let mut pipe = cp.stdin.take().unwrap();
     let content = daily(2).bytes();
     let (half, rest) = content.split_at(content.len() / 2);
-    pipe.write_all(half).unwrap();
+    let copy_half = || {
+        let mut cp = Command::new("cp");
+        cp.arg("/dev/stdin").arg(mirror.join("daily.cud"));
+        let mut cp = cp.stdin(Stdio::piped()).spawn().unwrap();
+        let mut pipe = cp.stdin.take().unwrap();
+        pipe.write_all(half).unwrap();
+        until(PATIENCE, "the file is named", || {
+            waiting(&master, "daily.cud in the mirror is open for writing")
+        });
+        (cp, pipe)
+    };
+    let (mut cp, pipe) = copy_half();
+    drop(pipe);
+    assert!(cp.wait().unwrap().success());
     let refused = master.wait_refused();
     assert!(
         refused.starts_with("daily.cud is not a whole database"),
         "{refused}"
     );
+    let (mut cp, mut pipe) = copy_half();
     pipe.write_all(rest).unwrap();
     drop(pipe);
     assert!(cp.wait().unwrap().success());
     master.wait_generation(2);
-    until(PATIENCE, "the refusal is over", || {
-        master.json(&["status"]).unwrap()["refused"].is_null()
-    });
+    let status = master.json(&["status"]).unwrap();
+    assert_eq!(status["held"], json!([]));
 }

@@ -359,7 +359,7 @@ fn files_of_the_same_content_are_one_transfer_and_stop_nobody() {
 }
 
 #[test]
-fn a_truncated_or_foreign_file_in_the_mirror_is_refused_and_the_last_generation_stays() {
+fn a_truncated_or_foreign_file_in_the_mirror_is_held_and_the_published_one_stays() {
     let fleet = Fleet::new();
     let mirror = fleet.mirror();
     let good = finds(1, b"sample", "Lab.A-1");
@@ -369,10 +369,10 @@ fn a_truncated_or_foreign_file_in_the_mirror_is_refused_and_the_last_generation_
     master.start();
     agent.start();
     master.wait_live("web1", 1);
-    let refused = || {
-        until(PATIENCE, "refused", || {
+    let held = || {
+        until(PATIENCE, "held", || {
             let status = master.json(&["status"]).unwrap();
-            if status["refused"]["reason"].is_string() {
+            if status["held"][0]["reason"].is_string() {
                 Ok(status)
             } else {
                 Err(status)
@@ -381,18 +381,21 @@ fn a_truncated_or_foreign_file_in_the_mirror_is_refused_and_the_last_generation_
     };
     let bytes = finds(2, b"sample", "Lab.A-2").bytes();
     fs::write(mirror.join("daily.cud"), &bytes[..bytes.len() - 600]).unwrap();
-    let status = refused();
+    let status = held();
     assert_eq!(status["generation"], 1);
     let shown = String::from_utf8(master.command(&["status"]).stdout).unwrap();
-    assert!(shown.contains("refused: daily.cud"), "{shown}");
+    assert!(shown.contains("held: official: daily.cud"), "{shown}");
     good.write(&mirror);
     until(PATIENCE, "good again", || {
-        master.json(&["status"]).unwrap()["refused"].is_null()
+        master.json(&["status"]).unwrap()["held"]
+            .as_array()
+            .unwrap()
+            .is_empty()
     });
     fs::write(mirror.join("main.cvd"), b"<html>not found</html>").unwrap();
-    assert_eq!(refused()["generation"], 1);
+    assert_eq!(held()["generation"], 1);
     assert_eq!(agent.names(), ["daily.cud"]);
-    master.wait_audit("refused", 2);
+    master.wait_audit("held", 2);
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! Whether a database is genuine and whole, by real databases and the word of the real sigtool.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::Write as _;
 use std::path::Path;
 use std::process::Command;
@@ -8,12 +8,13 @@ use std::process::Command;
 use aws_lc_rs::rand::SystemRandom;
 use aws_lc_rs::rsa::{KeyPair, KeySize};
 use aws_lc_rs::signature::RSA_PSS_SHA256;
+use clamcast_master::publish::check::sign_file::{Certificates, SignFileError, verify};
 use clamcast_proto::container::{self, HEADER_BYTES};
 use clamcast_proto::dsse::{Envelope, sign};
 use clamcast_proto::manifest::{Manifest, SignedBy};
 use clamcast_proto::names::DatabaseKind;
 use clamcast_tests::lab::{
-    Dismantled, Fleet, Master, Mirror, PATIENCE, Part, Scratch, Update, until,
+    Dismantled, Fleet, Master, Mirror, PATIENCE, Part, Scratch, Update, certificates_in, until,
 };
 use clamcast_tests::require;
 use ed25519_dalek::SigningKey;
@@ -21,6 +22,7 @@ use ed25519_dalek::pkcs8::DecodePrivateKey as _;
 use flate2::Compression;
 use flate2::read::GzDecoder;
 use flate2::write::GzEncoder;
+use jiff::Timestamp;
 use md5::{Digest as _, Md5};
 use serde_json::json;
 
@@ -240,7 +242,7 @@ impl Lab {
         assert_eq!(ran.status.code(), Some(4), "{said}");
         assert!(said.contains(name) && said.contains(because), "{said}");
         let status = self.master.json(&["status"]).unwrap();
-        let reason = status["refused"]["reason"].as_str().unwrap_or_default();
+        let reason = status["held"][0]["reason"].as_str().unwrap_or_default();
         assert!(reason.contains(because), "{status}");
         assert_eq!(status["generation"], 1);
     }
@@ -370,11 +372,14 @@ fn a_cvd_with_another_body_is_refused_without_a_load_test() {
     drop(update);
     lab.master.wait_generation(2);
     let files = &lab.master.json(&["generations"]).unwrap()[1]["files"];
-    assert_eq!(files[0]["name"], "test-6.cvd.sign");
     assert_eq!(
-        (&files[1]["name"], &files[1]["signed_by"]),
+        (&files[0]["name"], &files[0]["signed_by"]),
         (&json!("test.cvd"), &json!("talos"))
     );
+    // Nobody can verify the signature file.
+    assert_eq!(files[1], json!(null));
+    let skipped = &lab.master.json(&["status"]).unwrap()["skipped"][0];
+    assert_eq!(skipped["name"], "test-6.cvd.sign");
 }
 
 #[test]
@@ -452,9 +457,16 @@ fn operators_hosts_and_receipts_show_which_databases_talos_signed() {
 
     let receipts = master.wait_audit("receipt", 1);
     let last = receipts.last().unwrap();
-    let files = &receipt(last)["files"];
-    assert_eq!(files[1]["name"], "test.cld", "{files}");
-    assert_eq!(files[1]["signed_by"], "talos", "{files}");
+    let receipt = receipt(last);
+    let generations = master.json(&["generations"]).unwrap();
+    let generation = generations.as_array().unwrap().last().unwrap();
+    let content = &master.json(&["status"]).unwrap()["content"];
+    assert_eq!(
+        receipt["content"], *content,
+        "the host has what was published"
+    );
+    assert_eq!(generation["files"][1]["name"], "test.cld", "{generation}");
+    assert_eq!(generation["files"][1]["signed_by"], "talos", "{generation}");
 }
 
 /// The newest generation as an earlier build signed it: nobody has verified a database.
@@ -496,4 +508,44 @@ fn receipt(record: &serde_json::Value) -> serde_json::Value {
     let envelope = record["detail"]["receipt"].clone();
     let envelope: Envelope = serde_json::from_value(envelope).unwrap();
     serde_json::from_slice(&envelope.payload).unwrap()
+}
+
+#[test]
+fn a_signature_file_of_clamav_verifies_once_its_issuer_is_trusted() {
+    require!(TestFiles);
+    let scratch = Scratch::new();
+    let files = Part::TestFiles.path();
+    let sign = |version: u32| fs::read(files.join(format!("test-{version}.cvd.sign"))).unwrap();
+    let cvd = |version: u32| File::open(files.join(format!("test-{version}.cvd"))).unwrap();
+    let now: Timestamp = "2026-01-01T00:00:00Z".parse().unwrap();
+
+    // Any root but theirs, which the test files lack.
+    let certs = scratch.directory("certs");
+    let key = rcgen::KeyPair::generate().unwrap();
+    let parameters = rcgen::CertificateParams::new(Vec::new()).unwrap();
+    let other = parameters.self_signed(&key).unwrap();
+    fs::write(certs.join("other.crt"), other.pem()).unwrap();
+    let certificates = Certificates::load(&certs).unwrap();
+    for version in 1..=6 {
+        let error = verify(&sign(version), cvd(version), &certificates, now).unwrap_err();
+        let error = error.to_string();
+        let expected = "no certificate of the directory vouches for it";
+        assert!(error.starts_with(expected), "{error}");
+    }
+
+    // The signature comes with the certificate of the signer's issuer.
+    fs::write(certs.join("issuer.pem"), certificates_in(&sign(1))).unwrap();
+    let certificates = Certificates::load(&certs).unwrap();
+    for version in 1..=6 {
+        verify(&sign(version), cvd(version), &certificates, now).unwrap();
+        let other = version % 6 + 1;
+        let error = verify(&sign(version), cvd(other), &certificates, now).unwrap_err();
+        assert!(matches!(error, SignFileError::Content), "{error}");
+    }
+    let later = "2036-01-01T00:00:00Z".parse().unwrap();
+    let error = verify(&sign(1), cvd(1), &certificates, later).unwrap_err();
+    assert!(
+        matches!(error, SignFileError::Certificate { .. }),
+        "{error}"
+    );
 }

@@ -11,7 +11,7 @@ use clamcast_tests::lab::{
 use clamcast_tests::require;
 
 #[test]
-fn a_set_that_clamscan_cannot_load_is_refused_with_its_reason() {
+fn a_database_that_clamscan_cannot_load_is_held_with_its_reason() {
     require!(Clamscan);
     let fleet = Fleet::new();
     let mirror = fleet.mirror();
@@ -27,7 +27,7 @@ fn a_set_that_clamscan_cannot_load_is_refused_with_its_reason() {
     assert!(reason.starts_with("the load test failed: "), "{reason}");
     assert!(reason.contains("Malformed database"), "{reason}");
     assert_eq!(master.json(&["status"]).unwrap()["generation"], 1);
-    master.wait_audit("refused", 1);
+    master.wait_audit("held", 1);
 
     let repaired = Container::new("daily", 3).member("hsb", signatures(0..11));
     repaired.write(&mirror);

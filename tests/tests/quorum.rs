@@ -90,18 +90,11 @@ impl Liar {
         };
         runtime.spawn(async move {
             let mut conversation = rogue.greet(rogue.config()).await;
-            let hello = ToMaster::Hello(Box::new(Hello {
-                agent_version: "0.1.0".into(),
-                clamd: ClamdReport {
-                    version,
-                    ..ClamdReport::default()
-                },
-                installed: None,
-                outcome: None,
-                files: Vec::new(),
-                foreign: Vec::new(),
-                labels: Default::default(),
-            }));
+            let clamd = ClamdReport {
+                version,
+                ..ClamdReport::default()
+            };
+            let hello = ToMaster::Hello(Box::new(Hello::new("0.1.0", clamd)));
             conversation.say(&hello).await;
             loop {
                 let offer = conversation.offer().await;

@@ -2,7 +2,9 @@
 //! ones that a test changes.
 
 use std::fs;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
 use jiff::Timestamp;
 use sha2::{Digest, Sha256};
@@ -95,6 +97,29 @@ impl Container {
         }
         info
     }
+}
+
+/// The certificates in a `.cvd.sign` file, as PEM. The root that vouches for ClamAV's test files is not
+/// public, so tests trust these.
+pub fn certificates_in(sign: &[u8]) -> Vec<u8> {
+    let text = std::str::from_utf8(sign).expect("it is text");
+    let (_, base64) = text
+        .rsplit_once(':')
+        .expect("the last field is the signature");
+    let lines: Vec<_> = base64.trim().as_bytes().chunks(64).collect();
+    let pem = lines.join(&b'\n');
+    let begin = b"-----BEGIN PKCS7-----\n";
+    let pem = [begin, &pem[..], b"\n-----END PKCS7-----\n"].concat();
+    let mut openssl = Command::new("openssl")
+        .args(["pkcs7", "-print_certs"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("this test needs openssl(1)");
+    let mut input = openssl.stdin.take().expect("it is piped");
+    input.write_all(&pem).expect("openssl reads it");
+    drop(input);
+    openssl.wait_with_output().expect("openssl ends").stdout
 }
 
 /// A line of a `.hsb` file by which clamd finds exactly `sample`, which must have six bytes or

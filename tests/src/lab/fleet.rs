@@ -425,12 +425,14 @@ impl Master {
         });
     }
 
-    /// Waits until the mirror's set is refused, and returns the reason.
+    /// Waits until the mirror's set is refused or a unit of it held, and returns the reason.
     #[track_caller]
     pub fn wait_refused(&self) -> String {
         until(PATIENCE, "the set is refused", || {
             let status = self.json(&["status"]).ok_or(Value::Null)?;
-            let reason = status["refused"]["reason"].as_str().map(str::to_owned);
+            let refused = status["refused"]["reason"].as_str();
+            let held = status["held"][0]["reason"].as_str();
+            let reason = refused.or(held).map(str::to_owned);
             reason.ok_or(status)
         })
     }

@@ -119,15 +119,8 @@ impl Rogue {
 
 /// The Hello of an agent that has nothing.
 pub fn hello() -> ToMaster {
-    ToMaster::Hello(Box::new(Hello {
-        agent_version: "0.1.0".into(),
-        clamd: ClamdReport::default(),
-        installed: None,
-        outcome: None,
-        files: Vec::new(),
-        foreign: Vec::new(),
-        labels: Default::default(),
-    }))
+    let hello = Hello::new("0.1.0", ClamdReport::default());
+    ToMaster::Hello(Box::new(hello))
 }
 
 /// The receipt of an agent that met a fault with an offer.
@@ -147,12 +140,16 @@ pub fn receipt(offer: &Offer, agent: &str, seq: u64) -> Receipt {
         manifest_sha256: Digest::of(&offer.manifest.payload),
         install: InstallNumber(1),
         outcome: Outcome::HostFault,
+        content: None,
         files: Vec::new(),
+        missing: Vec::new(),
+        unlisted: 0,
         foreign: Vec::new(),
         adopted: Vec::new(),
         drift: Vec::new(),
         clamd: ClamdReport::default(),
         error: Some(format!("trouble {seq}")),
+        blamed: None,
         took: 1.0,
         time: Timestamp::now(),
     }

@@ -16,7 +16,9 @@ use clamcast_proto::receipt::{
     ClamdReport, ClamdState, FileState, InstallNumber, Outcome, Receipt, ReceiptFile,
 };
 use clamcast_proto::trust::{Trust, TrustError};
-use clamcast_proto::wire::{Have, Hello, NeedFile, Offer, OfferId, Part, ToAgent, ToMaster};
+use clamcast_proto::wire::{
+    Feature, Have, Hello, NeedFile, Offer, OfferId, Part, ToAgent, ToMaster,
+};
 use quinn::RecvStream;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -163,13 +165,13 @@ impl Host {
     fn greet(&mut self, outbox: Outbox) {
         let installed = self.installed.as_ref();
         let hello = Hello {
-            agent_version: env!("CARGO_PKG_VERSION").to_owned(),
-            clamd: no_clamd(),
+            accepts: [Feature::WideNames, Feature::LargeManifests]
+                .into_iter()
+                .collect(),
             installed: installed.map(|installed| installed.manifest.envelope().clone()),
             outcome: installed.map(|_| Outcome::Live),
             files: installed.map_or_else(Vec::new, |_| self.files()),
-            foreign: Vec::new(),
-            labels: BTreeMap::new(),
+            ..Hello::new(env!("CARGO_PKG_VERSION"), no_clamd())
         };
         say(&outbox, &ToMaster::Hello(Box::new(hello)));
         for (_, receipt) in self.pending.values() {
@@ -353,9 +355,13 @@ impl Host {
                 .into_iter()
                 .map(|file| ReceiptFile::new(file, manifest))
                 .collect(),
+            content: None,
+            missing: Vec::new(),
+            unlisted: 0,
             foreign: Vec::new(),
             adopted: Vec::new(),
             drift: Vec::new(),
+            blamed: None,
             clamd: no_clamd(),
             error: None,
             took: job.since.elapsed().as_secs_f64(),

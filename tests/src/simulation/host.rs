@@ -361,7 +361,7 @@ impl Host {
                 self.mind.link = Some(link);
                 let installed = self.disk.installed.as_ref().filter(|_| !self.lacking);
                 let outcome = installed.map(|installed| installed.outcome);
-                let installed = installed.map(|installed| installed.set.envelope.clone());
+                let installed = installed.map(|installed| installed.set.clone().into());
                 let mut clamd = self.clamd.report(ClamdState::Up, Proof::None);
                 if !self.honest {
                     clamd.version = Some(self.claimed_version(sight));
@@ -782,12 +782,16 @@ impl Host {
             manifest_sha256: set.sha256(),
             install: ending.install,
             outcome: ending.outcome,
+            content: None,
             files: files.collect(),
+            missing: Vec::new(),
+            unlisted: 0,
             foreign: Vec::new(),
             adopted: Vec::new(),
             drift: Vec::new(),
             clamd: ending.clamd,
             error: ending.error,
+            blamed: None,
             took: 1.0,
             time: sight.clock,
         };

@@ -454,13 +454,9 @@ impl Master {
                 clamd,
             } => {
                 let hello = Hello {
-                    agent_version: String::new(),
-                    clamd,
                     installed,
                     outcome,
-                    files: Vec::new(),
-                    foreign: Vec::new(),
-                    labels: BTreeMap::new(),
+                    ..Hello::new("", clamd)
                 };
                 dispatcher.hello(&name, id, hello, now);
             }

@@ -3,7 +3,7 @@
 use std::fs;
 
 use clamcast_agent::clamd::proof::GATE;
-use clamcast_tests::lab::{Call, Fleet, Mirror, Part, Strace, Update};
+use clamcast_tests::lab::{Call, Fleet, Mirror, Part, Strace, Update, certificates_in};
 use clamcast_tests::require;
 
 use crate::host::{ALONE, Host, RUBBISH};
@@ -60,6 +60,11 @@ fn a_detached_signature_comes_before_its_database_and_the_old_one_goes_after_the
         )
     };
     let (cvd, sign) = set(1);
+    let certs = host.fleet.join("certs");
+    fs::create_dir(&certs).unwrap();
+    fs::write(certs.join("issuer.pem"), certificates_in(&sign)).unwrap();
+    let trusted = format!("quiet = \"20ms\"\ncvd_certs = {certs:?}");
+    host.master.configure("quiet = \"20ms\"", &trusted);
     host.put(&[("test.cvd", &cvd), ("test-1.cvd.sign", &sign)], &[]);
     host.start();
     let database = host.agent.database();

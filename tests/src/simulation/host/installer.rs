@@ -235,6 +235,7 @@ impl Host {
             }
             // Every host has a clamscan: clamd alone is nobody's evidence.
             Write::Again(_) => return Err(false),
+            Write::Place(_) => unreachable!("no generation differs in signature files alone"),
             Write::Save(_)
             | Write::Renumber(_)
             | Write::RemoveLater(_)
@@ -267,6 +268,7 @@ impl Host {
             // Nothing is kept beside the new files here.
             Write::RemoveLater(_) => {}
             Write::Swap(_)
+            | Write::Place(_)
             | Write::TrySave(_)
             | Write::Prove(_)
             | Write::Again(_)
