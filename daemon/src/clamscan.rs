@@ -126,14 +126,23 @@ pub fn find() -> Option<PathBuf> {
         .find(|program| program.is_file())
 }
 
+/// The first ClamAV that reads the detached signatures of containers (`.cvd.sign`): major and minor
+/// version.
+pub const READS_SIGNATURE_FILES: (u32, u32) = (1, 5);
+
 /// Major and minor version of `program`, a clamscan. `None` if it does not say.
 pub fn version(program: &Path) -> Option<(u32, u32)> {
     let said = std::process::Command::new(program)
         .arg("--version")
         .output();
-    let said = String::from_utf8(said.ok()?.stdout).ok()?;
-    // `ClamAV 1.4.6/27821/Sun Nov 22 06:43:59 2026`
-    let mut numbers = said.strip_prefix("ClamAV ")?.split(['.', '/', '-', '\n']);
+    parse_version(&String::from_utf8(said.ok()?.stdout).ok()?)
+}
+
+/// Major and minor version in what clamscan says of itself and clamd answers to VERSION, such as `ClamAV
+/// 1.4.6/27890/Sun Nov 22 06:43:59 2026`.
+pub fn parse_version(said: &str) -> Option<(u32, u32)> {
+    let numbers = said.strip_prefix("ClamAV ")?;
+    let mut numbers = numbers.split(|c: char| !c.is_ascii_digit());
     let mut number = || numbers.next()?.parse().ok();
     Some((number()?, number()?))
 }

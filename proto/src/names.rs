@@ -264,6 +264,20 @@ impl DatabaseName {
         stem(&self.0, SIGN).unwrap_or_else(|| self.parts().0)
     }
 
+    /// The base and the version of the `.cvd` that a detached signature is of: `daily` and `27001` for
+    /// `daily-27001.cvd.sign`. `None` for every other file.
+    pub fn signs(&self) -> Option<(&str, &str)> {
+        let (base, version) = stem(&self.0, SIGN)?.rsplit_once('-')?;
+        let is_version = version.bytes().all(|b| b.is_ascii_digit());
+        is_version.then_some((base, version))
+    }
+
+    /// What the files of one database have in common: `daily` for `daily.cld` and for
+    /// `daily-27001.cvd.sign`.
+    pub fn database_base(&self) -> &str {
+        self.signs().map_or(self.base(), |(base, _version)| base)
+    }
+
     fn parts(&self) -> (&str, &str) {
         self.0
             .rsplit_once('.')
@@ -430,6 +444,24 @@ mod tests {
         }
         for bad in ["", ".", "..", "-x", "a/b", "a b", "x\n", "é", "*"] {
             assert!(bad.parse::<AgentName>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_detached_signature_is_of_one_version() {
+        let signs = |text: &str| {
+            let name: DatabaseName = text.parse().unwrap();
+            name.signs()
+                .map(|(base, version)| format!("{base} {version}"))
+        };
+        assert_eq!(signs("daily-27001.cvd.sign").unwrap(), "daily 27001");
+        assert_eq!(signs("alpha-beta-7.CVD.sign").unwrap(), "alpha-beta 7");
+        for other in ["daily.cvd.sign", "daily-x.cvd.sign", "daily-27001.cvd"] {
+            assert_eq!(signs(other), None, "{other}");
+        }
+        for name in ["daily-27001.cvd.sign", "daily.cvd.sign", "daily.cld"] {
+            let name: DatabaseName = name.parse().unwrap();
+            assert_eq!(name.database_base(), "daily", "{name}");
         }
     }
 

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use clamcast_daemon::input;
+use clamcast_daemon::{clamscan, input};
 use clamcast_proto::container::Header;
 use clamcast_proto::receipt::{ClamdReport, ClamdState, InstallNumber, Proof};
 use jiff::civil::DateTime;
@@ -385,14 +385,9 @@ impl Prover {
     }
 }
 
-/// Whether an answer to VERSION, such as `ClamAV 1.4.6/27890/Sun Nov 22`, is that of a clamd before 1.5.
+/// Whether an answer to VERSION is that of a clamd that reads no signature files.
 fn is_before_signature_files(version: &str) -> bool {
-    let Some(number) = version.strip_prefix("ClamAV ") else {
-        return false;
-    };
-    let mut parts = number.split(|c: char| !c.is_ascii_digit());
-    let mut part = || parts.next().and_then(|part| part.parse::<u32>().ok());
-    matches!((part(), part()), (Some(major), Some(minor)) if (major, minor) < (1, 5))
+    clamscan::parse_version(version).is_some_and(|it| it < clamscan::READS_SIGNATURE_FILES)
 }
 
 /// What was found out about one clamd.

@@ -842,18 +842,5 @@ pub(super) fn succeeds(successor: &DatabaseName, name: &DatabaseName) -> bool {
         return false;
     }
     name.other_form().as_ref() == Some(successor)
-        || (name.kind() == DatabaseKind::Sign && stem(successor) == stem(name))
-}
-
-/// `daily` for `daily.cld` and for `daily-27001.cvd.sign`.
-fn stem(name: &DatabaseName) -> &str {
-    let base = name.base();
-    match (name.kind(), base.rsplit_once('-')) {
-        (DatabaseKind::Sign, Some((stem, version)))
-            if version.bytes().all(|b| b.is_ascii_digit()) =>
-        {
-            stem
-        }
-        _ => base,
-    }
+        || (name.kind() == DatabaseKind::Sign && successor.database_base() == name.database_base())
 }

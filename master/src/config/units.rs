@@ -151,11 +151,8 @@ impl Units {
         }
         let base = match name.kind() {
             DatabaseKind::Loose => return UnitName::new(name.as_str()),
-            DatabaseKind::Cvd | DatabaseKind::Cld | DatabaseKind::Cud => name.base(),
-            // `daily-27001.cvd.sign`
-            DatabaseKind::Sign => {
-                let parts = name.base().rsplit_once('-');
-                parts.map_or(name.base(), |(base, _version)| base)
+            DatabaseKind::Cvd | DatabaseKind::Cld | DatabaseKind::Cud | DatabaseKind::Sign => {
+                name.database_base()
             }
         };
         if is_official(base) {

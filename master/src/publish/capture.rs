@@ -448,14 +448,11 @@ fn is_of_a_captured_version(
     signature: &DatabaseName,
     files: &BTreeMap<DatabaseName, File>,
 ) -> bool {
-    let of = signature
-        .base()
-        .rsplit_once('-')
-        .and_then(|(base, version)| {
-            let cvd: DatabaseName = format!("{base}.cvd").parse().ok()?;
-            let header = header(&cvd, files.get(&cvd)?).ok()?; // the check reports a bad one
-            Some(header.version.to_string() == version)
-        });
+    let of = signature.signs().and_then(|(base, version)| {
+        let cvd: DatabaseName = format!("{base}.cvd").parse().ok()?;
+        let header = header(&cvd, files.get(&cvd)?).ok()?; // the check reports a bad one
+        Some(header.version.to_string() == version)
+    });
     of == Some(true)
 }
 

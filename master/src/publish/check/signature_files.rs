@@ -16,9 +16,6 @@ use crate::config::LoadTest;
 use crate::publish::capture::Captured;
 use crate::store::{Store, StoreError};
 
-/// The first ClamAV that reads signature files.
-const FIRST_READER: (u32, u32) = (1, 5);
-
 /// Who verifies signature files.
 #[derive(Debug)]
 pub enum SignatureFiles {
@@ -39,7 +36,8 @@ impl SignatureFiles {
                 Err(error) => Self::Nobody(format!("cannot verify it: {}", chain(&error))),
             },
             None if load_test != LoadTest::Never
-                && clamscan::find().and_then(|it| clamscan::version(&it)) >= Some(FIRST_READER) =>
+                && clamscan::find().and_then(|it| clamscan::version(&it))
+                    >= Some(clamscan::READS_SIGNATURE_FILES) =>
             {
                 Self::LoadTest
             }
@@ -78,11 +76,6 @@ impl SignatureFiles {
 
 /// Whether the first file is a signature of the second, by their names.
 pub fn signs(signature: &DatabaseName, database: &DatabaseName) -> bool {
-    let base = signature
-        .base()
-        .rsplit_once('-')
-        .map(|(base, _version)| base);
-    signature.kind() == DatabaseKind::Sign
-        && database.kind() == DatabaseKind::Cvd
-        && base == Some(database.base())
+    let base = signature.signs().map(|(base, _version)| base);
+    database.kind() == DatabaseKind::Cvd && base == Some(database.base())
 }
