@@ -136,6 +136,20 @@ impl Units {
         Ok(Self { joined, names })
     }
 
+    /// Groups items by the unit of their file.
+    pub fn group<T, C: Default + Extend<T>>(
+        &self,
+        items: impl IntoIterator<Item = T>,
+        name: impl Fn(&T) -> &DatabaseName,
+    ) -> BTreeMap<UnitName, C> {
+        let mut groups: BTreeMap<UnitName, C> = BTreeMap::new();
+        for item in items {
+            let group = groups.entry(self.of(name(&item))).or_default();
+            group.extend([item]);
+        }
+        groups
+    }
+
     /// The unit that an operator means, by its name or by that of a file in it.
     pub fn named(&self, text: &str) -> UnitName {
         match text.parse() {

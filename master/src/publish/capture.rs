@@ -46,8 +46,8 @@ pub struct Capture {
     pub skipped: Vec<Skipped>,
     /// Signature files that cannot be read. Their databases are captured without them.
     pub left_out: BTreeMap<DatabaseName, Fault>,
-    /// Units that a program is at work on and that have no file at the moment.
-    pub absent: BTreeMap<UnitName, Fault>,
+    /// Units that a program is at work on. One that is not among `units` has no file at the moment.
+    pub waiting: BTreeMap<UnitName, Fault>,
     /// Whether every file of the mirror is among these. Otherwise names came and went all the time, and
     /// a unit that is missing here may be there.
     pub is_whole: bool,
@@ -87,7 +87,7 @@ pub enum CaptureError {
 }
 
 /// Decides whether a capture leaves a unit alone for this reason.
-pub type WaitsFor = dyn Fn(&UnitName, &Reason) -> bool;
+pub type WaitsFor<'a> = dyn Fn(&UnitName, &Reason) -> bool + 'a;
 
 /// Where captures come from.
 #[derive(Clone, Copy)]
@@ -99,9 +99,7 @@ pub struct Source<'a> {
     /// What goes on in the mirror.
     pub activity: &'a Activity,
     /// Whether a unit that a program is at work on is left alone.
-    pub waits_for: &'a WaitsFor,
-    /// Whether an operator wants the official databases although freshclam runs.
-    pub despite_runs: bool,
+    pub waits_for: &'a WaitsFor<'a>,
 }
 
 /// Why a unit cannot be captured.
@@ -157,6 +155,8 @@ struct Progress {
     directory: Option<Identity>,
     units: BTreeMap<UnitName, Result<Vec<Captured>, Fault>>,
     left_out: BTreeMap<DatabaseName, Fault>,
+    /// See [`Capture::waiting`], as of the last listing.
+    waiting: BTreeMap<UnitName, Fault>,
 }
 
 /// Captures the mirror into the store.
@@ -174,7 +174,8 @@ fn capture_interrupted(
     let mut left = TRIES_MAX;
     loop {
         left -= 1;
-        let (mut missing, listing) = match look(source, store, &mut progress, &mut copied) {
+        let looked = look(source, store, &mut progress, &mut copied);
+        let (mut missing, listing) = match looked {
             // A symlink was swapped, and the directory that it led to was removed.
             Err(CaptureError::List { source, .. })
                 if source.kind() == io::ErrorKind::NotFound && left > 0 =>
@@ -186,7 +187,7 @@ fn capture_interrupted(
         if left > 0 && !(missing.is_empty() && listing.is_whole) {
             continue;
         }
-        let seen = partition(&listing, source.units);
+        let seen = units_in(&listing, source.units);
         let mut captured = progress.units;
         captured.retain(|unit, _| seen.contains_key(unit) || missing.contains(unit));
         missing.retain(|unit| !captured.contains_key(unit));
@@ -195,16 +196,13 @@ fn capture_interrupted(
             units: captured,
             skipped: listing.skipped,
             left_out: progress.left_out,
-            absent: waiting(source)
-                .into_iter()
-                .map(|(unit, reason)| (unit, Fault::Waiting(reason)))
-                .collect(),
+            waiting: progress.waiting,
             is_whole: listing.is_whole,
         });
     }
 }
 
-/// Lists the mirror, copies the units that are not `captured` yet, and lists it again. Returns the units
+/// Lists the mirror, copies the units that were not captured yet, and lists it again. Returns the units
 /// that have changed meanwhile, with the second listing.
 fn look(
     source: &Source<'_>,
@@ -218,15 +216,13 @@ fn look(
     }
     let captured = &mut progress.units;
     let mut copies = BTreeMap::new();
-    let listed = partition(&before, source.units);
-    let run = open_run(source, &before);
-    let waiting = waiting(source);
+    let listed = units_in(&before, source.units);
+    let waiting = waiting(source, &before);
     for (unit, entries) in &listed {
         if captured.contains_key(unit) {
             continue;
         }
-        let run = run.as_ref().filter(|_| unit.is_official());
-        if let Some(reason) = waiting.get(unit).or(run) {
+        if let Some(reason) = waiting.get(unit) {
             captured.insert(unit.clone(), Err(Fault::Waiting(reason.clone())));
             continue;
         }
@@ -242,14 +238,12 @@ fn look(
         }
     }
     let after = list(source.path, SystemTime::now())?;
-    let run = open_run(source, &after);
-    let again = partition(&after, source.units);
+    let again = units_in(&after, source.units);
     // A program may have begun since, and need not have changed anything yet.
-    let waiting = self::waiting(source);
+    let waiting = self::waiting(source, &after);
     for (unit, copy) in copies {
         let is_same = before.identity == after.identity && listed.get(&unit) == again.get(&unit);
-        let run = run.as_ref().filter(|_| unit.is_official());
-        if let Some(reason) = waiting.get(&unit).or(run) {
+        if let Some(reason) = waiting.get(&unit) {
             captured.insert(unit, Err(Fault::Waiting(reason.clone())));
         } else if is_same {
             captured.insert(unit, copy);
@@ -257,30 +251,26 @@ fn look(
     }
     let there = listed.into_keys().chain(again.into_keys());
     let missing = there.filter(|unit| !captured.contains_key(unit));
-    Ok((missing.collect(), after))
+    let missing = missing.collect();
+    let waiting = waiting.into_iter();
+    let waiting = waiting.map(|(unit, reason)| (unit, Fault::Waiting(reason)));
+    progress.waiting = waiting.collect();
+    Ok((missing, after))
 }
 
-/// The units that are left alone, with the reason.
-fn waiting(source: &Source<'_>) -> BTreeMap<UnitName, String> {
+/// The units that are left alone as of a listing, with the reason.
+fn waiting(source: &Source<'_>, listing: &Listing) -> BTreeMap<UnitName, String> {
+    source.activity.look(listing, Instant::now());
     let unsettled = source.activity.unsettled(Instant::now()).into_iter();
     let waiting = unsettled.filter(|(unit, it)| (source.waits_for)(unit, &it.reason));
     waiting.map(|(unit, it)| (unit, it.to_string())).collect()
 }
 
-/// Why the official databases may be a mixture, if a run of freshclam is open.
-fn open_run(source: &Source<'_>, listing: &Listing) -> Option<String> {
-    let (run, _) = source.activity.look(listing, Instant::now())?;
-    let reason = || format!("a freshclam run is open in the mirror ({run}/)");
-    (!source.despite_runs).then(reason)
-}
-
-fn partition(listing: &Listing, units: &Units) -> BTreeMap<UnitName, Entries> {
-    let mut parts: BTreeMap<UnitName, Entries> = BTreeMap::new();
-    for (name, stamp) in &listing.files {
-        let part = parts.entry(units.of(name)).or_default();
-        part.insert(name.clone(), *stamp);
-    }
-    parts
+fn units_in(listing: &Listing, units: &Units) -> BTreeMap<UnitName, Entries> {
+    let files = listing.files.iter();
+    units.group(files.map(|(name, stamp)| (name.clone(), *stamp)), |it| {
+        &it.0
+    })
 }
 
 /// Lists the mirror when the clock of its file system has passed the changes that were there first.
@@ -522,7 +512,6 @@ mod tests {
             units: &Units::default(),
             activity: &Activity::default(),
             waits_for: &|_, _| false,
-            despite_runs: false,
         };
         let capture = capture_interrupted(&source, &store, || {
             copies += 1;

@@ -357,8 +357,8 @@ impl<'a> Series<'a> {
 /// What the current generation has and this one has not, or has much less of.
 ///
 /// The signatures of a container count, since its length also depends on whether it is compressed.
-/// A loose file counts by its bytes. That a loose file or a `.cud` is gone is no objection: only
-/// whoever looks after the mirror removes those.
+/// A loose file counts by its bytes. A loose file or a `.cud` may disappear: no updater removes those, so
+/// an administrator did.
 fn losses(
     files: &[ManifestFile],
     published: &[ManifestFile],

@@ -1,7 +1,7 @@
 //! The mirror directory: what stands in it, and when that is worth a capture.
 //!
-//! File events say when to look, and which files are open for writing. What changed is told by comparing
-//! two looks. A lost event costs time, and an event without meaning costs a look.
+//! File events trigger looks, and show which files are open for writing. The comparison of two looks shows
+//! what has changed. A lost event costs time, and an event without meaning costs a look.
 
 pub mod activity;
 pub mod listing;

@@ -17,7 +17,7 @@ use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use super::news::{News, Wish};
-use super::plan::Skipped;
+use super::plan::{Skipped, listed};
 use super::publisher::{
     Adoption, Announcement, Hold, Preview, PublishError, Published, Publisher, Refusal,
     RefusalKind, Request,
@@ -59,7 +59,7 @@ pub struct Pipeline {
     stop: CancellationToken,
 }
 
-/// What was told of the mirror last.
+/// What the audit log and the log have of the mirror.
 #[derive(Debug)]
 struct Told {
     refusal: Option<String>,
@@ -172,14 +172,11 @@ impl Pipeline {
             tracing::info!(%unit, "no longer held");
         }
         if !news.is_empty() {
-            let shown = news.iter().take(LOGGED_MAX);
-            let shown: Vec<_> = shown
-                .map(|(unit, reason)| format!("{unit}: {reason}"))
+            let texts: Vec<_> = news
+                .iter()
+                .map(|(unit, it)| format!("{unit}: {it}"))
                 .collect();
-            let mut reason = shown.join("; ");
-            if let Some(more) = news.len().checked_sub(LOGGED_MAX + 1) {
-                reason += &format!("; and {} more", more + 1);
-            }
+            let reason = listed(texts.iter().map(String::as_str), LOGGED_MAX);
             let units: Vec<_> = held.keys().collect();
             let detail = json!({ "reason": reason, "units": units });
             self.note(AuditEvent::Held, actor, None, detail).await;

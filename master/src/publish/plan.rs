@@ -3,7 +3,7 @@
 //!
 //! Pure: what is in the mirror and what is published come in, a set of files comes out.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use clamcast_proto::manifest::{ManifestFile, content_digest};
@@ -12,7 +12,7 @@ use clamcast_proto::{DatabaseName, Digest};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::config::units::{UnitName, Units};
+use crate::config::units::UnitName;
 
 /// A file that clamd would load and that no generation carries.
 #[derive(Clone, Debug, Deserialize, Eq, Ord, PartialEq, PartialOrd, Serialize)]
@@ -39,20 +39,28 @@ pub struct Cause {
 }
 
 impl Cause {
-    /// One cause of several objections. At most three are told.
-    pub fn joined(kind: CauseKind, objections: Vec<(CauseKind, String)>) -> Self {
-        let more = objections.len().saturating_sub(OBJECTIONS_SHOWN);
-        let shown = objections.into_iter().take(OBJECTIONS_SHOWN);
-        let mut text = shown.map(|(_, text)| text).collect::<Vec<_>>().join("; ");
-        if more > 0 {
-            text += &format!("; and {more} more");
-        }
+    /// One cause of several objections.
+    pub fn joined(kind: CauseKind, objections: &[(CauseKind, String)]) -> Self {
+        let texts = objections.iter().map(|(_, text)| text.as_str());
+        let text = listed(texts, REASONS_SHOWN);
         Self { kind, text }
     }
 }
 
-/// Objections to one unit that are told.
-const OBJECTIONS_SHOWN: usize = 3;
+/// Reasons that a message tells; of more it has the number.
+pub const REASONS_SHOWN: usize = 3;
+
+/// The first of several texts, and how many more there are.
+pub fn listed<'t>(texts: impl IntoIterator<Item = &'t str>, shown: usize) -> String {
+    let mut texts = texts.into_iter();
+    let first: Vec<_> = texts.by_ref().take(shown).collect();
+    let mut list = first.join("; ");
+    match texts.count() {
+        0 => {}
+        more => list += &format!("; and {more} more"),
+    }
+    list
+}
 
 /// What can be done about a held unit.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, Ord, PartialEq, PartialOrd, Serialize)]
@@ -93,7 +101,8 @@ impl CauseKind {
     }
 }
 
-/// A word of a command line. Whoever writes into the mirror chooses the names of its files.
+/// The word for a command line. A writer to the mirror chooses the names of its files, and an operator
+/// pastes the command.
 fn quoted(word: &str) -> String {
     let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._+-".contains(&byte);
     match word.bytes().all(is_plain) && !word.starts_with('-') {
@@ -230,8 +239,7 @@ impl Plan {
 
     /// Leaves the signature files of a unit out.
     pub fn drop_signatures(&mut self, unit: &UnitName) {
-        let mut files = self.files_of(unit).to_vec();
-        files.retain(|file| file.name.kind() != DatabaseKind::Sign);
+        let files = without_signatures(self.files_of(unit));
         self.take(unit.clone(), files);
     }
 
@@ -260,10 +268,38 @@ impl Plan {
         self.parts.get(unit).map_or(&[], |(files, _)| files)
     }
 
+    /// Whether the generation has no file.
+    pub fn is_empty(&self) -> bool {
+        self.parts.values().all(|(files, _)| files.is_empty())
+    }
+
+    /// The content digest of the generation.
+    pub fn content(&self) -> Digest {
+        content(self.parts.values().flat_map(|(files, _)| files))
+    }
+
     /// The files of the generation, sorted by name.
     pub fn files(&self) -> Vec<ManifestFile> {
-        let files = self.parts.values().flat_map(|(files, _)| files);
-        let mut files: Vec<_> = files.cloned().collect();
+        self.files_if(&BTreeSet::new(), &BTreeSet::new())
+    }
+
+    /// The files of the generation, sorted by name, if the units in `held` were held, and those in
+    /// `unsigned` had no signature files.
+    pub fn files_if(
+        &self,
+        held: &BTreeSet<UnitName>,
+        unsigned: &BTreeSet<UnitName>,
+    ) -> Vec<ManifestFile> {
+        let files = self.parts.iter().flat_map(|(unit, (files, _))| {
+            if held.contains(unit) {
+                self.carried.get(unit).cloned().unwrap_or_default()
+            } else if unsigned.contains(unit) {
+                without_signatures(files)
+            } else {
+                files.clone()
+            }
+        });
+        let mut files: Vec<_> = files.collect();
         files.sort_by(|a, b| a.name.cmp(&b.name));
         files
     }
@@ -333,20 +369,15 @@ impl Plan {
 }
 
 /// What a unit consists of, as one digest.
-pub fn content(files: &[ManifestFile]) -> Digest {
-    content_digest(files.iter().map(|it| (&it.name, it.size, &it.sha256)))
+pub fn content<'f>(files: impl IntoIterator<Item = &'f ManifestFile>) -> Digest {
+    let files = files.into_iter();
+    content_digest(files.map(|it| (&it.name, it.size, &it.sha256)))
 }
 
-/// Files by their units.
-pub fn by_unit(files: &[ManifestFile], units: &Units) -> BTreeMap<UnitName, Vec<ManifestFile>> {
-    let mut parts: BTreeMap<UnitName, Vec<ManifestFile>> = BTreeMap::new();
-    for file in files {
-        parts
-            .entry(units.of(&file.name))
-            .or_default()
-            .push(file.clone());
-    }
-    parts
+fn without_signatures(files: &[ManifestFile]) -> Vec<ManifestFile> {
+    let others = files.iter();
+    let others = others.filter(|file| file.name.kind() != DatabaseKind::Sign);
+    others.cloned().collect()
 }
 
 /// Whether a unit has a signed container: the fleet must not lose it without an operator's word.

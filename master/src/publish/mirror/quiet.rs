@@ -166,11 +166,9 @@ impl Quiet {
         let Some(listing) = listing else {
             return has_changed;
         };
-        let mut found: BTreeMap<UnitName, Vec<(DatabaseName, Stamp)>> = BTreeMap::new();
-        for (name, stamp) in &listing.files {
-            let unit = found.entry(self.names.of(name)).or_default();
-            unit.push((name.clone(), *stamp));
-        }
+        let files = listing.files.iter();
+        let files = files.map(|(name, stamp)| (name.clone(), *stamp));
+        let mut found: BTreeMap<UnitName, Vec<_>> = self.names.group(files, |it| &it.0);
         for (name, unit) in &mut self.units {
             let files = found.remove(name).unwrap_or_default();
             has_changed |= unit.look(files, now);

@@ -21,7 +21,9 @@ use crate::publish::capture::{Capture, CaptureError, Fault, Source, capture};
 use crate::publish::check::{LoadTestError, SignatureFiles, admits, judge, load, missing, signs};
 use crate::publish::culprits::{Verdict, find};
 use crate::publish::mirror::quiet::Reason;
-use crate::publish::plan::{Cause, CauseKind, Plan, Skipped, by_unit, content, is_signed};
+use crate::publish::plan::{
+    Cause, CauseKind, Plan, REASONS_SHOWN, Skipped, content, is_signed, listed,
+};
 use crate::publish::withdrawn::{Directives, newest};
 
 /// What can be made of the mirror.
@@ -65,14 +67,18 @@ impl Obstacle {
 }
 
 /// What units are compared with and carried from.
-struct Base {
-    /// The generation that the fleet has and did not reject.
+struct Base<'a> {
+    /// What the fleet rejected, and which names it accepts.
+    directives: &'a Directives,
+    /// The newest generation of this master that the fleet did not reject.
+    own: Option<Arc<Verified<Manifest>>>,
+    /// That, or a higher one of a lost master.
     manifest: Option<Arc<Verified<Manifest>>>,
-    /// Its files by unit.
+    /// The files of `manifest` by unit.
     published: BTreeMap<UnitName, Vec<ManifestFile>>,
 }
 
-impl Base {
+impl Base<'_> {
     fn of(&self, unit: &UnitName) -> &[ManifestFile] {
         self.published.get(unit).map_or(&[], Vec::as_slice)
     }
@@ -102,30 +108,17 @@ impl Publisher {
     ) -> Result<Drafted, PublishError> {
         let mirror = &self.settings.mirror;
         let accepted = self.accepted_units(request);
-        let is_operators = request.is_operators;
-        let waits_for = move |unit: &UnitName, reason: &Reason| {
-            let is_waited_for = match reason {
-                Reason::Writing(_) => true,
-                Reason::Changes(_) | Reason::Mirror => !is_operators,
-                Reason::Run(_) => false, // the capture itself looks for runs
-            };
-            is_waited_for && !accepted.names(unit)
+        let is_at_work = |reason: &Reason| matches!(reason, Reason::Writing(_) | Reason::Run(_));
+        // An operator does not wait for what changed a moment ago.
+        let waits_for = |unit: &UnitName, reason: &Reason| {
+            (is_at_work(reason) || !request.is_operators) && !accepted.names(unit)
         };
-        let accepted = self.accepted_units(request);
         let source = Source {
             path: &mirror.path,
             units: &mirror.units,
             activity: &self.activity,
             waits_for: &waits_for,
-            despite_runs: accepted.names(&UnitName::official()),
         };
-        let unsettled = self.activity.unsettled(Instant::now()).into_iter();
-        let overruled = unsettled.filter(|(unit, it)| {
-            accepted.names(unit) && matches!(it.reason, Reason::Writing(_) | Reason::Run(_))
-        });
-        let overruled: Vec<_> = overruled
-            .map(|(unit, it)| format!("{unit}: {it}"))
-            .collect();
         let capture = match capture(&source, &self.store) {
             Ok(capture) => capture,
             Err(CaptureError::Store(error)) => return Err(error.into()),
@@ -146,20 +139,24 @@ impl Publisher {
             mut plan,
             mut skipped,
             has_rejected,
-        } = self.check_units(request, &capture, &base, directives, &signatures, now)?;
-        plan.accepted.extend(overruled);
-        let mut obstacle = lost_unit(&plan, &base).or_else(|| self.refusal_of_holds(&plan));
-        let mut drafted = content(&plan.files());
-        let may_be_new = base.content() != Some(drafted) || self.is_due();
-        if obstacle.is_none() && may_be_new && !plan.files().is_empty() {
+        } = self.check_units(request, &accepted, &capture, &base, &signatures, now)?;
+        let unsettled = self.activity.unsettled(Instant::now()).into_iter();
+        let overruled =
+            unsettled.filter(|(unit, it)| accepted.names(unit) && is_at_work(&it.reason));
+        plan.accepted
+            .extend(overruled.map(|(unit, it)| format!("{unit}: {it}")));
+        let obstacle_of =
+            |plan: &Plan| lost_unit(plan, &base).or_else(|| self.refusal_of_holds(plan));
+        let mut obstacle = obstacle_of(&plan);
+        let may_be_new = base.content() != Some(plan.content()) || self.is_due();
+        if obstacle.is_none() && may_be_new && !plan.is_empty() {
             obstacle = self.load_test(&mut plan, &mut skipped, &signatures, stop)?;
-            obstacle = obstacle.or_else(|| lost_unit(&plan, &base));
-            drafted = content(&plan.files());
+            obstacle = obstacle.or_else(|| obstacle_of(&plan));
         }
+        let drafted = plan.content();
         let obstacle = obstacle
-            .or_else(|| self.refusal_of_holds(&plan))
             .or_else(|| self.missing_databases(&plan))
-            .or_else(|| self.rejection_of_all(request, &mut plan, drafted));
+            .or_else(|| self.rejection_of_all(&accepted, &mut plan, drafted));
 
         let current = self.store.current();
         let is_current = current.is_some_and(|current| {
@@ -194,7 +191,7 @@ impl Publisher {
         &self,
         request: &Request,
         capture: &Capture,
-        base: &Base,
+        base: &Base<'_>,
     ) -> Result<(), PublishError> {
         let named = request.accept.iter().flat_map(|accept| &accept.units);
         for name in named {
@@ -226,16 +223,26 @@ impl Publisher {
     }
 
     /// What the fleet has and did not reject, whether this master published it or a lost one.
-    fn base(&self, directives: &Directives) -> Base {
+    fn base<'a>(&self, directives: &'a Directives) -> Base<'a> {
         let own = newest(&self.store.manifests(), &directives.withdrawn);
         let adopted = self.records().adopted.clone();
-        let known = own.into_iter().chain(adopted);
+        let known = own.clone().into_iter().chain(adopted);
         let manifest = known.max_by_key(|manifest| manifest.position());
-        let files = manifest.as_ref().map_or(&[][..], |it| &it.files);
         Base {
-            published: by_unit(files, &self.settings.mirror.units),
+            directives,
+            published: self.by_unit(manifest.as_ref()),
             manifest,
+            own,
         }
+    }
+
+    /// The files of a generation by unit.
+    fn by_unit(
+        &self,
+        manifest: Option<&Arc<Verified<Manifest>>>,
+    ) -> BTreeMap<UnitName, Vec<ManifestFile>> {
+        let files = manifest.into_iter().flat_map(|it| it.files.iter().cloned());
+        self.settings.mirror.units.group(files, |file| &file.name)
     }
 
     /// Whether the files may be published again without another look at the mirror.
@@ -249,14 +256,8 @@ impl Publisher {
 
     /// What can be published in the place of a unit that is held. A restored master may lack what the
     /// fleet has; then it is what it published itself.
-    fn carried(
-        &self,
-        base: &Base,
-        directives: &Directives,
-    ) -> BTreeMap<UnitName, Vec<ManifestFile>> {
-        let own = newest(&self.store.manifests(), &directives.withdrawn);
-        let own = own.as_ref().map_or(&[][..], |it| &it.files);
-        let own = by_unit(own, &self.settings.mirror.units);
+    fn carried(&self, base: &Base<'_>) -> BTreeMap<UnitName, Vec<ManifestFile>> {
+        let own = self.by_unit(base.own.as_ref());
         let carried = base.published.iter().filter_map(|(unit, files)| {
             let older = own.get(unit).filter(|_| !is_signed(files));
             let mut versions = [Some(files), older].into_iter().flatten();
@@ -270,20 +271,19 @@ impl Publisher {
     fn check_units(
         &self,
         request: &Request,
+        accepted: &Accepted,
         capture: &Capture,
-        base: &Base,
-        directives: &Directives,
+        base: &Base<'_>,
         signatures: &SignatureFiles,
         now: Timestamp,
     ) -> Result<Checked, PublishError> {
         let mirror = &self.settings.mirror;
-        let accepted = self.accepted_units(request);
         let manifests = self.store.manifests();
         let before = match request.is_operators {
             true => BTreeMap::new(),
             false => self.holds(),
         };
-        let mut plan = Plan::new(self.carried(base, directives));
+        let mut plan = Plan::new(self.carried(base));
         let skipped = capture.skipped.iter().map(|it| Skipped {
             name: it.name.clone(),
             reason: it.reason.to_string(),
@@ -296,7 +296,7 @@ impl Publisher {
         let mut has_rejected = false;
         let gone = base.published.keys();
         let gone = gone.filter(|unit| !capture.units.contains_key(*unit));
-        let gone = gone.map(|unit| match capture.absent.get(unit) {
+        let gone = gone.map(|unit| match capture.waiting.get(unit) {
             None if capture.is_whole => (unit, Ok(&[][..])),
             None => (unit, Err(&Fault::Changing)),
             // A program that replaces a file may have removed it first.
@@ -318,7 +318,7 @@ impl Publisher {
                 }
             };
             let is_gone = captured.is_empty();
-            if let Some(reason) = &directives.plain_names
+            if let Some(reason) = &base.directives.plain_names
                 && !captured.iter().all(|file| file.name.is_plain())
                 && published.is_empty()
             {
@@ -336,7 +336,7 @@ impl Publisher {
             let mut objections: Vec<_> = objections.map(|it| (it.kind(), chain(it))).collect();
             let is_published = !published.is_empty() && version == Some(content(published));
             let is_of_unit = |name: &DatabaseName| mirror.units.of(name) == *unit;
-            let withdrawn = &directives.withdrawn;
+            let withdrawn = &base.directives.withdrawn;
             let condemned = withdrawn.condemnation(&judged.files, &manifests, is_of_unit);
             if let Some((withdrawal, name)) = condemned.filter(|_| !is_published) {
                 let (position, outcome) = (withdrawal.position, withdrawal.outcome);
@@ -359,7 +359,7 @@ impl Publisher {
             let worst = objections.iter().map(|(kind, _)| *kind).max();
             match worst {
                 Some(kind) if kind != CauseKind::Questionable || !accepted.contains(unit) => {
-                    let cause = Cause::joined(kind, objections);
+                    let cause = Cause::joined(kind, &objections);
                     plan.hold(unit.clone(), cause, version);
                     continue;
                 }
@@ -391,8 +391,10 @@ impl Publisher {
         }
         let worst = plan.held().map(|(_, held)| held.cause.kind).max()?;
         let held = plan.held().filter(|(_, held)| held.cause.kind == worst);
-        let reasons: Vec<_> = held.map(|(_, held)| held.cause.text.as_str()).collect();
-        let reasons = listed(&reasons);
+        let reasons = listed(
+            held.map(|(_, held)| held.cause.text.as_str()),
+            REASONS_SHOWN,
+        );
         Some(match worst {
             CauseKind::Restless | CauseKind::Unfinished => Obstacle::Busy(reasons),
             CauseKind::Questionable => {
@@ -416,12 +418,12 @@ impl Publisher {
         };
         if let Some(base) = missing(&files, &self.settings.mirror.require) {
             let unit = self.settings.mirror.units.named(&format!("{base}.cvd"));
-            let where_ = match plan.held().any(|(held, _)| *held == unit) {
+            let lack = match plan.held().any(|(held, _)| *held == unit) {
                 true => "cannot be published",
                 false => "is not in the mirror",
             };
             return Some(Obstacle::refused(format!(
-                "{base} {where_}, and the configuration requires it{}",
+                "{base} {lack}, and the configuration requires it{}",
                 why(&unit)
             )));
         }
@@ -435,14 +437,15 @@ impl Publisher {
     /// Whether the fleet rejected this very set.
     fn rejection_of_all(
         &self,
-        request: &Request,
+        accepted: &Accepted,
         plan: &mut Plan,
         content: Digest,
     ) -> Option<Obstacle> {
         let rejected = self.rejection(content)?;
-        let accepted = self.accepted_units(request);
         let text = rejected.to_string();
-        if !plan.changed().iter().all(|unit| accepted.contains(unit)) || request.accept.is_none() {
+        let is_accepted = !matches!(accepted, Accepted::None)
+            && plan.changed().iter().all(|unit| accepted.contains(unit));
+        if !is_accepted {
             return Some(Obstacle::Refusal(RefusalKind::Held, text));
         }
         if rejected.new.is_none() {
@@ -476,14 +479,8 @@ impl Publisher {
         let signed: BTreeMap<_, _> = signed.map(|it| (signatures_of(it), it.clone())).collect();
         let all = signed.keys().chain(&suspects).cloned().collect();
         let found = find(all, |out| {
-            let mut trial = plan.clone();
-            let dropped = out.iter().filter_map(|unit| signed.get(unit));
-            dropped.for_each(|unit| trial.drop_signatures(unit));
-            for unit in out.iter().filter(|unit| !signed.contains_key(*unit)) {
-                let cause = Cause::joined(CauseKind::Unloadable, Vec::new());
-                trial.hold_taken(unit, cause);
-            }
-            let files = trial.files();
+            let unsigned = out.iter().filter_map(|unit| signed.get(unit).cloned());
+            let files = plan.files_if(out, &unsigned.collect());
             if files.is_empty() {
                 return Ok(Verdict::Loads); // clamscan would complain of that
             }
@@ -543,7 +540,7 @@ impl Publisher {
 }
 
 /// Whether a signed database would be lost because its published version cannot be carried.
-fn lost_unit(plan: &Plan, base: &Base) -> Option<Obstacle> {
+fn lost_unit(plan: &Plan, base: &Base<'_>) -> Option<Obstacle> {
     plan.held().find_map(|(unit, held)| {
         if held.carries.is_some() || !is_signed(base.of(unit)) {
             return None;
@@ -595,14 +592,4 @@ fn cause_of(fault: &Fault) -> Cause {
     };
     let text = chain(fault);
     Cause { kind, text }
-}
-
-/// Some of several reasons, and how many more there are.
-fn listed(reasons: &[&str]) -> String {
-    const SHOWN: usize = 3;
-    let shown = reasons[..reasons.len().min(SHOWN)].join("; ");
-    match reasons.len().saturating_sub(SHOWN) {
-        0 => shown,
-        more => format!("{shown}; and {more} more"),
-    }
 }
