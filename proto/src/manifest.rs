@@ -187,27 +187,20 @@ pub enum TooLarge {
         /// How many.
         found: usize,
     },
-    /// More bytes than a manifest may have.
+    /// More bytes than a reader takes.
     #[error(
-        "the manifest of {files} databases would have {bytes} bytes after compression, at most \
-         {MANIFEST_BYTES_MAX} are allowed; publish fewer files, or files with shorter names"
+        "the manifest of {files} databases would have {bytes} bytes {when} compression, at most \
+         {limit} are allowed; publish fewer files, or files with shorter names"
     )]
     Bytes {
         /// How many files.
         files: usize,
-        /// Length of the payload.
+        /// How many bytes.
         bytes: usize,
-    },
-    /// More bytes before compression than a reader takes.
-    #[error(
-        "the manifest of {files} databases would have {bytes} bytes before compression, at most \
-         {MANIFEST_JSON_BYTES_MAX} are allowed; publish fewer files, or files with shorter names"
-    )]
-    Json {
-        /// How many files.
-        files: usize,
-        /// Length of the JSON.
-        bytes: usize,
+        /// `before` or `after`.
+        when: &'static str,
+        /// The bound.
+        limit: usize,
     },
 }
 
@@ -270,19 +263,22 @@ impl Manifest {
         if files > FILES_MAX {
             return Err(TooLarge::Files { found: files });
         }
+        let bounded = |bytes: usize, when, limit| match bytes > limit {
+            true => Err(TooLarge::Bytes {
+                files,
+                bytes,
+                when,
+                limit,
+            }),
+            false => Ok(()),
+        };
         let (payload_type, payload) = payload(self);
-        let bytes = payload.len();
-        if bytes > MANIFEST_BYTES_MAX {
-            return Err(TooLarge::Bytes { files, bytes });
-        }
+        bounded(payload.len(), "after", MANIFEST_BYTES_MAX)?;
         if payload_type == Self::TYPE {
             return Ok(Form::Plain);
         }
         let json = serde_json::to_vec(self).expect("our own statements serialise");
-        let bytes = json.len();
-        if bytes > MANIFEST_JSON_BYTES_MAX {
-            return Err(TooLarge::Json { files, bytes });
-        }
+        bounded(json.len(), "before", MANIFEST_JSON_BYTES_MAX)?;
         Ok(Form::Compressed)
     }
 
@@ -331,10 +327,6 @@ impl Manifest {
     fn check(&self) -> Result<(), String> {
         if self.files.is_empty() {
             return Err("it has no files".into()); // clamd does not start without databases
-        }
-        if self.files.len() > FILES_MAX {
-            let found = self.files.len();
-            return Err(format!("it has {found} files, at most {FILES_MAX}"));
         }
         let mut names = HashMap::new();
         for ManifestFile { name, .. } in &self.files {
