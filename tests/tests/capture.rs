@@ -17,7 +17,7 @@ use clamcast_master::config::units::{UnitName, Units};
 use clamcast_master::publish::capture::{Captured, Fault, Source, capture};
 use clamcast_master::publish::mirror::activity::Activity;
 use clamcast_master::publish::mirror::listing::Listing;
-use clamcast_master::publish::mirror::quiet::ABANDONED_AFTER;
+use clamcast_master::publish::mirror::quiet::{ABANDONED_AFTER, Reason};
 use clamcast_master::store::Store;
 use clamcast_proto::dsse::{PublicKey, sign};
 use clamcast_proto::keys::KeySet;
@@ -98,8 +98,7 @@ impl Lab {
             path: mirror,
             units: &self.units,
             activity,
-            waits_for: &|_, _| false,
-            despite_runs: false,
+            waits_for: &|_, reason| matches!(reason, Reason::Run(_)),
         };
         let capture = capture(&source, &self.store).unwrap();
         capture.is_whole.then_some(capture.units)

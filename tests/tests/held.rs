@@ -157,10 +157,8 @@ impl Site {
         let fleet = Fleet::new();
         let mirror = fleet.mirror();
         write_all(&mirror, 1);
-        let mut master = fleet.master(&mirror);
         let settings = "require = [\"daily\"]\nload_test = \"always\"\n[groups]\nweb = [\"web*\"]";
-        master.configure("require = []", settings);
-        let (mut agent, mut clamd) = fleet.agent_and_clamd("web1");
+        let (mut master, mut agent, mut clamd) = fleet.one_host(settings);
         master.start_with(&mut agent, &mut clamd);
         Self {
             mirror,

@@ -46,10 +46,8 @@ impl Site {
         for number in 0..FILES {
             fs::write(mirror.join(name(number)), signature(number, 1)).unwrap();
         }
-        let master = fleet.master(&mirror);
-        let tables = "require = []\nload_test = \"never\"\n[rollout]\nwaves = [\"100%\"]";
-        master.configure("require = []", tables);
-        let (agent, clamd) = fleet.agent_and_clamd("web1");
+        let settings = "require = []\nload_test = \"never\"\n[rollout]\nwaves = [\"100%\"]";
+        let (master, agent, clamd) = fleet.one_host(settings);
         Self {
             fleet,
             master,

@@ -34,12 +34,9 @@ impl Site {
         Container::new("daily", 1)
             .member("hsb", signatures(0..1000))
             .write(&mirror);
-        let master = fleet.master(&mirror);
-        master.configure(
-            "require = []",
+        let (master, agent, clamd) = fleet.one_host(
             "require = []\nload_test = \"never\"\n[rollout]\nwaves = [\"100%\"]\nrollback_on_halt = false",
         );
-        let (agent, clamd) = fleet.agent_and_clamd("web1");
         Self {
             fleet,
             master,

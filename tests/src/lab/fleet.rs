@@ -134,6 +134,15 @@ keys = "{pki}/manifest.pub"
         (self.agent_of(name, &clamd), clamd)
     }
 
+    /// A master with these lines in the place of `require = []`, the agent `web1` and its clamd. None of
+    /// them is started.
+    pub fn one_host(&self, settings: &str) -> (Master, Agent, Clamd) {
+        let master = self.master(&self.mirror());
+        master.configure("require = []", settings);
+        let (agent, clamd) = self.agent_and_clamd("web1");
+        (master, agent, clamd)
+    }
+
     /// An agent that keeps the databases of `clamd`, which is on [`Fleet::database`]. It is not
     /// started.
     pub fn agent_of(&self, name: &str, clamd: &Clamd) -> Agent {
