@@ -283,9 +283,9 @@ impl Stage<'_> {
         Ok(true)
     }
 
-    /// Makes a file durable, because whoever wrote it may not have. Before the file gets another link: a
-    /// link changes the inode, and a file system commits its journal to sync a changed one, which takes
-    /// milliseconds for each of thousands of files.
+    /// Makes a file durable. The process that wrote the file may have ended before it did so. This comes
+    /// before the file gets another link: a link changes the inode, and a file system commits its journal
+    /// to sync a changed inode, which takes milliseconds for each of thousands of files.
     fn is_synced(&self, source: At<'_>, facts: &Facts) -> Result<bool, HostFault> {
         let Some(file) = self.tree.open(source)? else {
             return Ok(false);
