@@ -318,6 +318,9 @@ impl Publisher {
                 }
             };
             let is_gone = captured.is_empty();
+            if is_gone && published.is_empty() {
+                continue; // signature files without their database
+            }
             if let Some(reason) = &base.directives.plain_names
                 && !captured.iter().all(|file| file.name.is_plain())
                 && published.is_empty()

@@ -259,3 +259,14 @@ fn more_files_than_a_generation_carries_are_held() {
     assert_eq!(held, ["c"]);
     drop(lab);
 }
+
+#[test]
+fn a_signature_file_without_its_database_is_no_unit() {
+    let (lab, publisher) = published();
+    lab.put("alpha-7.cvd.sign", b"PKCS7");
+    let stop = CancellationToken::new();
+    let preview = publisher.preview(&Request::default(), Timestamp::now(), &stop);
+    let plan = preview.unwrap().plan.unwrap();
+    let units: Vec<_> = plan.units().map(|(unit, _)| unit.as_str()).collect();
+    assert_eq!(units, ["a.ndb", "b.ndb", "official"]);
+}
