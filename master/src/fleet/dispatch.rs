@@ -1000,7 +1000,7 @@ impl Dispatcher {
         if !self.fleet.receipt(receipt, now.clock) {
             // Known is not yet on disk: the entry of its first arrival may still wait. Of an agent that
             // repeats itself while the disk takes nothing not every word is kept.
-            if (self.held.len() as u64) < 2 * self.bounds.backlog {
+            if (self.held.len() as u64) < self.bounds.backlog.saturating_mul(2) {
                 self.hold(acknowledgement);
             }
             return;
