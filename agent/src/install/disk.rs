@@ -2,14 +2,14 @@
 //!
 //! An install works below a few directories that are opened once. Names are taken relative to
 //! their descriptors and a symbolic link is never followed, so that one planted in the database
-//! directory by another user leads nowhere. [`Disk`] is the whole surface: tests put a shim there
-//! that fails, or stops the world, at the n-th call.
+//! directory by another user leads nowhere. `Tree` makes every call, and `Call` names each of them.
+//! Tests interpose a shim that fails, or stops the world, at the n-th call.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs::{File, TryLockError};
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStringExt as _;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
@@ -21,7 +21,7 @@ use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, RenameFlags, openat, renameat, renameat2};
 use nix::sys::stat::{FchmodatFlags, FileStat, Mode, SFlag, fchmodat, fstat, fstatat, mkdirat};
 use nix::sys::statvfs::fstatvfs;
-use nix::unistd::{Uid, UnlinkatFlags, geteuid, linkat, symlinkat, unlinkat};
+use nix::unistd::{Uid, UnlinkatFlags, fsync, geteuid, linkat, symlinkat, unlinkat};
 use sha2::{Digest as _, Sha256};
 
 /// Permissions of a database: clamd runs as another user and silently leaves out a daily database
@@ -79,6 +79,28 @@ const BELOW_HIDDEN: [(Dir, &str); 5] = [
 #[derive(Clone, Copy, Debug)]
 pub struct At<'n>(pub Dir, pub &'n str);
 
+impl At<'_> {
+    /// Its path, or that of the directory if the name is empty.
+    pub(super) fn path(self, database: &Path, state: &Path) -> PathBuf {
+        let At(dir, name) = self;
+        let directory = match dir {
+            Dir::Databases => database.to_owned(),
+            Dir::Hidden => database.join(HIDDEN),
+            Dir::State => state.to_owned(),
+            Dir::Stage | Dir::Current | Dir::Previous | Dir::Adopted | Dir::Trial => {
+                let named = BELOW_HIDDEN.iter().find(|(below, _)| *below == dir);
+                let name = named.expect("every hidden directory has a name").1;
+                database.join(HIDDEN).join(name)
+            }
+        };
+        if name.is_empty() {
+            directory
+        } else {
+            directory.join(name)
+        }
+    }
+}
+
 /// Names a file whatever it is called.
 #[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq)]
 pub struct Inode {
@@ -116,59 +138,182 @@ pub struct Behind {
     pub readable: bool,
 }
 
-/// A file being written.
-pub trait Output: Write + Send {
-    /// Waits until its content is on disk.
-    fn sync(&mut self) -> io::Result<()>;
+/// A call of the file system that is about to be made.
+#[derive(Clone, Copy, Debug)]
+#[cfg_attr(
+    not(test),
+    expect(
+        dead_code,
+        reason = "only the shim of the tests reads the first of two names"
+    )
+)]
+pub(super) enum Call<'n> {
+    /// Looks at a name; a link is looked at itself.
+    Facts(At<'n>),
+    /// Looks at the file that a name leads to.
+    Behind(At<'n>),
+    /// Opens the file that a name leads to and closes it, to see whether this user may read it.
+    Readable(At<'n>),
+    Open(At<'n>),
+    Read(At<'n>),
+    List(Dir),
+    FreeBytes,
+    /// Compares the open directories with those that their paths lead to now.
+    InPlace,
+    /// Makes a new file for writing; its name must not be taken.
+    Create(At<'n>),
+    /// Opens one of the agent's own files for writing at its end.
+    Append(At<'n>),
+    Write(At<'n>),
+    /// Makes the content of an open file durable.
+    Sync(At<'n>),
+    /// Makes the names in a directory durable.
+    SyncDir(Dir),
+    /// Gives the first file a second name, which must not be taken.
+    Link(At<'n>, At<'n>),
+    /// Makes a symbolic link, whose name must not be taken.
+    Symlink(At<'n>),
+    /// Sets the permissions of the agent's own file in one of its own directories.
+    SetMode(At<'n>),
+    /// Moves the first name over the second.
+    Rename(At<'n>, At<'n>),
+    /// Lets two names change places in one step. Not every file system can.
+    Exchange(At<'n>, At<'n>),
+    Remove(At<'n>),
+}
+
+/// What a call does to the disk.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Kind {
+    Reads,
+    /// Changes the disk, or what a power cut leaves of it.
+    Changes,
+}
+
+impl<'n> Call<'n> {
+    /// Its kind, what an error message says after "cannot", and the name that follows.
+    pub(super) fn describe(&self) -> (Kind, &'static str, At<'n>) {
+        use Kind::{Changes, Reads};
+        let databases = At(Dir::Databases, "");
+        match *self {
+            Call::Facts(at) => (Reads, "look at", at),
+            Call::Behind(at) => (Reads, "look behind", at),
+            Call::Readable(at) | Call::Open(at) => (Reads, "open", at),
+            Call::Read(at) => (Reads, "read", at),
+            Call::List(dir) => (Reads, "list", At(dir, "")),
+            Call::FreeBytes => (Reads, "see the free space of", databases),
+            Call::InPlace => (Reads, "look at", databases),
+            Call::Create(at) => (Changes, "make", at),
+            Call::Append(at) => (Changes, "write to", at),
+            Call::Write(at) | Call::Sync(at) => (Changes, "write", at),
+            Call::SyncDir(dir) => (Changes, "sync", At(dir, "")),
+            Call::Link(_, at) | Call::Symlink(at) => (Changes, "make the link", at),
+            Call::SetMode(at) => (Changes, "set the permissions of", at),
+            Call::Rename(_, to) => (Changes, "rename a file to", to),
+            Call::Exchange(_, other) => (Changes, "exchange a file with", other),
+            Call::Remove(at) => (Changes, "remove", at),
+        }
+    }
+}
+
+/// Stands between the installer and the file system. The default makes the call.
+pub(super) trait Interpose: Send + Sync + 'static {
+    /// Makes `call`, whose effect is `effect`. A success without the effect has the default value
+    /// of its type, such as no bytes read.
+    fn around(
+        &self,
+        _call: &Call<'_>,
+        effect: &mut dyn FnMut() -> io::Result<()>,
+    ) -> io::Result<()> {
+        effect()
+    }
+}
+
+/// Leaves every call as it is.
+pub(super) struct Direct;
+
+impl Interpose for Direct {}
+
+/// Makes a call. Every call of an install comes through here.
+fn make<T: Default>(
+    interpose: &dyn Interpose,
+    call: &Call<'_>,
+    mut effect: impl FnMut() -> io::Result<T>,
+) -> io::Result<T> {
+    let mut value = T::default();
+    interpose.around(call, &mut || {
+        value = effect()?;
+        Ok(())
+    })?;
+    Ok(value)
+}
+
+/// An open file, and the name that it was opened by.
+struct Opened {
+    file: File,
+    dir: Dir,
+    name: Box<str>,
+    interpose: Arc<dyn Interpose>,
+}
+
+impl Opened {
+    fn call<'s, T: Default>(
+        &'s self,
+        call: fn(At<'s>) -> Call<'s>,
+        effect: impl FnMut() -> io::Result<T>,
+    ) -> io::Result<T> {
+        let call = call(At(self.dir, &self.name));
+        make(&*self.interpose, &call, effect)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.call(Call::Sync, || self.file.sync_all())
+    }
 }
 
 /// A file being read: as a stream, or at any place.
-pub trait Input: Read + Send {
-    /// What is known of it.
-    fn facts(&self) -> io::Result<Facts>;
+pub(super) struct Input(Opened);
+
+impl Input {
+    pub(super) fn facts(&self) -> io::Result<Facts> {
+        Ok(facts_of(&fstat(&self.0.file)?))
+    }
+
     /// Waits until its content is on disk, whoever wrote it.
-    fn sync(&self) -> io::Result<()>;
+    pub(super) fn sync(&self) -> io::Result<()> {
+        self.0.sync()
+    }
+
     /// The file itself, to be read at any place.
-    fn into_file(self: Box<Self>) -> File;
+    pub(super) fn into_file(self) -> File {
+        self.0.file
+    }
 }
 
-/// The calls of an install. Each is one effect, so that a test can fail any of them.
-pub trait Disk: Send + Sync + 'static {
-    /// Opens a regular file for reading.
-    fn open(&self, at: At<'_>) -> io::Result<Box<dyn Input>>;
-    /// Makes a new file for writing; one with this name must not be there.
-    fn create(&self, at: At<'_>, mode: u32) -> io::Result<Box<dyn Output>>;
-    /// Opens one of our own files for writing at its end.
-    fn append(&self, at: At<'_>) -> io::Result<Box<dyn Output>>;
-    /// Gives a file a second name, which must not be taken.
-    fn link(&self, from: At<'_>, to: At<'_>) -> io::Result<()>;
-    /// Makes a symbolic link, whose name must not be taken.
-    fn symlink(&self, target: &str, at: At<'_>) -> io::Result<()>;
-    /// Sets the permissions of a file of ours in a directory of ours.
-    fn set_mode(&self, at: At<'_>, mode: u32) -> io::Result<()>;
-    /// Moves a name over another one.
-    fn rename(&self, from: At<'_>, to: At<'_>) -> io::Result<()>;
-    /// Lets two names change places in one step. Not every file system can.
-    fn exchange(&self, one: At<'_>, other: At<'_>) -> io::Result<()>;
-    /// Removes a name.
-    fn remove(&self, at: At<'_>) -> io::Result<()>;
-    /// Looks at a name; a link is looked at itself.
-    fn facts(&self, at: At<'_>) -> io::Result<Facts>;
-    /// Looks at what a name leads to.
-    fn behind(&self, at: At<'_>) -> io::Result<Behind>;
-    /// The names in a directory.
-    fn list(&self, dir: Dir) -> io::Result<Vec<OsString>>;
-    /// Makes a directory's names durable.
-    fn sync_dir(&self, dir: Dir) -> io::Result<()>;
-    /// Bytes that may still be written where the databases are.
-    fn free_bytes(&self) -> io::Result<u64>;
-    /// Whether the paths of the database directory and of those below it still lead to the
-    /// directories that were opened.
-    fn in_place(&self) -> io::Result<bool>;
-    /// Opens what stands there now.
-    fn reopen(&self) -> Result<(), HostFault>;
-    /// The path of a name, for messages and other programs.
-    fn path(&self, at: At<'_>) -> PathBuf;
+impl Read for Input {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.0.call(Call::Read, || (&self.0.file).read(buffer))
+    }
+}
+
+/// A file being written.
+pub(super) struct Output(Opened);
+
+impl Output {
+    /// Waits until its content is on disk.
+    pub(super) fn sync(&self) -> io::Result<()> {
+        self.0.sync()
+    }
+}
+
+impl Write for Output {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.call(Call::Write, || (&self.0.file).write(bytes))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(()) // nothing is buffered
+    }
 }
 
 /// Something of the host's own stands in the way: the outcome is `host_fault`.
@@ -277,12 +422,12 @@ fn advice(source: &io::Error) -> &'static str {
     }
 }
 
-/// The host's own file system.
-#[derive(Debug)]
-pub struct HostDisk {
+/// The directories of an install. Each method makes one call; its errors name the call and the file.
+pub(super) struct Tree {
     database: PathBuf,
     state: PathBuf,
     open: RwLock<Open>,
+    interpose: Arc<dyn Interpose>,
 }
 
 /// What is open.
@@ -299,25 +444,26 @@ struct Open {
 enum Database {
     /// All of one directory.
     Open(Vec<(Dir, Arc<OwnedFd>)>),
-    /// It could not be opened yet, for this reason. [`Disk::reopen`] tries again.
+    /// It could not be opened yet, for this reason. [`Tree::check_in_place`] tries again.
     Closed(String),
 }
 
-impl HostDisk {
+impl Tree {
     /// Opens the directories and makes the hidden ones.
-    pub fn open(database: &Path, state: &Path) -> Result<Self, HostFault> {
+    pub(super) fn open_directories(
+        database: &Path,
+        state: &Path,
+        interpose: impl Interpose,
+    ) -> Result<Self, HostFault> {
         let open = open_all(database, state)?;
-        Ok(Self {
-            database: database.to_owned(),
-            state: state.to_owned(),
-            open: RwLock::new(open),
-        })
+        Ok(Self::of(database, state, open, interpose))
     }
 
     /// The same, for one agent alone. A database directory that cannot be used now is opened by
-    /// [`Disk::reopen`]: an agent that exits looks like a host that is switched off.
-    pub fn open_or_wait(database: &Path, state: &Path) -> Result<Self, HostFault> {
-        let fault = match Self::open(database, state).and_then(Self::locked) {
+    /// [`Tree::check_in_place`]: an agent that exits looks like a host that is switched off.
+    pub(super) fn open_or_wait(database: &Path, state: &Path) -> Result<Self, HostFault> {
+        let opened = Self::open_directories(database, state, Direct).and_then(Self::locked);
+        let fault = match opened {
             Err(fault) if !matches!(fault, HostFault::Shared { .. }) => fault,
             opened => return opened,
         };
@@ -331,21 +477,26 @@ impl HostDisk {
             database: Database::Closed(crate::chain(&fault)),
             lock: None,
         };
-        Ok(Self {
-            database: database.to_owned(),
-            state: state.to_owned(),
-            open: RwLock::new(open),
-        })
+        Ok(Self::of(database, state, open, Direct))
     }
 
     /// The same, for one agent alone: two with state directories of their own would swap each
     /// other's sets away.
-    pub fn locked(self) -> Result<Self, HostFault> {
+    pub(super) fn locked(self) -> Result<Self, HostFault> {
         {
             let mut open = self.open.write().unwrap_or_else(PoisonError::into_inner);
             open.lock = Some(self.lock(&open, None)?);
         }
         Ok(self)
+    }
+
+    fn of(database: &Path, state: &Path, open: Open, interpose: impl Interpose) -> Self {
+        Self {
+            database: database.to_owned(),
+            state: state.to_owned(),
+            open: RwLock::new(open),
+            interpose: Arc::new(interpose),
+        }
     }
 
     /// Locks what is open, unless `held` is that lock already.
@@ -357,7 +508,7 @@ impl HostDisk {
         let hidden = hidden.map_err(|source| io_fault("open", &path, source))?;
         let opened = openat(hidden, LOCK, flags, mode);
         let file = File::from(opened.map_err(|errno| io_fault("open", &path, errno.into()))?);
-        let inode = |file: &File| Input::facts(file).ok().map(|facts| facts.inode);
+        let inode = |file: &File| fstat(file).ok().map(|stat| facts_of(&stat).inode);
         if let Some(held) = held
             && inode(&held) == inode(&file)
         {
@@ -490,119 +641,77 @@ pub(super) fn io_fault(doing: &'static str, path: &Path, source: io::Error) -> H
     }
 }
 
-impl Disk for HostDisk {
-    fn open(&self, At(dir, name): At<'_>) -> io::Result<Box<dyn Input>> {
-        // Without waiting: a planted pipe must not hold us up.
-        let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK;
-        let file = File::from(openat(self.fd(dir)?, name, flags, Mode::empty())?);
-        if !file.metadata()?.is_file() {
-            let message = "it is not a regular file";
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
+impl Tree {
+    pub(super) fn path(&self, at: At<'_>) -> PathBuf {
+        at.path(&self.database, &self.state)
+    }
+
+    /// The path of a directory.
+    pub(super) fn directory(&self, dir: Dir) -> PathBuf {
+        self.path(At(dir, ""))
+    }
+
+    /// The host's fault for a call that failed, with the words and the path of the call.
+    pub(super) fn fault(&self, call: &Call<'_>, source: io::Error) -> HostFault {
+        let (_, doing, at) = call.describe();
+        let path = self.path(at);
+        HostFault::Io {
+            doing,
+            path,
+            source,
         }
-        Ok(Box::new(file))
     }
 
-    fn create(&self, At(dir, name): At<'_>, mode: u32) -> io::Result<Box<dyn Output>> {
-        let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_CLOEXEC;
-        let file = File::from(openat(
-            self.fd(dir)?,
-            name,
-            flags,
-            Mode::from_bits_truncate(0o600),
-        )?);
-        // The umask must not decide what clamd can read.
-        file.set_permissions(std::fs::Permissions::from_mode(mode))?;
-        Ok(Box::new(file))
+    /// Makes a call of which every error is a fault.
+    fn call<T: Default>(
+        &self,
+        call: Call<'_>,
+        effect: impl FnMut() -> io::Result<T>,
+    ) -> Result<T, HostFault> {
+        self.ask(call, |_| false, effect)
     }
 
-    fn append(&self, At(dir, name): At<'_>) -> io::Result<Box<dyn Output>> {
-        let flags = OFlag::O_WRONLY | OFlag::O_APPEND | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        let file = File::from(openat(self.fd(dir)?, name, flags, Mode::empty())?);
-        Ok(Box::new(file))
+    /// Makes a call of which some errors are an answer: no file, or `false`.
+    fn ask<T: Default>(
+        &self,
+        call: Call<'_>,
+        is_answer: fn(&io::Error) -> bool,
+        effect: impl FnMut() -> io::Result<T>,
+    ) -> Result<T, HostFault> {
+        make(&*self.interpose, &call, effect).or_else(|error| match is_answer(&error) {
+            true => Ok(T::default()),
+            false => Err(self.fault(&call, error)),
+        })
     }
 
-    fn link(&self, At(from, old): At<'_>, At(to, new): At<'_>) -> io::Result<()> {
-        // No flag: a symbolic link is linked itself, never what it points to.
-        Ok(linkat(
-            self.fd(from)?,
-            old,
-            self.fd(to)?,
-            new,
-            AtFlags::empty(),
-        )?)
-    }
-
-    fn symlink(&self, target: &str, At(dir, name): At<'_>) -> io::Result<()> {
-        Ok(symlinkat(target, self.fd(dir)?, name)?)
-    }
-
-    fn set_mode(&self, At(dir, name): At<'_>, mode: u32) -> io::Result<()> {
-        let mode = Mode::from_bits_truncate(mode);
-        Ok(fchmodat(
-            self.fd(dir)?,
-            name,
-            mode,
-            FchmodatFlags::FollowSymlink,
-        )?)
-    }
-
-    fn rename(&self, At(from, old): At<'_>, At(to, new): At<'_>) -> io::Result<()> {
-        Ok(renameat(self.fd(from)?, old, self.fd(to)?, new)?)
-    }
-
-    fn exchange(&self, At(one, old): At<'_>, At(other, new): At<'_>) -> io::Result<()> {
-        let flags = RenameFlags::RENAME_EXCHANGE;
-        Ok(renameat2(self.fd(one)?, old, self.fd(other)?, new, flags)?)
-    }
-
-    fn remove(&self, At(dir, name): At<'_>) -> io::Result<()> {
-        Ok(unlinkat(self.fd(dir)?, name, UnlinkatFlags::NoRemoveDir)?)
-    }
-
-    fn facts(&self, At(dir, name): At<'_>) -> io::Result<Facts> {
-        let stat = fstatat(self.fd(dir)?, name, AtFlags::AT_SYMLINK_NOFOLLOW)?;
-        Ok(facts_of(&stat))
-    }
-
-    fn behind(&self, At(dir, name): At<'_>) -> io::Result<Behind> {
-        let facts = facts_of(&fstatat(self.fd(dir)?, name, AtFlags::empty())?);
-        // A pipe is not opened: whoever waits to write to it is not meant for us.
-        let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK;
-        let readable = facts.regular && openat(self.fd(dir)?, name, flags, Mode::empty()).is_ok();
-        Ok(Behind { facts, readable })
-    }
-
-    fn list(&self, dir: Dir) -> io::Result<Vec<OsString>> {
-        let mut open = nix::dir::Dir::openat(self.fd(dir)?, ".", DIRECTORY, Mode::empty())?;
-        let mut names = BTreeSet::new(); // sorted, so that a repeated run makes the same calls
-        for entry in open.iter() {
-            let name = OsString::from_vec(entry?.file_name().to_bytes().to_vec());
-            if name != "." && name != ".." {
-                names.insert(name);
-            }
-            if names.len() > ENTRIES_MAX {
-                let message = format!(
-                    "it has more than {ENTRIES_MAX} entries; move away what does not belong there"
-                );
-                return Err(io::Error::new(io::ErrorKind::InvalidData, message));
-            }
+    fn opened(&self, At(dir, name): At<'_>, file: File) -> Opened {
+        Opened {
+            file,
+            dir,
+            name: name.into(),
+            interpose: Arc::clone(&self.interpose),
         }
-        Ok(names.into_iter().collect())
     }
 
-    fn sync_dir(&self, dir: Dir) -> io::Result<()> {
-        Ok(nix::unistd::fsync(self.fd(dir)?)?)
+    /// Work goes to the directory that stands there now: in one that was removed it is lost.
+    pub(super) fn check_in_place(&self) -> Result<(), HostFault> {
+        if self.call(Call::InPlace, || self.is_in_place())? {
+            return Ok(());
+        }
+        self.reopen()?;
+        tracing::warn!(
+            path = ?self.directory(Dir::Databases),
+            "the database directory is there again or was replaced, going on in it"
+        );
+        Ok(())
     }
 
-    fn free_bytes(&self) -> io::Result<u64> {
-        let stat = fstatvfs(self.fd(Dir::Databases)?)?;
-        Ok(stat.blocks_available().saturating_mul(stat.fragment_size()))
-    }
-
-    fn in_place(&self) -> io::Result<bool> {
+    /// Whether the paths of the database directory and of those below it still lead to the
+    /// directories that were opened.
+    fn is_in_place(&self) -> io::Result<bool> {
         let is_there = |dir| -> io::Result<bool> {
             let opened = fstat(self.fd(dir)?)?;
-            let there = match std::fs::metadata(self.path(At(dir, ""))) {
+            let there = match std::fs::metadata(self.directory(dir)) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
                 there => there?,
             };
@@ -619,6 +728,7 @@ impl Disk for HostDisk {
         dirs.try_fold(true, |all, dir| Ok(all && is_there(dir)?))
     }
 
+    /// Opens what stands there now.
     fn reopen(&self) -> Result<(), HostFault> {
         let mut new = open_all(&self.database, &self.state)?;
         let mut open = self.open.write().unwrap_or_else(PoisonError::into_inner);
@@ -636,21 +746,217 @@ impl Disk for HostDisk {
         Ok(())
     }
 
-    fn path(&self, At(dir, name): At<'_>) -> PathBuf {
-        let hidden = self.database.join(HIDDEN);
-        let directory = match dir {
-            Dir::Databases => self.database.clone(),
-            Dir::Hidden => hidden,
-            Dir::State => self.state.clone(),
-            Dir::Stage | Dir::Current | Dir::Previous | Dir::Adopted | Dir::Trial => {
-                let named = BELOW_HIDDEN.iter().find(|(below, _)| *below == dir);
-                hidden.join(named.expect("every hidden directory has a name").1)
-            }
+    /// Whether `needed` bytes fit.
+    pub(super) fn check_space(&self, needed: u64) -> Result<(), HostFault> {
+        let free = self.call(Call::FreeBytes, || {
+            let stat = fstatvfs(self.fd(Dir::Databases)?)?;
+            Ok(stat.blocks_available().saturating_mul(stat.fragment_size()))
+        })?;
+        if free >= needed {
+            return Ok(());
+        }
+        let path = self.directory(Dir::Databases);
+        Err(HostFault::Space { path, needed, free })
+    }
+
+    /// `None` if there is nothing with this name.
+    pub(super) fn facts(&self, at: At<'_>) -> Result<Option<Facts>, HostFault> {
+        self.ask(Call::Facts(at), is_absent, || {
+            let stat = fstatat(self.fd(at.0)?, at.1, AtFlags::AT_SYMLINK_NOFOLLOW)?;
+            Ok(Some(facts_of(&stat)))
+        })
+    }
+
+    /// `None` if it leads to nothing.
+    pub(super) fn behind(&self, at: At<'_>) -> Result<Option<Behind>, HostFault> {
+        let facts = self.ask(Call::Behind(at), is_absent, || {
+            let stat = fstatat(self.fd(at.0)?, at.1, AtFlags::empty())?;
+            Ok(Some(facts_of(&stat)))
+        })?;
+        let Some(facts) = facts else {
+            return Ok(None);
         };
-        if name.is_empty() {
-            directory
-        } else {
-            directory.join(name)
+        let open = || {
+            let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK;
+            openat(self.fd(at.0)?, at.1, flags, Mode::empty())?;
+            Ok(true)
+        };
+        // A pipe is not opened: whoever waits to write to it is not meant for us.
+        let readable = facts.regular && self.ask(Call::Readable(at), |_| true, open)?;
+        Ok(Some(Behind { facts, readable }))
+    }
+
+    /// `None` if there is no regular file with this name.
+    pub(super) fn open(&self, at: At<'_>) -> Result<Option<Input>, HostFault> {
+        // A link or a pipe that somebody planted is not a file that we could use.
+        let is_no_file = |error: &io::Error| {
+            is_absent(error)
+                || error.kind() == io::ErrorKind::InvalidInput
+                || error.raw_os_error() == Some(Errno::ELOOP as i32)
+        };
+        let file = self.ask(Call::Open(at), is_no_file, || {
+            // Without waiting: a planted pipe must not hold us up.
+            let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK;
+            let file = File::from(openat(self.fd(at.0)?, at.1, flags, Mode::empty())?);
+            if !file.metadata()?.is_file() {
+                let message = "it is not a regular file";
+                return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
+            }
+            Ok(Some(file))
+        })?;
+        Ok(file.map(|file| Input(self.opened(at, file))))
+    }
+
+    pub(super) fn create(&self, at: At<'_>, mode: u32) -> Result<Output, HostFault> {
+        self.output(at, Call::Create(at), || {
+            let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_CLOEXEC;
+            let first = Mode::from_bits_truncate(0o600);
+            let file = File::from(openat(self.fd(at.0)?, at.1, flags, first)?);
+            // The umask must not decide what clamd can read.
+            file.set_permissions(std::fs::Permissions::from_mode(mode))?;
+            Ok(Some(file))
+        })
+    }
+
+    pub(super) fn append(&self, at: At<'_>) -> Result<Output, HostFault> {
+        self.output(at, Call::Append(at), || {
+            let flags = OFlag::O_WRONLY | OFlag::O_APPEND | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+            let fd = openat(self.fd(at.0)?, at.1, flags, Mode::empty())?;
+            Ok(Some(fd.into()))
+        })
+    }
+
+    fn output(
+        &self,
+        at: At<'_>,
+        call: Call<'_>,
+        effect: impl FnMut() -> io::Result<Option<File>>,
+    ) -> Result<Output, HostFault> {
+        let file = self.call(call, effect)?;
+        let file = file.expect("opening a file for writing has a file or a fault");
+        Ok(Output(self.opened(at, file)))
+    }
+
+    pub(super) fn link(&self, from: At<'_>, to: At<'_>) -> Result<(), HostFault> {
+        self.call(Call::Link(from, to), || {
+            let (old, new) = (self.fd(from.0)?, self.fd(to.0)?);
+            // No flag: a symbolic link is linked itself, never what it points to.
+            Ok(linkat(old, from.1, new, to.1, AtFlags::empty())?)
+        })
+    }
+
+    pub(super) fn symlink(&self, target: &str, at: At<'_>) -> Result<(), HostFault> {
+        self.call(Call::Symlink(at), || {
+            Ok(symlinkat(target, self.fd(at.0)?, at.1)?)
+        })
+    }
+
+    pub(super) fn set_mode(&self, at: At<'_>, mode: u32) -> Result<(), HostFault> {
+        self.call(Call::SetMode(at), || {
+            let (fd, mode) = (self.fd(at.0)?, Mode::from_bits_truncate(mode));
+            Ok(fchmodat(fd, at.1, mode, FchmodatFlags::FollowSymlink)?)
+        })
+    }
+
+    pub(super) fn rename(&self, from: At<'_>, to: At<'_>) -> Result<(), HostFault> {
+        self.call(Call::Rename(from, to), || {
+            Ok(renameat(self.fd(from.0)?, from.1, self.fd(to.0)?, to.1)?)
+        })
+    }
+
+    /// Lets two names change places; `false` where the file system cannot.
+    pub(super) fn exchange(&self, one: At<'_>, other: At<'_>) -> Result<bool, HostFault> {
+        let is_unable = |error: &io::Error| {
+            let unable = [Errno::EINVAL as i32, Errno::ENOSYS as i32];
+            error.raw_os_error().is_some_and(|e| unable.contains(&e))
+        };
+        self.ask(Call::Exchange(one, other), is_unable, || {
+            let (old, new) = (self.fd(one.0)?, self.fd(other.0)?);
+            renameat2(old, one.1, new, other.1, RenameFlags::RENAME_EXCHANGE)?;
+            Ok(true)
+        })
+    }
+
+    /// A name that is not there is removed already.
+    pub(super) fn remove(&self, at: At<'_>) -> Result<(), HostFault> {
+        self.ask(Call::Remove(at), is_absent, || {
+            Ok(unlinkat(self.fd(at.0)?, at.1, UnlinkatFlags::NoRemoveDir)?)
+        })
+    }
+
+    pub(super) fn list(&self, dir: Dir) -> Result<Vec<OsString>, HostFault> {
+        self.call(Call::List(dir), || {
+            let mut open = nix::dir::Dir::openat(self.fd(dir)?, ".", DIRECTORY, Mode::empty())?;
+            let mut names = BTreeSet::new(); // sorted, so that a repeated run makes the same calls
+            for entry in open.iter() {
+                let name = OsString::from_vec(entry?.file_name().to_bytes().to_vec());
+                if name != "." && name != ".." {
+                    names.insert(name);
+                }
+                if names.len() > ENTRIES_MAX {
+                    let message = format!(
+                        "it has more than {ENTRIES_MAX} entries; move away what does not belong \
+                         there"
+                    );
+                    return Err(io::Error::new(io::ErrorKind::InvalidData, message));
+                }
+            }
+            Ok(names.into_iter().collect())
+        })
+    }
+
+    pub(super) fn sync_dir(&self, dir: Dir) -> Result<(), HostFault> {
+        self.call(Call::SyncDir(dir), || Ok(fsync(self.fd(dir)?)?))
+    }
+
+    /// A new file with this content, on disk when this returns; its name is not yet durable.
+    pub(super) fn write_new(&self, at: At<'_>, bytes: &[u8], mode: u32) -> Result<(), HostFault> {
+        self.remove(at)?;
+        let mut file = self.create(at, mode)?;
+        let written = file.write_all(bytes).and_then(|()| file.sync());
+        written.map_err(|error| self.fault(&Call::Write(at), error))
+    }
+
+    /// Replaces a file of ours by a rename, durable when this returns.
+    pub(super) fn replace(&self, at: At<'_>, bytes: &[u8], mode: u32) -> Result<(), HostFault> {
+        let beside = format!("{}.new", at.1);
+        self.write_new(At(at.0, &beside), bytes, mode)?;
+        self.rename(At(at.0, &beside), at)?;
+        self.sync_dir(at.0)
+    }
+
+    /// The content of a small file; `None` if there is none or it is longer than `bytes_max`.
+    pub(super) fn read(&self, at: At<'_>, bytes_max: u64) -> Result<Option<Vec<u8>>, HostFault> {
+        let Some(file) = self.open(at)? else {
+            return Ok(None);
+        };
+        let mut bytes = Vec::new();
+        file.take(bytes_max + 1)
+            .read_to_end(&mut bytes)
+            .map_err(|error| self.fault(&Call::Read(at), error))?;
+        Ok((bytes.len() as u64 <= bytes_max).then_some(bytes))
+    }
+
+    /// Hashes an open file to its end; `each` sees the bytes on the way.
+    pub(super) fn digest(
+        &self,
+        at: At<'_>,
+        file: &mut Input,
+        mut each: impl FnMut(&[u8]) -> Result<(), HostFault>,
+    ) -> Result<(u64, Digest), HostFault> {
+        let mut hasher = Sha256::new();
+        let mut size = 0;
+        let mut buffer = vec![0; BUFFER_BYTES];
+        loop {
+            let read = match file.read(&mut buffer) {
+                Ok(0) => return Ok((size, Digest::finish(hasher))),
+                Ok(read) => read,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(self.fault(&Call::Read(at), error)),
+            };
+            hasher.update(&buffer[..read]);
+            size += read as u64;
+            each(&buffer[..read])?;
         }
     }
 }
@@ -672,225 +978,6 @@ fn facts_of(stat: &FileStat) -> Facts {
     }
 }
 
-impl Input for File {
-    fn facts(&self) -> io::Result<Facts> {
-        Ok(facts_of(&fstat(self.as_fd())?))
-    }
-
-    fn sync(&self) -> io::Result<()> {
-        self.sync_all()
-    }
-
-    fn into_file(self: Box<Self>) -> File {
-        *self
-    }
-}
-
-impl Output for File {
-    fn sync(&mut self) -> io::Result<()> {
-        self.sync_all()
-    }
-}
-
-/// The disk, with errors that name what was tried on what.
-#[derive(Clone)]
-pub(super) struct Tree {
-    disk: std::sync::Arc<dyn Disk>,
-}
-
-impl Tree {
-    pub(super) fn new(disk: impl Disk) -> Self {
-        Self {
-            disk: std::sync::Arc::new(disk),
-        }
-    }
-
-    pub(super) fn path(&self, at: At<'_>) -> PathBuf {
-        self.disk.path(at)
-    }
-
-    /// The path of a directory.
-    pub(super) fn directory(&self, dir: Dir) -> PathBuf {
-        self.disk.path(At(dir, ""))
-    }
-
-    fn failed(&self, doing: &'static str, at: At<'_>) -> impl FnOnce(io::Error) -> HostFault {
-        let path = self.path(at);
-        move |source| HostFault::Io {
-            doing,
-            path,
-            source,
-        }
-    }
-
-    /// Work goes to the directory that stands there now: in one that was removed it is lost.
-    pub(super) fn check_in_place(&self) -> Result<(), HostFault> {
-        let path = self.directory(Dir::Databases);
-        match self.disk.in_place() {
-            Ok(true) => Ok(()),
-            Ok(false) => {
-                self.disk.reopen()?;
-                tracing::warn!(
-                    ?path,
-                    "the database directory is there again or was replaced, going on in it"
-                );
-                Ok(())
-            }
-            Err(source) => Err(io_fault("look at", &path, source)),
-        }
-    }
-
-    /// Whether `needed` bytes fit.
-    pub(super) fn check_space(&self, needed: u64) -> Result<(), HostFault> {
-        let path = self.directory(Dir::Databases);
-        match self.disk.free_bytes() {
-            Ok(free) if free >= needed => Ok(()),
-            Ok(free) => Err(HostFault::Space { path, needed, free }),
-            Err(source) => Err(io_fault("see the free space of", &path, source)),
-        }
-    }
-
-    /// `None` if there is nothing with this name.
-    pub(super) fn facts(&self, at: At<'_>) -> Result<Option<Facts>, HostFault> {
-        absent_is_none(self.disk.facts(at)).map_err(self.failed("look at", at))
-    }
-
-    /// `None` if it leads to nothing.
-    pub(super) fn behind(&self, at: At<'_>) -> Result<Option<Behind>, HostFault> {
-        absent_is_none(self.disk.behind(at)).map_err(self.failed("look behind", at))
-    }
-
-    /// `None` if there is no regular file with this name.
-    pub(super) fn open(&self, at: At<'_>) -> Result<Option<Box<dyn Input>>, HostFault> {
-        match self.disk.open(at) {
-            // A link or a pipe that somebody planted is not a file that we could use.
-            Err(error)
-                if error.kind() == io::ErrorKind::InvalidInput
-                    || error.raw_os_error() == Some(Errno::ELOOP as i32) =>
-            {
-                Ok(None)
-            }
-            opened => absent_is_none(opened).map_err(self.failed("open", at)),
-        }
-    }
-
-    pub(super) fn create(&self, at: At<'_>, mode: u32) -> Result<Box<dyn Output>, HostFault> {
-        self.disk.create(at, mode).map_err(self.failed("make", at))
-    }
-
-    pub(super) fn append(&self, at: At<'_>) -> Result<Box<dyn Output>, HostFault> {
-        self.disk.append(at).map_err(self.failed("write to", at))
-    }
-
-    pub(super) fn link(&self, from: At<'_>, to: At<'_>) -> Result<(), HostFault> {
-        self.disk
-            .link(from, to)
-            .map_err(self.failed("make the link", to))
-    }
-
-    pub(super) fn symlink(&self, target: &str, at: At<'_>) -> Result<(), HostFault> {
-        self.disk
-            .symlink(target, at)
-            .map_err(self.failed("make the link", at))
-    }
-
-    pub(super) fn set_mode(&self, at: At<'_>, mode: u32) -> Result<(), HostFault> {
-        self.disk
-            .set_mode(at, mode)
-            .map_err(self.failed("set the permissions of", at))
-    }
-
-    pub(super) fn rename(&self, from: At<'_>, to: At<'_>) -> Result<(), HostFault> {
-        self.disk
-            .rename(from, to)
-            .map_err(self.failed("rename a file to", to))
-    }
-
-    /// Lets two names change places; `false` where the file system cannot.
-    pub(super) fn exchange(&self, one: At<'_>, other: At<'_>) -> Result<bool, HostFault> {
-        let unable = [Errno::EINVAL as i32, Errno::ENOSYS as i32];
-        match self.disk.exchange(one, other) {
-            Ok(()) => Ok(true),
-            Err(error) if error.raw_os_error().is_some_and(|e| unable.contains(&e)) => Ok(false),
-            Err(error) => Err(self.failed("exchange a file with", other)(error)),
-        }
-    }
-
-    /// A name that is not there is removed already.
-    pub(super) fn remove(&self, at: At<'_>) -> Result<(), HostFault> {
-        absent_is_none(self.disk.remove(at))
-            .map(drop)
-            .map_err(self.failed("remove", at))
-    }
-
-    pub(super) fn list(&self, dir: Dir) -> Result<Vec<OsString>, HostFault> {
-        self.disk
-            .list(dir)
-            .map_err(self.failed("list", At(dir, "")))
-    }
-
-    pub(super) fn sync_dir(&self, dir: Dir) -> Result<(), HostFault> {
-        self.disk
-            .sync_dir(dir)
-            .map_err(self.failed("sync", At(dir, "")))
-    }
-
-    /// A new file with this content, on disk when this returns; its name is not yet durable.
-    pub(super) fn write_new(&self, at: At<'_>, bytes: &[u8], mode: u32) -> Result<(), HostFault> {
-        self.remove(at)?;
-        let mut file = self.create(at, mode)?;
-        let written = file.write_all(bytes).and_then(|()| file.sync());
-        written.map_err(self.failed("write", at))
-    }
-
-    /// Replaces a file of ours by a rename, durable when this returns.
-    pub(super) fn replace(&self, at: At<'_>, bytes: &[u8], mode: u32) -> Result<(), HostFault> {
-        let beside = format!("{}.new", at.1);
-        self.write_new(At(at.0, &beside), bytes, mode)?;
-        self.rename(At(at.0, &beside), at)?;
-        self.sync_dir(at.0)
-    }
-
-    /// The content of a small file; `None` if there is none or it is longer than `bytes_max`.
-    pub(super) fn read(&self, at: At<'_>, bytes_max: u64) -> Result<Option<Vec<u8>>, HostFault> {
-        let Some(file) = self.open(at)? else {
-            return Ok(None);
-        };
-        let mut bytes = Vec::new();
-        file.take(bytes_max + 1)
-            .read_to_end(&mut bytes)
-            .map_err(self.failed("read", at))?;
-        Ok((bytes.len() as u64 <= bytes_max).then_some(bytes))
-    }
-
-    /// Hashes an open file to its end; `each` sees the bytes on the way.
-    pub(super) fn digest(
-        &self,
-        at: At<'_>,
-        file: &mut dyn Input,
-        mut each: impl FnMut(&[u8]) -> Result<(), HostFault>,
-    ) -> Result<(u64, Digest), HostFault> {
-        let mut hasher = Sha256::new();
-        let mut size = 0;
-        let mut buffer = vec![0; BUFFER_BYTES];
-        loop {
-            let read = match file.read(&mut buffer) {
-                Ok(0) => return Ok((size, Digest::finish(hasher))),
-                Ok(read) => read,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => return Err(self.failed("read", at)(error)),
-            };
-            hasher.update(&buffer[..read]);
-            size += read as u64;
-            each(&buffer[..read])?;
-        }
-    }
-}
-
-fn absent_is_none<T>(result: io::Result<T>) -> io::Result<Option<T>> {
-    match result {
-        Ok(value) => Ok(Some(value)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(error),
-    }
+fn is_absent(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound
 }

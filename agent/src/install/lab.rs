@@ -2,10 +2,9 @@
 //! and a fake clamd that loads what is really in the directory.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::ffi::OsString;
 use std::fs;
-use std::io::{self, Write};
-use std::os::unix::fs::PermissionsExt as _;
+use std::io;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -19,7 +18,7 @@ use ed25519_dalek::SigningKey;
 use nix::errno::Errno;
 use tokio_util::sync::CancellationToken;
 
-use super::disk::{At, Behind, Dir, Disk, Facts, HostDisk, HostFault, Inode, Input, Output};
+use super::disk::{At, Call, Dir, HostFault, Interpose, Kind, Tree};
 use super::{Completed, Installer, Prove};
 use crate::clamd::proof::{CANARY, GATE, Nonce, canary_number, gate_number};
 use crate::clamd::{LoadTest, Verdict};
@@ -92,11 +91,12 @@ pub(super) enum Fault {
     PowerCut(u64),
 }
 
-/// The real disk, with a fault. It counts every call, syncs nothing, and remembers what a sync would
+/// Gives the real disk a fault. It counts every call, syncs nothing, and remembers what a sync would
 /// have saved.
 #[derive(Clone)]
 pub(super) struct Shim {
-    disk: Arc<HostDisk>,
+    database: PathBuf,
+    directory: PathBuf,
     state: Arc<Mutex<ShimState>>,
 }
 
@@ -107,8 +107,8 @@ struct ShimState {
     /// How to take back changes of names that no sync has made durable, the oldest first.
     undo: Vec<Undo>,
     kept: u64,
-    /// A file that nobody may change, link, rename or remove: `chattr +i`.
-    immutable: Option<Inode>,
+    /// Device and inode of a file that nobody may change, link, rename or remove: `chattr +i`.
+    immutable: Option<(u64, u64)>,
     /// Whether two names can change places.
     exchanges: bool,
 }
@@ -130,15 +130,9 @@ const DENIED_MODE: u32 = 0o640;
 /// Where the shim keeps what a power cut brings back.
 const KEPT: &str = "kept";
 
-#[derive(Clone, Copy, Eq, PartialEq)]
-enum Kind {
-    Read,
-    Write,
-}
-
 impl Shim {
-    fn new(disk: HostDisk, fault: Fault) -> Self {
-        let kept = disk.path(At(Dir::State, KEPT));
+    fn new(database: PathBuf, directory: PathBuf, fault: Fault) -> Self {
+        let kept = directory.join(KEPT);
         let _ = fs::remove_dir_all(&kept); // of the start before
         fs::create_dir(kept).unwrap();
         let state = ShimState {
@@ -151,9 +145,14 @@ impl Shim {
             exchanges: true,
         };
         Self {
-            disk: Arc::new(disk),
+            database,
+            directory,
             state: Arc::new(Mutex::new(state)),
         }
+    }
+
+    fn path(&self, at: At<'_>) -> PathBuf {
+        at.path(&self.database, &self.directory)
     }
 
     pub(super) fn calls(&self) -> u64 {
@@ -173,7 +172,7 @@ impl Shim {
         state.calls += 1;
         match state.fault {
             Fault::Once(n, errno) if n == now => Err(errno.into()),
-            Fault::From(n, errno) if now >= n && kind == Kind::Write => Err(errno.into()),
+            Fault::From(n, errno) if now >= n && kind == Kind::Changes => Err(errno.into()),
             Fault::Stop(n) | Fault::PowerCut(n) if now >= n => {
                 Err(io::Error::other("the machine has stopped"))
             }
@@ -187,27 +186,8 @@ impl Shim {
         }
     }
 
-    fn run<T>(&self, kind: Kind, effect: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
-        let after = self.step(kind)?;
-        let done = effect()?;
-        match after {
-            Some(errno) => Err(errno.into()),
-            None => Ok(done),
-        }
-    }
-
-    /// Another user's file cannot be opened, nor linked where `fs.protected_hardlinks` is set.
-    fn may_use(&self, at: At<'_>, errno: Errno) -> io::Result<()> {
-        let facts = self.disk.facts(at);
-        match facts.is_ok_and(|facts| facts.regular && facts.mode == DENIED_MODE) {
-            true => Err(errno.into()),
-            false => Ok(()),
-        }
-    }
-
     pub(super) fn make_immutable(&self, at: At<'_>) {
-        let inode = self.disk.facts(at).unwrap().inode;
-        self.state.lock().unwrap().immutable = Some(inode);
+        self.state.lock().unwrap().immutable = Some(self.inode(at).unwrap());
     }
 
     /// Is a file system on which two names cannot change places.
@@ -216,8 +196,13 @@ impl Shim {
         self
     }
 
+    fn inode(&self, at: At<'_>) -> Option<(u64, u64)> {
+        let facts = fs::symlink_metadata(self.path(at)).ok()?;
+        Some((facts.dev(), facts.ino()))
+    }
+
     fn may_change(&self, at: At<'_>) -> io::Result<()> {
-        let inode = self.disk.facts(at).ok().map(|facts| facts.inode);
+        let inode = self.inode(at);
         match inode.is_some() && inode == self.state.lock().unwrap().immutable {
             true => Err(Errno::EPERM.into()),
             false => Ok(()),
@@ -225,21 +210,21 @@ impl Shim {
     }
 
     /// Changes a name, and remembers how that is taken back.
-    fn change<T>(
+    fn change(
         &self,
         name: At<'_>,
         made: Option<Option<PathBuf>>,
-        effect: impl FnOnce() -> io::Result<T>,
-    ) -> io::Result<T> {
-        let path = self.disk.path(name);
+        effect: &mut dyn FnMut() -> io::Result<()>,
+    ) -> io::Result<()> {
+        let path = self.path(name);
         let kept = {
             let mut state = self.state.lock().unwrap();
             state.kept += 1;
-            let kept = self.disk.path(At(Dir::State, KEPT));
+            let kept = self.directory.join(KEPT);
             kept.join(state.kept.to_string())
         };
         let lost = fs::hard_link(&path, &kept).is_ok();
-        let done = effect()?;
+        effect()?;
         let mut state = self.state.lock().unwrap();
         if let Some(Some(from)) = &made
             && state.unsynced.remove(from)
@@ -251,7 +236,7 @@ impl Shim {
             made: made.map(|from| (path.clone(), from)),
             lost: lost.then_some((path, kept)),
         });
-        Ok(done)
+        Ok(())
     }
 
     /// What a power cut leaves: names as they were at the last sync, and half of a content that was
@@ -281,169 +266,88 @@ impl Shim {
     }
 }
 
-struct ShimFile<T> {
-    shim: Shim,
-    path: PathBuf,
-    file: T,
-}
-
-impl Write for ShimFile<Box<dyn Output>> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let shim = self.shim.clone();
-        shim.run(Kind::Write, || self.file.write(bytes))
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.file.flush()
+/// Another user's file cannot be opened, nor linked where `fs.protected_hardlinks` is set.
+fn may_use(facts: io::Result<fs::Metadata>, errno: Errno) -> io::Result<()> {
+    let is_denied = |facts: fs::Metadata| facts.is_file() && facts.mode() & 0o7777 == DENIED_MODE;
+    match facts.is_ok_and(is_denied) {
+        true => Err(errno.into()),
+        false => Ok(()),
     }
 }
 
-impl Output for ShimFile<Box<dyn Output>> {
-    fn sync(&mut self) -> io::Result<()> {
-        self.shim.clone().run(Kind::Write, || {
-            self.shim.state.lock().unwrap().unsynced.remove(&self.path);
-            Ok(())
-        })
-    }
-}
-
-impl io::Read for ShimFile<Box<dyn Input>> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let shim = self.shim.clone();
-        shim.run(Kind::Read, || self.file.read(buffer))
-    }
-}
-
-impl Input for ShimFile<Box<dyn Input>> {
-    fn facts(&self) -> io::Result<Facts> {
-        self.file.facts()
-    }
-
-    fn sync(&self) -> io::Result<()> {
-        self.shim.run(Kind::Write, || Ok(()))
-    }
-
-    fn into_file(self: Box<Self>) -> fs::File {
-        self.file.into_file()
-    }
-}
-
-impl Disk for Shim {
-    fn open(&self, at: At<'_>) -> io::Result<Box<dyn Input>> {
-        let file = self.run(Kind::Read, || {
-            self.may_use(at, Errno::EACCES)?;
-            self.disk.open(at)
-        })?;
-        let (shim, path) = (self.clone(), self.path(at));
-        Ok(Box::new(ShimFile { shim, path, file }))
-    }
-
-    fn create(&self, at: At<'_>, mode: u32) -> io::Result<Box<dyn Output>> {
-        let (shim, path) = (self.clone(), self.path(at));
-        let file = self.run(Kind::Write, || {
-            self.change(at, Some(None), || self.disk.create(at, mode))
-        })?;
-        self.state.lock().unwrap().unsynced.insert(path.clone());
-        Ok(Box::new(ShimFile { shim, path, file }))
-    }
-
-    fn append(&self, at: At<'_>) -> io::Result<Box<dyn Output>> {
-        let file = self.run(Kind::Write, || self.disk.append(at))?;
-        let (shim, path) = (self.clone(), self.path(at));
-        Ok(Box::new(ShimFile { shim, path, file }))
-    }
-
-    fn link(&self, from: At<'_>, to: At<'_>) -> io::Result<()> {
-        self.run(Kind::Write, || {
-            self.may_use(from, Errno::EPERM)?;
-            self.may_change(from)?;
-            self.change(to, Some(None), || self.disk.link(from, to))
-        })
-    }
-
-    fn symlink(&self, target: &str, at: At<'_>) -> io::Result<()> {
-        self.run(Kind::Write, || {
-            self.change(at, Some(None), || self.disk.symlink(target, at))
-        })
-    }
-
-    fn set_mode(&self, at: At<'_>, mode: u32) -> io::Result<()> {
-        self.run(Kind::Write, || self.disk.set_mode(at, mode))
-    }
-
-    fn rename(&self, from: At<'_>, to: At<'_>) -> io::Result<()> {
-        self.run(Kind::Write, || {
-            self.may_change(from)?;
-            self.may_change(to)?;
-            let inode = |at| self.disk.facts(at).ok().map(|facts| facts.inode);
-            if inode(from) == inode(to) {
-                return self.disk.rename(from, to); // which changes nothing
+impl Interpose for Shim {
+    fn around(
+        &self,
+        call: &Call<'_>,
+        effect: &mut dyn FnMut() -> io::Result<()>,
+    ) -> io::Result<()> {
+        if let Call::Readable(at) = *call {
+            // Not counted: it is the second half of `Call::Behind`, and its failure is an answer.
+            may_use(fs::metadata(self.path(at)), Errno::EACCES)?;
+            return effect();
+        }
+        let after = self.step(call.describe().0)?;
+        match *call {
+            Call::Open(at) => {
+                may_use(fs::symlink_metadata(self.path(at)), Errno::EACCES)?;
+                effect()
             }
-            let before = Some(Some(self.disk.path(from)));
-            self.change(to, before, || self.disk.rename(from, to))
-        })
-    }
-
-    fn exchange(&self, one: At<'_>, other: At<'_>) -> io::Result<()> {
-        self.run(Kind::Write, || {
-            if !self.state.lock().unwrap().exchanges {
-                return Err(Errno::EINVAL.into());
+            Call::Create(at) => self.change(at, Some(None), effect).map(|()| {
+                let mut state = self.state.lock().unwrap();
+                state.unsynced.insert(self.path(at));
+            }),
+            Call::Link(from, to) => {
+                may_use(fs::symlink_metadata(self.path(from)), Errno::EPERM)?;
+                self.may_change(from)?;
+                self.change(to, Some(None), effect)
             }
-            self.may_change(one)?;
-            self.may_change(other)?;
-            // Moved back, what `other` had before goes back to it, too.
-            let from = Some(Some(self.disk.path(one)));
-            self.change(other, from, || self.disk.exchange(one, other))
-        })
-    }
-
-    fn remove(&self, at: At<'_>) -> io::Result<()> {
-        self.run(Kind::Write, || {
-            self.may_change(at)?;
-            self.change(at, None, || self.disk.remove(at))
-        })
-    }
-
-    fn facts(&self, at: At<'_>) -> io::Result<Facts> {
-        self.run(Kind::Read, || self.disk.facts(at))
-    }
-
-    fn behind(&self, at: At<'_>) -> io::Result<Behind> {
-        self.run(Kind::Read, || {
-            let behind = self.disk.behind(at)?;
-            let readable = behind.facts.mode != DENIED_MODE && behind.readable;
-            Ok(Behind { readable, ..behind })
-        })
-    }
-
-    fn list(&self, dir: Dir) -> io::Result<Vec<OsString>> {
-        self.run(Kind::Read, || self.disk.list(dir))
-    }
-
-    fn sync_dir(&self, dir: Dir) -> io::Result<()> {
-        self.run(Kind::Write, || {
-            // The state directory may be on a file system of its own.
-            let mut state = self.state.lock().unwrap();
-            let other = |undo: &Undo| (undo.dir == Dir::State) != (dir == Dir::State);
-            state.undo.retain(other);
-            Ok(())
-        })
-    }
-
-    fn free_bytes(&self) -> io::Result<u64> {
-        self.run(Kind::Read, || self.disk.free_bytes())
-    }
-
-    fn in_place(&self) -> io::Result<bool> {
-        self.run(Kind::Read, || self.disk.in_place())
-    }
-
-    fn reopen(&self) -> Result<(), HostFault> {
-        self.disk.reopen()
-    }
-
-    fn path(&self, at: At<'_>) -> PathBuf {
-        self.disk.path(at)
+            Call::Symlink(at) => self.change(at, Some(None), effect),
+            Call::Rename(from, to) => {
+                self.may_change(from)?;
+                self.may_change(to)?;
+                match self.inode(from) == self.inode(to) {
+                    true => effect(), // which changes nothing
+                    false => self.change(to, Some(Some(self.path(from))), effect),
+                }
+            }
+            Call::Exchange(one, other) => {
+                if !self.state.lock().unwrap().exchanges {
+                    return Err(Errno::EINVAL.into());
+                }
+                self.may_change(one)?;
+                self.may_change(other)?;
+                // Moved back, what `other` had before goes back to it, too.
+                self.change(other, Some(Some(self.path(one))), effect)
+            }
+            Call::Remove(at) => {
+                self.may_change(at)?;
+                self.change(at, None, effect)
+            }
+            Call::Sync(at) => {
+                self.state.lock().unwrap().unsynced.remove(&self.path(at));
+                Ok(())
+            }
+            Call::SyncDir(dir) => {
+                // The state directory may be on a file system of its own.
+                let other = |undo: &Undo| (undo.dir == Dir::State) != (dir == Dir::State);
+                self.state.lock().unwrap().undo.retain(other);
+                Ok(())
+            }
+            Call::Facts(_)
+            | Call::Behind(_)
+            | Call::Readable(_)
+            | Call::Append(_)
+            | Call::Read(_)
+            | Call::Write(_)
+            | Call::SetMode(_)
+            | Call::List(_)
+            | Call::FreeBytes
+            | Call::InPlace => effect(),
+        }?;
+        match after {
+            Some(errno) => Err(errno.into()),
+            None => Ok(()),
+        }
     }
 }
 
@@ -755,8 +659,7 @@ impl Host {
     }
 
     pub(super) fn shim(&self, fault: Fault) -> Shim {
-        let disk = HostDisk::open(&self.database(), &self.state()).unwrap();
-        Shim::new(disk, fault)
+        Shim::new(self.database(), self.state(), fault)
     }
 
     /// A start on a good disk; what was interrupted is ended.
@@ -769,7 +672,8 @@ impl Host {
         &self,
         shim: Shim,
     ) -> Result<(FakeInstaller, Option<Completed>), HostFault> {
-        let installer = Installer::with_disk(shim, Nonce([3; 16]), self.clamd.clone())?;
+        let tree = Tree::open_directories(&self.database(), &self.state(), shim).unwrap();
+        let installer = Installer::with_tree(tree, Nonce([3; 16]), self.clamd.clone())?;
         let resumed = self
             .runtime
             .block_on(installer.resume(CancellationToken::new(), |_| ()));

@@ -4,7 +4,6 @@
 //! the next look reads the disk, and the host's other files stay where they are.
 
 use std::collections::HashMap;
-use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::AsFd as _;
 use std::sync::Mutex;
@@ -19,7 +18,7 @@ use nix::unistd::{Uid, geteuid};
 use sha2::{Digest as _, Sha256};
 use tokio_util::sync::CancellationToken;
 
-use super::disk::{At, DATABASE_MODE, Dir, Facts, Input, Tree};
+use super::disk::{At, DATABASE_MODE, Dir, Facts, Tree};
 use super::journal::Step;
 use super::{Prove, Shared, lock};
 use crate::chain;
@@ -225,8 +224,9 @@ impl<P: Prove> Shared<P> {
         stop: &CancellationToken,
     ) -> Result<(Facts, Digest), Unread> {
         let open = self.tree.open(at).map_err(|_| Unread::Failed)?;
-        let mut file: File = open.ok_or(Unread::Failed)?.into_file();
-        let read_as = Input::facts(&file).map_err(|_| Unread::Failed)?;
+        let input = open.ok_or(Unread::Failed)?;
+        let read_as = input.facts().map_err(|_| Unread::Failed)?;
+        let mut file = input.into_file();
         let mut hasher = Sha256::new();
         let mut buffer = vec![0; CHUNK_BYTES];
         // One that grows while it is read is wrong anyway.

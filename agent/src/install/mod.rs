@@ -4,7 +4,7 @@
 //!
 //! [`Installer`] drives it: `plan` stages what is here and says what is missing, `receive` takes
 //! the rest, `install` swaps, makes clamd prove it, and turns back where clamd refuses. What to do
-//! next is decided by [`machine`]; `stage` and `swap` act through [`disk::Disk`], `proving` asks
+//! next is decided by [`machine`]; `stage` and `swap` act through `disk::Tree`, `proving` asks
 //! clamd, `receipt` says what came of it. A crash at any moment is ended by the next
 //! [`Installer::open`].
 
@@ -50,7 +50,7 @@ pub use proving::Prove;
 pub use receipt::{Completed, FileCheck};
 pub use stage::{ReceiveError, SPACE_RESERVE_BYTES};
 
-use disk::{At, Dir, Disk, HostDisk, RECORD_MODE, Tree};
+use disk::{At, Dir, RECORD_MODE, Tree};
 use journal::{Ending, Journal, Records, Refusal, Step};
 use look::Baseline;
 use machine::{Action, Event, Machine};
@@ -158,13 +158,12 @@ impl<P: Prove> Installer<P> {
     ///
     /// If the state directory cannot be used, or another agent works on the database directory.
     pub fn open(settings: &Settings, nonce: Nonce, prover: P) -> Result<Self, HostFault> {
-        let disk = HostDisk::open_or_wait(&settings.database, &settings.state)?;
-        Self::with_disk(disk, nonce, prover)
+        let tree = Tree::open_or_wait(&settings.database, &settings.state)?;
+        Self::with_tree(tree, nonce, prover)
     }
 
-    /// The same on any disk.
-    pub fn with_disk(disk: impl Disk, nonce: Nonce, prover: P) -> Result<Self, HostFault> {
-        let tree = Tree::new(disk);
+    /// The same in open directories.
+    fn with_tree(tree: Tree, nonce: Nonce, prover: P) -> Result<Self, HostFault> {
         let journal = Records(&tree).journal()?;
         let installed = Records(&tree).installed()?;
         let shared = Shared {

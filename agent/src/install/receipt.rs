@@ -163,7 +163,7 @@ impl<P: Prove> Shared<P> {
             let Some(mut file) = file else {
                 return Ok(None);
             };
-            self.tree.digest(at, file.as_mut(), |_| Ok(())).map(Some)
+            self.tree.digest(at, &mut file, |_| Ok(())).map(Some)
         });
         let (found, error) = match read {
             Ok(found) => (found, None),

@@ -20,7 +20,7 @@ use nix::unistd::geteuid;
 use sha2::{Digest as _, Sha256};
 
 use super::disk::{
-    At, DATABASE_MODE, Dir, Facts, HostFault, Inode, Input, Output, RECORD_MODE, Tree,
+    At, Call, DATABASE_MODE, Dir, Facts, HostFault, Inode, Output, RECORD_MODE, Tree,
 };
 use super::lock;
 
@@ -251,7 +251,7 @@ impl Stage<'_> {
             if let Some(digest) = self.known.find(&facts) {
                 return Ok(Some((facts, digest)));
             }
-            let (size, digest) = self.tree.digest(at, file.as_mut(), |_| Ok(()))?;
+            let (size, digest) = self.tree.digest(at, &mut file, |_| Ok(()))?;
             if size == facts.size {
                 self.known.insert(&facts, digest);
             }
@@ -304,7 +304,7 @@ impl Stage<'_> {
             return Ok(false);
         };
         let mut output = self.tree.create(PLACE, DATABASE_MODE)?;
-        let (size, digest) = self.tree.digest(source, input.as_mut(), |bytes| {
+        let (size, digest) = self.tree.digest(source, &mut input, |bytes| {
             output
                 .write_all(bytes)
                 .map_err(|e| unwritten(self.tree, PLACE, e))
@@ -506,7 +506,7 @@ impl Stage<'_> {
     }
 
     /// Opens the spool for what comes, empty or at its end.
-    fn start_spool(&self, part: &Part) -> Result<Box<dyn Output>, HostFault> {
+    fn start_spool(&self, part: &Part) -> Result<Output, HostFault> {
         let names = SpoolNames::of(&part.encoding.to);
         self.tree.remove(names.unfinished())?;
         if part.offset > 0 {
@@ -526,8 +526,7 @@ impl Stage<'_> {
             return Ok(Box::new(io::empty()));
         }
         let names = SpoolNames::of(&part.encoding.to);
-        let spool: Option<Box<dyn Input>> = self.tree.open(names.part())?;
-        Ok(match spool {
+        Ok(match self.tree.open(names.part())? {
             Some(spool) => Box::new(spool.take(part.offset)),
             None => Box::new(io::empty()),
         })
@@ -652,11 +651,11 @@ pub(super) fn state_of(file: &ManifestFile) -> FileState {
 }
 
 fn unreadable(tree: &Tree, at: At<'_>, source: io::Error) -> HostFault {
-    super::disk::io_fault("read", &tree.path(at), source)
+    tree.fault(&Call::Read(at), source)
 }
 
 fn unwritten(tree: &Tree, at: At<'_>, source: io::Error) -> HostFault {
-    super::disk::io_fault("write", &tree.path(at), source)
+    tree.fault(&Call::Write(at), source)
 }
 
 /// The names that belong to one digest in the stage.
@@ -700,7 +699,7 @@ struct Source<R> {
     incoming: R,
     /// Bytes that are still to come.
     left: u64,
-    spool: Box<dyn Output>,
+    spool: Output,
     /// Why nothing more could be kept.
     failed: Option<io::Error>,
 }

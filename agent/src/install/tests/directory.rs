@@ -2,6 +2,10 @@
 
 use super::*;
 
+fn open_directories(database: &Path, host: &Host) -> Result<disk::Tree, HostFault> {
+    disk::Tree::open_directories(database, &host.state(), disk::Direct)
+}
+
 #[test]
 fn planted_links_pipes_and_names_do_nothing() {
     let host = Host::with(1, "daily.cld@1=one");
@@ -27,11 +31,11 @@ fn a_hidden_directory_that_others_may_write_is_not_used() {
     let host = Host::new();
     fs::create_dir(host.hidden("")).unwrap();
     fs::set_permissions(host.hidden(""), fs::Permissions::from_mode(0o777)).unwrap();
-    let fault = disk::HostDisk::open(&host.database(), &host.state()).unwrap_err();
+    let fault = open_directories(&host.database(), &host).err().unwrap();
     assert!(matches!(fault, HostFault::Planted { .. }), "{fault}");
     fs::remove_dir(host.hidden("")).unwrap();
     symlink(host.state(), host.database().join(disk::HIDDEN)).unwrap();
-    let fault = disk::HostDisk::open(&host.database(), &host.state()).unwrap_err();
+    let fault = open_directories(&host.database(), &host).err().unwrap();
     assert!(matches!(fault, HostFault::Planted { .. }), "{fault}");
 }
 
@@ -60,8 +64,8 @@ fn a_link_planted_as_the_lock_is_not_followed() {
     let host = Host::new();
     host.start();
     symlink(host.state().join("elsewhere"), host.hidden("lock")).unwrap();
-    let disk = disk::HostDisk::open(&host.database(), &host.state()).unwrap();
-    assert!(disk.locked().is_err());
+    let tree = open_directories(&host.database(), &host).unwrap();
+    assert!(tree.locked().is_err());
     assert!(!host.state().join("elsewhere").exists());
 }
 
@@ -69,7 +73,7 @@ fn a_link_planted_as_the_lock_is_not_followed() {
 fn a_missing_directory_is_named_with_the_command_that_makes_it() {
     let host = Host::new();
     let missing = host.database().join("none");
-    let fault = disk::HostDisk::open(&missing, &host.state()).unwrap_err();
+    let fault = open_directories(&missing, &host).err().unwrap();
     assert!(fault.to_string().contains("install -d -o "), "{fault}");
 }
 
