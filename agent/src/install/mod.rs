@@ -38,6 +38,7 @@ mod others;
 mod proving;
 mod receipt;
 mod stage;
+pub mod survey;
 mod swap;
 #[cfg(test)]
 mod tests;
@@ -58,7 +59,8 @@ pub use others::Blame;
 use others::Other;
 use proving::Tried;
 use stage::{Known, Receiving, Stage};
-use swap::{Numbers, Survey, Swap, SwapFault};
+use survey::Survey;
+use swap::{Swap, SwapFault};
 
 /// File in the state directory with the host's nonce, in hexadecimal digits.
 const NONCE: &str = "nonce";
@@ -639,8 +641,10 @@ impl<P: Prove> Shared<P> {
 
     fn resume(&self, journal: Journal) -> Result<Next, HostFault> {
         self.known.clear();
-        let numbers = Numbers::read(&self.tree, &self.nonce)?;
-        let next = numbers.next(Some(&journal), lock(&self.installed).as_ref());
+        let next = self
+            .swap()
+            .numbers()?
+            .next(Some(&journal), lock(&self.installed).as_ref());
         Ok(self.drive(Event::Resumed {
             journal: Box::new(journal),
             next,

@@ -5,9 +5,9 @@ use clamcast_proto::DatabaseName;
 use clamcast_proto::manifest::Manifest;
 use clamcast_proto::receipt::{ClamdReport, FileState, InstallNumber, Outcome};
 
-use super::adopted::earlier_sets;
 use super::disk::{At, Dir};
 use super::journal::{Ending, Refusal, Set};
+use super::survey::earlier_sets;
 use super::{Prove, Shared, lock};
 use crate::chain;
 

@@ -7,19 +7,17 @@
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use clamcast_proto::DatabaseName;
-use clamcast_proto::manifest::{Manifest, ManifestFile};
+use clamcast_proto::manifest::Manifest;
 use clamcast_proto::names::{DatabaseKind, looks_like_a_database};
 use clamcast_proto::receipt::{FOREIGN_MAX, FileState, InstallNumber};
 
-use super::adopted::{Adopted, earlier_sets, is_owned};
-use super::disk::{At, DATABASE_MODE, Dir, HostFault, Tree};
-use super::journal::{Before, Installed, Journal, Moved, Set, Step, Way};
+use super::disk::{At, DATABASE_MODE, Dir, HostFault, Inode, Tree};
+use super::journal::{Before, Installed, Journal, Moved, Set, Way};
 use super::look::Baseline;
 use super::others::Other;
 use super::stage::{PLACE, Stage, state_of};
-use crate::clamd::proof::{
-    CANARY, GATE, GATE_SPAN, Nonce, PROOF_FILE_BYTES_MAX, canary, canary_number, gate, gate_number,
-};
+use super::survey::{Numbers, Planner, Role, Seen, Stands, Survey, There};
+use crate::clamd::proof::{CANARY, GATE, Nonce, PROOF_FILE_BYTES_MAX, canary, gate};
 
 /// Where canary and gate are written: on disk before the first database is renamed, so that a full
 /// disk is noticed while nothing has happened.
@@ -46,70 +44,6 @@ impl From<HostFault> for SwapFault {
     }
 }
 
-/// What canary and gate on disk say.
-pub(super) struct Numbers {
-    canary: Option<InstallNumber>,
-    gate: Option<InstallNumber>,
-    /// Whether both are the ones of this host for this number.
-    whole: Option<InstallNumber>,
-}
-
-impl Numbers {
-    pub(super) fn read(tree: &Tree, nonce: &Nonce) -> Result<Self, HostFault> {
-        let text = |at| -> Result<String, HostFault> {
-            let bytes = tree.read(at, PROOF_FILE_BYTES_MAX)?.unwrap_or_default();
-            Ok(String::from_utf8_lossy(&bytes).into_owned())
-        };
-        let (canary_text, gate_text) = (text(CANARY_AT)?, text(GATE_AT)?);
-        let (canary_there, gate_there) = (canary_number(&canary_text), gate_number(&gate_text));
-        let whole = canary_there.filter(|n| canary_text == canary(nonce, *n));
-        Ok(Self {
-            canary: canary_there,
-            gate: gate_there,
-            whole: whole.filter(|_| canary_there == gate_there),
-        })
-    }
-
-    /// Above everything that was ever shown to clamd.
-    pub(super) fn next(
-        &self,
-        journal: Option<&Journal>,
-        installed: Option<&Installed>,
-    ) -> InstallNumber {
-        let seen = [
-            self.canary,
-            self.gate,
-            journal.map(|journal| journal.install),
-            installed.map(|installed| installed.install),
-        ];
-        // GATE_SPAN numbers above it are written into the gate.
-        let highest = InstallNumber(u64::MAX - 2 * GATE_SPAN);
-        let seen = seen.into_iter().flatten().max().unwrap_or_default();
-        seen.min(highest).next().expect("there are more above that")
-    }
-
-    /// Whether the gate that clamd has hides install `n`: only then is one proof enough.
-    fn hides(&self, n: InstallNumber) -> bool {
-        self.gate
-            .is_some_and(|gate| (gate.0 + 1..=gate.0 + GATE_SPAN).contains(&n.0))
-    }
-}
-
-/// What an install has to do, seen without touching anything.
-pub(super) struct Survey {
-    pub(super) journal: Journal,
-    /// Every file stands there already and nothing has to go: only the number would move.
-    pub(super) in_place: bool,
-    /// The same but for signature files, and some of them differ from those of the installed set.
-    pub(super) resigned: bool,
-}
-
-/// The files of a set that clamd loads, sorted by name.
-fn databases_of(set: &Set) -> impl Iterator<Item = FileState> {
-    let files = set.files().into_iter();
-    files.filter(|file| file.name.kind() != DatabaseKind::Sign)
-}
-
 /// The swap and everything around it.
 pub(super) struct Swap<'a> {
     pub(super) tree: &'a Tree,
@@ -125,222 +59,116 @@ impl Swap<'_> {
         installed: Option<&Installed>,
         open: Option<&Journal>,
     ) -> Result<Survey, HostFault> {
-        let numbers = Numbers::read(self.tree, self.nonce)?;
-        let install = numbers.next(open, installed);
-        let files = set.files();
-        let present = self.databases()?;
-        let earlier = earlier_sets(installed, open);
-        let ours = earlier.iter().flat_map(|set| &set.files);
-        let ours: BTreeSet<_> = ours.map(|file| file.name.clone()).collect();
-        let Adopted {
-            restore,
-            stay,
-            obsolete,
-        } = self.survey_adopted(&set.manifest, &earlier)?;
+        let planner = Planner::new(set, installed, open);
+        let planned = planner.plan(&self.seen(&planner)?);
+        planned.map_err(|error| self.no_place(error))
+    }
 
-        let mut adopt = Vec::new();
-        let (mut in_place, mut databases_in_place) = (true, true);
-        for file in &files {
-            let is_signature = file.name.kind() == DatabaseKind::Sign;
-            let Some(name) = present.get(file.name.as_str()) else {
-                in_place = false;
-                databases_in_place &= is_signature;
-                continue;
-            };
-            let is_placed = self.is_placed(file)?;
-            in_place &= is_placed;
-            databases_in_place &= is_placed || is_signature;
-            // After the loss of the state directory the agent's own file is known by its link.
-            if ours.contains(name) || self.is_current(name)? {
-                continue;
-            }
-            // A loose file with the published bytes is kept too: the fleet may withdraw the name. A
-            // container with the published bytes is not, because its publisher replaces it daily.
-            let at = At(Dir::Databases, name.as_str());
-            let is_published = is_placed || self.stage.holds(at, file)?.is_some();
-            if !is_published || name.kind() == DatabaseKind::Loose {
-                adopt.push(name.clone());
-            }
-        }
-        // A set that waits for clamd may still have the old forms of the one before it beside it.
-        let waiting = open.and_then(|journal| journal.before.installed.as_ref());
-        let known: Vec<_> = installed.into_iter().chain(waiting).collect();
-        let (mut withdraw, mut later) = (Vec::new(), Vec::new());
-        for name in present.values() {
-            if set.manifest.file(name).is_some() {
-                continue;
-            }
-            if stay.contains(name) || restore.iter().any(|restored| restored.name == *name) {
-                continue; // the host's own file is there, or is put there
-            }
-            // After the loss of the state directory the agent's own file is known by its link.
-            if ours.contains(name) || self.is_current(name)? {
-                match self.may_stay_till_the_proof(name, &set.manifest, &known)? {
-                    true => later.push(name.clone()),
-                    false => withdraw.push(name.clone()),
-                }
-            } else if is_owned(&set.manifest, name) {
-                adopt.push(name.clone());
-                withdraw.push(name.clone());
-            }
-        }
-        let is_shown = installed.is_some_and(|installed| numbers.whole == Some(installed.install));
-        in_place &= withdraw.is_empty() && later.is_empty() && restore.is_empty() && is_shown;
-        let same_databases =
-            installed.is_some_and(|installed| databases_of(&installed.set).eq(databases_of(set)));
-        let only_signatures_go = later.iter().all(|it| it.kind() == DatabaseKind::Sign);
-        let mut resigned = databases_in_place && same_databases && only_signatures_go && is_shown;
-        // Nothing of the host's own comes, goes or is replaced.
-        resigned &= withdraw.is_empty() && restore.is_empty();
-        resigned &= adopt.is_empty() && obsolete.is_empty() && !in_place;
-
-        let touched: BTreeSet<_> = files.iter().map(|file| file.name.clone()).collect();
-        let restored = restore.iter().map(|restored| &restored.name);
-        let touched = touched
-            .iter()
-            .chain(&withdraw)
-            .chain(&later)
-            .chain(restored);
-        let (old, moved) = self.before(touched, installed)?;
-        // What is moved need not be linked.
-        let linked: HashSet<_> = old.iter().map(|old| &old.name).collect();
-        adopt.retain(|name| linked.contains(name));
-        resigned &= moved.is_empty();
-        let before = Before {
-            installed: installed.cloned(),
-            files: old,
-            moved,
-            others: self.has_others(&set.manifest, &ours)?,
+    /// Reads canary and gate.
+    pub(super) fn numbers(&self) -> Result<Numbers, HostFault> {
+        let text = |at| -> Result<String, HostFault> {
+            let bytes = self
+                .tree
+                .read(at, PROOF_FILE_BYTES_MAX)?
+                .unwrap_or_default();
+            Ok(String::from_utf8_lossy(&bytes).into_owned())
         };
-        // Names may have gone before a proof that is still to come.
-        let unproven = open.is_some_and(|journal| journal.pass < journal.passes);
-        let sure = withdraw.is_empty() && !unproven && numbers.hides(install);
-        Ok(Survey {
-            journal: Journal {
-                set: set.clone(),
-                install,
-                pass: 1,
-                passes: if sure { 1 } else { 2 },
-                way: Way::Forward,
-                step: Step::Swapping,
-                touched: false,
-                whole: false,
-                control: false,
-                files,
-                before,
-                obsolete,
-                adopt,
-                restore,
-                withdraw,
-                later,
-            },
-            in_place,
-            resigned,
-        })
+        let (canary, gate) = (text(CANARY_AT)?, text(GATE_AT)?);
+        Ok(Numbers::parse(self.nonce, &canary, &gate))
     }
 
-    /// Whatever stands in the database directory under a name that could be in a manifest, except
-    /// directories: clamd follows a link.
-    fn databases(&self) -> Result<BTreeMap<String, DatabaseName>, HostFault> {
-        let mut databases = BTreeMap::new();
-        for name in self.tree.list(Dir::Databases)? {
-            let parsed = name
-                .to_str()
-                .and_then(|name| name.parse::<DatabaseName>().ok());
-            let Some(name) = parsed else { continue };
-            let facts = self.tree.facts(At(Dir::Databases, name.as_str()))?;
-            if facts.is_some_and(|facts| !facts.directory) {
-                databases.insert(name.as_str().to_owned(), name);
-            }
+    /// Reads the facts that a plan needs.
+    fn seen(&self, planner: &Planner<'_>) -> Result<Seen, HostFault> {
+        let numbers = self.numbers()?;
+        let names = self.tree.list(Dir::Databases)?.into_iter();
+        let current = self.tree.list(Dir::Current)?.into_iter();
+        let mut seen = Seen {
+            numbers,
+            names: names.map(|it| it.to_string_lossy().into_owned()).collect(),
+            current: current.filter_map(|it| it.to_str()?.parse().ok()).collect(),
+            adopted: self.kept_files()?,
+            there: BTreeMap::new(),
+        };
+        for (name, role) in planner.concerned(&seen) {
+            let is_listed = seen.current.contains(&name);
+            let there = self.there(planner, &name, &role, is_listed)?;
+            seen.there.insert(name, there);
         }
-        Ok(databases)
+        Ok(seen)
     }
 
-    /// An old form that clamd ranks below the new one, and that is known to be whole, does no harm
-    /// beside it. Removed before the proof it could: a load that had listed the directory before
-    /// the new name came would find neither. Detached signatures are not loaded at all.
-    fn may_stay_till_the_proof(
+    /// Reads what stands under a name, its content only where the plan depends on it. `is_listed`:
+    /// whether `current/` has the name.
+    fn there(
         &self,
+        planner: &Planner<'_>,
         name: &DatabaseName,
-        target: &Manifest,
-        known: &[&Installed],
-    ) -> Result<bool, HostFault> {
-        if name.kind() == DatabaseKind::Sign {
-            return Ok(true);
-        }
-        let old = known.iter().find_map(|known| known.set.manifest.file(name));
-        let new = name
-            .other_form()
-            .and_then(|form| target.file(&form).cloned());
-        let (Some(old), Some(new)) = (old, new) else {
-            return Ok(false);
-        };
-        let version = |file: &ManifestFile| file.container.as_ref().map(|facts| facts.version);
-        if version(old).is_none() || version(old) >= version(&new) {
-            return Ok(false);
-        }
-        // A damaged one makes the whole load fail, outranked or not.
+        role: &Role,
+        is_listed: bool,
+    ) -> Result<There, HostFault> {
         let at = At(Dir::Databases, name.as_str());
-        Ok(self.stage.holds(at, &state_of(old))?.is_some())
+        let Some(facts) = self.tree.facts(at)? else {
+            let is_kept = self.is_kept(planner, name, None)?;
+            return Ok(There {
+                is_kept,
+                ..There::default()
+            });
+        };
+        let is_file_at = |other| Ok::<_, HostFault>(self.inode(other)? == Some(facts.inode));
+        let mut there = There {
+            stands: match (facts.regular, facts.directory) {
+                (true, _) => Stands::File,
+                (false, true) => Stands::Directory,
+                (false, false) => Stands::Special,
+            },
+            is_current: is_listed && is_file_at(At(Dir::Current, name.as_str()))?,
+            is_placed: match role {
+                Role::Placed(sha256) => is_file_at(At(Dir::Stage, &sha256.to_string()))?,
+                Role::Returns(_) | Role::Leaves => false,
+            },
+            ..There::default()
+        };
+        let candidates = planner.candidates(name, role, &there);
+        if facts.regular && candidates.iter().any(|file| file.size == facts.size) {
+            there.state = self.state(name)?;
+        }
+        if planner.is_touched(name, role, &there) {
+            there.is_kept = self.is_kept(planner, name, there.state.as_ref())?;
+            if there.state.is_none() && !there.is_kept {
+                there.state = self.state(name)?;
+            }
+        }
+        Ok(there)
     }
 
-    /// Whether clamd finds databases here that are neither this set's nor from an earlier install.
-    fn has_others(
-        &self,
-        target: &Manifest,
-        ours: &BTreeSet<DatabaseName>,
-    ) -> Result<bool, HostFault> {
-        let targets = target.files.iter().map(|file| &file.name);
-        let known: HashSet<_> = targets.chain(ours).map(DatabaseName::as_str).collect();
-        let names = self.tree.list(Dir::Databases)?;
-        Ok(names.iter().any(|name| {
-            let name = name.to_string_lossy();
-            name != CANARY
-                && name != GATE
-                && looks_like_a_database(&name)
-                && !known.contains(&*name)
+    /// Reads the file under a name; `None` if it cannot be read.
+    fn state(&self, name: &DatabaseName) -> Result<Option<FileState>, HostFault> {
+        let found = self.stage.state(At(Dir::Databases, name.as_str()))?;
+        Ok(found.map(|(facts, sha256)| FileState {
+            name: name.clone(),
+            size: facts.size,
+            sha256,
         }))
     }
 
-    /// What stands under these names: the content that belongs there where the host still has it,
-    /// else what really is there. What cannot be read is to be moved.
-    fn before<'n>(
+    /// Whether the installed content of a name is kept, where the file that stands there has another.
+    fn is_kept(
         &self,
-        names: impl Iterator<Item = &'n DatabaseName>,
-        installed: Option<&Installed>,
-    ) -> Result<(Vec<FileState>, Vec<Moved>), HostFault> {
-        let (mut files, mut moved) = (Vec::new(), Vec::new());
-        for name in names {
-            let good = installed.and_then(|installed| installed.set.manifest.file(name));
-            let good = good.map(state_of);
-            let mut found = None;
-            if let Some(good) = good {
-                for dir in [Dir::Databases, Dir::Current, Dir::Previous] {
-                    if found.is_none() && self.stage.holds(At(dir, name.as_str()), &good)?.is_some()
-                    {
-                        found = Some(good.clone());
-                    }
-                }
-            }
-            if found.is_none() {
-                let there = self.stage.state(At(Dir::Databases, name.as_str()))?;
-                found = there.map(|(facts, sha256)| FileState {
-                    name: name.clone(),
-                    size: facts.size,
-                    sha256,
-                });
-            }
-            let there = self.tree.facts(At(Dir::Databases, name.as_str()))?;
-            if found.is_none() && there.is_some_and(|facts| !facts.directory) {
-                moved.push(Moved {
-                    name: name.clone(),
-                    kept: self.free_in_adopted(name.as_str())?,
-                });
-            }
-            files.extend(found);
-        }
-        files.sort_by(|a, b| a.name.cmp(&b.name));
-        Ok((files, moved))
+        planner: &Planner<'_>,
+        name: &DatabaseName,
+        there: Option<&FileState>,
+    ) -> Result<bool, HostFault> {
+        let installed = planner.installed_file(name);
+        let Some(file) = installed.filter(|file| there != Some(file)) else {
+            return Ok(false);
+        };
+        let is_in =
+            |dir| Ok::<_, HostFault>(self.stage.holds(At(dir, name.as_str()), &file)?.is_some());
+        Ok(is_in(Dir::Current)? || is_in(Dir::Previous)?)
+    }
+
+    pub(super) fn inode(&self, at: At<'_>) -> Result<Option<Inode>, HostFault> {
+        Ok(self.tree.facts(at)?.map(|facts| facts.inode))
     }
 
     /// Carries out a journal's swap.
@@ -503,21 +331,12 @@ impl Swap<'_> {
     fn link_over(&self, file: &FileState, to: At<'_>) -> Result<(), HostFault> {
         let hex = file.sha256.to_string();
         let staged = At(Dir::Stage, &hex);
-        let inode =
-            |at| -> Result<_, HostFault> { Ok(self.tree.facts(at)?.map(|facts| facts.inode)) };
-        if inode(to)? == inode(staged)? {
+        if self.inode(to)? == self.inode(staged)? {
             return Ok(());
         }
         self.tree.remove(PLACE)?;
         self.tree.link(staged, PLACE)?;
         self.tree.rename(PLACE, to)
-    }
-
-    fn is_placed(&self, file: &FileState) -> Result<bool, HostFault> {
-        let hex = file.sha256.to_string();
-        let staged = self.tree.facts(At(Dir::Stage, &hex))?;
-        let placed = self.tree.facts(At(Dir::Databases, file.name.as_str()))?;
-        Ok(matches!((staged, placed), (Some(staged), Some(placed)) if staged.inode == placed.inode))
     }
 
     fn prepare_proof(&self, install: InstallNumber) -> Result<(), HostFault> {
@@ -594,12 +413,10 @@ impl Swap<'_> {
     /// which cannot be read.
     fn holds_new(&self, kept: At<'_>, new: Option<&FileState>) -> Result<bool, HostFault> {
         let Some(new) = new else { return Ok(false) };
-        let inode =
-            |at| -> Result<_, HostFault> { Ok(self.tree.facts(at)?.map(|facts| facts.inode)) };
-        let Some(there) = inode(kept)? else {
+        let Some(there) = self.inode(kept)? else {
             return Ok(false);
         };
-        let staged = inode(At(Dir::Stage, &new.sha256.to_string()))?;
+        let staged = self.inode(At(Dir::Stage, &new.sha256.to_string()))?;
         Ok(staged == Some(there) || self.stage.holds(kept, new)?.is_some())
     }
 
@@ -833,14 +650,4 @@ fn places_of(moved: &Moved) -> (At<'_>, At<'_>) {
         At(Dir::Databases, moved.name.as_str()),
         At(Dir::Adopted, &moved.kept),
     )
-}
-
-/// Whether a file of the fleet is the successor of another's file: the other form of a container, or
-/// the file that a detached signature of any version belongs to.
-pub(super) fn succeeds(successor: &DatabaseName, name: &DatabaseName) -> bool {
-    if name.kind() == DatabaseKind::Loose {
-        return false;
-    }
-    name.other_form().as_ref() == Some(successor)
-        || (name.kind() == DatabaseKind::Sign && successor.database_base() == name.database_base())
 }
