@@ -51,6 +51,12 @@ impl Seen {
         };
         self.there.get(name).unwrap_or(NOTHING)
     }
+
+    /// The names in `adopted/`.
+    fn entries(&self) -> BTreeSet<String> {
+        let entries = self.adopted.iter();
+        entries.map(|entry| entry.name.clone()).collect()
+    }
 }
 
 /// An entry of `adopted/`.
@@ -423,8 +429,7 @@ impl<'s> Planner<'s> {
     /// Files in `adopted/` that no set restores any more. Before this set no set owned their names,
     /// and so the file that the host has there now, or that none is there, is newer.
     fn obsolete(&self, seen: &Seen) -> Result<Vec<PutAside>, NoPlace> {
-        let entries = seen.adopted.iter().map(|entry| entry.name.clone());
-        let entries: BTreeSet<_> = entries.collect();
+        let entries = seen.entries();
         let mut obsolete = Vec::new();
         for (name, kept) in kept_by_name(&seen.adopted) {
             if !is_owned(&self.set.manifest, &name) || self.was_owned(&name, seen) {
@@ -446,8 +451,7 @@ impl<'s> Planner<'s> {
         seen: &Seen,
         names: impl Iterator<Item = &'n DatabaseName>,
     ) -> Result<Before, NoPlace> {
-        let entries = seen.adopted.iter().map(|entry| entry.name.clone());
-        let entries: BTreeSet<_> = entries.collect();
+        let entries = seen.entries();
         let (mut files, mut moved) = (Vec::new(), Vec::new());
         for name in names {
             let there = seen.there(name);
@@ -563,4 +567,622 @@ pub(super) fn earlier_sets<'s>(
     let installed = installed.into_iter().chain(before);
     let installed = installed.map(|installed| &*installed.set.manifest);
     installed.chain(open_set).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use clamcast_proto::receipt::Outcome;
+
+    use super::super::lab::{files, manifest};
+    use super::*;
+
+    /// What a scenario line says.
+    #[derive(Default)]
+    struct Scenario {
+        set: Option<Set>,
+        installed: Option<Installed>,
+        open: Option<Journal>,
+        seen: Seen,
+    }
+
+    fn state((name, _, content): (String, Option<u64>, String)) -> FileState {
+        FileState {
+            name: name.parse().unwrap(),
+            size: content.len() as u64,
+            sha256: Digest::of(content.as_bytes()),
+        }
+    }
+
+    fn installed(line: &str) -> Installed {
+        Installed {
+            set: Set::from(&manifest(1, line)),
+            install: InstallNumber(1),
+            outcome: Outcome::Live,
+        }
+    }
+
+    impl Scenario {
+        /// Sections, each a word and what it is about:
+        ///
+        /// - `set FILES`: the new set;
+        /// - `installed FILES`: the installed set, whole and shown to clamd as install 1;
+        /// - `linked FILES`: files of the agent, known by their links in `current/`;
+        /// - `there FILES`: files of the host, instead of what the sections before say. `NAME?`
+        ///   cannot be read, `NAME/` is a directory, `NAME*` is a link, `NAME-` does not exist;
+        /// - `damaged FILES`: what somebody has written into files of the agent;
+        /// - `lost NAMES`: `current/` and `previous/` do not have the installed content any more;
+        /// - `adopted NAMES`: entries of `adopted/`, as `NAME@TIME`;
+        /// - `open P/N FILES`: an install of this set, at proof P of N;
+        /// - `before FILES`: the set that was installed before the open one;
+        /// - `hidden`: canary and gate are missing.
+        fn new(line: &str) -> Self {
+            let mut scenario = Self::default();
+            for section in line.split('|') {
+                let (word, rest) = section
+                    .trim()
+                    .split_once(' ')
+                    .unwrap_or((section.trim(), ""));
+                scenario.add(word, rest);
+            }
+            scenario.finish();
+            scenario
+        }
+
+        fn add(&mut self, word: &str, rest: &str) {
+            match word {
+                "set" => self.set = Some(Set::from(&manifest(3, rest))),
+                "installed" => {
+                    self.installed = Some(installed(rest));
+                    let shown = Some(InstallNumber(1));
+                    self.seen.numbers = Numbers {
+                        canary: shown,
+                        gate: shown,
+                        whole: shown,
+                    };
+                    self.link(rest);
+                }
+                "linked" => self.link(rest),
+                "damaged" => {
+                    for file in files(rest).into_iter().map(state) {
+                        self.there(&file.name).state = Some(file.clone());
+                    }
+                }
+                "there" => rest.split_whitespace().for_each(|word| self.put(word)),
+                "lost" => {
+                    for name in rest.split_whitespace() {
+                        self.there(&name.parse().unwrap()).is_kept = false;
+                    }
+                }
+                "adopted" => {
+                    for word in rest.split_whitespace() {
+                        let (name, time) = word.split_once('@').unwrap();
+                        self.seen.adopted.push(Entry {
+                            name: name.trim_end_matches('/').to_owned(),
+                            changed: time.parse().unwrap(),
+                            is_directory: name.ends_with('/'),
+                        });
+                    }
+                }
+                "open" => {
+                    let (proofs, line) = rest.split_once(' ').unwrap();
+                    let (pass, passes) = proofs.split_once('/').unwrap();
+                    let set = Set::from(&manifest(2, line));
+                    let planner = Planner::new(&set, self.installed.as_ref(), None);
+                    let survey = planner.plan(&Seen::default()).unwrap();
+                    self.open = Some(Journal {
+                        pass: pass.parse().unwrap(),
+                        passes: passes.parse().unwrap(),
+                        step: Step::Waiting,
+                        ..survey.journal
+                    });
+                }
+                "before" => {
+                    let open = self.open.as_mut().unwrap();
+                    open.before.installed = Some(installed(rest));
+                }
+                "hidden" => self.seen.numbers = Numbers::default(),
+                _ => panic!("no such section: {word}"),
+            }
+        }
+
+        fn there(&mut self, name: &DatabaseName) -> &mut There {
+            self.seen.there.entry(name.clone()).or_default()
+        }
+
+        fn link(&mut self, line: &str) {
+            for file in files(line).into_iter().map(state) {
+                self.seen.current.insert(file.name.clone());
+                *self.there(&file.name) = There {
+                    stands: Stands::File,
+                    state: Some(file.clone()),
+                    is_current: true,
+                    is_kept: true,
+                    ..There::default()
+                };
+            }
+        }
+
+        fn put(&mut self, word: &str) {
+            let (name, stands) = match word.chars().last().unwrap() {
+                '?' => (word.trim_end_matches('?'), Stands::File),
+                '/' => (word.trim_end_matches('/'), Stands::Directory),
+                '*' => (word.trim_end_matches('*'), Stands::Special),
+                '-' => (word.trim_end_matches('-'), Stands::Nothing),
+                _ => (word.split_once('=').unwrap().0, Stands::File),
+            };
+            let file = word.contains('=').then(|| state(files(word).remove(0)));
+            let there = self.there(&name.parse().unwrap());
+            *there = There {
+                stands,
+                state: file,
+                is_kept: there.is_kept,
+                ..There::default()
+            };
+        }
+
+        /// Names every file, and knows the agent's own files with the new content as the staged ones.
+        fn finish(&mut self) {
+            let set = &self.set.as_ref().unwrap().manifest;
+            for (name, there) in &mut self.seen.there {
+                let new = set.file(name).map(FileState::from);
+                there.is_placed = there.is_current && new.is_some() && there.state == new;
+                if there.stands != Stands::Nothing {
+                    self.seen.names.push(name.to_string());
+                }
+            }
+        }
+
+        fn planner(&self) -> Planner<'_> {
+            let set = self.set.as_ref().unwrap();
+            Planner::new(set, self.installed.as_ref(), self.open.as_ref())
+        }
+
+        fn plan(&self) -> Result<Survey, NoPlace> {
+            self.planner().plan(&self.seen)
+        }
+    }
+
+    /// Everything that a plan does beyond placing the files of the set.
+    fn shown(
+        Survey {
+            journal,
+            in_place,
+            resigned,
+        }: &Survey,
+    ) -> String {
+        let mut shown = Vec::new();
+        let mut show = |word: &str, items: Vec<String>| {
+            if !items.is_empty() {
+                shown.push(format!("{word} {}", items.join(" ")));
+            }
+        };
+        let names = |names: &[DatabaseName]| names.iter().map(ToString::to_string).collect();
+        let moved = |moved: &Moved| format!("{}>{}", moved.name, moved.kept);
+        let restored = |moved: &Moved| format!("{}<{}", moved.name, moved.kept);
+        let aside = |it: &PutAside| format!("{}>{}", it.kept, it.aside);
+        show("adopt", names(&journal.adopt));
+        show("withdraw", names(&journal.withdraw));
+        show("later", names(&journal.later));
+        show("restore", journal.restore.iter().map(restored).collect());
+        show("aside", journal.obsolete.iter().map(aside).collect());
+        show("move", journal.before.moved.iter().map(moved).collect());
+        show("proofs", vec![journal.passes.to_string()]);
+        let flags = [(*in_place, "in place"), (*resigned, "signatures only")];
+        let flags = flags.into_iter().filter(|(is_set, _)| *is_set);
+        shown.extend(flags.map(|(_, word)| word.to_owned()));
+        shown.join(" | ")
+    }
+
+    #[track_caller]
+    fn check(scenario: &str, plan: &str) {
+        let survey = Scenario::new(scenario).plan().unwrap();
+        assert_eq!(shown(&survey), plan, "{scenario}");
+    }
+
+    /// The files that the way back puts in place.
+    #[track_caller]
+    fn check_back(scenario: &str, back: &str) {
+        let survey = Scenario::new(scenario).plan().unwrap();
+        let back: Vec<_> = files(back).into_iter().map(state).collect();
+        assert_eq!(survey.journal.before.files, back, "{scenario}");
+    }
+
+    #[test]
+    fn the_installed_set_is_in_place_while_clamd_is_shown_its_number() {
+        let same = "installed a.ndb=a b.ndb=b | set a.ndb=a b.ndb=b";
+        check(same, "proofs 1 | in place");
+        check(&format!("{same} | hidden"), "proofs 2");
+        check(&format!("{same} | there b.ndb-"), "proofs 1");
+        check(&format!("{same} | there b.ndb/"), "proofs 1");
+        check(&format!("{same} | damaged b.ndb=x"), "proofs 1");
+        check("installed a.ndb=a | set a.ndb=b", "proofs 1");
+        check("set a.ndb=a", "proofs 2");
+    }
+
+    #[test]
+    fn a_set_with_other_signature_files_alone_is_recognised() {
+        let old = "installed d-1.cvd.sign=s d.cvd@1=one";
+        let later = "later d-1.cvd.sign | proofs 1";
+        let again = "proofs 1 | signatures only";
+        check(&format!("{old} | set d-1.cvd.sign=t d.cvd@1=one"), again);
+        check(
+            &format!("{old} | set d.cvd@1=one"),
+            &format!("{later} | signatures only"),
+        );
+        let renamed = format!("{old} | set d-2.cvd.sign=t d.cvd@1=one");
+        check(&renamed, &format!("{later} | signatures only"));
+        check(
+            &format!("{renamed} | hidden"),
+            "later d-1.cvd.sign | proofs 2",
+        );
+        check(&format!("{renamed} | there d.cvd=own"), later);
+        check(
+            &format!("{old} | set d-1.cvd.sign=t d.cvd@2=two"),
+            "proofs 1",
+        );
+    }
+
+    #[test]
+    fn a_set_that_takes_a_signature_file_of_the_host_is_an_ordinary_install() {
+        let new = "installed d.cvd@1=one | set d-1.cvd.sign=s d.cvd@1=one";
+        check(new, "proofs 1 | signatures only");
+        check(
+            &format!("{new} | there d-1.cvd.sign=own"),
+            "adopt d-1.cvd.sign | proofs 1",
+        );
+        check(
+            &format!("{new} | there d-1.cvd.sign?"),
+            "move d-1.cvd.sign>d-1.cvd.sign | proofs 1",
+        );
+    }
+
+    #[test]
+    fn a_whole_old_form_that_is_outranked_stays_until_the_proof() {
+        let stays = "later d.cvd | proofs 1";
+        let goes = "withdraw d.cvd | proofs 2";
+        check("installed d.cvd@1=one | set d.cld@2=two", stays);
+        check("installed d.cvd@2=one | set d.cld@2=two", goes);
+        check("installed d.cvd@3=one | set d.cld@2=two", goes);
+        check("installed d.cvd=one | set d.cld@2=two", goes);
+        check(
+            "installed d.cvd@1=one | damaged d.cvd=x | set d.cld@2=two",
+            goes,
+        );
+        check(
+            "installed d.cvd@1=one | there d.cvd? | set d.cld@2=two",
+            goes,
+        );
+        check("installed d.cvd@1=one | set main.cvd@1=main", goes);
+    }
+
+    #[test]
+    fn an_old_form_beside_a_set_that_waits_for_clamd_stays_until_the_proof() {
+        let waits = "installed d.cld@2=two | open 1/1 d.cld@2=two | before d.cvd@1=one";
+        let stays = "later d.cvd | proofs 1";
+        check(
+            &format!("{waits} | linked d.cvd=one | set d.cld@3=three"),
+            stays,
+        );
+        let damaged = format!("{waits} | linked d.cvd=x | set d.cld@3=three");
+        check(&damaged, "withdraw d.cvd | proofs 2");
+    }
+
+    #[test]
+    fn a_withdrawn_name_goes_before_the_proof() {
+        let old = "installed a.ndb=a b.ndb=b";
+        check(&format!("{old} | set a.ndb=a"), "withdraw b.ndb | proofs 2");
+        check(
+            &format!("{old} | there b.ndb- | set a.ndb=a"),
+            "proofs 1 | in place",
+        );
+        check(
+            &format!("{old} | there b.ndb/ | set a.ndb=a"),
+            "proofs 1 | in place",
+        );
+        check(
+            &format!("{old} | there b.ndb=own | set a.ndb=a"),
+            "withdraw b.ndb | proofs 2",
+        );
+    }
+
+    #[test]
+    fn a_file_of_the_host_under_a_name_of_the_set_is_adopted() {
+        check("there a.ndb=own | set a.ndb=a", "adopt a.ndb | proofs 2");
+        check(
+            "there d.cvd=own | set d.cvd@1=one",
+            "adopt d.cvd | proofs 2",
+        );
+        check("there a.ndb=own | set b.ndb=b", "proofs 2");
+        check(
+            "installed a.ndb=a | there a.ndb=own | set a.ndb=b",
+            "proofs 1",
+        );
+        check("there a.ndb/ | set a.ndb=a", "proofs 2");
+    }
+
+    #[test]
+    fn the_published_bytes_are_adopted_in_a_loose_file_but_not_in_a_container() {
+        check("there a.ndb=a | set a.ndb=a", "adopt a.ndb | proofs 2");
+        check("there d.cvd=one | set d.cvd@1=one", "proofs 2");
+        check("there d-1.cvd.sign=s | set d-1.cvd.sign=s", "proofs 2");
+    }
+
+    #[test]
+    fn a_file_of_the_host_that_the_set_succeeds_is_adopted_and_goes() {
+        let gone = "adopt d.cvd | withdraw d.cvd | proofs 2";
+        check("there d.cvd=own | set d.cld@1=one", gone);
+        check("there d.cud=own | set d.cld@1=one", "proofs 2");
+        let sign = "adopt d-1.cvd.sign | withdraw d-1.cvd.sign | proofs 2";
+        check("there d-1.cvd.sign=own | set d.cld@1=one", sign);
+        check("there d-1.cvd.sign=own | set e.cld@1=one", "proofs 2");
+    }
+
+    #[test]
+    fn an_adopted_file_returns_when_its_name_is_withdrawn() {
+        let withdrawn = "installed a.ndb=a local.ign2=f | set a.ndb=a";
+        let newest = |entries: &str, kept: &str| {
+            check(
+                &format!("{withdrawn} | adopted {entries}"),
+                &format!("restore local.ign2<{kept} | proofs 1"),
+            );
+        };
+        newest("local.ign2@1", "local.ign2");
+        newest("local.ign2@1 local.ign2-2@2 local.ign2-3@0", "local.ign2-2");
+        newest("local.ign2@2 local.ign2-2@1", "local.ign2");
+        newest("local.ign2@1 local.ign2-2@1", "local.ign2-2");
+        newest(
+            "local.ign2@1 local.ign2-2/@2 local.ign2.directory@3",
+            "local.ign2",
+        );
+        newest("local.ign2@1 | there local.ign2-", "local.ign2");
+        newest("local.ign2@1 | damaged local.ign2=x", "local.ign2");
+        newest("local.ign2@1 | there local.ign2=f", "local.ign2");
+        newest("local.ign2@1 | there local.ign2*", "local.ign2");
+        check(
+            "installed d.cld@1=one | adopted d.cvd@1 | set main.cvd@1=main",
+            "withdraw d.cld | restore d.cvd<d.cvd | proofs 2",
+        );
+    }
+
+    #[test]
+    fn a_newer_file_of_the_host_stays_and_the_adopted_one_stays_kept() {
+        let withdrawn = "installed a.ndb=a local.ign2=f | adopted local.ign2@1 | set a.ndb=a";
+        check(
+            &format!("{withdrawn} | there local.ign2=own"),
+            "proofs 1 | in place",
+        );
+        check(
+            &format!("{withdrawn} | there local.ign2?"),
+            "proofs 1 | in place",
+        );
+        check_back(&format!("{withdrawn} | there local.ign2=own"), "a.ndb=a");
+    }
+
+    #[test]
+    fn an_adopted_file_stays_kept_while_the_name_is_owned_and_while_it_never_was() {
+        let adopted = "adopted local.ign2@1 d.cvd@1";
+        check(
+            &format!(
+                "installed d.cld@1=one local.ign2=f | {adopted} | set d.cvd@2=two local.ign2=g"
+            ),
+            "later d.cld | proofs 1",
+        );
+        check(
+            &format!("installed a.ndb=a | {adopted} | set a.ndb=b"),
+            "proofs 1",
+        );
+    }
+
+    #[test]
+    fn adopted_files_of_a_name_that_no_earlier_set_owned_are_put_aside() {
+        let new = "installed a.ndb=a | set a.ndb=a local.ign2=f";
+        check(
+            &format!("{new} | adopted local.ign2@1 local.ign2-2@2 local.ign2.obsolete@0"),
+            "aside local.ign2-2>local.ign2-2.obsolete local.ign2>local.ign2.obsolete-2 | proofs 1",
+        );
+        check(
+            &format!("{new} | there local.ign2=own | adopted local.ign2@1"),
+            "adopt local.ign2 | aside local.ign2>local.ign2.obsolete | proofs 1",
+        );
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_read_is_moved() {
+        check("there a.ndb? | set a.ndb=a", "move a.ndb>a.ndb | proofs 2");
+        check("there a.ndb* | set a.ndb=a", "move a.ndb>a.ndb | proofs 2");
+        check(
+            "there d.cvd? | set d.cld@1=one",
+            "withdraw d.cvd | move d.cvd>d.cvd | proofs 2",
+        );
+        check(
+            "there a.ndb? | adopted a.ndb@1 | set a.ndb=a",
+            "aside a.ndb>a.ndb.obsolete | move a.ndb>a.ndb-2 | proofs 2",
+        );
+        let installed = "installed a.ndb=a | there a.ndb? | set a.ndb=b";
+        check(installed, "proofs 1");
+        check_back(installed, "a.ndb=a");
+        check(
+            &format!("{installed} | lost a.ndb"),
+            "move a.ndb>a.ndb | proofs 1",
+        );
+    }
+
+    #[test]
+    fn the_way_back_leads_to_the_installed_content_or_else_to_what_is_there() {
+        let update = "installed a.ndb=a b.ndb=b | set a.ndb=c b.ndb=b";
+        check_back(update, "a.ndb=a b.ndb=b");
+        check_back(&format!("{update} | damaged a.ndb=x"), "a.ndb=a b.ndb=b");
+        check_back(
+            &format!("{update} | damaged a.ndb=x | lost a.ndb"),
+            "a.ndb=x b.ndb=b",
+        );
+        check_back(&format!("{update} | there a.ndb-"), "a.ndb=a b.ndb=b");
+        check_back(&format!("{update} | there a.ndb/ | lost a.ndb"), "b.ndb=b");
+        check_back(
+            "there a.ndb=own d.cvd=own other.ndb=x | set a.ndb=a d.cld@1=one",
+            "a.ndb=own d.cvd=own",
+        );
+    }
+
+    #[test]
+    fn more_files_of_one_name_than_fit_are_an_error() {
+        let places: Vec<_> = places("a.ndb").map(|place| format!("{place}@1")).collect();
+        assert_eq!(places.len(), KEPT_MAX as usize);
+        let lost = "installed a.ndb=a | there a.ndb? | lost a.ndb | set a.ndb=b";
+        let full = Scenario::new(&format!("{lost} | adopted {}", places.join(" ")));
+        let error = full.plan().unwrap_err();
+        assert_eq!(error.name(), "a.ndb");
+        let message = "100 of that name are kept there already; remove some";
+        assert_eq!(error.to_string(), message);
+        let last = places[..places.len() - 1].join(" ");
+        let move_last = "move a.ndb>a.ndb-100 | proofs 1";
+        check(&format!("{lost} | adopted {last}"), move_last);
+    }
+
+    #[test]
+    fn a_name_that_would_be_too_long_is_an_error_before_anything_is_touched() {
+        let name = format!("{}.ndb", "a".repeat(DATABASE_NAME_BYTES_MAX - 4));
+        let lost = format!("installed {name}=a | there {name}? | lost {name} | set {name}=b");
+        check(&lost, &format!("move {name}>{name} | proofs 1"));
+        let error = Scenario::new(&format!("{lost} | adopted {name}@1")).plan();
+        assert!(matches!(error, Err(NoPlace::Long(long)) if long == name));
+    }
+
+    #[test]
+    fn without_the_state_directory_the_agents_files_are_known_by_their_links() {
+        let linked = "linked a.ndb=a b.ndb=b";
+        check(&format!("{linked} | set a.ndb=a b.ndb=b"), "proofs 2");
+        check(
+            &format!("{linked} | set a.ndb=c"),
+            "withdraw b.ndb | proofs 2",
+        );
+        check(
+            &format!("{linked} | damaged a.ndb=x | set a.ndb=c b.ndb=b"),
+            "proofs 2",
+        );
+        check(
+            &format!("{linked} | there b.ndb=own | set a.ndb=c"),
+            "proofs 2",
+        );
+        check(
+            &format!("{linked} | there a.ndb=own | set a.ndb=c b.ndb=b"),
+            "adopt a.ndb | proofs 2",
+        );
+        check(
+            &format!("{linked} | adopted b.ndb@1 | set a.ndb=c"),
+            "restore b.ndb<b.ndb | proofs 2",
+        );
+        check(
+            "linked d.cvd=one | set d.cld@2=two",
+            "withdraw d.cvd | proofs 2",
+        );
+    }
+
+    #[test]
+    fn one_proof_is_enough_only_if_the_gate_hides_the_number_and_no_name_is_missing() {
+        check("installed a.ndb=a | set a.ndb=b", "proofs 1");
+        check("installed a.ndb=a | hidden | set a.ndb=b", "proofs 2");
+        check(
+            "installed a.ndb=a b.ndb=b | set a.ndb=b",
+            "withdraw b.ndb | proofs 2",
+        );
+        check(
+            "installed a.ndb=a | open 1/2 a.ndb=b | set a.ndb=c",
+            "proofs 2",
+        );
+        check(
+            "installed a.ndb=a | open 2/2 a.ndb=b | set a.ndb=c",
+            "proofs 1",
+        );
+        check(
+            "installed a.ndb=a | open 1/1 a.ndb=b | set a.ndb=c",
+            "proofs 1",
+        );
+    }
+
+    #[test]
+    fn databases_of_others_are_neither_concerned_nor_planned_for() {
+        let others = "installed a.ndb=a | there other.ndb=x d.cud=x | set a.ndb=b d.cld@1=one";
+        let scenario = Scenario::new(others);
+        let names = scenario.planner().concerned(&scenario.seen).into_keys();
+        let names: Vec<_> = names.map(String::from).collect();
+        assert_eq!(names, ["a.ndb", "d.cld"]);
+        let has_others = |scenario: &str| {
+            let survey = Scenario::new(scenario).plan().unwrap();
+            survey.journal.before.others
+        };
+        assert!(has_others(others));
+        assert!(!has_others("installed a.ndb=a | set b.ndb=b"));
+        assert!(!has_others("there a.ndb=own README.txt=x | set a.ndb=a"));
+        assert!(has_others("there a.ndb=own | set b.ndb=b"));
+    }
+
+    #[test]
+    fn a_newer_file_of_the_host_is_read_only_to_compare_it_with_earlier_sets() {
+        let withdrawn = "installed a.ndb=a local.ign2=f | adopted local.ign2@1 | set a.ndb=a";
+        let scenario = Scenario::new(&format!("{withdrawn} | there local.ign2=own"));
+        let (planner, name) = (scenario.planner(), "local.ign2".parse().unwrap());
+        let role = Role::Returns("local.ign2".into());
+        let unread = There {
+            stands: Stands::File,
+            ..There::default()
+        };
+        let candidates = planner.candidates(&name, &role, &unread);
+        assert_eq!(candidates, [state(files("local.ign2=f").remove(0))]);
+        assert!(!planner.is_touched(&name, &role, &unread));
+        let fleets = There {
+            state: Some(candidates[0].clone()),
+            ..unread
+        };
+        assert!(planner.is_touched(&name, &role, &fleets));
+    }
+
+    #[test]
+    fn a_file_that_was_not_read_because_its_length_differs_changes_no_plan() {
+        for line in [
+            "installed a.ndb=a b.ndb=b | there a.ndb=long | set a.ndb=new b.ndb=b",
+            "installed a.ndb=a d.cvd@1=one | there d.cvd=longer | set a.ndb=a d.cld@2=two",
+            "installed a.ndb=a local.ign2=f | adopted local.ign2@1 | there local.ign2=own | set a.ndb=a",
+        ] {
+            let mut scenario = Scenario::new(line);
+            let read = scenario.plan().unwrap();
+            for there in scenario.seen.there.values_mut() {
+                there.state = there.state.take().filter(|_| there.is_current);
+            }
+            let unread = scenario.plan().unwrap();
+            assert_eq!(unread.journal, read.journal);
+        }
+    }
+
+    #[test]
+    fn the_next_number_is_above_all_that_were_shown_and_below_the_end() {
+        let number = |n| Some(InstallNumber(n));
+        let mut numbers = Numbers {
+            canary: number(7),
+            gate: number(9),
+            whole: None,
+        };
+        assert_eq!(numbers.next(None, None), InstallNumber(10));
+        let mut installed = installed("a.ndb=a");
+        installed.install = InstallNumber(11);
+        assert_eq!(numbers.next(None, Some(&installed)), InstallNumber(12));
+        assert!(!numbers.hides(InstallNumber(9)));
+        assert!(numbers.hides(InstallNumber(10)));
+        assert!(numbers.hides(InstallNumber(9 + GATE_SPAN)));
+        assert!(!numbers.hides(InstallNumber(10 + GATE_SPAN)));
+        numbers.canary = number(u64::MAX);
+        assert!(numbers.next(None, None).0 < u64::MAX - GATE_SPAN);
+    }
+
+    #[test]
+    fn numbers_are_whole_only_in_the_canary_and_gate_of_one_install_of_this_host() {
+        use crate::clamd::proof::gate;
+        let (nonce, n) = (Nonce([3; 16]), InstallNumber(5));
+        let text = canary(&nonce, n);
+        let whole = |canary: &str, n| Numbers::parse(&nonce, canary, &gate(n)).whole;
+        assert_eq!(whole(&text, n), Some(n));
+        assert_eq!(whole(&text, InstallNumber(4)), None);
+        assert_eq!(whole(&canary(&Nonce([4; 16]), n), n), None);
+        assert_eq!(whole("", n), None);
+    }
 }
