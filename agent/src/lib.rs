@@ -5,6 +5,7 @@ pub mod config;
 pub mod core;
 pub mod host;
 pub mod install;
+pub mod keeper;
 pub mod link;
 pub mod operate;
 pub mod run;

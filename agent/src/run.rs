@@ -22,14 +22,13 @@ use tokio_util::sync::CancellationToken;
 
 use crate::clamd::{self, ClamdConf, Prover};
 use crate::config::{self, ClamdConfFile, Config};
-use crate::core::audit::{AuditLog, KeyError};
-use crate::core::drift::Guard;
-use crate::core::keeper::{self, Begin, Keeper, Question};
-use crate::core::receipts::Receipts;
-use crate::core::trust::{self, TrustStore};
+use crate::core::{self, Now};
 use crate::host::state::{State, StateError};
 use crate::install::watch::Watch;
-use crate::install::{self, HostFault, Installer};
+use crate::install::{self, HostFault, HostStorage, Installer};
+use crate::keeper::audit::{AuditLog, KeyError};
+use crate::keeper::records::Records;
+use crate::keeper::{Begin, Keeper, Question, trust};
 use crate::link::endpoint::{self, CERTIFICATE_ENDS_SOON, Credentials, CredentialsError};
 use crate::link::{self, Link};
 use crate::operate::admin::{self, Commands};
@@ -122,7 +121,7 @@ pub struct Agent {
 struct Opened {
     begin: Begin,
     credentials: Arc<Credentials>,
-    installer: Installer<Prover>,
+    installer: Installer<HostStorage, Prover>,
     prover: Prover,
 }
 
@@ -276,8 +275,9 @@ pub fn look(config: &Config, now: Timestamp) -> Result<(), StartError> {
 fn open(config: Config, stop: CancellationToken) -> Result<Opened, StartError> {
     let now = Timestamp::now();
     let state = State::open(&config.state)?;
-    let trust = TrustStore::open(state.path(), &config.keys)?;
-    let credentials = Arc::new(Credentials::load(&config.tls, trust.trust().fleet(), now)?);
+    let (trust, mark) = trust::open(state.path(), &config.keys)?;
+    let root = trust.root().id();
+    let credentials = Arc::new(Credentials::load(&config.tls, trust.fleet(), now)?);
     warn_if_it_ends_soon(&credentials.certificate, now);
     if let Some(doubt) = &credentials.doubt {
         tracing::error!("{}", crate::chain(doubt));
@@ -289,49 +289,51 @@ fn open(config: Config, stop: CancellationToken) -> Result<Opened, StartError> {
         rand::random(),
         now,
     )?;
-    let receipts = Receipts::open(state.path())?;
 
+    let records = Records::new(state);
+    let not_before = credentials.certificate.not_before;
+    let now = Now {
+        clock: now,
+        at: Instant::now(),
+    };
+    let kept = records.load((trust, mark), not_before, now)?;
     let database = config.clamd.database_directory.clone();
     let conf = clamd_conf(&config.clamd_conf)?;
     let (settings, notes) = clamd::Settings::resolve(config.clamd, conf);
     for note in notes {
         tracing::warn!("{note}");
     }
-    let nonce = install::nonce(state.path(), rand::random())?;
-    let prover = Prover::with_state(settings, nonce, state.path(), stop);
+    let nonce = install::nonce(&config.state, rand::random())?;
+    let prover = Prover::with_state(settings, nonce, &config.state, stop);
     let watch = Watch::new(&database);
     let settings = install::Settings {
         database,
-        state: state.path().to_owned(),
+        state: config.state.clone(),
     };
     let installer = Installer::open(&settings, nonce, prover.clone())?;
     tracing::info!(
         agent = %credentials.agent,
         fleet = %credentials.fleet,
-        root = %trust.trust().root().id(),
+        %root,
         installed = installer.installed().map(|i| i.set.manifest.position().to_string()),
         "agent {}",
         env!("CARGO_PKG_VERSION")
     );
-    let kept = keeper::kept_rest(&state);
     let begin = Begin {
-        state,
         credentials: credentials.clone(),
-        trust,
-        receipts,
+        settings: core::Settings {
+            stale: config.stale,
+            splay: prover.settings().splay,
+            directory: watch.path().to_owned(),
+            drift: config.drift,
+            rescan: config.rescan,
+        },
+        kept,
+        records,
         audit,
-        stale: config.stale,
         installer: installer.clone(),
-        prover: prover.clone(),
-        pulse: Pulse::default(),
-        guard: Guard::new(
-            config.drift,
-            config.rescan,
-            kept,
-            Instant::now(),
-            rand::random(),
-        ),
         watch,
+        pulse: Pulse::default(),
     };
     Ok(Opened {
         begin,

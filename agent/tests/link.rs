@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use clamcast_agent::config::{Config, DAEMON};
-use clamcast_agent::core::keeper::FRESH_UNHEARD;
+use clamcast_agent::core::FRESH_UNHEARD;
 use clamcast_agent::core::status::Status;
 use clamcast_agent::operate::admin::Request;
 use clamcast_agent::operate::status::Verification;

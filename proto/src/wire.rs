@@ -380,10 +380,13 @@ pub enum PartKind {
 }
 
 /// What an install is doing, in the order in which it gets there.
-#[derive(Clone, Copy, Debug, Deserialize, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize)]
+#[derive(
+    Clone, Copy, Debug, Default, Deserialize, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize,
+)]
 #[serde(rename_all = "snake_case")]
 pub enum Phase {
     /// Nothing.
+    #[default]
     Idle,
     /// Receiving what is missing.
     Fetching,

@@ -1,9 +1,8 @@
 //! Thousands of agents in one process, for a master that cannot tell them from real ones.
 //!
 //! Each has its own certificate of the fleet's CA and its own QUIC connection, kept by the agent's
-//! own link with its jittered back-off; each judges offers by the real trust rules, decides by the
-//! real slot, applies deltas with the real applier, which checks the SHA-256, and signs its
-//! receipts. Three things are cheaper than in life: a few dozen agents share a UDP socket, the
+//! own link with its jittered back-off; each decides by the agent's own core, with its trust rules and
+//! signed receipts, and applies deltas with the real applier, which checks the SHA-256. Three things are cheaper than in life: a few dozen agents share a UDP socket, the
 //! contents of the databases are kept once for all of them, and an install is a change of a list
 //! in memory, live at once, as on a host without a clamd.
 //!
@@ -105,7 +104,7 @@ impl Agents {
                 events,
             };
             let databases = databases.clone();
-            let host = Host::new(credentials, keys.clone(), databases, &disk, sight.clone());
+            let host = Host::new(&credentials, keys.clone(), databases, &disk, sight.clone());
             runtime.spawn(host.run(from_link));
             runtime.spawn(link::run(link, stop.clone()));
             sights.push(sight);

@@ -1,11 +1,12 @@
 //! A whole fleet in one thread: the real cores of master and agent over a network, disks, clocks and
 //! clamds that are made up.
 //!
-//! Everything that happens follows from one seed. The master is the real `Dispatcher`
-//! with its `Fleet` and `Rollout`; a host is the real `Slot`, install `Machine`, `Trust` and `Backoff`; manifests and
-//! receipts are signed and checked. What is made up is the thin code around them, which does here
-//! what the hub, the recorder, the publisher, the keeper and the installer do on real sockets and
-//! disks, and everything that goes wrong: see `faults.rs`. The rules that must hold are functions
+//! Everything that happens follows from one seed. The master is the real `Dispatcher` with its `Fleet`
+//! and `Rollout`. A host is the real `Core` with the real `Installer`, `Tasks` and back-off. Manifests,
+//! freshness statements and receipts are signed and checked. What is made up is what they act on:
+//! sockets, disks, clamds (`host/body.rs`), and the code around the core and the dispatcher, which does
+//! what the keeper, the hub, the recorder and the publisher do; and everything that goes wrong: see
+//! `faults.rs`. The rules that must hold are functions
 //! in `rules.rs`, asked after every event that could break them; `calm.rs` says what must have
 //! become of everybody some time after the last fault.
 

@@ -30,7 +30,8 @@ const DAEMONS: [Layers; 2] = [
         directory: "agent/src",
         library: "clamcast_agent",
         modules: &[
-            "main", "run", "operate", "core", "link", "config", "install", "host", "clamd",
+            "main", "run", "operate", "keeper", "core", "link", "config", "install", "host",
+            "clamd",
         ],
     },
 ];

@@ -10,7 +10,6 @@ use clamcast_daemon::{clamscan, input};
 use clamcast_proto::container::Header;
 use clamcast_proto::receipt::{ClamdReport, ClamdState, InstallNumber, Proof};
 use jiff::civil::DateTime;
-use rand::Rng;
 use tokio::sync::OnceCell;
 use tokio::task::{JoinSet, spawn_blocking};
 use tokio::time::sleep_until;
@@ -172,12 +171,6 @@ impl Prover {
     /// How clamd is treated.
     pub fn settings(&self) -> &Settings {
         &self.shared.settings
-    }
-
-    /// A random part of `splay`, to be waited before an install changes anything, so that not all
-    /// guests of a machine load at once. Not for installs that an operator forces.
-    pub fn splay(&self) -> Duration {
-        self.shared.settings.splay.mul_f64(rand::rng().random())
     }
 
     /// Where clamd's log ends now: after the renames, before the first RELOAD. What begins after

@@ -1,7 +1,7 @@
 //! Decides when the installed files are looked at, and what is done about one that was changed.
 //!
-//! Pure: no disk, no clock, no randomness. `keeper/drift.rs` feeds events in and carries out the
-//! actions that come back. Invariants:
+//! Pure: no disk, no clock, no randomness. [`super::Core`] feeds events in and carries out the actions
+//! that come back. Invariants:
 //!
 //! - A look waits until the directory was quiet for a moment, and no longer than a bound.
 //! - The guard repairs no file while the configuration says `report`.

@@ -22,20 +22,23 @@ pub(super) struct Needs {
 }
 
 impl Needs {
-    /// Divides a list into batches. Without missing files there is one empty batch: the master is told
-    /// that nothing is missing.
+    /// Divides a list into batches.
     pub(super) fn new(files: Vec<NeedFile>) -> Self {
-        let mut later = VecDeque::from([Vec::new()]);
+        let mut later = VecDeque::<Vec<_>>::new();
         let mut bytes = 0;
         for file in files {
             let length = serde_json::to_vec(&file).expect("our own messages serialise");
             let length = length.len() + ",".len();
-            if bytes + length > NEED_BYTES_MAX {
-                bytes = 0;
-                later.push_back(Vec::new());
+            match later.back_mut() {
+                Some(batch) if bytes + length <= NEED_BYTES_MAX => {
+                    batch.push(file);
+                    bytes += length;
+                }
+                Some(_) | None => {
+                    later.push_back(vec![file]);
+                    bytes = length;
+                }
             }
-            bytes += length;
-            later.back_mut().expect("there is always one").push(file);
         }
         Self {
             asked: BTreeSet::new(),
@@ -48,6 +51,16 @@ impl Needs {
         let files = self.later.pop_front().unwrap_or_default();
         self.asked = files.iter().map(|file| file.name.clone()).collect();
         files
+    }
+
+    /// Whether a file was asked for and its transfer has not ended.
+    pub(super) fn awaits(&self, name: &DatabaseName) -> bool {
+        self.asked.contains(name)
+    }
+
+    /// Whether the transfers of all files have ended.
+    pub(super) fn is_empty(&self) -> bool {
+        self.asked.is_empty() && self.later.is_empty()
     }
 
     /// The transfer of a file has ended. Returns whether the next batch is due.

@@ -1,17 +1,18 @@
 //! Decides what the host works on: one generation at a time, and the newest offer wins.
 //!
-//! Pure: no sockets, no disk, no clock. `keeper.rs` feeds events in and carries out the actions
-//! that come back. Invariants: one plan, one set of transfers or one install is under way, never
-//! two; a new plan waits until the transfers of the old one have ended, because both may write the
-//! same spool; what is being swapped or proven is ended before anything else begins.
+//! Pure: no sockets, no disk, no clock. [`super::Core`] feeds events in and carries out the actions
+//! that come back. Invariants: one plan, one set of transfers or one install is under way, never two;
+//! a new plan waits until the transfers of the old one have ended, because both may write the same
+//! spool; what is being swapped or proven is ended before anything else begins.
 
 use std::collections::BTreeSet;
 use std::mem;
 use std::time::{Duration, Instant};
 
 use clamcast_proto::DatabaseName;
-use clamcast_proto::wire::Phase;
+use clamcast_proto::wire::{NeedFile, Phase};
 
+use super::needs::Needs;
 use crate::link::backoff::Backoff;
 
 /// How often missing files are asked for before it counts as trouble of the host's: the first time,
@@ -59,7 +60,7 @@ enum State<J> {
     Fetching {
         job: J,
         round: u32,
-        missing: BTreeSet<DatabaseName>,
+        needs: Needs,
         spoilt: bool,
         /// When the master is asked again, unless something arrives then. What arrives ends by
         /// itself, if only because its stream stalls.
@@ -93,7 +94,7 @@ pub enum Event<J> {
     /// The disk was looked at.
     Planned {
         /// The files that must come from the master.
-        missing: Vec<DatabaseName>,
+        needs: Vec<NeedFile>,
         /// How long to wait before the swap.
         splay: Duration,
     },
@@ -138,8 +139,10 @@ pub enum Action<J> {
         /// Use nothing that is there to build a missing file from.
         full: bool,
     },
-    /// Ask the master for what the plan found missing.
-    Need(J),
+    /// Ask the master for the first files that a plan found missing. None: tell it that nothing is.
+    Need(J, Vec<NeedFile>),
+    /// Ask for the next ones.
+    NeedMore(J, Vec<NeedFile>),
     /// Cut transfers short.
     Abort,
     /// Say that nothing will be heard until then.
@@ -204,11 +207,6 @@ impl<J: Work> Slot<J> {
         }
     }
 
-    /// Whether missing files are awaited.
-    pub fn is_fetching(&self) -> bool {
-        matches!(self.state, State::Fetching { .. })
-    }
-
     /// Whether a failed job waits for its next try.
     pub fn is_resting(&self) -> bool {
         matches!(self.state, State::Resting { .. })
@@ -228,10 +226,10 @@ impl<J: Work> Slot<J> {
 
     /// A part of `name` arrives: whether to take it. If so, [`Event::PartEnded`] must follow.
     pub fn begin(&mut self, name: &DatabaseName) -> bool {
-        let State::Fetching { missing, .. } = &self.state else {
+        let State::Fetching { needs, .. } = &self.state else {
             return false;
         };
-        missing.contains(name) && self.receiving.insert(name.clone())
+        needs.awaits(name) && self.receiving.insert(name.clone())
     }
 
     /// Takes one event and returns what to do about it, in order. `random` is from 0 to 1.
@@ -248,7 +246,7 @@ impl<J: Work> Slot<J> {
                     }
                 }
             }
-            Event::Planned { missing, splay } => self.planned(missing, splay, now, random),
+            Event::Planned { needs, splay } => self.planned(needs, splay, now, random),
             Event::Answered => self.take_next(),
             Event::PlanFailed => {
                 let State::Planning { job, .. } = self.take_state() else {
@@ -341,7 +339,7 @@ impl<J: Work> Slot<J> {
 
     fn planned(
         &mut self,
-        missing: Vec<DatabaseName>,
+        needs: Vec<NeedFile>,
         splay: Duration,
         now: Instant,
         random: f64,
@@ -352,22 +350,24 @@ impl<J: Work> Slot<J> {
         let (Some(job), None) = (job, &self.next) else {
             return self.take_next();
         };
-        if !missing.is_empty() {
+        if !needs.is_empty() {
             if round > ROUNDS_MAX {
                 return self.fault(Some(job), now, random);
             }
+            let mut needs = Needs::new(needs);
+            let asked = needs.next();
             self.state = State::Fetching {
                 job: job.clone(),
                 round,
-                missing: missing.into_iter().collect(),
+                needs,
                 spoilt: false,
                 quiet_until: now + QUIET_MAX,
             };
-            return vec![Action::Need(job)];
+            return vec![Action::Need(job, asked)];
         }
         // A master that was not asked yet hears that nothing is missing.
         let mut actions = match round {
-            1 => vec![Action::Need(job.clone())],
+            1 => vec![Action::Need(job.clone(), Vec::new())],
             _ => Vec::new(),
         };
         actions.extend(self.staged(job, splay, now));
@@ -417,26 +417,27 @@ impl<J: Work> Slot<J> {
             State::Fetching {
                 job,
                 round,
-                mut missing,
+                mut needs,
                 spoilt,
                 quiet_until: _,
             } => {
-                missing.remove(name);
+                let is_due = needs.ended(name);
                 let spoilt = spoilt || ending == Ending::Spoilt;
                 // After a stream that ended early a master sends no more of them until it is asked.
                 let given_up = ending != Ending::Good && self.receiving.is_empty();
-                if missing.is_empty() || given_up {
+                if needs.is_empty() || given_up {
                     // Only the disk says what is still missing, if anything is.
                     return self.plan(job, round + 1, spoilt);
                 }
+                let more = is_due.then(|| Action::NeedMore(job.clone(), needs.next()));
                 self.state = State::Fetching {
                     job,
                     round,
-                    missing,
+                    needs,
                     spoilt,
                     quiet_until: now + QUIET_MAX,
                 };
-                Vec::new()
+                more.into_iter().collect()
             }
             State::Idle
             | State::Planning { .. }
@@ -483,10 +484,20 @@ impl<J: Work> Slot<J> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use clamcast_proto::wire::Have;
 
     impl Work for String {
         fn is_same(&self, other: &Self) -> bool {
             self == other
+        }
+    }
+
+    fn need(name: &str) -> NeedFile {
+        NeedFile {
+            name: name.parse().unwrap(),
+            have: Have::Nothing,
+            resume_at: 0,
+            resume: None,
         }
     }
 
@@ -506,7 +517,7 @@ mod tests {
                 ["offer", job] => Event::Offered(job.to_owned()),
                 ["plan", "fails"] => Event::PlanFailed,
                 ["plan", ref files @ ..] => Event::Planned {
-                    missing: files.iter().map(|file| file.parse().unwrap()).collect(),
+                    needs: files.iter().map(|file| need(file)).collect(),
                     splay,
                 },
                 ["splay", secs] => {
@@ -545,7 +556,7 @@ mod tests {
                 .map(|action| match action {
                     Action::Plan { job, full: false } => format!("plan {job}"),
                     Action::Plan { job, full: true } => format!("plan {job} full"),
-                    Action::Need(job) => format!("need {job}"),
+                    Action::Need(job, _) | Action::NeedMore(job, _) => format!("need {job}"),
                     Action::Abort => "abort".to_owned(),
                     Action::Wait(_, until) => format!("wait {}", (*until - now).as_secs()),
                     Action::Install(job) => format!("install {job}"),
@@ -693,20 +704,20 @@ mod tests {
 
     #[test]
     fn an_order_that_was_cut_off_leaves_nothing_under_way() {
-        let (now, file): (_, DatabaseName) = (Instant::now(), "a.ndb".parse().unwrap());
+        let now = Instant::now();
         let mut slot = Slot::new(false);
         let mut check = |event, said, expected| {
             slot.handle(event, now, 0.0);
             assert_eq!(slot.phase_given(said), expected);
         };
-        let (missing, splay) = (vec![file], Duration::ZERO);
+        let (needs, splay) = (vec![need("a.ndb")], Duration::ZERO);
         check(
             Event::Offered("1".to_owned()),
             Phase::Fetching,
             Phase::Fetching,
         );
         check(
-            Event::Planned { missing, splay },
+            Event::Planned { needs, splay },
             Phase::Fetching,
             Phase::Fetching,
         );
@@ -716,9 +727,9 @@ mod tests {
             Phase::Fetching,
             Phase::Fetching,
         );
-        let missing = Vec::new();
+        let needs = Vec::new();
         check(
-            Event::Planned { missing, splay },
+            Event::Planned { needs, splay },
             Phase::Reloading,
             Phase::Reloading,
         );

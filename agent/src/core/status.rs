@@ -1,4 +1,4 @@
-//! The agent at one moment, as the keeper reports it to operators.
+//! The agent at one moment, as operators see it.
 
 use clamcast_proto::dsse::KeyId;
 use clamcast_proto::manifest::Manifest;
@@ -88,6 +88,21 @@ pub struct Status {
     pub root: KeyId,
     /// Version of the key set in use.
     pub keys_version: u64,
+}
+
+/// The parts of a status that the core does not know.
+#[derive(Clone, Debug)]
+pub struct Surroundings {
+    /// clamd, as it was last seen.
+    pub clamd: ClamdReport,
+    /// Whether the file system reports changes.
+    pub watched: bool,
+    /// Why it does not.
+    pub blind: Option<Blindness>,
+    /// Why no master believes the host certificate.
+    pub invalid: Option<String>,
+    /// Last second of the host certificate's validity.
+    pub certificate_expires: Timestamp,
 }
 
 /// Files that the master holds back, as far as they are listed.

@@ -8,6 +8,7 @@
 
 use std::collections::BTreeSet;
 use std::io;
+use std::path::Path;
 
 use clamcast_proto::DatabaseName;
 use clamcast_proto::manifest::Manifest;
@@ -65,10 +66,8 @@ impl Swap<'_> {
         free.map_err(|error| self.no_place(error))
     }
 
-    pub(super) fn no_place(&self, error: NoPlace) -> HostFault {
-        let path = self.tree.path(At(Dir::Adopted, error.name()));
-        let source = io::Error::new(io::ErrorKind::AlreadyExists, error);
-        io_fault("keep another", &path, source)
+    fn no_place(&self, error: NoPlace) -> HostFault {
+        no_place(&self.tree.directory(Dir::Adopted), error)
     }
 
     /// Gives obsolete files names from which nothing is restored. A replay does nothing: by then
@@ -171,4 +170,11 @@ impl Swap<'_> {
         }
         self.tree.sync_dir(Dir::Adopted)
     }
+}
+
+/// `adopted` has no room for one more file of a name.
+pub(super) fn no_place(adopted: &Path, error: NoPlace) -> HostFault {
+    let path = adopted.join(error.name());
+    let source = io::Error::new(io::ErrorKind::AlreadyExists, error);
+    io_fault("keep another", &path, source)
 }

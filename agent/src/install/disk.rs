@@ -392,6 +392,17 @@ pub enum HostFault {
     },
 }
 
+impl HostFault {
+    /// A fault for a reason that is no error of the system.
+    pub fn because(doing: &'static str, path: PathBuf, reason: String) -> Self {
+        Self::Io {
+            doing,
+            path,
+            source: io::Error::other(reason),
+        }
+    }
+}
+
 /// What to do about an error of the system, where its own text does not say. By kind: on its way
 /// through other crates an error may lose its number.
 fn advice(source: &io::Error) -> &'static str {

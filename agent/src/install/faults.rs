@@ -14,7 +14,9 @@ use clamcast_proto::DatabaseName;
 use clamcast_proto::receipt::{InstallNumber, Outcome};
 use nix::errno::Errno;
 
-use super::lab::{FakeInstaller, FakeScan, Fault, Files, Host, Mood, Taken, loaded, manifest, set};
+use super::lab::{
+    FakeInstaller, FakeScan, Fault, Files, Host, Mood, Taken, loaded, manifest, plan, set,
+};
 use crate::clamd::proof::{CANARY, GATE, canary_number, gate_number};
 
 /// A host before an offer, and the offer.
@@ -410,9 +412,7 @@ fn a_fault_is_named_with_its_remedy(host: &Host, fault: Fault, taken: &Taken, at
 
 /// What an ended install leaves lying about goes with the next offer at the latest.
 fn nothing_is_left_over(host: &Host, installer: &FakeInstaller, at: &str) {
-    installer
-        .plan(&manifest(3, "z.ndb=z"), false, false)
-        .unwrap();
+    plan(installer, &manifest(3, "z.ndb=z"), false).unwrap();
     let names = |directory: PathBuf| -> Vec<_> {
         let entries = fs::read_dir(directory).unwrap();
         entries.map(|entry| entry.unwrap().file_name()).collect()

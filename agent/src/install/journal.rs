@@ -42,12 +42,13 @@ pub struct Set {
     pub manifest: Arc<Manifest>,
     /// As it was signed.
     pub envelope: Arc<Envelope>,
+    sha256: Digest,
 }
 
 impl Set {
     /// SHA-256 of the manifest's payload: its name.
     pub fn sha256(&self) -> Digest {
-        Digest::of(&self.envelope.payload)
+        self.sha256
     }
 
     /// Its files, as they should be on disk.
@@ -61,6 +62,7 @@ impl From<&Verified<Manifest>> for Set {
         Self {
             manifest: Arc::new(Manifest::clone(manifest)),
             envelope: Arc::new(manifest.envelope().clone()),
+            sha256: manifest.payload_sha256(),
         }
     }
 }
@@ -76,9 +78,11 @@ impl TryFrom<Envelope> for Set {
 
     fn try_from(envelope: Envelope) -> Result<Self, String> {
         let manifest = envelope.peek().map_err(|error| chain(&error))?;
+        let sha256 = Digest::of(&envelope.payload);
         Ok(Self {
             manifest: Arc::new(manifest),
             envelope: Arc::new(envelope),
+            sha256,
         })
     }
 }

@@ -19,7 +19,9 @@ use nix::errno::Errno;
 use tokio_util::sync::CancellationToken;
 
 use super::disk::{At, Call, Dir, HostFault, Interpose, Kind, Tree};
-use super::{Completed, Installer, Prove};
+use super::{
+    Completed, Depth, Findings, HostStorage, Installer, Look, NeedFile, Planned, Prove, Sighting,
+};
 use crate::clamd::proof::{CANARY, GATE, Nonce, canary_number, gate_number};
 use crate::clamd::{LoadTest, Verdict};
 
@@ -553,7 +555,7 @@ pub(super) struct Host {
     runtime: tokio::runtime::Runtime,
 }
 
-pub(super) type FakeInstaller = Installer<FakeClamd>;
+pub(super) type FakeInstaller = Installer<HostStorage, FakeClamd>;
 
 /// What an offer ended with: the completed install, or the fault that kept it from beginning.
 pub(super) type Taken = Result<Completed, String>;
@@ -673,10 +675,11 @@ impl Host {
         shim: Shim,
     ) -> Result<(FakeInstaller, Option<Completed>), HostFault> {
         let tree = Tree::open_directories(&self.database(), &self.state(), shim).unwrap();
-        let installer = Installer::with_tree(tree, Nonce([3; 16]), self.clamd.clone())?;
+        let storage = HostStorage::new(tree, Nonce([3; 16]));
+        let installer = Installer::with_storage(storage, self.clamd.clone())?;
         let resumed = self
             .runtime
-            .block_on(installer.resume(CancellationToken::new(), |_| ()));
+            .block_on(installer.resume(CancellationToken::new()));
         Ok((installer, resumed))
     }
 
@@ -688,9 +691,12 @@ impl Host {
         line: &str,
     ) -> Taken {
         let contents = set(line);
-        let needs = installer
-            .plan(manifest, false, false)
-            .map_err(|e| crate::chain(&e))?;
+        let plan = installer.plan(manifest, false, false, CancellationToken::new());
+        let needs = match self.runtime.block_on(plan).1 {
+            Ok(Planned::Needs(needs)) => needs,
+            Ok(Planned::Answered(before)) => return Ok(*before),
+            Err(fault) => return Err(crate::chain(&fault)),
+        };
         for need in needs {
             let file = manifest.file(&need.name).unwrap();
             let content = contents[need.name.as_str()].as_bytes();
@@ -712,7 +718,7 @@ impl Host {
         installer: &FakeInstaller,
         manifest: &Verified<Manifest>,
     ) -> Completed {
-        let install = installer.install(manifest, CancellationToken::new(), |_| ());
+        let install = installer.install(manifest, false, CancellationToken::new());
         self.runtime.block_on(install)
     }
 
@@ -727,9 +733,64 @@ impl Host {
     }
 
     pub(super) fn repair(&self, installer: &FakeInstaller) -> Result<Option<Completed>, String> {
-        let repair = installer.repair(CancellationToken::new(), |_| ());
+        let repair = installer.repair(CancellationToken::new());
         self.runtime.block_on(repair).map_err(|e| crate::chain(&e))
     }
+}
+
+/// Runs something of the installer to its end.
+pub(super) fn block_on<T>(work: impl Future<Output = T>) -> T {
+    let runtime = tokio::runtime::Builder::new_current_thread().build();
+    runtime.unwrap().block_on(work)
+}
+
+/// What a plan asks the master for.
+pub(super) fn plan(
+    installer: &FakeInstaller,
+    manifest: &Verified<Manifest>,
+    forced: bool,
+) -> Result<Vec<NeedFile>, HostFault> {
+    let plan = installer.plan(manifest, forced, false, CancellationToken::new());
+    match block_on(plan).1? {
+        Planned::Needs(needs) => Ok(needs),
+        Planned::Answered(before) => panic!("it was refused before: {:?}", before.error),
+    }
+}
+
+/// What an offer is answered with that was refused before.
+pub(super) fn refused_before(
+    installer: &FakeInstaller,
+    manifest: &Verified<Manifest>,
+) -> Option<Completed> {
+    let plan = installer.plan(manifest, false, false, CancellationToken::new());
+    match block_on(plan).1.unwrap() {
+        Planned::Needs(_) => None,
+        Planned::Answered(before) => Some(*before),
+    }
+}
+
+/// A look at the directory.
+pub(super) fn look(installer: &FakeInstaller, depth: Depth) -> Look {
+    block_on(installer.look(depth, CancellationToken::new())).0
+}
+
+/// What a look finds, where nothing is in its way.
+pub(super) fn findings(installer: &FakeInstaller, depth: Depth) -> Findings {
+    let Look::Made(findings) = look(installer, depth) else {
+        panic!("something is in its way");
+    };
+    findings
+}
+
+/// The files that a look finds wrong.
+pub(super) fn wrong(installer: &FakeInstaller, depth: Depth) -> Vec<Sighting> {
+    findings(installer, depth).wrong
+}
+
+/// The databases of others that a receipt lists.
+pub(super) fn foreign(installer: &FakeInstaller, manifest: &Verified<Manifest>) -> Vec<String> {
+    let fault = HostFault::because("test", PathBuf::new(), String::new());
+    block_on(installer.host_fault(manifest, &fault)).foreign
 }
 
 /// The header of a whole file, as it is.

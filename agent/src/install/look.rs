@@ -19,10 +19,9 @@ use sha2::{Digest as _, Sha256};
 use tokio_util::sync::CancellationToken;
 
 use super::disk::{At, DATABASE_MODE, Dir, Facts, Tree};
-use super::journal::Step;
-use super::{Prove, Shared, lock};
-use crate::chain;
-use crate::clamd::proof::{CANARY, GATE, canary, gate};
+use super::journal::Installed;
+use super::lock;
+use crate::clamd::proof::{CANARY, GATE, Nonce, canary, gate};
 
 /// Bytes of a file that are read at a time.
 const CHUNK_BYTES: usize = 256 << 10;
@@ -64,14 +63,25 @@ pub struct Sighting {
 /// What came of a look.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum Look {
-    /// Every file that is wrong.
-    Made(Vec<Sighting>),
+    /// The directory was compared with the installed set.
+    Made(Findings),
     /// The database directory cannot be used, for this reason.
     Blocked(String),
     /// An install is under way.
     NotNow,
     /// It was broken off.
     Stopped,
+}
+
+/// What a look found.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Findings {
+    /// Every file that is wrong.
+    pub wrong: Vec<Sighting>,
+    /// Databases in the directory that are not ours, bounded as a receipt is.
+    pub foreign: Vec<String>,
+    /// The host's own files that are kept while the installed set owns their names.
+    pub adopted: Vec<DatabaseName>,
 }
 
 /// What is known of the files in the directory, by name: those that were read and were right.
@@ -101,22 +111,22 @@ enum Unread {
     Failed,
 }
 
-impl<P: Prove> Shared<P> {
-    /// Looks at every file of the installed set, and at canary and gate. The caller holds the slot.
-    pub(super) fn look(&self, depth: Depth, stop: &CancellationToken) -> Look {
-        // A directory that was replaced is opened anew.
-        if let Err(fault) = self.tree.check_in_place() {
-            return Look::Blocked(chain(&fault));
-        }
-        // In the middle of an install names come and go.
-        let open = lock(&self.machine).journal().cloned();
-        if open.as_ref().is_some_and(|open| open.step != Step::Waiting) {
-            return Look::NotNow;
-        }
-        let Some(installed) = lock(&self.installed).clone() else {
-            return Look::Made(Vec::new()); // nothing that could be wrong
-        };
-        let old_forms = open.map_or_else(Vec::new, |open| open.later);
+/// A look at the directory.
+pub(super) struct Comparison<'a> {
+    pub(super) tree: &'a Tree,
+    pub(super) baseline: &'a Baseline,
+    pub(super) depth: Depth,
+    pub(super) stop: &'a CancellationToken,
+}
+
+impl Comparison<'_> {
+    /// Looks at every file of the installed set, and at canary and gate.
+    pub(super) fn make(
+        &self,
+        installed: &Installed,
+        nonce: &Nonce,
+        old_forms: &[DatabaseName],
+    ) -> Option<Vec<Sighting>> {
         let files = installed.set.files().into_iter().map(|file| Wanted {
             name: file.name.to_string(),
             size: file.size,
@@ -124,7 +134,7 @@ impl<P: Prove> Shared<P> {
         });
         let mut files: Vec<_> = files.collect();
         for (name, text) in [
-            (CANARY, canary(&self.nonce, installed.install)),
+            (CANARY, canary(nonce, installed.install)),
             (GATE, gate(installed.install)),
         ] {
             files.push(Wanted {
@@ -133,18 +143,18 @@ impl<P: Prove> Shared<P> {
                 sha256: Digest::of(text.as_bytes()),
             });
         }
-        let mut pace = Pace::of(depth);
+        let mut pace = Pace::of(self.depth);
         let mut wrong = Vec::new();
         for file in &files {
-            match self.look_at(file, depth, &mut pace, stop) {
-                Ok(None) if self.is_outranked(file, &files, &old_forms) => wrong.push(Sighting {
+            match self.look_at(file, &mut pace) {
+                Ok(None) if self.is_outranked(file, &files, old_forms) => wrong.push(Sighting {
                     name: file.name.clone(),
                     found: Found::Changed,
                     state: state(file, file.size, file.sha256),
                     owner: None,
                 }),
                 Ok(sighting) => wrong.extend(sighting),
-                Err(Unread::Stopped) => return Look::Stopped,
+                Err(Unread::Stopped) => return None,
                 Err(Unread::Failed) => wrong.push(Sighting {
                     name: file.name.clone(),
                     found: Found::Unreadable,
@@ -153,19 +163,10 @@ impl<P: Prove> Shared<P> {
                 }),
             }
         }
-        if !wrong.is_empty() {
-            *lock(&self.suspect) = true;
-        }
-        Look::Made(wrong)
+        Some(wrong)
     }
 
-    fn look_at(
-        &self,
-        file: &Wanted,
-        depth: Depth,
-        pace: &mut Pace,
-        stop: &CancellationToken,
-    ) -> Result<Option<Sighting>, Unread> {
+    fn look_at(&self, file: &Wanted, pace: &mut Pace) -> Result<Option<Sighting>, Unread> {
         let at = At(Dir::Databases, file.name.as_str());
         let sighting = |found, state, owner| {
             let name = file.name.clone();
@@ -190,7 +191,7 @@ impl<P: Prove> Shared<P> {
             _ => Found::Unreadable, // for clamd, which is another user
         };
         let is_long = facts.size > file.size.saturating_mul(READ_TIMES_MAX);
-        let read = match depth {
+        let read = match self.depth {
             Depth::Surface => false,
             Depth::Touched => !self.baseline.is_untouched(file, &facts),
             Depth::Full | Depth::Ordered => true,
@@ -203,7 +204,7 @@ impl<P: Prove> Shared<P> {
         if !read || is_long {
             return Ok(sighting(found, None, owner));
         }
-        let (read_as, digest) = match self.digest(at, &facts, pace, stop) {
+        let (read_as, digest) = match self.digest(at, &facts, pace) {
             Ok(read) => read,
             Err(Unread::Failed) => return Ok(sighting(Found::Unreadable, None, owner)),
             Err(stopped @ Unread::Stopped) => return Err(stopped),
@@ -221,7 +222,6 @@ impl<P: Prove> Shared<P> {
         at: At<'_>,
         facts: &Facts,
         pace: &mut Pace,
-        stop: &CancellationToken,
     ) -> Result<(Facts, Digest), Unread> {
         let open = self.tree.open(at).map_err(|_| Unread::Failed)?;
         let input = open.ok_or(Unread::Failed)?;
@@ -232,7 +232,7 @@ impl<P: Prove> Shared<P> {
         // One that grows while it is read is wrong anyway.
         let mut left = facts.size.saturating_add(1);
         while left > 0 {
-            if stop.is_cancelled() {
+            if self.stop.is_cancelled() {
                 return Err(Unread::Stopped);
             }
             let room = usize::try_from(left).map_or(CHUNK_BYTES, |left| left.min(CHUNK_BYTES));

@@ -7,9 +7,6 @@
 //! part of the swap is harmless when repeated, and a number that a half-done swap may have shown to
 //! clamd proves nothing any more.
 
-use std::collections::BTreeSet;
-
-use clamcast_proto::Digest;
 use clamcast_proto::receipt::{ClamdReport, InstallNumber, Outcome};
 use clamcast_proto::wire::Phase;
 
@@ -20,15 +17,8 @@ use crate::clamd::Verdict;
 /// What an install is told.
 #[derive(Clone, Debug)]
 pub enum Event {
-    /// A manifest was compared with the disk: these digests are missing. The newest one wins.
-    Planned {
-        /// The manifest.
-        manifest: Digest,
-        /// What must be transferred.
-        missing: BTreeSet<Digest>,
-    },
-    /// A file is staged.
-    Arrived(Digest),
+    /// A plan was made: from now on the stage holds files of a set that is to be installed.
+    Staging,
     /// Everything is staged and the directory was looked at: go.
     Begin(Box<Journal>),
     /// The files are those that are installed, and clamd still has them: only the number moves.
@@ -97,7 +87,8 @@ pub enum Action {
 /// One host's install slot.
 #[derive(Clone, Debug, Default)]
 pub struct Machine {
-    slot: Slot,
+    /// Whether the stage holds files of a set whose install has not begun.
+    is_staging: bool,
     journal: Option<Box<Journal>>,
     /// A set that waits for clamd and goes on waiting if the install that followed comes to nothing.
     waiting: Option<Box<Journal>>,
@@ -118,38 +109,13 @@ pub struct Machine {
 /// probe or start.
 const TRIES_MAX: u8 = 3;
 
-#[derive(Clone, Debug, Default)]
-enum Slot {
-    #[default]
-    Idle,
-    Fetching {
-        manifest: Digest,
-        missing: BTreeSet<Digest>,
-    },
-    Staged {
-        manifest: Digest,
-    },
-}
-
 impl Machine {
-    /// What is going on, in the words of the wire.
+    /// How far the install under way is; idle while its set waits for clamd.
     pub fn phase(&self) -> Phase {
         match self.journal.as_ref().map(|journal| &journal.step) {
             Some(Step::Swapping) => Phase::Swapping,
             Some(Step::Proving) => Phase::Proving,
-            Some(Step::Waiting | Step::Settling(_)) | None => match self.slot {
-                Slot::Idle => Phase::Idle,
-                Slot::Fetching { .. } => Phase::Fetching,
-                Slot::Staged { .. } => Phase::Staged,
-            },
-        }
-    }
-
-    /// The manifest that files are being staged for, or are staged for.
-    pub fn staging(&self) -> Option<Digest> {
-        match self.slot {
-            Slot::Idle => None,
-            Slot::Fetching { manifest, .. } | Slot::Staged { manifest } => Some(manifest),
+            Some(Step::Waiting | Step::Settling(_)) | None => Phase::Idle,
         }
     }
 
@@ -165,7 +131,17 @@ impl Machine {
 
     /// Whether the set is on disk and clamd has yet to be seen with it.
     pub fn waits_for_clamd(&self) -> bool {
-        matches!(self.journal(), Some(journal) if journal.step == Step::Waiting)
+        self.waiting().is_some()
+    }
+
+    /// The set that is on disk and waits for clamd.
+    pub fn waiting(&self) -> Option<Installed> {
+        let journal = self.journal()?;
+        (journal.step == Step::Waiting).then(|| Installed {
+            set: journal.set.clone(),
+            install: journal.install,
+            outcome: Outcome::Installed,
+        })
     }
 
     /// Whether the set waits because of a fault of this host, which only another load can show to be
@@ -177,19 +153,12 @@ impl Machine {
     /// Takes one event and returns what to do about it, in order.
     pub fn handle(&mut self, event: Event) -> Vec<Action> {
         match event {
-            Event::Planned { manifest, missing } => {
-                self.slot = match missing.is_empty() {
-                    true => Slot::Staged { manifest },
-                    false => Slot::Fetching { manifest, missing },
-                };
-                Vec::new()
-            }
-            Event::Arrived(digest) => {
-                self.arrived(digest);
+            Event::Staging => {
+                self.is_staging = true;
                 Vec::new()
             }
             Event::Begin(mut journal) => {
-                self.slot = Slot::Idle;
+                self.is_staging = false;
                 self.failures = 0;
                 self.reported = None;
                 self.waiting = self.journal.take().filter(|old| old.step == Step::Waiting);
@@ -204,7 +173,7 @@ impl Machine {
                 self.save_and_swap(journal)
             }
             Event::Moved(installed, clamd) => {
-                self.slot = Slot::Idle;
+                self.is_staging = false;
                 self.ending = Some(Ending {
                     outcome: Outcome::Live,
                     install: installed.install,
@@ -214,7 +183,7 @@ impl Machine {
                 vec![Action::Record(Some(installed)), Action::Clean]
             }
             Event::Resigned(journal, clamd) => {
-                self.slot = Slot::Idle;
+                self.is_staging = false;
                 self.failures = 0;
                 self.reported = None;
                 self.ending = None;
@@ -223,7 +192,7 @@ impl Machine {
                 vec![save(journal.clone()), Action::Place(journal)]
             }
             Event::Unloadable(refusal, clamd) => {
-                self.slot = Slot::Idle;
+                self.is_staging = false;
                 self.ending = Some(Ending {
                     outcome: Outcome::Refused,
                     install: refusal.install,
@@ -258,17 +227,6 @@ impl Machine {
             Event::Done => self.done(),
             Event::Failed { fault, touched } => self.failed(fault, touched),
             Event::Judged(verdict, blame) => self.judged(verdict, blame),
-        }
-    }
-
-    fn arrived(&mut self, digest: Digest) {
-        if let Slot::Fetching { manifest, missing } = &mut self.slot {
-            missing.remove(&digest);
-            if missing.is_empty() {
-                self.slot = Slot::Staged {
-                    manifest: *manifest,
-                };
-            }
         }
     }
 
@@ -482,7 +440,7 @@ impl Machine {
             Way::Back {
                 cause: Cause::Doubted(_),
                 ..
-            } if !journal.control && matches!(self.slot, Slot::Idle) => {
+            } if !journal.control && !self.is_staging => {
                 self.settle_and_begin_again(journal, ending)
             }
             Way::Forward | Way::Back { .. } => self.settle(journal, ending),
@@ -648,7 +606,7 @@ impl Machine {
         actions.extend(first);
         actions.push(Action::Record(installed.map(Box::new)));
         actions.push(Action::Forget);
-        if matches!(self.slot, Slot::Idle) {
+        if !self.is_staging {
             actions.push(Action::Clean); // else it would take away what a newer offer has staged
         }
         actions
@@ -1019,10 +977,7 @@ mod tests {
         let mut machine = Machine::default();
         machine.handle(begin(true));
         machine.handle(Event::Done);
-        machine.handle(Event::Planned {
-            manifest: Digest::of(b"newer"),
-            missing: BTreeSet::new(),
-        });
+        machine.handle(Event::Staging);
         machine.handle(unknown());
         machine.handle(Event::Done);
         let actions = [machine.handle(judged(Verdict::Live)), {
@@ -1095,25 +1050,5 @@ mod tests {
         };
         assert_eq!(ending.outcome, Outcome::HostFault);
         assert!(machine.journal().is_some(), "it is tried again");
-    }
-
-    #[test]
-    fn the_newest_plan_wins() {
-        let mut machine = Machine::default();
-        let digest = |text: &str| Digest::of(text.as_bytes());
-        let plan = |manifest: &str, missing: &[&str]| Event::Planned {
-            manifest: digest(manifest),
-            missing: missing.iter().map(|text| digest(text)).collect(),
-        };
-        machine.handle(plan("one", &["a", "b"]));
-        machine.handle(plan("two", &["b"]));
-        assert_eq!(
-            (machine.phase(), machine.staging()),
-            (Phase::Fetching, Some(digest("two")))
-        );
-        machine.handle(Event::Arrived(digest("a"))); // of the first one
-        assert_eq!(machine.phase(), Phase::Fetching);
-        machine.handle(Event::Arrived(digest("b")));
-        assert_eq!(machine.phase(), Phase::Staged);
     }
 }

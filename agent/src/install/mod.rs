@@ -4,9 +4,12 @@
 //!
 //! [`Installer`] drives it: `plan` stages what is here and says what is missing, `receive` takes
 //! the rest, `install` swaps, makes clamd prove it, and turns back where clamd refuses. What to do
-//! next is decided by [`machine`]; `stage` and `swap` act through `disk::Tree`, `proving` asks
-//! clamd, `receipt` says what came of it. A crash at any moment is ended by the next
-//! [`Installer::open`].
+//! next is decided by the `engine` with its [`machine`], without any input or output. [`Storage`]
+//! carries out each step on the disk, [`Prove`] asks clamd, `receipt` says what came of it. A crash at
+//! any moment is ended by the next [`Installer::open`].
+//!
+//! One lock guards the engine. It is held from the look at the directory to the end of an install.
+//! Readers that do not wait for it use the published [`Standing`].
 
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -15,18 +18,21 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use clamcast_daemon::{durable, input};
 use clamcast_proto::dsse::Verified;
 use clamcast_proto::manifest::{Manifest, ManifestFile};
-use clamcast_proto::receipt::{ClamdReport, InstallNumber, Outcome};
+use clamcast_proto::receipt::{ClamdReport, ClamdState, InstallNumber, Outcome};
 use clamcast_proto::wire::{NeedFile, Part, Phase};
-use clamcast_proto::{DatabaseName, Digest};
 use tokio::sync::OwnedMutexGuard;
+use tokio::sync::watch::{Receiver, Sender};
 use tokio_util::sync::CancellationToken;
 
 use crate::chain;
 use crate::clamd::Verdict;
 use crate::clamd::proof::Nonce;
+use crate::host::updater::Updater;
 
 mod adopted;
 pub mod disk;
+mod engine;
+mod evidence;
 #[cfg(test)]
 mod faults;
 pub mod journal;
@@ -38,6 +44,7 @@ mod others;
 mod proving;
 mod receipt;
 mod stage;
+mod storage;
 pub mod survey;
 mod swap;
 #[cfg(test)]
@@ -45,22 +52,21 @@ mod tests;
 pub mod watch;
 
 pub use disk::{HIDDEN, HostFault};
+pub use engine::Standing;
 pub use journal::{Installed, Set};
-pub use look::{Depth, Look, Sighting};
+pub use look::{Depth, Findings, Look, Sighting};
 pub use proving::Prove;
 pub use receipt::{Completed, FileCheck};
 pub use stage::{ReceiveError, SPACE_RESERVE_BYTES};
+pub use storage::{HostStorage, StepFault, Storage};
 
-use disk::{At, Dir, RECORD_MODE, Tree};
-use journal::{Ending, Journal, Records, Refusal, Step};
-use look::Baseline;
-use machine::{Action, Event, Machine};
-pub use others::Blame;
-use others::Other;
-use proving::Tried;
-use stage::{Known, Receiving, Stage};
-use survey::Survey;
-use swap::{Swap, SwapFault};
+use disk::{Dir, RECORD_MODE, Tree};
+use engine::{Engine, Next, Prepared};
+use journal::{Ending, Journal};
+use machine::{Action, Event};
+pub use others::{Blame, Other};
+use receipt::with_passed_over;
+use survey::{Planner, Survey};
 
 /// File in the state directory with the host's nonce, in hexadecimal digits.
 const NONCE: &str = "nonce";
@@ -101,57 +107,39 @@ pub fn nonce(state: &Path, random: [u8; 16]) -> Result<Nonce, HostFault> {
 }
 
 /// Installs generations on this host, one at a time. Clones share everything.
-pub struct Installer<P> {
-    shared: Arc<Shared<P>>,
+pub struct Installer<S, P> {
+    shared: Arc<Shared<S, P>>,
+    engine: Arc<tokio::sync::Mutex<Engine>>,
 }
 
-impl<P> Clone for Installer<P> {
+impl<S, P> Clone for Installer<S, P> {
     fn clone(&self) -> Self {
         Self {
             shared: Arc::clone(&self.shared),
+            engine: Arc::clone(&self.engine),
         }
     }
 }
 
-struct Shared<P> {
-    tree: Tree,
-    nonce: Nonce,
+struct Shared<S, P> {
+    storage: S,
     prover: P,
-    /// Held from the look at the directory to the end of an install.
-    slot: Arc<tokio::sync::Mutex<()>>,
-    machine: Mutex<Machine>,
-    installed: Mutex<Option<Installed>>,
-    /// The manifest of the last plan, and whether an operator forced it.
-    planned: Mutex<Option<(Digest, bool)>>,
-    /// What `open` left for `resume`.
-    opened: Mutex<Option<(Set, Next)>>,
-    known: Known,
-    receiving: Receiving,
-    baseline: Baseline,
-    /// Files were seen other than installed since the last proof: clamd may have loaded them.
-    suspect: Mutex<bool>,
-    /// Files of others that were there when clamd loaded nothing for what may be their fault. While
-    /// they are the same, another try costs it a load and shows nothing new.
-    hindrance: Mutex<Option<Vec<Other>>>,
+    standing: Sender<Standing>,
 }
 
-/// Where the blocking part of an install ends.
-enum Next {
-    Prove(Box<Journal>),
-    Finish(Ending),
-    Nothing,
+/// The locked engine.
+type Held = OwnedMutexGuard<Engine>;
+
+/// What a plan came to.
+#[derive(Debug)]
+pub enum Planned {
+    /// These files must come from the master.
+    Needs(Vec<NeedFile>),
+    /// The set was refused here before: no transfer, no other try.
+    Answered(Box<Completed>),
 }
 
-/// What an install begins with.
-enum Prepared {
-    Answered(Refusal),
-    /// The files are those that are installed: if clamd still has them, only the number moves.
-    InPlace(Box<Installed>, Box<Journal>),
-    /// Put this set in place. With the number of the installed set, if only signature files differ.
-    Go(Box<Journal>, Option<InstallNumber>),
-}
-
-impl<P: Prove> Installer<P> {
+impl<P: Prove> Installer<HostStorage, P> {
     /// Opens the directories and ends, on disk, an install that a crash interrupted. Call it before
     /// the network is touched. Where the database directory is missing or cannot be used, looks and
     /// installs report that as a fault of the host until it can be. Blocking.
@@ -161,127 +149,7 @@ impl<P: Prove> Installer<P> {
     /// If the state directory cannot be used, or another agent works on the database directory.
     pub fn open(settings: &Settings, nonce: Nonce, prover: P) -> Result<Self, HostFault> {
         let tree = Tree::open_or_wait(&settings.database, &settings.state)?;
-        Self::with_tree(tree, nonce, prover)
-    }
-
-    /// The same in open directories.
-    fn with_tree(tree: Tree, nonce: Nonce, prover: P) -> Result<Self, HostFault> {
-        let journal = Records(&tree).journal()?;
-        let installed = Records(&tree).installed()?;
-        let shared = Shared {
-            tree,
-            nonce,
-            prover,
-            slot: Arc::default(),
-            machine: Mutex::default(),
-            installed: Mutex::new(installed),
-            planned: Mutex::default(),
-            opened: Mutex::default(),
-            known: Known::default(),
-            receiving: Receiving::default(),
-            baseline: Baseline::default(),
-            suspect: Mutex::default(),
-            hindrance: Mutex::default(),
-        };
-        if let Some(journal) = journal {
-            let set = journal.set.clone();
-            tracing::info!(generation = %set.manifest.position(), step = ?journal.step, "ending an interrupted install");
-            match shared.resume(journal.clone()) {
-                Ok(next) => *lock(&shared.opened) = Some((set, next)),
-                Err(fault) => {
-                    tracing::error!(
-                        error = chain(&fault),
-                        "the interrupted install is ended with the next probe or install"
-                    );
-                    lock(&shared.machine).hold(journal);
-                }
-            }
-        }
-        let shared = Arc::new(shared);
-        Ok(Self { shared })
-    }
-
-    /// Proves and completes what `open` found interrupted, if anything. Call it once, after `open`.
-    pub async fn resume(
-        &self,
-        stop: CancellationToken,
-        progress: impl Fn(Phase) + Send + Sync,
-    ) -> Option<Completed> {
-        let guard = Arc::clone(&self.shared.slot).lock_owned().await;
-        let (set, next) = lock(&self.shared.opened).take()?;
-        self.complete(guard, set, next, None, stop, &progress).await
-    }
-
-    /// What is installed.
-    pub fn installed(&self) -> Option<Installed> {
-        lock(&self.shared.installed).clone()
-    }
-
-    /// The manifest that is installed, unless another set is being put in its place, on the disk or,
-    /// where that failed, in the journal.
-    pub fn settled(&self) -> Option<Digest> {
-        let machine = lock(&self.shared.machine);
-        let installed = lock(&self.shared.installed).as_ref()?.set.sha256();
-        let journal = machine.journal().map(|journal| journal.set.sha256());
-        journal
-            .is_none_or(|set| set == installed)
-            .then_some(installed)
-    }
-
-    /// What is known of clamd without asking, and which files of the installed set it passes over.
-    pub fn clamd(&self) -> ClamdReport {
-        let report = self.shared.prover.report();
-        match lock(&self.shared.installed).as_ref() {
-            Some(installed) => self
-                .shared
-                .with_passed_over(report, &installed.set.manifest),
-            None => report,
-        }
-    }
-
-    /// Compares the directory with the installed set; see [`Depth`] for how thoroughly. It waits for
-    /// nobody, and gives way when `stop` fires. Blocking.
-    pub fn look(&self, depth: Depth, stop: &CancellationToken) -> Look {
-        match self.shared.slot.try_lock() {
-            Ok(_guard) => self.shared.look(depth, stop),
-            Err(_) => Look::NotNow,
-        }
-    }
-
-    /// What is going on.
-    pub fn phase(&self) -> Phase {
-        lock(&self.shared.machine).phase()
-    }
-
-    /// Whether the installed set has yet to be seen in clamd: then [`Installer::probe_on`] goes on
-    /// asking.
-    pub fn waits_for_clamd(&self) -> bool {
-        lock(&self.shared.machine).waits_for_clamd()
-    }
-
-    /// The answer to a manifest that was refused here before: no transfer, no other try. An offer
-    /// that an operator forced need not ask. Blocking.
-    pub fn refused_before(&self, manifest: &Verified<Manifest>) -> Option<Completed> {
-        let refusal = self.shared.refusal(&manifest.payload_sha256())?;
-        Some(self.shared.answer(Set::from(manifest), refusal))
-    }
-
-    /// Stages what is on the host, read and hashed anew, and says what must be transferred. `rehash`
-    /// (an operator's force) also lets a generation be tried that was refused before; `full` asks
-    /// for no deltas. Blocking: it waits for an install under way to end.
-    ///
-    /// # Errors
-    ///
-    /// `host_fault`: see [`Installer::host_fault`].
-    pub fn plan(
-        &self,
-        manifest: &Verified<Manifest>,
-        rehash: bool,
-        full: bool,
-    ) -> Result<Vec<NeedFile>, HostFault> {
-        let _guard = self.shared.slot.blocking_lock();
-        self.shared
-            .plan(manifest, manifest.payload_sha256(), rehash, full)
+        Self::with_storage(HostStorage::new(tree, nonce), prover)
     }
 
     /// Takes a part of a file that a plan asked for. Blocking; several at once for different files.
@@ -297,23 +165,150 @@ impl<P: Prove> Installer<P> {
     ) -> Result<(), ReceiveError> {
         let installed = self.installed();
         let installed = installed.as_ref().map(|installed| &*installed.set.manifest);
-        self.shared.stage().receive(part, file, installed, bytes)?;
-        lock(&self.shared.machine).handle(Event::Arrived(file.sha256));
-        Ok(())
+        let stage = self.shared.storage.staging();
+        stage.receive(part, file, installed, bytes)
+    }
+}
+
+impl<S: Storage, P: Prove> Installer<S, P> {
+    /// The same as [`Installer::open`] on any storage.
+    pub fn with_storage(storage: S, prover: P) -> Result<Self, HostFault> {
+        let journal = storage.journal()?;
+        let mut engine = Engine::new(storage.installed()?);
+        let shared = Shared {
+            storage,
+            prover,
+            standing: Sender::new(engine.standing()),
+        };
+        if let Some(journal) = journal {
+            let set = journal.set.clone();
+            tracing::info!(generation = %set.manifest.position(), step = ?journal.step, "ending an interrupted install");
+            match shared.resume(&mut engine, journal.clone()) {
+                Ok(next) => engine.opened(set, next),
+                Err(fault) => {
+                    tracing::error!(
+                        error = chain(&fault),
+                        "the interrupted install is ended with the next probe or install"
+                    );
+                    engine.hold(journal);
+                }
+            }
+        }
+        shared.publish(&engine);
+        Ok(Self {
+            shared: Arc::new(shared),
+            engine: Arc::new(tokio::sync::Mutex::new(engine)),
+        })
     }
 
-    /// Installs what is staged: swap, reload, proof, and back on a refusal. Its disk work is done on
-    /// the blocking pool and is never broken off; `stop` ends the waiting for clamd, and the next
-    /// start goes on with it.
+    /// The state of the installer, and its changes.
+    pub fn standing(&self) -> Receiver<Standing> {
+        self.shared.standing.subscribe()
+    }
+
+    /// What is installed.
+    pub fn installed(&self) -> Option<Installed> {
+        self.shared.standing.borrow().installed.clone()
+    }
+
+    /// What is known of clamd without asking, and which files of the installed set it passes over.
+    pub fn clamd(&self) -> ClamdReport {
+        let report = self.shared.prover.report();
+        match self.installed() {
+            Some(installed) => {
+                with_passed_over(&self.shared.prover, report, &installed.set.manifest)
+            }
+            None => report,
+        }
+    }
+
+    /// Whether clamd runs, as far as is known without asking.
+    pub fn clamd_state(&self) -> ClamdState {
+        self.shared.prover.report().state
+    }
+
+    /// Proves and completes what opening found interrupted, if anything. Call it once, after that.
+    pub async fn resume(&self, stop: CancellationToken) -> Option<Completed> {
+        let mut engine = self.lock().await;
+        let (set, next) = engine.take_opened()?;
+        engine.begin(Phase::Proving);
+        self.shared.publish(&engine);
+        let (mut engine, completed) = self.complete(engine, set, next, None, stop).await;
+        engine.end();
+        self.shared.publish(&engine);
+        completed
+    }
+
+    /// Compares the directory with the installed set; see [`Depth`] for how thoroughly. It waits for
+    /// nobody, and gives way when `stop` fires. If files are wrong, returns the updater of somebody
+    /// else that is at work there, too.
+    pub async fn look(&self, depth: Depth, stop: CancellationToken) -> (Look, Option<Updater>) {
+        let Ok(mut engine) = Arc::clone(&self.engine).try_lock_owned() else {
+            return (Look::NotNow, None);
+        };
+        let shared = Arc::clone(&self.shared);
+        let look = move || {
+            let look = shared.look(&mut engine, depth, &stop);
+            drop(engine);
+            let is_wrong = matches!(&look, Look::Made(found) if !found.wrong.is_empty());
+            let updater = is_wrong.then(|| shared.storage.updater()).flatten();
+            (look, updater)
+        };
+        self.shared.storage.blocking(look).await
+    }
+
+    /// The updater of somebody else that is at work on the database directory.
+    pub async fn updater(&self) -> Option<Updater> {
+        let shared = Arc::clone(&self.shared);
+        let find = move || shared.storage.updater();
+        self.shared.storage.blocking(find).await
+    }
+
+    /// Asks how clamd is. Does not wait for the lock.
+    pub async fn ping(&self) -> ClamdReport {
+        self.shared.prover.ping().await
+    }
+
+    /// Stages what is on the host, read and hashed anew, and returns what must be transferred. `forced`
+    /// (by an operator): every byte of the installed set is looked at first, and a generation is tried
+    /// again that was refused before. `full` asks for no deltas. Returns what the look found, too.
+    /// It waits for an install under way to end.
+    pub async fn plan(
+        &self,
+        manifest: &Verified<Manifest>,
+        forced: bool,
+        full: bool,
+        stop: CancellationToken,
+    ) -> (Vec<Sighting>, Result<Planned, HostFault>) {
+        let set = Set::from(manifest);
+        if !forced && let Some(answer) = self.refused_before(&set).await {
+            return (Vec::new(), Ok(Planned::Answered(Box::new(answer))));
+        }
+        let engine = self.lock().await;
+        let plan = move |shared: &Shared<S, P>, engine: &mut Engine| {
+            let look = forced.then(|| shared.look(engine, Depth::Ordered, &stop));
+            let wrong = match look {
+                Some(Look::Made(found)) => found.wrong,
+                Some(Look::NotNow | Look::Stopped | Look::Blocked(_)) | None => Vec::new(),
+            };
+            let needs = shared.plan(engine, &set.manifest, full);
+            (wrong, needs.map(Planned::Needs))
+        };
+        self.blocking(engine, plan).await.1
+    }
+
+    /// Installs what is staged: swap, reload, proof, and back on a refusal. `forced`: even if it was
+    /// refused before. Its disk work is never broken off; `stop` ends the waiting for clamd, and the
+    /// next start goes on with it.
     pub async fn install(
         &self,
         manifest: &Verified<Manifest>,
+        forced: bool,
         stop: CancellationToken,
-        progress: impl Fn(Phase) + Send + Sync,
     ) -> Completed {
         let set = Set::from(manifest);
-        let guard = Arc::clone(&self.shared.slot).lock_owned().await;
-        self.install_set(guard, set, stop, &progress).await
+        let engine = self.lock().await;
+        self.install_set(engine, set, forced, stop).await
     }
 
     /// Compares the directory with the installed manifest, reading every byte. Blocking.
@@ -322,7 +317,10 @@ impl<P: Prove> Installer<P> {
             return Vec::new();
         };
         let files = installed.set.files().into_iter();
-        files.map(|expected| self.shared.check(expected)).collect()
+        let storage = &self.shared.storage;
+        files
+            .map(|expected| storage.check(Dir::Databases, expected))
+            .collect()
     }
 
     /// Puts the installed generation back after drift, from the host's own copies.
@@ -330,160 +328,141 @@ impl<P: Prove> Installer<P> {
     /// # Errors
     ///
     /// With what the master has to send first; or a `host_fault`.
-    pub async fn repair(
-        &self,
-        stop: CancellationToken,
-        progress: impl Fn(Phase) + Send + Sync,
-    ) -> Result<Option<Completed>, RepairError> {
-        let guard = Arc::clone(&self.shared.slot).lock_owned().await;
-        let Some(installed) = self.installed() else {
+    pub async fn repair(&self, stop: CancellationToken) -> Result<Option<Completed>, RepairError> {
+        let engine = self.lock().await;
+        let Some(installed) = engine.installed().cloned() else {
             return Ok(None);
         };
         let set = installed.set.clone();
-        let (guard, planned) = self
-            .blocking(guard, move |shared| {
-                let set = &installed.set;
-                shared.plan(&set.manifest, set.sha256(), true, false)
+        let (engine, planned) = self
+            .blocking(engine, move |shared, engine| {
+                shared.plan(engine, &installed.set.manifest, false)
             })
             .await;
         let needs = planned?;
         if !needs.is_empty() {
             return Err(RepairError::Missing(needs));
         }
-        Ok(Some(self.install_set(guard, set, stop, &progress).await))
+        Ok(Some(self.install_set(engine, set, true, stop).await))
     }
 
-    /// Databases in the directory that are not ours, bounded as a receipt is. Blocking.
-    pub fn foreign(&self) -> Vec<String> {
-        self.shared.foreign()
+    /// What a receipt says of a generation that this host could not take. Waits for no install.
+    pub async fn host_fault(&self, manifest: &Verified<Manifest>, fault: &HostFault) -> Completed {
+        let ending = self.fault(chain(fault));
+        self.report(Set::from(manifest), ending).await
     }
 
-    /// The host's own files that are kept while the installed set owns their names. Blocking.
-    pub fn adopted(&self) -> Vec<DatabaseName> {
-        self.shared.adopted()
+    /// The answer to a set that was refused here before, if it was. Waits for no install.
+    async fn refused_before(&self, set: &Set) -> Option<Completed> {
+        let (shared, digest) = (Arc::clone(&self.shared), set.sha256());
+        let refusal = move || shared.storage.refusal(&digest);
+        let refusal = self.shared.storage.blocking(refusal).await?;
+        let ending = engine::refused_before(refusal, self.shared.prover.report());
+        Some(self.report(set.clone(), ending).await)
     }
 
-    /// What a receipt says of a generation that this host could not take. Blocking.
-    pub fn host_fault(&self, manifest: &Verified<Manifest>, fault: &HostFault) -> Completed {
-        let ending = Ending {
-            outcome: Outcome::HostFault,
-            install: InstallNumber::NONE,
-            clamd: self.shared.prover.report(),
-            error: Some(chain(fault)),
-        };
-        self.shared.completed(Set::from(manifest), ending)
+    /// What a receipt says of a set that was not touched.
+    async fn report(&self, set: Set, ending: Ending) -> Completed {
+        let (shared, installed) = (Arc::clone(&self.shared), self.installed());
+        let report = move || shared.completed(installed.as_ref(), None, set, ending);
+        self.shared.storage.blocking(report).await
     }
 
-    async fn install_set(
-        &self,
-        guard: OwnedMutexGuard<()>,
-        set: Set,
-        stop: CancellationToken,
-        progress: &(impl Fn(Phase) + Send + Sync),
-    ) -> Completed {
-        self.shared.prover.begin_install();
-        let (about, prepared) = (set.clone(), set.clone());
-        let (mut guard, prepared) = self
-            .blocking(guard, move |shared| shared.prepare(&prepared))
-            .await;
-        let fault = |reason| Ending {
+    async fn lock(&self) -> Held {
+        Arc::clone(&self.engine).lock_owned().await
+    }
+
+    fn fault(&self, reason: String) -> Ending {
+        Ending {
             outcome: Outcome::HostFault,
             install: InstallNumber::NONE,
             clamd: self.shared.prover.report(),
             error: Some(reason),
-        };
+        }
+    }
+
+    async fn install_set(
+        &self,
+        mut engine: Held,
+        set: Set,
+        forced: bool,
+        stop: CancellationToken,
+    ) -> Completed {
+        self.shared.prover.begin_install();
+        engine.begin(Phase::Staged);
+        self.shared.publish(&engine);
+        let about = set.clone();
+        let prepared;
+        (engine, prepared) = self
+            .blocking(engine, move |shared, engine| {
+                shared.prepare(engine, &about, forced)
+            })
+            .await;
         let mut tried = None;
         let event = match prepared {
-            Err(error) => return self.ended(guard, set, fault(chain(&error))).await,
+            Err(error) => {
+                let fault = self.fault(chain(&error));
+                return self.ended(engine, set, fault).await.1;
+            }
             Ok(Prepared::Answered(refusal)) => {
-                let answer = move |shared: &Shared<P>| shared.answer(set, refusal);
-                return self.blocking(guard, answer).await.1;
+                let ending = engine::refused_before(refusal, self.shared.prover.report());
+                return self.ended(engine, set, ending).await.1;
             }
             Ok(Prepared::InPlace(installed, journal)) => {
-                match self.shared.prover.probe(installed.install).await {
-                    Verdict::Live(report) => Event::Moved(
-                        Box::new(Installed {
-                            set: set.clone(),
-                            ..*installed
-                        }),
-                        report,
-                    ),
-                    Verdict::Refused { .. } | Verdict::Unproven(_) | Verdict::Absent(_) => {
-                        Event::Begin(journal)
-                    }
-                }
+                let verdict = self.shared.prover.probe(installed.install).await;
+                engine::in_place(verdict, &set, *installed, journal)
             }
             Ok(Prepared::Go(journal, resigned)) => {
-                let seen = match resigned {
-                    Some(install) => self.seen_without_signature_files(install).await,
-                    None => None,
-                };
-                match (seen, resigned) {
-                    (Some(clamd), Some(install)) => Event::Resigned(
-                        Box::new(Journal {
-                            install,
-                            ..*journal
-                        }),
-                        clamd,
-                    ),
-                    (_, _) => {
-                        let begun;
-                        (guard, begun) = self.begin(guard, &set, journal, &mut tried).await;
-                        match begun {
-                            Ok(event) => event,
-                            Err(reason) => return self.ended(guard, set, fault(reason)).await,
-                        }
+                let begun;
+                (engine, begun) = self.begin(engine, &set, journal, resigned).await;
+                match begun {
+                    Err(reason) => return self.ended(engine, set, self.fault(reason)).await.1,
+                    Ok((event, beside)) => {
+                        tried = beside;
+                        event
                     }
                 }
             }
         };
-        progress(Phase::Swapping);
-        let (guard, next) = self
-            .blocking(guard, move |shared| shared.drive(event))
-            .await;
-        let completed = self.complete(guard, set, next, tried, stop, progress).await;
-        completed.unwrap_or_else(|| {
-            let ending = Ending {
-                outcome: Outcome::Installed,
-                install: InstallNumber::NONE,
-                clamd: self.shared.prover.report(),
-                error: None,
-            };
-            self.shared.completed(about, ending)
-        })
+        let (engine, next) = self.drive(engine, event).await;
+        let about = set.clone();
+        let (engine, completed) = self.complete(engine, set, next, tried, stop).await;
+        match completed {
+            Some(completed) => completed,
+            None => {
+                let ending = engine::waits_on(self.shared.prover.report());
+                self.ended(engine, about, ending).await.1
+            }
+        }
     }
 
     /// Where clamd stops scanning to reload, loads the set with `clamscan` before anything is touched.
-    /// An error is a fault of this host.
+    /// Returns the files of others that were loaded with it, too. An error is a fault of this host.
     async fn begin(
         &self,
-        guard: OwnedMutexGuard<()>,
+        engine: Held,
         set: &Set,
         journal: Box<Journal>,
-        tried: &mut Option<Vec<Other>>,
-    ) -> (OwnedMutexGuard<()>, Result<Event, String>) {
-        if !self.shared.prover.wants_load_test() {
-            return (guard, Ok(Event::Begin(journal)));
+        resigned: Option<InstallNumber>,
+    ) -> (Held, Result<(Event, Option<Vec<Other>>), String>) {
+        if let Some(install) = resigned
+            && let Some(clamd) = self.seen_without_signature_files(install).await
+        {
+            let journal = Journal {
+                install,
+                ..*journal
+            };
+            return (
+                engine,
+                Ok((Event::Resigned(Box::new(journal), clamd), None)),
+            );
         }
-        let (guard, test) = self.try_out(guard, &journal).await;
-        let event = match test {
-            Tried::Loads(others) => {
-                *tried = Some(others);
-                Event::Begin(journal)
-            }
-            Tried::Alone => Event::Begin(journal),
-            Tried::Bad(error) => Event::Unloadable(
-                Box::new(Refusal {
-                    position: set.manifest.position(),
-                    manifest_sha256: set.sha256(),
-                    install: InstallNumber::NONE,
-                    error,
-                }),
-                self.shared.prover.report(),
-            ),
-            Tried::Hindered(reason) => return (guard, Err(reason)),
-        };
-        (guard, Ok(event))
+        if !self.shared.prover.wants_load_test() {
+            return (engine, Ok((Event::Begin(journal), None)));
+        }
+        let (engine, tried) = self.try_out(engine, &journal).await;
+        let begun = tried.begin(set, journal, self.shared.prover.report());
+        (engine, begun)
     }
 
     /// The clamds of this host, if all of them have install `n` and none reads signature files.
@@ -498,60 +477,70 @@ impl<P: Prove> Installer<P> {
         }
     }
 
-    /// Goes on until there is an ending: between the blocking parts, clamd is asked. `tried`: the
-    /// files of others beside which the set was loaded with `clamscan`.
+    /// Goes on until there is an ending: between the parts that wait for the disk, clamd is asked.
+    /// `tried`: the files of others beside which the set was loaded with `clamscan`.
     async fn complete(
         &self,
-        mut guard: OwnedMutexGuard<()>,
+        mut engine: Held,
         set: Set,
         mut next: Next,
         mut tried: Option<Vec<Other>>,
         stop: CancellationToken,
-        progress: &(impl Fn(Phase) + Send + Sync),
-    ) -> Option<Completed> {
+    ) -> (Held, Option<Completed>) {
         loop {
             match next {
-                Next::Nothing => return None,
-                Next::Finish(ending) => return Some(self.ended(guard, set, ending).await),
+                Next::Nothing => return (engine, None),
+                Next::Finish(ending) => {
+                    let (engine, completed) = self.ended(engine, set, ending).await;
+                    return (engine, Some(completed));
+                }
                 Next::Prove(journal) => {
                     let (others, event);
-                    (guard, others) = self.others(guard, &journal).await;
-                    (guard, event) = self
-                        .prove(guard, &journal, others, &mut tried, &stop, progress)
+                    (engine, others) = self.others(engine, &journal).await;
+                    (engine, event) = self
+                        .prove(engine, &journal, others, &mut tried, &stop)
                         .await;
-                    if let Event::Judged(Verdict::Refused { .. }, _) = event {
-                        progress(Phase::Swapping);
-                    }
-                    (guard, next) = self
-                        .blocking(guard, move |shared| shared.drive(event))
-                        .await;
+                    (engine, next) = self.drive(engine, event).await;
                 }
             }
         }
     }
 
-    async fn ended(&self, guard: OwnedMutexGuard<()>, set: Set, ending: Ending) -> Completed {
-        self.blocking(guard, move |shared| shared.completed(set, ending))
-            .await
-            .1
+    async fn drive(&self, engine: Held, event: Event) -> (Held, Next) {
+        let drive = move |shared: &Shared<S, P>, engine: &mut Engine| shared.drive(engine, event);
+        self.blocking(engine, drive).await
     }
 
-    /// Runs disk work off the async threads. The guard goes along, so that work whose caller went
-    /// away is ended before anything else begins.
+    async fn ended(&self, engine: Held, set: Set, ending: Ending) -> (Held, Completed) {
+        let complete = move |shared: &Shared<S, P>, engine: &mut Engine| {
+            let completed = shared.completed(engine.installed(), engine.journal(), set, ending);
+            engine.reported(&completed.set, completed.outcome, &completed.files);
+            engine.end();
+            shared.publish(engine);
+            completed
+        };
+        self.blocking(engine, complete).await
+    }
+
+    /// An install is in a phase that only the installer knows.
+    fn enter(&self, engine: &mut Engine, phase: Phase) {
+        engine.enter(phase);
+        self.shared.publish(engine);
+    }
+
+    /// Runs disk work off the async threads. The lock goes along, so that work whose caller went away
+    /// is ended before anything else begins.
     async fn blocking<T: Send + 'static>(
         &self,
-        guard: OwnedMutexGuard<()>,
-        work: impl FnOnce(&Shared<P>) -> T + Send + 'static,
-    ) -> (OwnedMutexGuard<()>, T) {
+        mut engine: Held,
+        work: impl FnOnce(&Shared<S, P>, &mut Engine) -> T + Send + 'static,
+    ) -> (Held, T) {
         let shared = Arc::clone(&self.shared);
-        let done = tokio::task::spawn_blocking(move || (guard, work(&shared)));
-        match done.await {
-            Ok(done) => done,
-            Err(error) => match error.try_into_panic() {
-                Ok(panic) => std::panic::resume_unwind(panic),
-                Err(_) => std::future::pending().await, // the runtime is going down
-            },
-        }
+        let work = move || {
+            let done = work(&shared, &mut engine);
+            (engine, done)
+        };
+        self.shared.storage.blocking(work).await
     }
 }
 
@@ -566,212 +555,189 @@ pub enum RepairError {
     Host(#[from] HostFault),
 }
 
-impl<P: Prove> Shared<P> {
-    fn stage(&self) -> Stage<'_> {
-        Stage {
-            tree: &self.tree,
-            known: &self.known,
-            receiving: &self.receiving,
-        }
+impl<S: Storage, P: Prove> Shared<S, P> {
+    /// Publishes the state of the engine.
+    fn publish(&self, engine: &Engine) {
+        self.standing.send_replace(engine.standing());
     }
 
-    fn swap(&self) -> Swap<'_> {
-        Swap {
-            tree: &self.tree,
-            stage: self.stage(),
-            nonce: &self.nonce,
+    fn look(&self, engine: &mut Engine, depth: Depth, stop: &CancellationToken) -> Look {
+        // A directory that was replaced is opened anew.
+        if let Err(fault) = self.storage.check_in_place() {
+            return Look::Blocked(chain(&fault));
         }
+        // In the middle of an install names come and go.
+        if engine.is_unfinished() {
+            return Look::NotNow;
+        }
+        let old_forms = engine.journal().map_or(&[][..], |open| &open.later);
+        let wrong = match engine.installed() {
+            None => Vec::new(), // nothing that could be wrong
+            Some(installed) => match self.storage.compare(installed, old_forms, depth, stop) {
+                None => return Look::Stopped,
+                Some(wrong) => wrong,
+            },
+        };
+        if !wrong.is_empty() {
+            engine.suspect();
+        }
+        let (foreign, adopted) = match engine.is_suspect() {
+            true => self.beside(engine.installed(), engine.journal()),
+            false => Default::default(),
+        };
+        Look::Made(Findings {
+            wrong,
+            foreign,
+            adopted,
+        })
     }
 
     fn plan(
         &self,
+        engine: &mut Engine,
         manifest: &Manifest,
-        sha256: Digest,
-        rehash: bool,
         full: bool,
     ) -> Result<Vec<NeedFile>, HostFault> {
-        self.tree.check_in_place()?;
-        self.recover()?;
-        self.known.clear();
-        self.swap().clean_trial()?;
-        let installed = lock(&self.installed).clone();
-        let installed = installed.as_ref().map(|installed| &*installed.set.manifest);
-        let needs = self.stage().plan(manifest, installed, full)?;
-        let missing = needs.iter().filter_map(|need| manifest.file(&need.name));
-        let missing = missing.map(|file| file.sha256).collect();
-        lock(&self.machine).handle(Event::Planned {
-            manifest: sha256,
-            missing,
-        });
-        *lock(&self.planned) = Some((sha256, rehash));
+        self.storage.check_in_place()?;
+        self.recover(engine)?;
+        self.storage.forget_digests();
+        let installed = engine.installed();
+        let installed = installed.map(|installed| &*installed.set.manifest);
+        let needs = self.storage.stage(manifest, installed, full)?;
+        engine.begin_staging();
         Ok(needs)
     }
 
     /// Ends on disk what an earlier install could not: an install begins with a whole set.
-    fn recover(&self) -> Result<(), HostFault> {
-        let open = lock(&self.machine).journal().cloned();
-        match open {
-            Some(journal) if journal.step != Step::Waiting => match self.resume(journal)? {
-                Next::Finish(Ending {
-                    outcome: Outcome::HostFault | Outcome::Refused,
-                    error: Some(reason),
-                    ..
-                }) if self.is_unfinished()? => Err(HostFault::Unfinished { reason }),
-                Next::Finish(_) | Next::Prove(_) | Next::Nothing => Ok(()),
-            },
-            Some(_) | None => Ok(()),
+    fn recover(&self, engine: &mut Engine) -> Result<(), HostFault> {
+        if !engine.is_unfinished() {
+            return Ok(());
         }
-    }
-
-    /// Whether the way back is still to be gone, and can be. Where the old files are lost, in the
-    /// directory and in `previous/`, the next install is the way out: it brings a whole set, and
-    /// its journal takes the place of this one.
-    fn is_unfinished(&self) -> Result<bool, HostFault> {
-        let open = lock(&self.machine).journal().cloned();
-        let Some(open) = open.filter(|open| open.step == Step::Swapping) else {
-            return Ok(false);
+        let Some(open) = engine.journal().cloned() else {
+            return Ok(());
         };
-        for file in &open.files {
-            if !self.stage().ensure(file)? {
-                return Ok(false);
+        let next = self.resume(engine, open)?;
+        let Some((reason, files)) = engine.way_back(&next) else {
+            return Ok(());
+        };
+        for file in files {
+            if !self.storage.ensure_staged(file)? {
+                return Ok(());
             }
         }
-        Ok(true)
+        let reason = reason.to_owned();
+        Err(HostFault::Unfinished { reason })
     }
 
-    fn resume(&self, journal: Journal) -> Result<Next, HostFault> {
-        self.known.clear();
-        let next = self
-            .swap()
-            .numbers()?
-            .next(Some(&journal), lock(&self.installed).as_ref());
-        Ok(self.drive(Event::Resumed {
-            journal: Box::new(journal),
-            next,
-        }))
+    fn resume(&self, engine: &mut Engine, journal: Journal) -> Result<Next, HostFault> {
+        self.storage.forget_digests();
+        let resumed = engine.resumed(journal, &self.storage.numbers()?);
+        Ok(self.drive(engine, resumed))
     }
 
-    fn prepare(&self, set: &Set) -> Result<Prepared, HostFault> {
-        let forced = lock(&self.planned).take() == Some((set.sha256(), true));
-        if let (false, Some(refusal)) = (forced, self.refusal(&set.sha256())) {
+    fn prepare(&self, engine: &mut Engine, set: &Set, forced: bool) -> Result<Prepared, HostFault> {
+        if !forced && let Some(refusal) = self.storage.refusal(&set.sha256()) {
             return Ok(Prepared::Answered(refusal));
         }
-        self.tree.check_in_place()?;
-        self.recover()?;
-        let survey = self.survey(set)?;
-        let installed = lock(&self.installed).clone();
-        let open = lock(&self.machine).journal().cloned();
-        let journal = Box::new(survey.journal);
-        let installed = installed.map(Box::new).filter(|installed| {
-            open.is_none() && !*lock(&self.suspect) && installed.outcome == Outcome::Live
-        });
-        Ok(match installed {
-            Some(installed)
-                if survey.in_place && installed.set.manifest.content == set.manifest.content =>
-            {
-                Prepared::InPlace(installed, journal)
-            }
-            Some(installed) if survey.resigned => Prepared::Go(journal, Some(installed.install)),
-            Some(_) | None => Prepared::Go(journal, None),
-        })
+        self.storage.check_in_place()?;
+        self.recover(engine)?;
+        let survey = self.survey(engine, set)?;
+        Ok(engine.prepare(set, survey))
     }
 
     /// Compares the directory with a set that must be staged.
-    fn survey(&self, set: &Set) -> Result<Survey, HostFault> {
+    fn survey(&self, engine: &Engine, set: &Set) -> Result<Survey, HostFault> {
         for file in set.files() {
-            if !self.stage().ensure(&file)? {
+            if !self.storage.ensure_staged(&file)? {
                 return Err(HostFault::Unstaged {
-                    path: self.tree.path(At(Dir::Databases, file.name.as_str())),
+                    path: self
+                        .storage
+                        .directory(Dir::Databases)
+                        .join(file.name.as_str()),
                     digest: file.sha256,
                 });
             }
         }
-        let installed = lock(&self.installed).clone();
-        let open = lock(&self.machine).journal().cloned();
-        self.swap().survey(set, installed.as_ref(), open.as_ref())
+        let planner = Planner::new(set, engine.installed(), engine.journal());
+        let planned = planner.plan(&self.storage.see(&planner)?);
+        planned.map_err(|error| adopted::no_place(&self.storage.directory(Dir::Adopted), error))
     }
 
     /// The journal of a set that is installed once more, after clamd has accepted the previous one.
-    fn survey_again(&self, set: &Set) -> Result<Journal, HostFault> {
-        self.tree.check_in_place()?;
-        let survey = self.survey(set)?;
+    fn survey_again(&self, engine: &Engine, set: &Set) -> Result<Journal, HostFault> {
+        self.storage.check_in_place()?;
+        let survey = self.survey(engine, set)?;
         Ok(Journal {
             control: true,
             ..survey.journal
         })
     }
 
-    /// Feeds the machine and carries out what it says, up to where clamd has to be asked.
-    fn drive(&self, mut event: Event) -> Next {
+    /// Feeds the engine and carries out what it says, up to where clamd has to be asked.
+    fn drive(&self, engine: &mut Engine, event: Event) -> Next {
+        let next = self.drive_on(engine, event);
+        self.publish(engine);
+        next
+    }
+
+    fn drive_on(&self, engine: &mut Engine, mut event: Event) -> Next {
         loop {
-            let actions = lock(&self.machine).handle(event);
+            let actions = engine.handle(event);
+            self.publish(engine);
             if actions.is_empty() {
                 return Next::Nothing;
             }
             event = Event::Done;
             for action in actions {
-                if let Action::Again(set) = action {
-                    event = match self.survey_again(&set) {
-                        Ok(journal) => Event::Begin(Box::new(journal)),
-                        Err(fault) => Event::Failed {
-                            fault: chain(&fault),
-                            touched: false,
-                        },
-                    };
-                    break;
-                }
-                match self.perform(action) {
-                    Ok(None) => {}
-                    Ok(Some(next)) => return next,
-                    Err(SwapFault { fault, touched }) => {
-                        let fault = chain(&fault);
-                        tracing::error!(error = fault, "an install met a fault of this host");
-                        event = Event::Failed { fault, touched };
+                let done = match action {
+                    // The way back does not depend on the journal.
+                    Action::TrySave(journal) => {
+                        if let Err(step) = self.storage.perform(&Action::Save(journal)) {
+                            let error = chain(&step.fault);
+                            tracing::error!(error, "cannot keep the journal, going back without");
+                        }
+                        Ok(())
+                    }
+                    Action::Prove(journal) => return Next::Prove(journal),
+                    Action::Finish(ending) => return Next::Finish(ending),
+                    Action::Again(set) => {
+                        event = match self.survey_again(engine, &set) {
+                            Ok(journal) => Event::Begin(Box::new(journal)),
+                            Err(fault) => Event::Failed {
+                                fault: chain(&fault),
+                                touched: false,
+                            },
+                        };
                         break;
                     }
+                    action @ (Action::Save(_)
+                    | Action::Swap(_)
+                    | Action::Place(_)
+                    | Action::Renumber(_)
+                    | Action::RemoveLater(_)
+                    | Action::Record(_)
+                    | Action::Remember(_)
+                    | Action::Forget
+                    | Action::Clean) => {
+                        let done = self.storage.perform(&action);
+                        if let (Ok(()), Action::Record(installed)) = (&done, action) {
+                            engine.recorded(installed.map(|installed| *installed));
+                        }
+                        done
+                    }
+                };
+                if let Err(StepFault { fault, touched }) = done {
+                    let fault = chain(&fault);
+                    tracing::error!(error = fault, "an install met a fault of this host");
+                    event = Event::Failed { fault, touched };
+                    break;
                 }
             }
         }
-    }
-
-    /// `Some`: here the blocking part ends.
-    fn perform(&self, action: Action) -> Result<Option<Next>, SwapFault> {
-        let records = Records(&self.tree);
-        match action {
-            Action::Prove(journal) => return Ok(Some(Next::Prove(journal))),
-            Action::Finish(ending) => return Ok(Some(Next::Finish(ending))),
-            Action::Save(journal) => records.save(&journal)?,
-            Action::TrySave(journal) => {
-                if let Err(fault) = records.save(&journal) {
-                    let error = chain(&fault);
-                    tracing::error!(error, "cannot keep the journal, going back without");
-                }
-            }
-            Action::Swap(journal) => self.swap().perform(&journal)?,
-            Action::Place(journal) => self.swap().place_only(&journal)?,
-            Action::Renumber(install) => self.swap().renumber(install)?,
-            Action::RemoveLater(journal) => self.swap().remove_later(&journal)?,
-            Action::Record(installed) => {
-                records.record(installed.as_deref())?;
-                *lock(&self.installed) = installed.map(|installed| *installed);
-            }
-            Action::Remember(refusal) => records.remember(&refusal)?,
-            Action::Forget => records.forget()?,
-            Action::Clean => self.swap().clean()?,
-            Action::Again(_) => unreachable!("`drive` begins again by itself"),
-        }
-        Ok(None)
-    }
-
-    fn refusal(&self, manifest_sha256: &Digest) -> Option<Refusal> {
-        let refusals = Records(&self.tree).refusals().unwrap_or_default();
-        refusals
-            .into_iter()
-            .find(|refusal| refusal.manifest_sha256 == *manifest_sha256)
     }
 }
 
-/// The data behind these locks is whole between any two statements.
+/// The data behind a lock is whole between any two statements.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex
         .lock()

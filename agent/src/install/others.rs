@@ -84,7 +84,7 @@ impl Blame {
 
 /// A database of somebody else's in the directory.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub(super) struct Other {
+pub struct Other {
     /// Its name, as a message can have it.
     pub(super) name: String,
     /// Its name in `adopted/` if it is still to be restored from there.

@@ -5,10 +5,10 @@ use clamcast_proto::DatabaseName;
 use clamcast_proto::manifest::Manifest;
 use clamcast_proto::receipt::{ClamdReport, FileState, InstallNumber, Outcome};
 
-use super::disk::{At, Dir};
-use super::journal::{Ending, Refusal, Set};
+use super::disk::{At, Dir, Tree};
+use super::journal::{Ending, Installed, Journal, Set};
 use super::survey::earlier_sets;
-use super::{Prove, Shared, lock};
+use super::{Prove, Shared, Storage};
 use crate::chain;
 
 /// So many files that clamd passes over are named in a receipt: it is clipped where it is shown.
@@ -67,33 +67,29 @@ impl FileCheck {
     }
 }
 
-impl<P: Prove> Shared<P> {
-    pub(super) fn answer(&self, set: Set, refusal: Refusal) -> Completed {
-        let ending = Ending {
-            outcome: Outcome::Refused,
-            install: refusal.install,
-            clamd: self.prover.report(),
-            error: Some(format!("refused before: {}", refusal.error)),
-        };
-        self.completed(set, ending)
-    }
-
-    pub(super) fn completed(&self, set: Set, ending: Ending) -> Completed {
-        self.known.clear(); // a receipt says what is on disk now
+impl<S: Storage, P: Prove> Shared<S, P> {
+    /// What a receipt says of a set: what came of it, and what is on disk now. `installed` and `open`: what
+    /// the installer has.
+    pub(super) fn completed(
+        &self,
+        installed: Option<&Installed>,
+        open: Option<&Journal>,
+        set: Set,
+        ending: Ending,
+    ) -> Completed {
+        self.storage.forget_digests(); // a receipt says what is on disk now
         let clamd = match ending.clamd == ClamdReport::default() {
             true => self.prover.report(),
             false => ending.clamd.clone(),
         };
-        let files = self.swap().files_on_disk(&set, &self.baseline);
-        if matches!(ending.outcome, Outcome::Live | Outcome::Installed) && files == set.files() {
-            *lock(&self.suspect) = false;
-        }
+        let files = self.storage.files(&set);
+        let (foreign, adopted) = self.beside(installed, open);
         Completed {
             blamed: blamed(&set.manifest, &ending),
             files,
-            foreign: self.foreign(),
-            adopted: self.adopted(),
-            clamd: self.with_passed_over(clamd, &set.manifest),
+            foreign,
+            adopted,
+            clamd: with_passed_over(&self.prover, clamd, &set.manifest),
             outcome: ending.outcome,
             install: ending.install,
             error: ending.error,
@@ -101,69 +97,66 @@ impl<P: Prove> Shared<P> {
         }
     }
 
-    /// A set is live without what clamd is configured not to load: the receipt says so.
-    pub(super) fn with_passed_over(
+    /// Databases in the directory that no set of the fleet owns, and the host's own files that are kept
+    /// while the installed set owns their names.
+    pub(super) fn beside(
         &self,
-        mut report: ClamdReport,
-        manifest: &Manifest,
-    ) -> ClamdReport {
-        let names = manifest.files.iter().map(|file| &file.name);
-        let mut passed: Vec<_> = names.filter(|name| !self.prover.loads(name)).collect();
-        let more = passed.len().saturating_sub(PASSED_OVER_MAX);
-        passed.truncate(PASSED_OVER_MAX);
-        if passed.is_empty() {
-            return report;
-        }
-        let mut names: Vec<_> = passed.iter().map(|name| name.to_string()).collect();
-        if more > 0 {
-            names.push(format!("{more} more"));
-        }
-        let said = format!(
-            "OfficialDatabaseOnly yes: clamd does not load {}",
-            names.join(", ")
-        );
-        report.note = Some(match report.note {
-            Some(note) => format!("{said}; {note}"),
-            None => said,
-        });
-        report
-    }
-
-    /// Databases in the directory that no set of the fleet owns.
-    pub(super) fn foreign(&self) -> Vec<String> {
-        let installed = lock(&self.installed).clone();
-        let open = lock(&self.machine).journal().cloned();
-        let sets = earlier_sets(installed.as_ref(), open.as_ref());
+        installed: Option<&Installed>,
+        open: Option<&Journal>,
+    ) -> (Vec<String>, Vec<DatabaseName>) {
+        let sets = earlier_sets(installed, open);
         let files = sets.iter().flat_map(|set| &set.files);
         let ours = files.map(|file| file.name.as_str()).collect();
-        self.swap().foreign(&ours).unwrap_or_else(|fault| {
+        let foreign = self.storage.foreign(&ours).unwrap_or_else(|fault| {
             tracing::warn!(error = chain(&fault), "cannot look for databases of others");
             Vec::new()
-        })
-    }
-
-    /// The host's own files that are kept while the installed set owns their names.
-    pub(super) fn adopted(&self) -> Vec<DatabaseName> {
-        let installed = lock(&self.installed).clone();
-        let adopted = installed.map(|installed| self.swap().adopted(&installed.set.manifest));
-        adopted.unwrap_or(Ok(Vec::new())).unwrap_or_else(|fault| {
+        });
+        let adopted = installed.map(|installed| self.storage.adopted(&installed.set.manifest));
+        let adopted = adopted.unwrap_or(Ok(Vec::new())).unwrap_or_else(|fault| {
             tracing::warn!(error = chain(&fault), "cannot look for adopted files");
             Vec::new()
-        })
+        });
+        (foreign, adopted)
     }
+}
 
-    pub(super) fn check(&self, expected: FileState) -> FileCheck {
-        self.check_in(Dir::Databases, expected)
+/// A set is live without what clamd is configured not to load: the receipt says so.
+pub(super) fn with_passed_over(
+    prover: &impl Prove,
+    mut report: ClamdReport,
+    manifest: &Manifest,
+) -> ClamdReport {
+    let names = manifest.files.iter().map(|file| &file.name);
+    let mut passed: Vec<_> = names.filter(|name| !prover.loads(name)).collect();
+    let more = passed.len().saturating_sub(PASSED_OVER_MAX);
+    passed.truncate(PASSED_OVER_MAX);
+    if passed.is_empty() {
+        return report;
     }
+    let mut names: Vec<_> = passed.iter().map(|name| name.to_string()).collect();
+    if more > 0 {
+        names.push(format!("{more} more"));
+    }
+    let said = format!(
+        "OfficialDatabaseOnly yes: clamd does not load {}",
+        names.join(", ")
+    );
+    report.note = Some(match report.note {
+        Some(note) => format!("{said}; {note}"),
+        None => said,
+    });
+    report
+}
 
+impl FileCheck {
     /// Reads every byte of a file that should stand in `dir`.
-    pub(super) fn check_in(&self, dir: Dir, expected: FileState) -> FileCheck {
+    pub(super) fn read(tree: &Tree, dir: Dir, expected: FileState) -> Self {
         let at = At(dir, expected.name.as_str());
-        let read = self.tree.open(at).and_then(|file| {
+        let read = tree.open(at).and_then(|file| {
             let Some(mut file) = file else {
                 return Ok(None);
             };
-            self.tree.digest(at, &mut file, |_| Ok(())).map(Some)
+            tree.digest(at, &mut file, |_| Ok(())).map(Some)
         });
         let (found, error) = match read {
             Ok(found) => (found, None),
@@ -174,7 +167,7 @@ impl<P: Prove> Shared<P> {
             size,
             sha256,
         });
-        FileCheck {
+        Self {
             expected,
             found,
             error,

@@ -12,11 +12,12 @@ use clamcast_proto::names::{DatabaseKind, looks_like_a_database};
 use clamcast_proto::receipt::{FOREIGN_MAX, FileState, InstallNumber};
 
 use super::disk::{At, DATABASE_MODE, Dir, HostFault, Inode, Tree};
-use super::journal::{Before, Installed, Journal, Moved, Set, Way};
+use super::journal::{Before, Journal, Moved, Set, Way};
 use super::look::Baseline;
 use super::others::Other;
 use super::stage::{PLACE, Stage, state_of};
-use super::survey::{Numbers, Planner, Role, Seen, Stands, Survey, There};
+use super::storage::StepFault;
+use super::survey::{Numbers, Planner, Role, Seen, Stands, There};
 use crate::clamd::proof::{CANARY, GATE, Nonce, PROOF_FILE_BYTES_MAX, canary, gate};
 
 /// Where canary and gate are written: on disk before the first database is renamed, so that a full
@@ -27,23 +28,6 @@ const NEW_GATE: At<'_> = At(Dir::Hidden, "gate");
 const CANARY_AT: At<'_> = At(Dir::Databases, CANARY);
 const GATE_AT: At<'_> = At(Dir::Databases, GATE);
 
-/// A swap failed, perhaps halfway.
-pub(super) struct SwapFault {
-    pub(super) fault: HostFault,
-    /// Whether the database directory may have been changed.
-    pub(super) touched: bool,
-}
-
-impl From<HostFault> for SwapFault {
-    /// Nothing was changed yet, or the journal knows that something was.
-    fn from(fault: HostFault) -> Self {
-        Self {
-            fault,
-            touched: false,
-        }
-    }
-}
-
 /// The swap and everything around it.
 pub(super) struct Swap<'a> {
     pub(super) tree: &'a Tree,
@@ -52,18 +36,6 @@ pub(super) struct Swap<'a> {
 }
 
 impl Swap<'_> {
-    /// Compares the directory with a staged set.
-    pub(super) fn survey(
-        &self,
-        set: &Set,
-        installed: Option<&Installed>,
-        open: Option<&Journal>,
-    ) -> Result<Survey, HostFault> {
-        let planner = Planner::new(set, installed, open);
-        let planned = planner.plan(&self.seen(&planner)?);
-        planned.map_err(|error| self.no_place(error))
-    }
-
     /// Reads canary and gate.
     pub(super) fn numbers(&self) -> Result<Numbers, HostFault> {
         let text = |at| -> Result<String, HostFault> {
@@ -78,7 +50,7 @@ impl Swap<'_> {
     }
 
     /// Reads the facts that a plan needs.
-    fn seen(&self, planner: &Planner<'_>) -> Result<Seen, HostFault> {
+    pub(super) fn see(&self, planner: &Planner<'_>) -> Result<Seen, HostFault> {
         let numbers = self.numbers()?;
         let names = self.tree.list(Dir::Databases)?.into_iter();
         let current = self.tree.list(Dir::Current)?.into_iter();
@@ -172,8 +144,8 @@ impl Swap<'_> {
     }
 
     /// Carries out a journal's swap.
-    pub(super) fn perform(&self, journal: &Journal) -> Result<(), SwapFault> {
-        let touched = |fault| SwapFault {
+    pub(super) fn perform(&self, journal: &Journal) -> Result<(), StepFault> {
+        let touched = |fault| StepFault {
             fault,
             touched: true,
         };
@@ -207,8 +179,8 @@ impl Swap<'_> {
 
     /// Puts the files of a journal in place whose databases are there already, without a new canary and
     /// gate.
-    pub(super) fn place_only(&self, journal: &Journal) -> Result<(), SwapFault> {
-        let touched = |fault| SwapFault {
+    pub(super) fn place_only(&self, journal: &Journal) -> Result<(), StepFault> {
+        let touched = |fault| StepFault {
             fault,
             touched: true,
         };

@@ -4,12 +4,17 @@ use std::fs;
 use std::io::Write as _;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink};
 
+use clamcast_proto::Digest;
 use clamcast_proto::delta;
 use clamcast_proto::receipt::{FOREIGN_MAX, InstallNumber, Outcome};
 use clamcast_proto::wire::{Have, PartEncoding, PartKind};
 use nix::errno::Errno;
 
-use super::lab::{FakeInstaller, FakeScan, Fault, Files, Host, Mood, full, loaded, manifest, set};
+use super::disk::At;
+use super::lab::{
+    FakeInstaller, FakeScan, Fault, Files, Host, Mood, block_on, foreign, full, loaded, look,
+    manifest, plan, refused_before, set, wrong,
+};
 use super::*;
 use crate::clamd::proof::{CANARY, GATE, gate_number};
 

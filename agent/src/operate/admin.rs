@@ -13,8 +13,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::chain;
 use crate::clamd::Prover;
-use crate::core::keeper::Question;
-use crate::install::Installer;
+use crate::install::{HostStorage, Installer};
+use crate::keeper::Question;
 use crate::operate::status::Verification;
 
 /// Commands served at a time.
@@ -42,7 +42,7 @@ pub struct Commands {
     /// Asks the keeper.
     pub questions: mpsc::Sender<Question>,
     /// Knows the disk.
-    pub installer: Installer<Prover>,
+    pub installer: Installer<HostStorage, Prover>,
     /// Knows clamd.
     pub prover: Prover,
     /// One reads the disk at a time.

@@ -29,11 +29,11 @@ use serde::Serialize;
 use crate::chain;
 use crate::clamd::{Address, Settings, running_pid};
 use crate::config::{Config, DEFAULT_PATH};
-use crate::core::trust;
 use crate::host::memory;
 use crate::host::state::StateError;
 use crate::host::{Host, Node, Process, User};
 use crate::install::watch;
+use crate::keeper::trust;
 use crate::link::endpoint::FILE_BYTES_MAX;
 
 pub use updaters::Signs;

@@ -1,26 +1,33 @@
-//! One simulated agent: what its keeper does, without disk and clamd.
+//! One simulated agent: the real core, without disk and clamd.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use clamcast_agent::core::slot::{Action, Ending, Event, Slot, Work};
+use clamcast_agent::config::{DriftPolicy, Stale};
+use clamcast_agent::core::drift;
+use clamcast_agent::core::receipts::Receipts;
+use clamcast_agent::core::{
+    Action, ConnectionId, Core, Cut, Event, Greeting, Identity, Job, Kept, Looked, Now, Record,
+    Settings, Task,
+};
+use clamcast_agent::install::{
+    Completed, Depth, Findings, Installed, Look, Planned, ReceiveError, Set, Standing,
+};
 use clamcast_agent::link::endpoint::Credentials;
 use clamcast_agent::link::{self, Outbox};
 use clamcast_proto::DatabaseName;
 use clamcast_proto::delta::Object;
-use clamcast_proto::dsse::{Envelope, Verified, sign};
+use clamcast_proto::dsse::Verified;
 use clamcast_proto::keys::KeySet;
 use clamcast_proto::manifest::{Manifest, ManifestFile};
-use clamcast_proto::receipt::{
-    ClamdReport, ClamdState, FileState, InstallNumber, Outcome, Receipt, ReceiptFile,
-};
-use clamcast_proto::trust::{Trust, TrustError};
-use clamcast_proto::wire::{
-    Feature, Have, Hello, NeedFile, Offer, OfferId, Part, ToAgent, ToMaster,
-};
+use clamcast_proto::receipt::{ClamdReport, ClamdState, FileState, InstallNumber, Outcome};
+use clamcast_proto::trust::Trust;
+use clamcast_proto::wire::{Features, Have, NeedFile, Part, Phase, ToAgent, ToMaster};
 use quinn::RecvStream;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
@@ -30,88 +37,102 @@ use super::{Sight, now};
 /// An encoded part may be this much longer than its file, as for a real agent.
 const PART_OVERHEAD_BYTES: u64 = 1 << 20;
 
+/// More than the time that a test takes: nobody touches these files, so nobody has to look at them.
+const RESCAN: Duration = Duration::from_secs(24 * 3600);
+
 pub(super) struct Host {
-    credentials: Arc<Credentials>,
-    trust: Trust,
+    core: Core,
     databases: Arc<Databases>,
     disk: Disk,
     /// Files of the offered generation that came.
     staged: Disk,
     installed: Option<Installed>,
-    /// Receipts that the master has not acknowledged, by number, with their generation's.
-    pending: BTreeMap<u64, (u64, Envelope)>,
-    receipts: u64,
-    slot: Slot<Job>,
+    /// The generations that receipts are about, by the numbers of the receipts.
+    reported: BTreeMap<u64, u64>,
+    connections: u64,
     outbox: Option<Outbox>,
-    transfers: JoinSet<(DatabaseName, Result<Object, Ending>)>,
+    answer: Option<oneshot::Sender<Result<(), String>>>,
+    stream: Option<RecvStream>,
+    transfers: JoinSet<(DatabaseName, Result<Object, ReceiveError>)>,
     cut: CancellationToken,
+    /// A look at the files or at clamd, which ends when something else begins.
+    look: Option<Depth>,
+    is_probing: bool,
+    received: u64,
     sight: Arc<Sight>,
-}
-
-struct Installed {
-    manifest: Verified<Manifest>,
-    number: u64,
-}
-
-/// Something to install.
-#[derive(Clone)]
-struct Job(Arc<Accepted>);
-
-/// An accepted offer, and the connection it was made on.
-struct Accepted {
-    offer: OfferId,
-    manifest: Verified<Manifest>,
-    full: bool,
-    since: Instant,
-    outbox: Outbox,
-}
-
-impl Work for Job {
-    fn is_same(&self, other: &Self) -> bool {
-        self.0.manifest.payload_sha256() == other.0.manifest.payload_sha256()
-    }
 }
 
 impl Host {
     pub(super) fn new(
-        credentials: Arc<Credentials>,
+        credentials: &Credentials,
         keys: Verified<KeySet>,
         databases: Arc<Databases>,
         disk: &Disk,
         sight: Arc<Sight>,
     ) -> Self {
-        Self {
-            credentials,
+        let identity = Identity {
+            fleet: credentials.fleet.clone(),
+            agent: credentials.agent.clone(),
+            key: credentials.key.0.clone(),
+        };
+        let settings = Settings {
+            stale: Stale::Warn,
+            splay: Duration::ZERO,
+            directory: PathBuf::from("/"),
+            drift: DriftPolicy::Repair,
+            rescan: RESCAN,
+        };
+        let now = moment();
+        let kept = Kept {
             trust: Trust::new(keys, None),
+            accepted: None,
+            receipts: Receipts::default(),
+            fresh: None,
+            accepts: Features::default(),
+            first_start: now.clock,
+            left_alone: drift::Kept::default(),
+        };
+        Self {
+            core: Core::new(identity, settings, kept, Standing::default(), now, 1.0),
             databases,
             disk: disk.clone(),
             staged: Disk::new(),
             installed: None,
-            pending: BTreeMap::new(),
-            receipts: 0,
-            slot: Slot::new(false),
+            reported: BTreeMap::new(),
+            connections: 0,
             outbox: None,
+            answer: None,
+            stream: None,
             transfers: JoinSet::new(),
             cut: CancellationToken::new(),
+            look: None,
+            is_probing: false,
+            received: 0,
             sight,
         }
     }
 
     /// Lives until its link ends.
     pub(super) async fn run(mut self, mut link: mpsc::Receiver<link::Event>) {
+        self.feed(Event::Watched(true));
+        self.feed(Event::Started);
         loop {
-            let due = self.slot.deadline();
+            let due = self.core.wake(moment());
             tokio::select! {
                 biased;
                 Some(ended) = self.transfers.join_next() => {
                     let (name, made) = ended.expect("a transfer does not panic");
-                    self.arrived(name, made);
+                    let result = made.map(|object| {
+                        self.staged.insert(name.clone(), object);
+                    });
+                    self.received += 1;
+                    self.feed(Event::Received(name, result));
                 }
                 event = link.recv() => match event {
                     Some(event) => self.heard(event),
                     None => return,
                 },
-                () = until(due) => self.happened(Event::Tick),
+                () = until(due) => self.feed(Event::Tick(self.received)),
             }
         }
     }
@@ -122,166 +143,148 @@ impl Host {
                 welcome,
                 outbox,
                 answer,
-                address: _,
+                address,
             } => {
-                let judged = match &welcome.keys {
-                    Some(keys) => self.take_keys(keys).map_err(|error| error.to_string()),
-                    None => Ok(()),
-                };
-                if judged.is_ok() {
-                    self.greet(outbox);
-                }
-                let _ = answer.send(judged); // the link may have ended
+                self.connections += 1;
+                (self.outbox, self.answer) = (Some(outbox), Some(answer));
+                self.feed(Event::Welcome(Box::new(Greeting {
+                    connection: ConnectionId(self.connections),
+                    address: address.to_string(),
+                    welcome: *welcome,
+                    clamd: no_clamd(),
+                    hostname: None,
+                })));
             }
-            link::Event::Message(ToAgent::Offer(offer)) => self.offered(&offer),
-            link::Event::Message(ToAgent::ReceiptAck { seq }) => {
-                if let Some((generation, _)) = self.pending.remove(&seq) {
+            link::Event::Message(message) => {
+                if let ToAgent::ReceiptAck { seq } = message
+                    && let Some(generation) = self.reported.remove(&seq)
+                {
                     self.sight.now().acknowledged = generation;
                 }
+                self.feed(Event::Message(message));
             }
-            link::Event::Message(
-                ToAgent::Welcome(_)
-                | ToAgent::Fresh { .. }
-                | ToAgent::Checkpoint { .. }
-                | ToAgent::Error { .. },
-            ) => {}
-            link::Event::Part(part, stream) => self.part(part, stream),
-            link::Event::Disconnected { .. } => {
+            link::Event::Part(part, stream) => {
+                self.stream = Some(stream);
+                self.feed(Event::Part(part));
+                self.stream = None; // of an older offer
+            }
+            link::Event::Disconnected { error } => {
                 self.outbox = None;
                 self.sight.now().connected = false;
-                self.happened(Event::Disconnected);
+                self.feed(Event::Disconnected(error.to_string()));
             }
         }
     }
 
-    fn take_keys(&mut self, keys: &Envelope) -> Result<(), TrustError> {
-        if let Some(keys) = self.trust.judge_keys(keys)? {
-            self.trust.adopt_keys(keys);
-        }
-        Ok(())
-    }
-
-    /// Hello, and what the master has not heard.
-    fn greet(&mut self, outbox: Outbox) {
-        let installed = self.installed.as_ref();
-        let hello = Hello {
-            accepts: [Feature::WideNames, Feature::LargeManifests]
-                .into_iter()
-                .collect(),
-            installed: installed.map(|installed| installed.manifest.envelope().clone()),
-            outcome: installed.map(|_| Outcome::Live),
-            files: installed.map_or_else(Vec::new, |_| self.files()),
-            ..Hello::new(env!("CARGO_PKG_VERSION"), no_clamd())
-        };
-        say(&outbox, &ToMaster::Hello(Box::new(hello)));
-        for (_, receipt) in self.pending.values() {
-            let receipt = receipt.clone();
-            say(&outbox, &ToMaster::Receipt { receipt });
-        }
-        self.outbox = Some(outbox);
-        let mut sight = self.sight.now();
-        sight.connected = true;
-        sight.welcomes += 1;
-        sight.welcomed = Some(Instant::now());
-    }
-
-    fn files(&self) -> Vec<FileState> {
-        let state = |(name, object): (&DatabaseName, &Object)| FileState {
-            name: name.clone(),
-            size: object.size,
-            sha256: object.digest,
-        };
-        self.disk.iter().map(state).collect()
-    }
-
-    fn offered(&mut self, offer: &Offer) {
-        let Some(outbox) = self.outbox.clone() else {
-            return;
-        };
-        let manifest = match self.judge(offer) {
-            Ok(manifest) => manifest,
-            Err(error) => {
-                self.sight.now().refused += 1;
-                let refusal = ToMaster::Error {
-                    offer: Some(offer.offer),
-                    message: error.to_string(),
-                    other_master: None,
-                };
-                return say(&outbox, &refusal);
-            }
-        };
-        if let Some(mark) = self.trust.raised(&manifest) {
-            self.trust.adopt_mark(mark);
-        }
-        let accepted = Accepted {
-            offer: offer.offer,
-            manifest,
-            full: offer.full,
-            since: Instant::now(),
-            outbox,
-        };
-        self.happened(Event::Offered(Job(Arc::new(accepted))));
-    }
-
-    fn judge(&mut self, offer: &Offer) -> Result<Verified<Manifest>, TrustError> {
-        if let Some(keys) = &offer.keys {
-            self.take_keys(keys)?;
-        }
-        let manifest = self.trust.judge_manifest(&offer.manifest, None)?;
-        self.trust
-            .judge_fresh(&offer.fresh, manifest.payload_sha256())?;
-        Ok(manifest)
-    }
-
-    fn happened(&mut self, event: Event<Job>) {
+    fn feed(&mut self, event: Event) {
         let mut events = VecDeque::from([event]);
         while let Some(event) = events.pop_front() {
-            let actions = self.slot.handle(event, Instant::now(), rand::random());
-            events.extend(
-                actions
-                    .into_iter()
-                    .filter_map(|action| self.perform(action)),
-            );
+            for action in self.core.handle(event, moment(), rand::random()) {
+                events.extend(self.carry_out(action));
+            }
         }
     }
 
-    /// Does what the slot wants; returns what it must hear of at once.
-    fn perform(&mut self, action: Action<Job>) -> Option<Event<Job>> {
+    /// Does what the core wants; returns what it must hear of at once.
+    fn carry_out(&mut self, action: Action) -> Vec<Event> {
         match action {
-            Action::Plan { job, full: _ } => {
-                let missing = self.missing(&job.0.manifest);
-                Some(Event::Planned {
-                    missing: missing.map(|file| file.name.clone()).collect(),
-                    splay: Duration::ZERO,
-                })
+            Action::Save(record) => {
+                if let Record::Receipt(seq, _) = record {
+                    let installed = self.installed.as_ref();
+                    let generation = installed.map_or(0, |it| it.set.manifest.generation.number());
+                    self.reported.insert(seq, generation);
+                }
+                let saved = record.awaited();
+                return saved
+                    .map(|saved| Event::Saved(saved, Ok(())))
+                    .into_iter()
+                    .collect();
             }
-            Action::Need(job) => {
+            Action::Note(_) => {}
+            Action::Say(connection, message) => self.say(connection, &message),
+            Action::Answer(answer) => {
+                if answer.is_ok() {
+                    let mut sight = self.sight.now();
+                    sight.connected = true;
+                    sight.welcomes += 1;
+                    sight.welcomed = Some(Instant::now());
+                }
+                if let Some(asked) = self.answer.take() {
+                    let _ = asked.send(answer); // the link may have ended
+                }
+            }
+            Action::Receive(part, file) => self.receive(part, file),
+            Action::Start(task) => return self.begin(task),
+            Action::Cut(Cut::Transfers) => {
+                self.cut.cancel();
                 self.cut = CancellationToken::new();
+            }
+            Action::Cut(Cut::Look) => {
+                let depth = self.look.take();
+                return depth
+                    .map(|depth| looked(depth, Look::Stopped))
+                    .into_iter()
+                    .collect();
+            }
+            Action::Cut(Cut::Probe) => {
+                if std::mem::take(&mut self.is_probing) {
+                    return vec![Event::Probed(None)];
+                }
+            }
+            Action::Cut(Cut::Repair) => {}
+        }
+        Vec::new()
+    }
+
+    fn say(&self, connection: ConnectionId, message: &ToMaster) {
+        if let ToMaster::Error { offer: Some(_), .. } = message {
+            self.sight.now().refused += 1;
+        }
+        let outbox = self.outbox.as_ref();
+        if let Some(outbox) = outbox.filter(|_| connection.0 == self.connections) {
+            outbox.send(message).expect("it fits a frame");
+        }
+    }
+
+    /// What is at its end at once, as nothing here takes long; or `None`, if it ends later.
+    fn begin(&mut self, task: Task) -> Vec<Event> {
+        let event = match task {
+            Task::Plan(job, full) => {
                 let need = |file: &ManifestFile| NeedFile {
                     name: file.name.clone(),
-                    have: match self.disk.get(&file.name).filter(|_| !job.0.full) {
+                    have: match self.disk.get(&file.name).filter(|_| !full) {
                         Some(object) => Have::Sha256(object.digest),
                         None => Have::Nothing,
                     },
                     resume_at: 0,
                     resume: None,
                 };
-                let files = self.missing(&job.0.manifest).map(need).collect();
-                let offer = job.0.offer;
-                say(&job.0.outbox, &ToMaster::Need { offer, files });
-                None
+                let needs = self.missing(&job.manifest).map(need).collect();
+                Event::Planned(Vec::new(), Ok(Planned::Needs(needs)))
             }
-            Action::Abort => {
-                self.cut.cancel();
-                None
+            Task::Install(job) => return self.install(job).into(),
+            Task::Resume => Event::Resumed(None),
+            Task::Fault(job, fault) => {
+                let outcome = Outcome::HostFault;
+                let completed = self.completed(&job, outcome, Some(fault.to_string()));
+                Event::Faulted(job, completed)
             }
-            Action::Install(job) => {
-                self.install(&job.0);
-                Some(Event::Installed { fault: false })
+            Task::Ping => Event::Pinged(no_clamd()),
+            Task::Look(depth) if self.core.is_opening() => {
+                looked(depth, Look::Made(Findings::default()))
             }
-            // Nothing waits here, and no host is at fault.
-            Action::Wait(..) | Action::Fault(_) => None,
-        }
+            Task::Look(depth) => {
+                self.look = Some(depth);
+                return Vec::new();
+            }
+            Task::Probe { .. } => {
+                self.is_probing = true;
+                return Vec::new();
+            }
+            Task::Scan => Event::Scanned(None),
+            Task::Repair => Event::Repaired(Ok(None), no_clamd()),
+        };
+        vec![event]
     }
 
     /// Files of a generation that are neither installed nor staged.
@@ -294,87 +297,89 @@ impl Host {
         manifest.files.iter().filter(move |file| !here(file))
     }
 
-    fn part(&mut self, part: Part, stream: RecvStream) {
-        let file = self
-            .slot
-            .job()
-            .and_then(|job| job.0.manifest.file(&part.name));
-        let Some(file) = file.cloned() else {
-            return; // of an older offer
-        };
-        if !self.slot.begin(&part.name) {
-            return;
-        }
+    fn receive(&mut self, part: Part, file: ManifestFile) {
+        let stream = self.stream.take().expect("a part comes with its stream");
         let base = self.disk.get(&part.name).copied();
         let (databases, cut, sight) =
             (self.databases.clone(), self.cut.clone(), self.sight.clone());
         self.transfers.spawn(async move {
+            let name = part.name.clone();
             let received = receive(&part, stream, base, file, databases, &sight);
             let made = cut.run_until_cancelled(received).await;
-            (part.name, made.unwrap_or(Err(Ending::Interrupted)))
+            let made = made.unwrap_or_else(|| Err(interrupted(&name)));
+            (name, made)
         });
     }
 
-    fn arrived(&mut self, name: DatabaseName, made: Result<Object, Ending>) {
-        let ending = match made {
-            Ok(object) => {
-                self.staged.insert(name.clone(), object);
-                Ending::Good
-            }
-            Err(ending) => ending,
-        };
-        self.happened(Event::PartEnded(name, ending));
-    }
-
-    /// Everything is here: the new set takes the place of the old, and the master hears of it.
-    fn install(&mut self, job: &Accepted) {
-        let manifest = &job.manifest;
+    /// Everything is here: the new set takes the place of the old.
+    fn install(&mut self, job: Arc<Job>) -> [Event; 2] {
         let placed = |file: &ManifestFile| {
             let (digest, size) = (file.sha256, file.size);
             (file.name.clone(), Object { digest, size })
         };
-        self.disk = manifest.files.iter().map(placed).collect();
+        self.disk = job.manifest.files.iter().map(placed).collect();
         self.staged.clear();
-        let number = self.installed.as_ref().map_or(0, |last| last.number) + 1;
-        self.installed = Some(Installed {
-            manifest: manifest.clone(),
-            number,
-        });
-        self.receipts += 1;
-        let receipt = Receipt {
-            fleet: self.credentials.fleet.clone(),
-            agent: self.credentials.agent.clone(),
-            seq: self.receipts,
-            epoch: manifest.epoch,
-            generation: manifest.generation,
-            manifest_sha256: manifest.payload_sha256(),
-            install: InstallNumber(number),
+        let set = Set::from(&job.manifest);
+        let last = self.installed.as_ref().map_or(0, |last| last.install.0);
+        let installed = Installed {
+            set: set.clone(),
+            install: InstallNumber(last + 1),
             outcome: Outcome::Live,
-            files: self
-                .files()
-                .into_iter()
-                .map(|file| ReceiptFile::new(file, manifest))
-                .collect(),
-            content: None,
-            missing: Vec::new(),
-            unlisted: 0,
+        };
+        self.installed = Some(installed.clone());
+        self.sight.now().installed = job.manifest.generation.number();
+        let standing = Standing {
+            settled: Some(set.sha256()),
+            installed: Some(installed),
+            phase: Phase::Idle,
+            waits_for_clamd: false,
+            is_unproven: false,
+        };
+        let completed = self.completed(&job, Outcome::Live, None);
+        [Event::Standing(standing), Event::Installed(job, completed)]
+    }
+
+    fn completed(&self, job: &Job, outcome: Outcome, error: Option<String>) -> Box<Completed> {
+        let state = |(name, object): (&DatabaseName, &Object)| FileState {
+            name: name.clone(),
+            size: object.size,
+            sha256: object.digest,
+        };
+        let install = self.installed.as_ref().map(|it| it.install);
+        Box::new(Completed {
+            set: Set::from(&job.manifest),
+            outcome,
+            install: install.unwrap_or_default(),
+            files: self.disk.iter().map(state).collect(),
             foreign: Vec::new(),
             adopted: Vec::new(),
-            drift: Vec::new(),
-            blamed: None,
             clamd: no_clamd(),
-            error: None,
-            took: job.since.elapsed().as_secs_f64(),
-            time: now(),
-        };
-        let receipt = sign(receipt, &self.credentials.key.0).envelope().clone();
-        let generation = manifest.generation.number();
-        self.pending
-            .insert(self.receipts, (generation, receipt.clone()));
-        self.sight.now().installed = generation;
-        if let Some(outbox) = &self.outbox {
-            say(outbox, &ToMaster::Receipt { receipt });
-        }
+            error,
+            blamed: None,
+        })
+    }
+}
+
+fn looked(depth: Depth, look: Look) -> Event {
+    Event::Looked(Box::new(Looked {
+        depth,
+        look,
+        updater: None,
+        clamd: no_clamd(),
+    }))
+}
+
+fn moment() -> Now {
+    Now {
+        clock: now(),
+        at: Instant::now(),
+    }
+}
+
+fn interrupted(name: &DatabaseName) -> ReceiveError {
+    ReceiveError::Interrupted {
+        name: name.clone(),
+        source: io::ErrorKind::ConnectionReset.into(),
     }
 }
 
@@ -386,15 +391,20 @@ async fn receive(
     file: ManifestFile,
     databases: Arc<Databases>,
     sight: &Sight,
-) -> Result<Object, Ending> {
+) -> Result<Object, ReceiveError> {
     let length = part.encoding.length;
     let is_bounded = length <= file.size + PART_OVERHEAD_BYTES && part.offset == 0;
+    let damaged = |reason: String| ReceiveError::Damaged {
+        name: part.name.clone(),
+        reason,
+    };
     let limit = usize::try_from(length).ok().filter(|_| is_bounded);
-    let bytes = stream.read_to_end(limit.ok_or(Ending::Spoilt)?).await;
-    let bytes = bytes.map_err(|_| Ending::Interrupted)?;
+    let limit = limit.ok_or_else(|| damaged("it is too long".to_owned()))?;
+    let bytes = stream.read_to_end(limit).await;
+    let bytes = bytes.map_err(|_| interrupted(&part.name))?;
     let came = bytes.len() as u64;
     if came != length {
-        return Err(Ending::Interrupted);
+        return Err(interrupted(&part.name));
     }
     let encoding = part.encoding.clone();
     let made = tokio::task::spawn_blocking(move || databases.make(&encoding, &bytes, base, &file));
@@ -408,14 +418,9 @@ async fn receive(
         Err(error) => {
             tracing::warn!(error = &error as &dyn std::error::Error, "a part is spoilt");
             sight.now().refused += 1;
-            Err(Ending::Spoilt)
+            Err(damaged(error.to_string()))
         }
     }
-}
-
-/// Queues a message for the master.
-fn say(outbox: &Outbox, message: &ToMaster) {
-    outbox.send(message).expect("it fits a frame");
 }
 
 /// What a host says that has none by configuration.

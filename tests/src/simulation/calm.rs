@@ -1,7 +1,6 @@
 //! What must have become of everybody some time after the last fault: everybody has what it is
 //! wanted at and clamd scans with it, or clamd refused it; or the rollout waits and says for what.
 
-use clamcast_agent::install::Set;
 use clamcast_master::fleet::agents::{Fleet, Standing};
 use clamcast_master::fleet::rollout::Run;
 
@@ -49,7 +48,8 @@ impl World {
     fn is_to_be_mended(host: &Host, fleet: &Fleet) -> bool {
         let known = fleet.record(&host.name);
         let known = known.and_then(|record| record.installed.as_ref());
-        let installed = host.disk.installed.as_ref();
+        let body = host.body();
+        let installed = body.disk.installed.as_ref();
         known.zip(installed).is_some_and(|(known, installed)| {
             known.manifest_sha256 == installed.set.sha256()
                 && !fleet.rollout().is_taken_back(known.position)
@@ -58,14 +58,16 @@ impl World {
 
     fn is_at_rest(&self, host: &Host, fleet: &Fleet) -> Result<(), String> {
         let (name, now) = (&host.name, self.clock());
-        let disk = &host.disk;
         if host.link().is_none() {
             return Err(format!("{name} is not connected"));
         }
-        if !disk.receipts.is_empty() {
+        let receipts = host.body().disk.records.receipts.keys().copied().collect();
+        // One that the master has may stay until the next connection.
+        if !self.witness.has_receipts(name, receipts) {
             return Err(format!("the master lacks receipts of {name}"));
         }
-        if host.lacking && Self::is_to_be_mended(host, fleet) {
+        let is_damaged = host.body().disk.is_damaged;
+        if is_damaged && Self::is_to_be_mended(host, fleet) {
             return Err(format!("{name} lacks files: {}", host.said()));
         }
         let Some(wanted) = fleet.wanted(name, now) else {
@@ -73,30 +75,32 @@ impl World {
         };
         let at = wanted.position();
         let standing = fleet.standing(name, now, self.master.rules.deadline);
+        let body = host.body();
+        let (disk, clamd) = (&body.disk, &body.clamd);
         let files = wanted.files.iter().map(|file| &file.sha256);
-        let good = self.bad.loads(host.clamd.version, files);
+        let bad = self.bad.read().expect("nothing panics with it");
+        let good = bad.loads(clamd.version, files);
         // What counts is what is there: of a disk that failed at the very end a record may be old
         // until the next install.
-        let expected = Set::from(&**wanted).files();
-        let installed = disk.holds(&expected);
-        let loaded = host.clamd.loaded.map(|(content, _)| content);
+        let installed = disk.holds(wanted);
+        let loaded = clamd.loaded.map(|(content, _)| content);
         let live = installed && loaded == Some(wanted.content);
+        let mark = disk.records.mark.as_ref().map(|kept| kept.mark.position);
         match (standing, good) {
             (Standing::Conformant, _) if live => Ok(()),
             (Standing::Conformant, _) => Err(format!(
                 "{name} counts as conformant at {}, and has {:#?} with {:?}",
                 wanted.position(),
                 disk.installed,
-                host.clamd
+                clamd
             )),
             (Standing::Failed, false) => Ok(()),
             // It was enrolled anew, and said that it took a higher one before.
-            (Standing::Failed, _) if disk.mark.as_ref().is_some_and(|it| it.position > at) => {
-                Ok(())
-            }
+            (Standing::Failed, _) if mark > Some(at) => Ok(()),
             // Its clamd was away when the set came, and cannot start with it.
             (Standing::Behind, false) if installed => Ok(()),
             (Standing::Failed | Standing::Behind, _) => {
+                drop(body);
                 let said = host.said();
                 let rollout = sketch(fleet.rollout());
                 Err(format!(

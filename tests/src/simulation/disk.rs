@@ -2,10 +2,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use clamcast_agent::core::left_alone::LeftAlone;
+use clamcast_agent::core::receipts::Receipts;
+use clamcast_agent::core::{KeptFresh, KeptMark, Record};
 use clamcast_agent::install::journal::{Installed, Journal, Refusal};
-use clamcast_proto::dsse::Verified;
-use clamcast_proto::receipt::{FileState, InstallNumber, Receipt};
-use clamcast_proto::trust::Mark;
+use clamcast_proto::dsse::Envelope;
+use clamcast_proto::manifest::Manifest;
+use clamcast_proto::receipt::{FileState, InstallNumber, Outcome, Receipt};
+use clamcast_proto::wire::Features;
 use clamcast_proto::{DatabaseName, Digest};
 use rand::Rng as _;
 use rand::rngs::StdRng;
@@ -24,12 +28,59 @@ pub(super) struct Disk {
     pub(super) journal: Option<Box<Journal>>,
     pub(super) installed: Option<Box<Installed>>,
     pub(super) refusals: Vec<Refusal>,
-    pub(super) mark: Option<Mark>,
-    /// Those that the master has not acknowledged.
-    pub(super) receipts: BTreeMap<u64, Verified<Receipt>>,
-    /// Number of the last one.
-    pub(super) receipts_made: u64,
+    /// Files that a load test is made of.
+    pub(super) trial: Vec<FileState>,
+    /// The records of the agent.
+    pub(super) records: Records,
+    /// Whether somebody has damaged the databases since a set was put in place.
+    pub(super) is_damaged: bool,
     pub(super) trouble: Trouble,
+    /// The host crashed in a write: from there on no write has an effect.
+    pub(super) has_crashed: bool,
+}
+
+/// What the agent keeps of its own.
+#[derive(Debug, Default)]
+pub(super) struct Records {
+    pub(super) mark: Option<KeptMark>,
+    pub(super) fresh: Option<KeptFresh>,
+    pub(super) accepts: Features,
+    pub(super) left_alone: Option<LeftAlone>,
+    /// Receipts that the master has not acknowledged.
+    pub(super) receipts: BTreeMap<u64, Envelope>,
+    pub(super) last_receipt: Option<Receipt>,
+}
+
+impl Records {
+    pub(super) fn save(&mut self, record: Record) {
+        match record {
+            Record::Mark(mark) => self.mark = Some(mark),
+            Record::Fresh(fresh) => self.fresh = Some(fresh),
+            Record::Accepts(features) => self.accepts = features,
+            Record::LeftAlone(record) => self.left_alone = Some(record),
+            Record::Receipt(seq, receipt) => _ = self.receipts.insert(seq, receipt),
+            Record::ReceiptDone(seq, last) => {
+                if let Some(last) = last {
+                    self.last_receipt = Some(*last);
+                }
+                self.receipts.remove(&seq);
+            }
+            Record::Keys(_) | Record::Checkpoint(_) => {
+                unreachable!("this master has one key set, and says nothing of its log")
+            }
+        }
+    }
+
+    /// The receipts, as an agent reads them at its start.
+    pub(super) fn receipts(&self) -> Receipts {
+        let newest = self.receipts.last_key_value();
+        let waiting =
+            newest.and_then(|(_, it)| serde_json::from_slice::<Receipt>(&it.payload).ok());
+        let newest = [self.last_receipt.clone(), waiting].into_iter().flatten();
+        let last = newest.max_by_key(|receipt| receipt.seq);
+        let highest = last.as_ref().map_or(0, |last| last.seq);
+        Receipts::new(self.receipts.clone(), highest, last)
+    }
 }
 
 /// What is going to go wrong.
@@ -56,6 +107,15 @@ pub(super) enum Fate {
 impl Disk {
     /// How the next write goes.
     pub(super) fn fate(&mut self) -> Fate {
+        if self.has_crashed {
+            return Fate::Crash;
+        }
+        let fate = self.next_fate();
+        self.has_crashed |= fate == Fate::Crash;
+        fate
+    }
+
+    fn next_fate(&mut self) -> Fate {
         match &mut self.trouble {
             Trouble::None => Fate::Done,
             Trouble::Full => Fate::Fault,
@@ -74,14 +134,19 @@ impl Disk {
         }
     }
 
-    /// Stages what is here of these files.
-    pub(super) fn stage_what_is_here(&mut self, files: &[FileState]) {
-        let here = files
-            .iter()
-            .map(|file| file.sha256)
-            .filter(|digest| self.has(digest));
-        let here: Vec<_> = here.collect();
-        self.stage.extend(here);
+    /// Whether clamd was seen with the installed set.
+    pub(super) fn is_live(&self) -> bool {
+        let installed = self.installed.as_ref();
+        installed.is_some_and(|installed| installed.outcome == Outcome::Live)
+    }
+
+    /// Stages this content if it is somewhere; whether it is staged then.
+    pub(super) fn stage_if_here(&mut self, digest: &Digest) -> bool {
+        let is_here = self.has(digest);
+        if is_here {
+            self.stage.insert(*digest);
+        }
+        is_here
     }
 
     /// Whether this content is somewhere.
@@ -91,17 +156,22 @@ impl Disk {
             || self.databases.values().any(|file| file.sha256 == *digest)
     }
 
-    /// Whether exactly these files are in the directory.
-    pub(super) fn holds(&self, files: &[FileState]) -> bool {
+    /// Whether exactly the files of this generation are in the directory.
+    pub(super) fn holds(&self, manifest: &Manifest) -> bool {
+        let files = &manifest.files;
         self.databases.len() == files.len()
-            && files
-                .iter()
-                .all(|file| self.databases.get(&file.name) == Some(file))
+            && files.iter().all(|file| {
+                let there = self.databases.get(&file.name);
+                there.is_some_and(|there| there.sha256 == file.sha256)
+            })
     }
 
     /// Puts a journal's files in place, then canary and gate; what does not go well ends it
     /// anywhere. Returns how it went, and whether anything was changed by then.
     pub(super) fn swap(&mut self, journal: &Journal, random: &mut StdRng) -> (Fate, bool) {
+        if self.has_crashed {
+            return (Fate::Crash, false);
+        }
         let fate = self.fate();
         let is_lost = |file: &FileState| !self.has(&file.sha256);
         let fate = match fate {

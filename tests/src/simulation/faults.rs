@@ -1,5 +1,6 @@
 //! What goes wrong, and what people do, at random.
 
+use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
 use clamcast_daemon::values::Percent;
@@ -13,7 +14,7 @@ use rand::Rng as _;
 use rand::rngs::StdRng;
 
 use super::Size;
-use super::contents::{CLAMD_VERSIONS, EVERY_CLAMD};
+use super::contents::{Bad, CLAMD_VERSIONS, EVERY_CLAMD};
 use super::disk::Trouble;
 use super::host::{Host, HostEvent};
 use super::master::{MasterEvent, target};
@@ -75,7 +76,7 @@ pub(super) fn rules(size: &Size, random: &mut StdRng) -> Rules {
 }
 
 /// The hosts at the beginning: a few canaries or none, and some that lie.
-pub(super) fn hosts(size: &Size, random: &mut StdRng) -> Vec<Host> {
+pub(super) fn hosts(size: &Size, bad: &Arc<RwLock<Bad>>, random: &mut StdRng) -> Vec<Host> {
     let count = size.hosts;
     let rare = random.random_range(0.0..0.5);
     let (canaries, liars) = match count > LARGE {
@@ -100,7 +101,7 @@ pub(super) fn hosts(size: &Size, random: &mut StdRng) -> Vec<Host> {
             true => u32::from(random.random_bool(rare)),
             false => random.random_range(0..CLAMD_VERSIONS),
         };
-        let mut host = Host::new(number, groups, version);
+        let mut host = Host::new(number, groups, version, bad.clone(), random);
         if size.only_lies {
             host.slowness = random.random_range(1.0..8.0);
         }
@@ -114,7 +115,7 @@ pub(super) fn hosts(size: &Size, random: &mut StdRng) -> Vec<Host> {
     if count <= LARGE && random.random_bool(0.2) {
         let number = random.random_range(0..count);
         hosts[number].cloned = true;
-        hosts.push(Host::clone_of(&hosts[number]));
+        hosts.push(Host::clone_of(&hosts[number], random));
     }
     hosts
 }
@@ -153,12 +154,12 @@ impl World {
         match kind {
             0..8 => self.host_stops(number),
             8..14 => {
-                let after = self.random.random_range(0..14);
+                let after = self.random.random_range(0..24);
                 let troubles = [Trouble::Crash(after), Trouble::Fault(after)];
-                host.disk.trouble = troubles[self.random.random_range(0..2)];
+                host.body().disk.trouble = troubles[self.random.random_range(0..2)];
             }
             14..17 => {
-                host.disk.trouble = Trouble::Full;
+                host.body().disk.trouble = Trouble::Full;
                 self.lasts(7200, Fault::Full(number));
             }
             17..21 => {
@@ -183,7 +184,7 @@ impl World {
                 host.skew = SignedDuration::from_secs(jump);
             }
             41..44 => {
-                if host.up && host.honest {
+                if host.is_up() && host.honest {
                     self.on_host(number, Host::damage);
                 }
             }
@@ -218,8 +219,9 @@ impl World {
         match fault {
             Fault::Cut(number) => self.hosts[number].cut = false,
             Fault::Full(number) => {
-                if self.hosts[number].disk.trouble == Trouble::Full {
-                    self.hosts[number].disk.trouble = Trouble::None;
+                let disk = &mut self.hosts[number].body().disk;
+                if disk.trouble == Trouble::Full {
+                    disk.trouble = Trouble::None;
                 }
             }
             Fault::Clamd(number) => self.clamd_starts(number),
@@ -238,7 +240,7 @@ impl World {
         for number in 0..self.hosts.len() {
             let host = &mut self.hosts[number];
             host.cut = false;
-            host.disk.trouble = Trouble::None;
+            host.body().disk.trouble = Trouble::None;
             host.slowness = 1.0;
             host.skew = SignedDuration::ZERO;
             self.clamd_starts(number);
@@ -246,18 +248,23 @@ impl World {
     }
 
     fn clamd_starts(&mut self, number: usize) {
-        let host = &mut self.hosts[number];
-        host.clamd.wanted = true;
-        host.clamd.is_up(&host.disk, &self.bad);
+        let mut body = self.hosts[number].body();
+        body.clamd.wanted = true;
+        body.is_clamd_up();
     }
 
     fn host_stops(&mut self, number: usize) {
         let reboots = self.random.random_bool(0.5);
+        let has_time = self.random.random_bool(0.5);
         let host = &mut self.hosts[number];
-        if host.up && !host.left {
+        if host.is_up() && !host.left {
+            if has_time {
+                self.on_host(number, Host::stop);
+            }
+            let host = &mut self.hosts[number];
             host.crash();
             if reboots {
-                host.clamd.loaded = None; // it starts again with the host
+                host.body().clamd.loaded = None; // it starts again with the host
             }
             self.host_crashed(number);
         }
@@ -273,7 +280,9 @@ impl World {
         let number = self.hosts.len();
         let web = vec![group("web")];
         let version = self.random.random_range(0..CLAMD_VERSIONS);
-        self.hosts.push(Host::new(number, web, version));
+        let bad = self.bad.clone();
+        let host = Host::new(number, web, version, bad, &mut self.random);
+        self.hosts.push(host);
         self.set(Duration::ZERO, Event::Host(number, 0, HostEvent::Start));
     }
 
@@ -317,7 +326,8 @@ impl World {
                 true => EVERY_CLAMD,
                 false => self.random.random_range(1..EVERY_CLAMD),
             };
-            self.bad.set(self.master.disk.mirror, versions);
+            let mut bad = self.bad.write().expect("nothing panics with it");
+            bad.set(self.master.disk.mirror, versions);
         }
         self.publish(false);
     }

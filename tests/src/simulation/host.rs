@@ -1,51 +1,58 @@
-//! A host: the real slot, install machine and trust, on a disk and with a clamd that are made up.
-//!
-//! What the keeper and the installer do around them is done here in the same order.
+//! A host: the real core of the agent, its real installer, tasks and back-off, on a machine that is made
+//! up. What is done here is what the keeper does: it turns what happens into events of the core, and
+//! carries out the actions that come back.
 
-use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::collections::{BTreeMap, VecDeque};
+use std::io;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, RwLock};
+use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
-use clamcast_agent::clamd::Verdict;
-use clamcast_agent::clamd::proof::GATE_SPAN;
-use clamcast_agent::core::keeper::{CLAMD_LOOK, PROBE, PROGRESS};
-use clamcast_agent::core::slot::{Action, Ending, Event as Slotted, Slot, Work};
-use clamcast_agent::install::journal::{
-    Before, Ending as InstallEnding, Installed, Journal, Refusal, Step, Way,
+use clamcast_agent::config::{DriftPolicy, Stale};
+use clamcast_agent::core::left_alone::AnyLeftAlone;
+use clamcast_agent::core::{
+    Action, ConnectionId, Core, Cut, Event, Greeting, Identity, Kept, Looked, Now, Record,
+    Settings, Task,
 };
-use clamcast_agent::install::machine::{Action as Write, Event as Install, Machine};
-use clamcast_agent::install::{Blame, Set};
+use clamcast_agent::host::state::StateError;
+use clamcast_agent::install::{Depth, Installer, Look, ReceiveError, Standing};
+use clamcast_agent::keeper::tasks::{Running, Tasks};
 use clamcast_agent::link::RETRY;
 use clamcast_agent::link::backoff::Backoff;
 use clamcast_proto::dsse::{PublicKey, Verified, sign};
 use clamcast_proto::identity::Serial;
 use clamcast_proto::keys::KeySet;
-use clamcast_proto::manifest::Manifest;
+use clamcast_proto::manifest::{Manifest, ManifestFile};
 use clamcast_proto::receipt::{
-    ClamdReport, ClamdState, FileState, InstallNumber, Outcome, Proof, Receipt, ReceiptFile,
+    ClamdReport, ClamdState, FileState, Outcome, Proof, Receipt, ReceiptFile,
 };
 use clamcast_proto::trust::Trust;
-use clamcast_proto::wire::{OfferId, Phase, RECEIPTS_PENDING_MAX};
+use clamcast_proto::wire::{
+    Feature, Offer, OfferId, Part, PartEncoding, PartKind, Phase, ToAgent, ToMaster, Welcome,
+};
 use clamcast_proto::{AgentName, DatabaseName, Digest, FleetName, GroupName, Position};
 use ed25519_dalek::SigningKey;
 use jiff::{SignedDuration, Timestamp};
 use rand::Rng as _;
 use rand::rngs::StdRng;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 
+mod body;
 mod clamd;
-mod installer;
 mod lies;
 
+pub(super) use body::Body;
 pub(super) use clamd::Clamd;
 
-use lies::Lying;
+use body::{Proving, Shared, fault};
+use lies::{Lies, Lying};
 
 use super::contents::{Bad, CLAMD_VERSIONS};
-use super::disk::{Disk, Fate, Trouble};
+use super::disk::Fate;
+use super::disk::Trouble;
 use super::network::{LinkNumber, Said, Told};
-
-/// Files that are missing are asked for again after this: the longest wait of the agent's guard.
-const MEND_AGAIN: Duration = Duration::from_secs(15 * 60);
 
 /// One host.
 pub(super) struct Host {
@@ -56,10 +63,10 @@ pub(super) struct Host {
     pub(super) honest: bool,
     /// Whether another host has its name, key and certificate: a cloned machine, or a stolen key.
     pub(super) cloned: bool,
-    pub(super) clamd: Clamd,
-    pub(super) disk: Disk,
-    /// Whether the agent runs, and how often it was started.
-    pub(super) up: bool,
+    /// The machine, which outlives the agent.
+    body: Shared,
+    agent: Option<Agent>,
+    /// How often the agent was started.
     pub(super) life: u32,
     /// Whether it will never come back.
     pub(super) left: bool,
@@ -71,59 +78,37 @@ pub(super) struct Host {
     pub(super) skew: SignedDuration,
     /// Everything takes so many times as long as elsewhere.
     pub(super) slowness: f64,
-    /// How long it waits before a swap.
+    /// How long it waits before a swap at most.
     pub(super) splay: Duration,
-    /// Whether files that only the master has are missing.
-    pub(super) lacking: bool,
-    mind: Mind,
+    /// What a dishonest host has said.
+    lies: Lies,
 }
 
 /// What the agent forgets in a crash.
-struct Mind {
-    slot: Slot<Job>,
-    machine: Machine,
+struct Agent {
+    core: Core,
+    tasks: Tasks<Shared, Shared>,
+    stop: CancellationToken,
+    standing: watch::Receiver<Standing>,
+    running: Vec<Running>,
+    /// Tasks that go on some time later.
+    later: VecDeque<Running>,
+    /// A look at files that are right, and at a clamd that is there: each ends when that changes.
+    parked_look: Option<Depth>,
+    is_probe_parked: bool,
+    /// Whether the last look found something wrong.
+    saw_wrong: bool,
     link: Option<LinkNumber>,
     retry: Backoff,
-    probe: Backoff,
-    /// Whether a probe is going to be made.
-    probing: bool,
-    /// Whether missing files are going to be asked for again.
-    mending: bool,
-    /// What the installer is at.
-    work: Option<At>,
     /// Files that arrive, and how often their arrival was cut short.
-    receiving: BTreeSet<DatabaseName>,
+    receiving: BTreeMap<DatabaseName, ManifestFile>,
     cuts: u32,
-    /// When the slot is to be told the time.
+    /// Bytes of them.
+    received: u64,
+    /// When the core is to be told the time.
     tick: Option<Instant>,
-    /// Whether the job's progress is going to be told.
-    telling: bool,
     /// What a dishonest host is at.
     lying: Option<Lying>,
-}
-
-#[derive(Clone, Debug)]
-enum At {
-    Install(Job),
-    Resume(Set),
-    Probe(Set),
-}
-
-/// An accepted offer.
-#[derive(Clone, Debug)]
-struct Job {
-    offer: OfferId,
-    manifest: Arc<Verified<Manifest>>,
-    rehash: bool,
-    /// It was taken although it is below the mark, because it is installed.
-    mends: bool,
-    link: LinkNumber,
-}
-
-impl Work for Job {
-    fn is_same(&self, other: &Self) -> bool {
-        self.manifest.payload_sha256() == other.manifest.payload_sha256()
-    }
 }
 
 /// What happens on a host.
@@ -133,24 +118,16 @@ pub(super) enum HostEvent {
     Start,
     /// It is time to dial.
     Dial,
-    /// The disk was looked at.
-    Planned,
+    /// A task goes on.
+    Begin,
+    /// A clamd that has stopped is looked for.
+    LookAtClamd,
     /// A file has arrived, or what came of it; of the transfers after so many cuts.
-    Arrived(DatabaseName, Ending, u32),
-    /// The swap begins.
-    Swap,
-    /// clamd is asked for this number.
-    Judge(InstallNumber),
-    /// The slot is told the time.
+    Arrived(ManifestFile, Result<(), ReceiveError>, u32),
+    /// clamd has loaded what is there.
+    Judge(Proving),
+    /// The core is told the time.
     Tick,
-    /// The master is told that something goes on.
-    Tell,
-    /// clamd is looked at once more.
-    Probe,
-    /// A clamd that was there is looked for.
-    Look,
-    /// Missing files are asked for again.
-    Mend,
     /// A dishonest host goes on with its lie.
     Lie,
 }
@@ -171,7 +148,6 @@ pub(super) struct Sight<'w> {
     pub(super) now: Instant,
     pub(super) clock: Timestamp,
     pub(super) keys: &'w Verified<KeySet>,
-    pub(super) bad: &'w Bad,
     pub(super) random: &'w mut StdRng,
     pub(super) deeds: Vec<Deed>,
 }
@@ -184,41 +160,26 @@ impl Sight<'_> {
     fn chance(&mut self, of: f64) -> bool {
         self.random.random_bool(of)
     }
-}
 
-/// Where the installer stops to ask or to say something.
-enum Next {
-    Prove(InstallNumber),
-    Finish(InstallEnding),
-    Nothing,
-    /// The host has crashed.
-    Gone,
-}
-
-impl Mind {
-    fn new(resuming: bool) -> Self {
-        Self {
-            slot: Slot::new(resuming),
-            machine: Machine::default(),
-            link: None,
-            retry: RETRY,
-            probe: PROBE,
-            probing: false,
-            mending: false,
-            work: None,
-            receiving: BTreeSet::new(),
-            cuts: 0,
-            tick: None,
-            telling: false,
-            lying: None,
+    fn now(&self) -> Now {
+        Now {
+            clock: self.clock,
+            at: self.now,
         }
     }
 }
 
 impl Host {
-    pub(super) fn new(number: usize, groups: Vec<GroupName>, version: u32) -> Self {
+    pub(super) fn new(
+        number: usize,
+        groups: Vec<GroupName>,
+        version: u32,
+        bad: Arc<RwLock<Bad>>,
+        random: &mut StdRng,
+    ) -> Self {
         let mut seed = [0; 32];
         seed[..8].copy_from_slice(&number.to_le_bytes());
+        let body = Body::new(version, random.random(), bad);
         Self {
             name: format!("h{number}").parse().expect("an agent's name"),
             groups,
@@ -226,14 +187,8 @@ impl Host {
             key: SigningKey::from_bytes(&seed),
             honest: true,
             cloned: false,
-            clamd: Clamd {
-                version,
-                wanted: true,
-                loaded: None,
-                unlucky: false,
-            },
-            disk: Disk::default(),
-            up: false,
+            body: Shared(Arc::new(Mutex::new(body))),
+            agent: None,
             life: 0,
             left: false,
             cut: false,
@@ -241,21 +196,34 @@ impl Host {
             skew: SignedDuration::ZERO,
             slowness: 1.0,
             splay: Duration::ZERO,
-            lacking: false,
-            mind: Mind::new(false),
+            lies: Lies::default(),
         }
     }
 
     /// Another machine with the name, key and certificate of `host`.
-    pub(super) fn clone_of(host: &Self) -> Self {
+    pub(super) fn clone_of(host: &Self, random: &mut StdRng) -> Self {
+        let (version, bad) = {
+            let body = host.body();
+            (body.clamd.version, body.bad.clone())
+        };
         Self {
             name: host.name.clone(),
             serial: host.serial.clone(),
             key: host.key.clone(),
             honest: true,
             cloned: true,
-            ..Self::new(usize::MAX, host.groups.clone(), host.clamd.version)
+            ..Self::new(usize::MAX, host.groups.clone(), version, bad, random)
         }
+    }
+
+    /// Its disk and its clamd.
+    pub(super) fn body(&self) -> MutexGuard<'_, Body> {
+        self.body.lock()
+    }
+
+    /// Whether the agent runs.
+    pub(super) fn is_up(&self) -> bool {
+        self.agent.is_some()
     }
 
     /// Whether it is a member of the fleet that says what is so.
@@ -269,247 +237,298 @@ impl Host {
     }
 
     pub(super) fn link(&self) -> Option<LinkNumber> {
-        self.mind.link.filter(|_| self.up)
+        self.agent.as_ref()?.link
     }
 
     /// Where it is, in words.
     pub(super) fn said(&self) -> String {
-        let (disk, clamd) = (&self.disk, &self.clamd);
+        let Body { disk, clamd, .. } = &*self.body();
         let installed = disk.installed.as_ref();
         let installed = installed.map(|it| (it.set.manifest.generation, it.outcome, it.install));
         let journal = disk.journal.as_ref();
         let journal = journal.map(|it| (it.set.manifest.generation, &it.way, &it.step));
-        let mark = disk.mark.as_ref().map(|mark| mark.position);
+        let mark = disk.records.mark.as_ref().map(|kept| kept.mark.position);
+        let agent = self.agent.as_ref();
+        let agent = agent.map(|agent| agent.core.summary(ClamdState::Up));
         format!(
-            "took {mark:?}, has {installed:?}, journal {journal:?}, slot {:?} {:?}, lacking {}, {clamd:?}",
-            self.mind.slot.phase(),
-            self.mind.slot.job().map(|job| job.manifest.generation),
-            self.lacking,
+            "took {mark:?}, has {installed:?}, journal {journal:?}, agent {agent:?}, damaged {}, {clamd:?}",
+            disk.is_damaged,
         )
     }
 
     /// The agent is gone; what is on disk stays.
     pub(super) fn crash(&mut self) {
-        self.up = false;
         self.life += 1;
-        self.mind = Mind::new(true);
+        self.agent = None;
+        let mut body = self.body();
+        (body.disk.has_crashed, body.asked) = (false, None);
     }
 
     pub(super) fn on(&mut self, event: HostEvent, sight: &mut Sight<'_>) {
         match event {
             HostEvent::Start => self.start(sight),
             HostEvent::Dial => {} // the network's matter
-            HostEvent::Planned => self.planned(sight),
-            HostEvent::Arrived(name, ending, cuts) => {
-                if cuts == self.mind.cuts && self.mind.receiving.remove(&name) {
-                    self.arrived(name, ending, sight);
+            HostEvent::Begin => {
+                let Some(agent) = &mut self.agent else { return };
+                agent.running.extend(agent.later.pop_front());
+                self.work(sight);
+            }
+            HostEvent::LookAtClamd => {
+                let Some(agent) = &mut self.agent else { return };
+                if std::mem::take(&mut agent.is_probe_parked) {
+                    let look = Task::Probe { unproven: false };
+                    agent.running.push(agent.tasks.begin(look));
+                    self.work(sight);
                 }
             }
-            HostEvent::Swap => self.swap(sight),
-            HostEvent::Judge(number) => {
-                let silent = sight.chance(0.03);
-                let verdict = self
-                    .clamd
-                    .prove(number, &self.disk, sight.bad, self.lacking, silent);
-                let next = self.judged(verdict, sight);
-                self.follow(next, sight);
+            HostEvent::Arrived(file, result, cuts) => self.arrived(&file, result, cuts, sight),
+            HostEvent::Judge(proof) => {
+                self.body().judge(proof);
+                self.work(sight);
             }
             HostEvent::Tick => {
-                let due = self.mind.tick.take_if(|tick| *tick <= sight.now);
-                if due.is_some() && self.mind.slot.deadline().is_some_and(|at| at <= sight.now) {
-                    self.slotted(Slotted::Tick, sight);
+                let Some(agent) = &mut self.agent else { return };
+                if agent.tick.take_if(|tick| *tick <= sight.now).is_some() {
+                    let received = agent.received;
+                    self.feed(Event::Tick(received), sight);
                 }
-                self.set_tick(sight);
             }
-            HostEvent::Tell => {
-                self.mind.telling = false;
-                self.tell(sight);
-            }
-            HostEvent::Probe => self.probe(sight),
-            HostEvent::Look => self.look(sight),
             HostEvent::Lie => self.lies_on(sight),
-            HostEvent::Mend => {
-                self.mind.mending = false;
-                self.mend(sight);
-                self.set_mending(sight);
-            }
         }
     }
 
-    // The connection.
-
-    /// How long to wait before the next try.
-    pub(super) fn retry(&mut self, rejected: bool, was_welcome: bool, random: f64) -> Duration {
-        if was_welcome && !rejected {
-            self.mind.retry.reset();
-        }
-        self.mind.retry.next(random)
-    }
-
-    pub(super) fn lost(&mut self, link: LinkNumber, sight: &mut Sight<'_>) -> bool {
-        if self.mind.link != Some(link) {
-            return false;
-        }
-        self.mind.link = None;
-        self.slotted(Slotted::Disconnected, sight);
-        true
-    }
-
-    pub(super) fn heard(&mut self, link: LinkNumber, told: Told, sight: &mut Sight<'_>) {
-        match told {
-            Told::Welcome => {
-                self.mind.link = Some(link);
-                let installed = self.disk.installed.as_ref().filter(|_| !self.lacking);
-                let outcome = installed.map(|installed| installed.outcome);
-                let installed = installed.map(|installed| installed.set.clone().into());
-                let mut clamd = self.clamd.report(ClamdState::Up, Proof::None);
-                if !self.honest {
-                    clamd.version = Some(self.claimed_version(sight));
-                }
-                let hello = Said::Hello {
-                    installed,
-                    outcome,
-                    clamd,
-                };
-                self.say(hello, sight);
-                for receipt in self.disk.receipts.values() {
-                    let said = Said::Receipt(Box::new(receipt.clone()));
-                    sight.deeds.push(Deed::Say(link, said));
-                }
-                if self.lacking {
-                    self.say(Said::Reoffer, sight);
-                }
-            }
-            Told::Offer {
-                offer,
-                manifest,
-                rehash,
-            } => match self.honest {
-                true => self.offered(link, offer, manifest, rehash, sight),
-                false => self.lie(link, offer, manifest, rehash, sight),
-            },
-            Told::Part { offer, name } => self.part(offer, name, sight),
-            Told::Acknowledge(seq) => {
-                self.disk.receipts.remove(&seq);
-            }
-        }
-    }
-
-    fn say(&self, said: Said, sight: &mut Sight<'_>) {
-        if let Some(link) = self.mind.link {
-            sight.deeds.push(Deed::Say(link, said));
-        }
-    }
-
-    // An offer, and what the slot makes of it.
-
-    fn offered(
-        &mut self,
-        link: LinkNumber,
-        offer: OfferId,
-        manifest: Arc<Verified<Manifest>>,
-        rehash: bool,
-        sight: &mut Sight<'_>,
-    ) {
-        if self.mind.link != Some(link) {
+    /// Ends on disk what was interrupted, and goes on with it.
+    fn start(&mut self, sight: &mut Sight<'_>) {
+        let body = self.body.clone();
+        let opened = Installer::with_storage(body.clone(), body);
+        if self.has_crashed(sight) {
             return;
         }
-        let trust = Trust::new(sight.keys.clone(), self.disk.mark.clone());
-        if let Err(error) = trust.judge_manifest(manifest.envelope(), self.settled()) {
-            let message = error.to_string();
-            return self.say(Said::Declined { offer, message }, sight);
-        }
-        if let Some(mark) = trust.raised(&manifest) {
-            self.disk.mark = Some(mark);
-        }
-        let mends = trust.is_below(&manifest);
-        let job = Job {
-            offer,
-            manifest,
-            rehash,
-            mends,
-            link,
+        let installer = opened.expect("what was written can be read");
+        let mut standing = installer.standing();
+        let stands = standing.borrow_and_update().clone();
+        let now = sight.now();
+        let identity = Identity {
+            fleet: sight.keys.fleet.clone(),
+            agent: self.name.clone(),
+            key: self.key.clone(),
         };
-        if job.rehash {
-            self.say_progress(&job, Phase::Fetching, None, sight);
+        let settings = Settings {
+            stale: Stale::Warn,
+            splay: self.splay,
+            directory: PathBuf::from("/"),
+            drift: DriftPolicy::Repair,
+            rescan: Duration::from_secs(3600),
+        };
+        let (kept, random) = (self.kept(sight), sight.random.random());
+        let stop = CancellationToken::new();
+        self.agent = Some(Agent {
+            core: Core::new(identity, settings, kept, stands, now, random),
+            tasks: Tasks::new(installer, stop.clone()),
+            stop,
+            standing,
+            running: Vec::new(),
+            later: VecDeque::new(),
+            parked_look: None,
+            is_probe_parked: false,
+            saw_wrong: true,
+            link: None,
+            retry: RETRY,
+            receiving: BTreeMap::new(),
+            cuts: 0,
+            received: 0,
+            tick: None,
+            lying: None,
+        });
+        self.body().is_clamd_up();
+        self.feed(Event::Watched(true), sight);
+        self.feed(Event::Started, sight);
+        if self.is_up() {
+            sight.later(Duration::ZERO, HostEvent::Dial);
         }
-        self.slotted(Slotted::Offered(job), sight);
     }
 
-    /// What is installed, unless another set is being put in its place.
-    fn settled(&self) -> Option<Digest> {
-        let installed = self.disk.installed.as_ref()?.set.sha256();
-        let journal = self.mind.machine.journal();
-        let journal = journal.map(|journal| journal.set.sha256());
-        journal
-            .is_none_or(|set| set == installed)
-            .then_some(installed)
+    /// What the last run left.
+    fn kept(&self, sight: &Sight<'_>) -> Kept {
+        let records = &self.body().disk.records;
+        let mark = records.mark.clone();
+        let left_alone = records.left_alone.clone().map(AnyLeftAlone::Now);
+        let left_alone = left_alone.map(|record| record.kept(sight.now()));
+        Kept {
+            trust: Trust::new(sight.keys.clone(), mark.as_ref().map(|it| it.mark.clone())),
+            accepted: mark.map(|it| it.accepted),
+            receipts: records.receipts(),
+            fresh: records.fresh.clone(),
+            accepts: records.accepts.clone(),
+            first_start: sight.clock,
+            left_alone: left_alone.unwrap_or_default(),
+        }
     }
 
-    fn slotted(&mut self, event: Slotted<Job>, sight: &mut Sight<'_>) {
-        let mut events = vec![event];
-        while let Some(event) = events.pop() {
-            let random = sight.random.random();
-            for action in self.mind.slot.handle(event, sight.now, random) {
-                events.extend(self.act(action, sight));
+    /// Whether the last write has ended this life of the host.
+    fn has_crashed(&mut self, sight: &mut Sight<'_>) -> bool {
+        let has_crashed = self.body().disk.has_crashed;
+        if has_crashed {
+            self.crash();
+            sight.deeds.push(Deed::Crash);
+        }
+        has_crashed
+    }
+
+    // The core.
+
+    /// Feeds the core, carries out what it says, and lets the tasks go on.
+    fn feed(&mut self, event: Event, sight: &mut Sight<'_>) {
+        self.handle(event, sight);
+        self.work(sight);
+    }
+
+    fn handle(&mut self, event: Event, sight: &mut Sight<'_>) {
+        let mut events = VecDeque::from([event]);
+        if let Some(agent) = &mut self.agent
+            && agent.standing.has_changed().unwrap_or(false)
+        {
+            let standing = agent.standing.borrow_and_update().clone();
+            events.push_front(Event::Standing(standing));
+        }
+        while let Some(event) = events.pop_front() {
+            let Some(agent) = &mut self.agent else { return };
+            let (now, random) = (sight.now(), sight.random.random());
+            for action in agent.core.handle(event, now, random) {
+                events.extend(self.carry_out(action, sight));
+                if self.has_crashed(sight) {
+                    return;
+                }
             }
         }
-        if self.up {
-            self.set_tick(sight);
-            self.set_probe(sight);
-            self.set_telling(sight);
-            self.set_mending(sight);
+    }
+
+    /// Lets the tasks go on until all of them wait for something.
+    fn work(&mut self, sight: &mut Sight<'_>) {
+        let mut context = Context::from_waker(Waker::noop());
+        loop {
+            let mut ended = None;
+            if let Some(agent) = &mut self.agent {
+                for (at, task) in agent.running.iter_mut().enumerate() {
+                    if let Poll::Ready(event) = task.as_mut().poll(&mut context) {
+                        ended = Some((at, event));
+                        break;
+                    }
+                }
+            }
+            if self.has_crashed(sight) {
+                return;
+            }
+            if let Some(proof) = self.body().asked.take() {
+                let takes = self.takes(2.0, 40.0, sight);
+                sight.later(takes, HostEvent::Judge(proof));
+            }
+            let (Some((at, event)), Some(agent)) = (ended, &mut self.agent) else {
+                break;
+            };
+            drop(agent.running.remove(at));
+            if let Event::Looked(looked) = &event {
+                agent.saw_wrong = match &looked.look {
+                    Look::Made(findings) => !findings.wrong.is_empty(),
+                    Look::NotNow | Look::Stopped | Look::Blocked(_) => true,
+                };
+            }
+            self.handle(event, sight);
+        }
+        self.set_tick(sight);
+    }
+
+    fn set_tick(&mut self, sight: &mut Sight<'_>) {
+        let Some(agent) = &mut self.agent else { return };
+        let Some(at) = agent.core.wake(sight.now()) else {
+            return;
+        };
+        if agent.tick.is_none_or(|tick| at < tick) {
+            agent.tick = Some(at);
+            sight.later(at.saturating_duration_since(sight.now), HostEvent::Tick);
         }
     }
 
-    fn act(&mut self, action: Action<Job>, sight: &mut Sight<'_>) -> Option<Slotted<Job>> {
+    /// Carries out one action; returns what the core must hear of at once.
+    fn carry_out(&mut self, action: Action, sight: &mut Sight<'_>) -> Option<Event> {
         match action {
-            Action::Plan { job, .. } => {
-                if job.mends && self.settled() != Some(job.manifest.payload_sha256()) {
-                    let message = "it is not installed any more".to_owned();
-                    sight.deeds.push(Deed::Say(
-                        job.link,
-                        Said::Declined {
-                            offer: job.offer,
-                            message,
-                        },
-                    ));
-                    return Some(Slotted::Answered);
-                }
-                let takes = self.takes(0.1, 2.0, sight);
-                sight.later(takes, HostEvent::Planned);
-            }
-            Action::Need(job) => {
-                let files = self.missing(&job.manifest);
-                let offer = job.offer;
-                sight
-                    .deeds
-                    .push(Deed::Say(job.link, Said::Need { offer, files }));
-            }
-            Action::Abort => {
-                self.mind.cuts += 1;
-                let cuts = self.mind.cuts;
-                for name in &self.mind.receiving {
-                    let event = HostEvent::Arrived(name.clone(), Ending::Interrupted, cuts);
-                    sight.later(Duration::from_millis(10), event);
-                }
-            }
-            Action::Wait(job, until) => {
-                let left = until.saturating_duration_since(sight.now);
-                let until = sight.clock.checked_add(left).ok();
-                self.say_progress(&job, Phase::Staged, until, sight);
-            }
-            Action::Install(job) => {
-                self.say_progress(&job, Phase::Staged, None, sight);
-                let takes = self.takes(0.1, 3.0, sight);
-                sight.later(takes, HostEvent::Swap);
-            }
-            Action::Fault(job) => {
-                let ending = self.host_fault("the files did not arrive, or could not be written");
-                self.complete(&Set::from(&*job.manifest), ending, sight);
-            }
+            Action::Save(record) => return self.save(record),
+            Action::Say(connection, message) => self.says(connection, message, sight),
+            Action::Note(_) | Action::Answer(_) => {}
+            Action::Receive(_, file) => self.receives(file, sight),
+            Action::Start(task) => self.begin(task, sight),
+            Action::Cut(cut) => return self.breaks_off(cut, sight),
         }
         None
+    }
+
+    fn save(&mut self, record: Record) -> Option<Event> {
+        let saved = record.awaited();
+        let fate = self.body().write(|disk| disk.records.save(record));
+        let failed = || StateError::Write {
+            path: PathBuf::from("/"),
+            source: io::Error::other("the disk failed"),
+        };
+        let result = match fate {
+            Fate::Done => Ok(()),
+            Fate::Fault | Fate::Crash => Err(failed()),
+        };
+        saved.map(|saved| Event::Saved(saved, result))
+    }
+
+    /// Begins a task: what reads or moves files takes its time.
+    fn begin(&mut self, task: Task, sight: &mut Sight<'_>) {
+        let mut body = self.body.lock();
+        let Some(agent) = &mut self.agent else { return };
+        match task {
+            Task::Look(depth) if agent.core.is_opening() || agent.saw_wrong => {
+                agent.running.push(agent.tasks.begin(Task::Look(depth)));
+            }
+            Task::Look(depth) => {
+                let installed = body.disk.installed.as_deref();
+                match installed.is_some_and(|installed| !body.wrong(installed).is_empty()) {
+                    true => agent.running.push(agent.tasks.begin(Task::Look(depth))),
+                    false => agent.parked_look = Some(depth),
+                }
+            }
+            // Only a clamd that was seen with the set can be gone.
+            Task::Probe { unproven: false } if !body.disk.is_live() || body.is_clamd_up() => {
+                agent.is_probe_parked = true;
+            }
+            Task::Plan(..) | Task::Install(_) | Task::Repair => {
+                agent.later.push_back(agent.tasks.begin(task));
+                let takes = sight.random.random_range(0.1..3.0) * self.slowness;
+                sight.later(Duration::from_secs_f64(takes), HostEvent::Begin);
+            }
+            Task::Resume | Task::Fault(..) | Task::Ping | Task::Probe { .. } | Task::Scan => {
+                agent.running.push(agent.tasks.begin(task));
+            }
+        }
+    }
+
+    fn breaks_off(&mut self, cut: Cut, sight: &mut Sight<'_>) -> Option<Event> {
+        let agent = self.agent.as_mut()?;
+        agent.tasks.cut(cut);
+        match cut {
+            Cut::Transfers => {
+                agent.cuts += 1;
+                for file in agent.receiving.values().cloned() {
+                    let cut = Err(interrupted(&file.name));
+                    let event = HostEvent::Arrived(file, cut, agent.cuts);
+                    sight.later(Duration::from_millis(10), event);
+                }
+                None
+            }
+            Cut::Look => {
+                let depth = agent.parked_look.take()?;
+                Some(looked(depth, Look::Stopped))
+            }
+            Cut::Probe => {
+                let was_parked = std::mem::take(&mut agent.is_probe_parked);
+                was_parked.then_some(Event::Probed(None))
+            }
+            Cut::Repair => None,
+        }
     }
 
     /// How long something takes here, between these seconds on an ordinary host.
@@ -517,295 +536,266 @@ impl Host {
         Duration::from_secs_f64(sight.random.random_range(from..to) * self.slowness)
     }
 
-    fn missing(&self, manifest: &Manifest) -> Vec<DatabaseName> {
-        let files = manifest
-            .files
-            .iter()
-            .filter(|file| !self.disk.has(&file.sha256));
-        files.map(|file| file.name.clone()).collect()
-    }
+    // The connection.
 
-    fn planned(&mut self, sight: &mut Sight<'_>) {
-        if self.mind.work.is_some() {
-            return sight.later(Duration::from_secs(1), HostEvent::Planned); // it waits for it
-        }
-        let Some(job) = self.mind.slot.job().cloned() else {
-            let (missing, splay) = (Vec::new(), Duration::ZERO);
-            return self.slotted(Slotted::Planned { missing, splay }, sight);
+    /// How long to wait before the next try.
+    pub(super) fn retry(&mut self, rejected: bool, was_welcome: bool, random: f64) -> Duration {
+        let Some(agent) = &mut self.agent else {
+            return Duration::ZERO;
         };
-        if !job.rehash
-            && let Some(refusal) = self.refusal(&job.manifest).cloned()
-        {
-            self.answer(&job, refusal, sight);
-            return self.slotted(Slotted::Answered, sight);
+        if was_welcome && !rejected {
+            agent.retry.reset();
         }
-        match self.recover(sight) {
-            Ok(true) => {}
-            Ok(false) => return, // gone
-            Err(_) => return self.slotted(Slotted::PlanFailed, sight),
-        }
-        if self.disk.trouble == Trouble::Full {
-            return self.slotted(Slotted::PlanFailed, sight);
-        }
-        self.disk
-            .stage_what_is_here(&Set::from(&*job.manifest).files());
-        let missing = self.missing(&job.manifest);
-        let digests = missing.iter().filter_map(|name| job.manifest.file(name));
-        self.mind.machine.handle(Install::Planned {
-            manifest: job.manifest.payload_sha256(),
-            missing: digests.map(|file| file.sha256).collect(),
-        });
-        let splay = if job.rehash {
-            Duration::ZERO
-        } else {
-            self.splay
-        };
-        self.slotted(Slotted::Planned { missing, splay }, sight);
+        agent.retry.next(random)
     }
 
-    fn part(&mut self, offer: OfferId, name: DatabaseName, sight: &mut Sight<'_>) {
-        let job = self.mind.slot.job().filter(|job| job.offer == offer);
-        let is_wanted = job.is_some_and(|job| job.manifest.file(&name).is_some());
-        if !is_wanted || !self.mind.slot.begin(&name) {
-            return;
+    pub(super) fn lost(&mut self, link: LinkNumber, sight: &mut Sight<'_>) -> bool {
+        if self.link() != Some(link) {
+            return false;
         }
-        let ending = match (self.disk.trouble, sight.random.random_range(0..100)) {
-            (Trouble::Full, _) => Ending::Fault,
-            (_, 0..3) => Ending::Interrupted,
-            (_, 3..5) => Ending::Spoilt,
-            (_, _) => Ending::Good,
-        };
-        self.mind.receiving.insert(name.clone());
-        let takes = self.takes(0.1, 20.0, sight);
-        sight.later(takes, HostEvent::Arrived(name, ending, self.mind.cuts));
-    }
-
-    fn arrived(&mut self, name: DatabaseName, ending: Ending, sight: &mut Sight<'_>) {
-        let job = self.mind.slot.job();
-        let file = job.and_then(|job| job.manifest.file(&name));
-        if let Some(sha256) = file.map(|file| file.sha256)
-            && ending == Ending::Good
-        {
-            self.disk.stage.insert(sha256);
-            self.mind.machine.handle(Install::Arrived(sha256));
+        if let Some(agent) = &mut self.agent {
+            agent.link = None;
         }
-        self.slotted(Slotted::PartEnded(name, ending), sight);
-    }
-
-    fn set_tick(&mut self, sight: &mut Sight<'_>) {
-        let Some(at) = self.mind.slot.deadline() else {
-            return;
-        };
-        if self.mind.tick.is_none_or(|tick| at < tick) {
-            self.mind.tick = Some(at);
-            sight.later(at.saturating_duration_since(sight.now), HostEvent::Tick);
-        }
-    }
-
-    fn set_telling(&mut self, sight: &mut Sight<'_>) {
-        let is_busy = self.mind.slot.job().is_some() && !self.mind.slot.is_resting();
-        if is_busy && !self.mind.telling {
-            self.mind.telling = true;
-            sight.later(PROGRESS, HostEvent::Tell);
-        }
-    }
-
-    /// Tells the master what is going on, if anything is.
-    fn tell(&mut self, sight: &mut Sight<'_>) {
-        let slot = &self.mind.slot;
-        if let Some(job) = slot.job().filter(|_| !slot.is_resting()).cloned() {
-            let phase = self.mind.slot.phase_given(Phase::Proving);
-            if phase != Phase::Staged
-                && (phase != Phase::Fetching || !self.mind.receiving.is_empty())
-            {
-                self.say_progress(&job, phase, None, sight);
-            }
-            self.set_telling(sight);
-        }
-    }
-
-    fn say_progress(
-        &self,
-        job: &Job,
-        phase: Phase,
-        until: Option<Timestamp>,
-        sight: &mut Sight<'_>,
-    ) {
-        let offer = job.offer;
-        let said = Said::Progress {
-            offer,
-            phase,
-            until,
-            sent: 0,
-        };
-        sight.deeds.push(Deed::Say(job.link, said));
-    }
-
-    // clamd, once more.
-
-    fn set_probe(&mut self, sight: &mut Sight<'_>) {
-        let machine = &self.mind.machine;
-        let on_disk = matches!(
-            machine.phase(),
-            Phase::Swapping | Phase::Reloading | Phase::Proving
+        self.feed(
+            Event::Disconnected("the connection was lost".to_owned()),
+            sight,
         );
-        let busy = self.mind.slot.phase() == Phase::Swapping;
-        if busy || !(on_disk || machine.waits_for_clamd()) {
-            self.mind.probe.reset();
-        } else if !self.mind.probing && self.mind.work.is_none() {
-            self.mind.probing = true;
-            let wait = self.mind.probe.next(1.0);
-            sight.later(wait, HostEvent::Probe);
-        }
+        true
     }
 
-    fn probe(&mut self, sight: &mut Sight<'_>) {
-        self.mind.probing = false;
-        if self.mind.slot.phase() == Phase::Swapping || self.mind.work.is_some() {
-            return; // it is set again after that
+    pub(super) fn heard(&mut self, link: LinkNumber, told: Told, sight: &mut Sight<'_>) {
+        let Some(agent) = &mut self.agent else { return };
+        if let Told::Welcome = told {
+            agent.link = Some(link);
         }
-        let Some(journal) = self.mind.machine.journal().cloned() else {
+        if agent.link != Some(link) {
             return;
-        };
-        self.mind.work = Some(At::Probe(journal.set.clone()));
-        let next = if journal.step != Step::Waiting {
-            self.resume(Box::new(journal), sight)
-        } else {
-            match self.clamd.probe(journal.install, &self.disk, sight.bad) {
-                Verdict::Unproven(_) => Next::Prove(journal.install),
-                verdict @ (Verdict::Live(_) | Verdict::Refused { .. } | Verdict::Absent(_)) => {
-                    self.judged(verdict, sight)
+        }
+        match told {
+            Told::Welcome => {
+                let clamd = self.body().clamd.report(ClamdState::Up, Proof::None);
+                let greeting = Greeting {
+                    connection: ConnectionId(link),
+                    address: "192.0.2.1:7310".to_owned(),
+                    welcome: Welcome {
+                        fleet: sight.keys.fleet.clone(),
+                        master_version: String::new(),
+                        time: sight.clock,
+                        keep_alive: 0,
+                        keys: None,
+                        accepts: [
+                            Feature::WideNames,
+                            Feature::LargeManifests,
+                            Feature::ShortReceipts,
+                        ]
+                        .into_iter()
+                        .collect(),
+                        known: Vec::new(),
+                    },
+                    clamd,
+                    hostname: None,
+                };
+                self.feed(Event::Welcome(Box::new(greeting)), sight);
+                self.repeat_lies(sight);
+            }
+            Told::Offer {
+                offer,
+                manifest,
+                fresh,
+                rehash,
+            } => {
+                let told = Offered {
+                    link,
+                    offer,
+                    manifest,
+                    fresh,
+                    rehash,
+                };
+                match self.honest {
+                    true => self.offered(&told, sight),
+                    false => self.lie(told, sight),
                 }
             }
-        };
-        self.follow(next, sight);
-    }
-
-    /// clamd has stopped: that is seen within [`CLAMD_LOOK`].
-    pub(super) fn clamd_stopped(&mut self, sight: &mut Sight<'_>) {
-        self.clamd.stop();
-        let wait = CLAMD_LOOK.mul_f64(sight.random.random());
-        sight.later(wait, HostEvent::Look);
-    }
-
-    fn look(&mut self, sight: &mut Sight<'_>) {
-        let idle = self.mind.work.is_none() && self.mind.machine.journal().is_none();
-        let installed = self.disk.installed.clone();
-        let installed = installed.filter(|installed| installed.outcome == Outcome::Live);
-        if let Some(installed) = installed
-            && idle
-            && self.mind.slot.phase() != Phase::Swapping
-            && !self.clamd.is_up(&self.disk, sight.bad)
-        {
-            self.mind.work = Some(At::Probe(installed.set.clone()));
-            let report = self.clamd.report(ClamdState::Down, Proof::None);
-            let next = self.drive(Install::Lost(installed, report), sight);
-            self.follow(next, sight);
+            Told::Part { offer, name } => {
+                let part = Part {
+                    offer,
+                    name,
+                    encoding: PartEncoding {
+                        kind: PartKind::Full,
+                        zstd: false,
+                        from: None,
+                        to: Digest::of(b""),
+                        length: 0,
+                    },
+                    offset: 0,
+                };
+                self.feed(Event::Part(part), sight);
+            }
+            Told::Acknowledge(seq) => {
+                self.lies.acknowledged(seq);
+                self.feed(Event::Message(ToAgent::ReceiptAck { seq }), sight);
+            }
         }
+    }
+
+    fn offered(&mut self, told: &Offered, sight: &mut Sight<'_>) {
+        let offer = Offer {
+            offer: told.offer,
+            manifest: told.manifest.envelope().clone(),
+            fresh: told.fresh.envelope().clone(),
+            keys: None,
+            rehash: told.rehash,
+            full: false,
+        };
+        self.feed(Event::Message(ToAgent::Offer(Box::new(offer))), sight);
+    }
+
+    fn says(&mut self, connection: ConnectionId, message: ToMaster, sight: &mut Sight<'_>) {
+        let said = match message {
+            ToMaster::Hello(mut hello) => {
+                if !self.honest {
+                    hello.clamd.version = Some(self.claimed_version(sight));
+                }
+                Said::Hello(hello)
+            }
+            ToMaster::Need { offer, files } => {
+                let files = files.into_iter().map(|need| need.name).collect();
+                Said::Need { offer, files }
+            }
+            ToMaster::Progress {
+                offer,
+                phase,
+                until,
+            } => Said::Progress {
+                offer,
+                phase,
+                until,
+                sent: 0,
+            },
+            ToMaster::Receipt { receipt } => Said::Receipt(Box::new(receipt)),
+            ToMaster::Error {
+                offer: Some(offer),
+                message,
+                ..
+            } => Said::Declined { offer, message },
+            ToMaster::Error { offer: None, .. } => return,
+            ToMaster::Reoffer {} => Said::Reoffer,
+        };
+        sight.deeds.push(Deed::Say(connection.0, said));
+    }
+
+    fn say(&self, said: Said, sight: &mut Sight<'_>) {
+        if let Some(link) = self.link() {
+            sight.deeds.push(Deed::Say(link, said));
+        }
+    }
+
+    // Files that arrive.
+
+    fn receives(&mut self, file: ManifestFile, sight: &mut Sight<'_>) {
+        let is_full = self.body().disk.trouble == Trouble::Full;
+        let name = file.name.clone();
+        let result = match sight.random.random_range(0..100) {
+            _ if is_full => Err(ReceiveError::Host {
+                name,
+                source: fault("write"),
+            }),
+            0..3 => Err(interrupted(&name)),
+            3..5 => Err(ReceiveError::Damaged {
+                name,
+                reason: "a bit".to_owned(),
+            }),
+            _ => Ok(()),
+        };
+        let takes = self.takes(0.1, 20.0, sight);
+        if let Some(agent) = &mut self.agent {
+            agent.receiving.insert(file.name.clone(), file.clone());
+            sight.later(takes, HostEvent::Arrived(file, result, agent.cuts));
+        }
+    }
+
+    fn arrived(
+        &mut self,
+        file: &ManifestFile,
+        result: Result<(), ReceiveError>,
+        cuts: u32,
+        sight: &mut Sight<'_>,
+    ) {
+        let Some(agent) = &mut self.agent else { return };
+        if cuts != agent.cuts || agent.receiving.remove(&file.name).is_none() {
+            return; // it was cut short, of which the core has heard or hears soon
+        }
+        agent.received += 1;
+        if result.is_ok() {
+            self.body().disk.stage.insert(file.sha256);
+        }
+        self.feed(Event::Received(file.name.clone(), result), sight);
+    }
+
+    // What happens to the machine.
+
+    /// clamd has stopped: that is seen within the minute between two looks at it.
+    pub(super) fn clamd_stopped(&mut self, sight: &mut Sight<'_>) {
+        self.body().clamd.stop();
+        let after = Duration::from_millis(sight.random.random_range(0..60_000));
+        sight.later(after, HostEvent::LookAtClamd);
+    }
+
+    /// Somebody stops the agent, which has time to end what it is at.
+    pub(super) fn stop(&mut self, sight: &mut Sight<'_>) {
+        self.handle(Event::Stopping, sight);
+        if let Some(agent) = &mut self.agent {
+            agent.stop.cancel();
+            agent.running.extend(agent.later.drain(..));
+        }
+        self.work(sight);
+        self.handle(Event::Stopped, sight);
+        self.crash();
     }
 
     /// A file was lost that only the master has.
     pub(super) fn damage(&mut self, sight: &mut Sight<'_>) {
-        let name = self.disk.databases.keys().next().cloned();
-        let calm = self.mind.work.is_none() && self.mind.slot.job().is_none();
-        if let Some(name) = name.filter(|_| calm && self.disk.journal.is_none()) {
-            let lost = self.disk.databases.remove(&name).expect("it is a key");
-            self.disk.previous.remove(&lost.sha256);
-            self.lacking = true;
-            self.mend(sight);
-            self.set_mending(sight);
+        {
+            let disk = &mut self.body().disk;
+            let name = disk.databases.keys().next().cloned();
+            let Some(name) = name.filter(|_| disk.journal.is_none()) else {
+                return;
+            };
+            let lost = disk.databases.remove(&name).expect("it is a key");
+            disk.previous.remove(&lost.sha256);
+            disk.stage.remove(&lost.sha256);
+            disk.is_damaged = true;
         }
-    }
-
-    /// Asks the master for the files that are missing, unless something is being done there.
-    fn mend(&mut self, sight: &mut Sight<'_>) {
-        let open = self.mind.machine.journal();
-        let calm = open.is_none_or(|open| open.step == Step::Waiting)
-            && self.mind.slot.phase() == Phase::Idle
-            && self.mind.work.is_none();
-        if self.lacking && calm {
-            self.say(Said::Reoffer, sight);
+        let Some(agent) = &mut self.agent else { return };
+        if let Some(depth) = agent.parked_look.take() {
+            agent.running.push(agent.tasks.begin(Task::Look(depth)));
         }
+        self.feed(Event::Touched { run_begun: false }, sight);
     }
+}
 
-    fn set_mending(&mut self, sight: &mut Sight<'_>) {
-        if self.lacking && !self.mind.mending {
-            self.mind.mending = true;
-            sight.later(MEND_AGAIN, HostEvent::Mend);
-        }
+fn interrupted(name: &DatabaseName) -> ReceiveError {
+    ReceiveError::Interrupted {
+        name: name.clone(),
+        source: io::ErrorKind::ConnectionReset.into(),
     }
+}
 
-    // What the master hears of it.
+/// What a look came to.
+fn looked(depth: Depth, look: Look) -> Event {
+    Event::Looked(Box::new(Looked {
+        depth,
+        look,
+        updater: None,
+        clamd: ClamdReport::default(),
+    }))
+}
 
-    fn report(&self) -> ClamdReport {
-        self.clamd.report(ClamdState::Up, Proof::Canary)
-    }
-
-    fn refusal(&self, manifest: &Verified<Manifest>) -> Option<&Refusal> {
-        let digest = manifest.payload_sha256();
-        self.disk
-            .refusals
-            .iter()
-            .find(|refusal| refusal.manifest_sha256 == digest)
-    }
-
-    fn answer(&mut self, job: &Job, refusal: Refusal, sight: &mut Sight<'_>) {
-        let ending = InstallEnding {
-            outcome: Outcome::Refused,
-            install: refusal.install,
-            clamd: self.report(),
-            error: Some(format!("refused before: {}", refusal.error)),
-        };
-        self.complete(&Set::from(&*job.manifest), ending, sight);
-    }
-
-    fn host_fault(&self, error: &str) -> InstallEnding {
-        InstallEnding {
-            outcome: Outcome::HostFault,
-            install: InstallNumber::NONE,
-            clamd: self.report(),
-            error: Some(error.to_owned()),
-        }
-    }
-
-    fn complete(&mut self, set: &Set, ending: InstallEnding, sight: &mut Sight<'_>) {
-        let files = set.manifest.files.iter();
-        let files = files
-            .filter_map(|file| self.disk.databases.get(&file.name))
-            .map(|file| ReceiptFile::new(file.clone(), &set.manifest));
-        let receipt = Receipt {
-            fleet: set.manifest.fleet.clone(),
-            agent: self.name.clone(),
-            seq: 0,
-            epoch: set.manifest.epoch,
-            generation: set.manifest.generation,
-            manifest_sha256: set.sha256(),
-            install: ending.install,
-            outcome: ending.outcome,
-            content: None,
-            files: files.collect(),
-            missing: Vec::new(),
-            unlisted: 0,
-            foreign: Vec::new(),
-            adopted: Vec::new(),
-            drift: Vec::new(),
-            clamd: ending.clamd,
-            error: ending.error,
-            blamed: None,
-            took: 1.0,
-            time: sight.clock,
-        };
-        self.send(receipt, sight);
-    }
-
-    fn send(&mut self, receipt: Receipt, sight: &mut Sight<'_>) {
-        while self.disk.receipts.len() >= RECEIPTS_PENDING_MAX {
-            self.disk.receipts.pop_first();
-        }
-        self.disk.receipts_made += 1;
-        let seq = self.disk.receipts_made;
-        let receipt = sign(Receipt { seq, ..receipt }, &self.key);
-        self.disk.receipts.insert(seq, receipt.clone());
-        self.say(Said::Receipt(Box::new(receipt)), sight);
-    }
+/// An offer as the master sent it.
+struct Offered {
+    link: LinkNumber,
+    offer: OfferId,
+    manifest: Arc<Verified<Manifest>>,
+    fresh: Arc<Verified<clamcast_proto::fresh::Freshness>>,
+    rehash: bool,
 }

@@ -1,7 +1,7 @@
 //! The master: the real dispatcher with its fleet and rollout. What the hub, the recorder and the
 //! publisher do around it is done here in the same order, on a disk that is made up.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -18,11 +18,11 @@ use clamcast_master::publish::withdrawn::Withdrawn;
 use clamcast_master::record::entry::{Entry, FileName};
 use clamcast_proto::audit::Operator;
 use clamcast_proto::dsse::{PublicKey, Verified, sign};
+use clamcast_proto::fresh::Freshness;
 use clamcast_proto::identity::Serial;
 use clamcast_proto::manifest::{Manifest, Publisher, content_digest};
 use clamcast_proto::receipt::{Outcome, Receipt};
 use clamcast_proto::revocation::RevocationList;
-use clamcast_proto::wire::Hello;
 use clamcast_proto::{AgentName, AuditEvent, Digest, Epoch, Generation, GroupName, Position};
 use ed25519_dalek::SigningKey;
 use jiff::Timestamp;
@@ -58,6 +58,8 @@ pub(super) struct MasterDisk {
     /// What the recorder wrote.
     files: BTreeMap<FileName, Vec<u8>>,
     pub(super) published: Vec<Arc<Verified<Manifest>>>,
+    /// For each of them a statement that it is current.
+    fresh: HashMap<Digest, Arc<Verified<Freshness>>>,
     revoked: Option<RevocationList>,
     /// The state of the databases in the mirror.
     pub(super) mirror: u64,
@@ -371,7 +373,7 @@ impl Master {
     }
 
     fn tell(&mut self, id: LinkId, message: Message, sight: &mut MasterSight<'_>) {
-        let running = self.process();
+        let running = self.running.as_mut().expect("it runs");
         let Some(link) = running.numbers.get(&id).copied() else {
             return; // it has ended
         };
@@ -383,6 +385,7 @@ impl Master {
                 manner,
             } => Told::Offer {
                 offer,
+                fresh: self.disk.fresh[&manifest.payload_sha256()].clone(),
                 manifest,
                 rehash: manner.rehash,
             },
@@ -448,17 +451,8 @@ impl Master {
         };
         let (dispatcher, now) = (&mut running.dispatcher, sight.now);
         match said {
-            Said::Hello {
-                installed,
-                outcome,
-                clamd,
-            } => {
-                let hello = Hello {
-                    installed,
-                    outcome,
-                    ..Hello::new("", clamd)
-                };
-                dispatcher.hello(&name, id, hello, now);
+            Said::Hello(hello) => {
+                dispatcher.hello(&name, id, *hello, now);
             }
             Said::Need { offer, files } => {
                 for name in files {
@@ -482,7 +476,7 @@ impl Master {
                 dispatcher.progress(&name, id, progress, now);
             }
             Said::Receipt(receipt) => {
-                let checked = receipt.envelope().verify([key]).expect("it is its own");
+                let checked = receipt.verify([key]).expect("it is its own");
                 self.receipt(id, &checked, sight);
             }
             Said::Declined { offer, message } => {
@@ -647,6 +641,16 @@ impl Master {
         };
         let manifest = Arc::new(sign(manifest, &self.key));
         sight.witness.published(&manifest);
+        let fresh = Freshness {
+            fleet: manifest.fleet.clone(),
+            epoch: manifest.epoch,
+            generation: manifest.generation,
+            manifest_sha256: manifest.payload_sha256(),
+            issued: sight.now.clock,
+            expires: Timestamp::MAX,
+        };
+        let fresh = Arc::new(sign(fresh, &self.key));
+        self.disk.fresh.insert(manifest.payload_sha256(), fresh);
         self.disk.published.push(manifest.clone());
         manifest
     }

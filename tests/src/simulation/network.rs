@@ -3,27 +3,23 @@
 //! on its own, so that a new connection may be there before the old one is known to be gone.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
 use clamcast_proto::DatabaseName;
 use clamcast_proto::dsse::{Envelope, Verified};
+use clamcast_proto::fresh::Freshness;
 use clamcast_proto::manifest::Manifest;
-use clamcast_proto::receipt::{ClamdReport, Outcome, Receipt};
-use clamcast_proto::wire::{OfferId, Phase};
+use clamcast_proto::wire::{Hello, OfferId, Phase};
 use jiff::Timestamp;
 
 /// Names a connection for as long as the world lasts.
 pub(super) type LinkNumber = u64;
 
 /// What a host says.
-#[derive(Debug)]
 pub(super) enum Said {
-    Hello {
-        installed: Option<Envelope>,
-        outcome: Option<Outcome>,
-        clamd: ClamdReport,
-    },
+    Hello(Box<Hello>),
     Need {
         offer: OfferId,
         files: Vec<DatabaseName>,
@@ -35,7 +31,7 @@ pub(super) enum Said {
         /// Bytes of files that the master has sent on the connection by then.
         sent: u64,
     },
-    Receipt(Box<Verified<Receipt>>),
+    Receipt(Box<Envelope>),
     Declined {
         offer: OfferId,
         message: String,
@@ -44,12 +40,13 @@ pub(super) enum Said {
 }
 
 /// What the master tells a host.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(super) enum Told {
     Welcome,
     Offer {
         offer: OfferId,
         manifest: Arc<Verified<Manifest>>,
+        fresh: Arc<Verified<Freshness>>,
         rehash: bool,
     },
     Part {
@@ -57,6 +54,33 @@ pub(super) enum Told {
         name: DatabaseName,
     },
     Acknowledge(u64),
+}
+
+/// In a few words: every event is written down for a failure to show.
+impl fmt::Debug for Said {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Hello(hello) => write!(f, "Hello {:?}", hello.outcome),
+            Self::Need { offer, files } => write!(f, "Need {offer:?} {}", files.len()),
+            Self::Progress { offer, phase, .. } => write!(f, "Progress {offer:?} {phase:?}"),
+            Self::Receipt(_) => write!(f, "Receipt"),
+            Self::Declined { offer, message } => write!(f, "Declined {offer:?} {message}"),
+            Self::Reoffer => write!(f, "Reoffer"),
+        }
+    }
+}
+
+impl fmt::Debug for Told {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Welcome => write!(f, "Welcome"),
+            Self::Offer {
+                offer, manifest, ..
+            } => write!(f, "Offer {offer:?} {}", manifest.generation),
+            Self::Part { offer, name } => write!(f, "Part {offer:?} {name}"),
+            Self::Acknowledge(seq) => write!(f, "Acknowledge {seq}"),
+        }
+    }
 }
 
 /// A connection.

@@ -127,7 +127,8 @@ impl World {
     /// Something has happened on a host.
     pub(super) fn is_live(&mut self, number: usize) {
         let host = &self.hosts[number];
-        let installed = host.disk.installed.as_ref();
+        let body = host.body();
+        let installed = body.disk.installed.as_ref();
         let live = installed.filter(|it| it.outcome == Outcome::Live);
         if let Some(position) = live
             .map(|it| it.set.manifest.position())
@@ -167,7 +168,7 @@ impl World {
             let first = members
                 .iter()
                 .filter(|member| member.connected && run.begun[0].has(member.name, member.groups));
-            let canaries = first.filter_map(|it| Some(honest.get(it.name)?.clamd.version));
+            let canaries = first.filter_map(|it| Some(honest.get(it.name)?.body().clamd.version));
             let canaries: BTreeSet<_> = canaries.collect();
             let due = bound(run, &self.master.rules);
             let watched = self.promises.runs.entry(manifest).or_insert(Watched {
@@ -200,7 +201,7 @@ impl World {
             return;
         };
         let published = self.published(&manifest).expect("it runs");
-        if is_good(&self.bad, published) {
+        if is_good(&self.bad.read().expect("nothing panics with it"), published) {
             return;
         }
         let fleet = running.dispatcher.fleet();
@@ -212,12 +213,16 @@ impl World {
             let Some(host) = honest.get(member.name) else {
                 continue;
             };
-            let version = host.clamd.version;
+            let version = host.body().clamd.version;
             let is_first = run.begun[0].has(member.name, member.groups);
             assert!(
                 is_first
                     || member.offered.is_none()
-                    || loads(&self.bad, published, version)
+                    || loads(
+                        &self.bad.read().expect("nothing panics with it"),
+                        published,
+                        version
+                    )
                     || !watched.canaries.contains(&version),
                 "{} is offered {}, which its clamd cannot load: {} {run:#?}",
                 member.name,
@@ -284,7 +289,9 @@ impl World {
         let (Promise::Live(manifest, position) | Promise::Target(_, manifest, position)) = promise;
         let watched = &self.promises.runs[manifest];
         let published = self.published(manifest).expect("it was on its way");
-        if !watched.minority || !is_good(&self.bad, published) {
+        if !watched.minority
+            || !is_good(&self.bad.read().expect("nothing panics with it"), published)
+        {
             return;
         }
         match promise {

@@ -14,7 +14,8 @@ use clamcast_proto::receipt::Receipt;
 use clamcast_proto::{AgentName, Digest, GroupName, Position};
 use jiff::{SignedDuration, Timestamp};
 
-use super::host::Host;
+use super::disk::Disk;
+use super::host::{Body, Host};
 use super::network::Told;
 
 /// Events of rollouts that a failure shows.
@@ -299,23 +300,31 @@ impl Witness {
             self.marks.resize(number + 1, None);
             self.had.resize(number + 1, Had::default());
         }
-        let mark = host.disk.mark.as_ref().map(|mark| mark.position);
+        let body = host.body();
+        let disk = &body.disk;
+        let mark = disk.records.mark.as_ref().map(|kept| kept.mark.position);
         no_agent_gets_a_lower_generation(host, self.marks[number], mark);
         self.marks[number] = mark;
         let had = &mut self.had[number];
-        a_host_goes_back_only_to_what_it_had_before(host, *had);
-        let installed = host.disk.installed.as_ref();
+        a_host_goes_back_only_to_what_it_had_before(host, disk, *had);
+        let installed = disk.installed.as_ref();
         let installed = installed.map(|it| (it.set.manifest.position(), it.set.sha256()));
         had.installed = installed;
-        if let Some(journal) = &host.disk.journal {
+        if let Some(journal) = &disk.journal {
             let before = journal.before.installed.as_ref();
             had.before = before.map(|before| before.set.sha256());
         }
-        if host.disk.installed.is_some() {
+        if disk.installed.is_some() {
             self.supplied.insert(number);
         }
         let supplied = self.supplied.contains(&number);
-        a_clamd_is_never_without_a_whole_set(host, supplied, &self.contents);
+        a_clamd_is_never_without_a_whole_set(host, &body, supplied, &self.contents);
+    }
+
+    /// Whether the master's disk has these receipts of a host.
+    pub(super) fn has_receipts(&self, name: &AgentName, receipts: Vec<u64>) -> bool {
+        let mut receipts = receipts.into_iter();
+        receipts.all(|seq| self.receipts_on_disk.contains(&(name.clone(), seq)))
     }
 
     /// Everything that can be asked at any time.
@@ -516,8 +525,8 @@ fn no_agent_gets_a_lower_generation(host: &Host, before: Option<Position>, now: 
 }
 
 /// Only an install that comes to nothing lowers what is installed.
-fn a_host_goes_back_only_to_what_it_had_before(host: &Host, had: Had) {
-    let Some((now, before)) = host.disk.installed.as_ref().zip(had.installed) else {
+fn a_host_goes_back_only_to_what_it_had_before(host: &Host, disk: &Disk, had: Had) {
+    let Some((now, before)) = disk.installed.as_ref().zip(had.installed) else {
         return;
     };
     let (position, digest) = (now.set.manifest.position(), now.set.sha256());
@@ -588,13 +597,18 @@ fn every_refusal_is_weighed(refused: &Refused, fleet: &Fleet) {
 
 /// Where the directory holds no published set, the journal on disk says how it will again; one that
 /// had a set is never left with nothing; and what clamd has in memory is a published set.
-fn a_clamd_is_never_without_a_whole_set(host: &Host, supplied: bool, contents: &HashSet<Digest>) {
-    let Host { name, disk, .. } = host;
-    let empty = disk.databases.is_empty() && !host.lacking;
+fn a_clamd_is_never_without_a_whole_set(
+    host: &Host,
+    body: &Body,
+    supplied: bool,
+    contents: &HashSet<Digest>,
+) {
+    let (name, disk) = (&host.name, &body.disk);
+    let empty = disk.databases.is_empty() && !disk.is_damaged;
     assert!(!supplied || !empty, "{name} had a set and has nothing now");
-    if disk.journal.is_none() && !host.lacking {
+    if disk.journal.is_none() && !disk.is_damaged {
         let holds = match &disk.installed {
-            Some(installed) => disk.holds(&installed.set.files()),
+            Some(installed) => disk.holds(&installed.set.manifest),
             None => disk.databases.is_empty(),
         };
         assert!(
@@ -603,9 +617,9 @@ fn a_clamd_is_never_without_a_whole_set(host: &Host, supplied: bool, contents: &
             disk.databases, disk.installed
         );
     }
-    if let Some((content, _)) = host.clamd.loaded {
+    if let Some((content, _)) = body.clamd.loaded {
         assert!(
-            contents.contains(&content) || host.clamd.unlucky,
+            contents.contains(&content) || body.clamd.unlucky,
             "the clamd of {name} has half a set"
         );
     }

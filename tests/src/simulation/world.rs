@@ -1,6 +1,7 @@
 //! The world: time passes from one event to the next, and everything meets here.
 
 use std::collections::VecDeque;
+use std::sync::{Arc, RwLock};
 use std::time::{Duration, Instant};
 
 use clamcast_master::fleet::dispatch::Now;
@@ -45,7 +46,7 @@ pub(super) struct World {
     pub(super) master: Master,
     pub(super) witness: Witness,
     pub(super) promises: Promises,
-    pub(super) bad: Bad,
+    pub(super) bad: Arc<RwLock<Bad>>,
     keys: Verified<KeySet>,
     /// How far the master's clock is ahead.
     pub(super) skew: SignedDuration,
@@ -102,9 +103,10 @@ impl World {
         let rules = faults::rules(&size, &mut random);
         let begins = SignedDuration::from_secs(random.random_range(0..7 * 24 * 3600));
         let monday: Timestamp = "2026-03-02T00:00:00Z".parse().expect("a time");
+        let bad = Arc::<RwLock<Bad>>::default();
         Self {
             size,
-            hosts: faults::hosts(&size, &mut random),
+            hosts: faults::hosts(&size, &bad, &mut random),
             start: Instant::now(),
             clock: monday + begins,
             now: Duration::ZERO,
@@ -113,7 +115,7 @@ impl World {
             master: Master::new(manifest, rules.clone(), &size),
             witness: Witness::new(rules),
             promises: Promises::default(),
-            bad: Bad::default(),
+            bad,
             keys: sign(keys, &root),
             skew: SignedDuration::ZERO,
             faulty: true,
@@ -198,7 +200,7 @@ impl World {
                 let host = &self.hosts[number];
                 if host.life != life
                     || host.left
-                    || (!host.up && !matches!(event, HostEvent::Start))
+                    || (!host.is_up() && !matches!(event, HostEvent::Start))
                 {
                     return;
                 }
@@ -267,7 +269,6 @@ impl World {
             now: self.start + self.now,
             clock: self.clock + since + host.skew,
             keys: &self.keys,
-            bad: &self.bad,
             random: &mut self.random,
             deeds: Vec::new(),
         };
@@ -459,7 +460,7 @@ impl World {
         };
         let (number, welcomed, life) = (line.host, line.welcomed, line.host_life);
         let host = &self.hosts[number];
-        if host.life != life || !host.up || host.left {
+        if host.life != life || !host.is_up() || host.left {
             return;
         }
         let mut was_current = false;

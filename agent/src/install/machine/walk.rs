@@ -1,5 +1,9 @@
 //! Walks every way through an install, and checks at every step what must hold.
 
+use std::collections::BTreeSet;
+
+use clamcast_proto::Digest;
+
 use super::tests::{begin_again, journal};
 use super::*;
 use crate::clamd::LoadTest;

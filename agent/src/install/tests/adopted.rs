@@ -35,13 +35,13 @@ fn an_adopted_file_is_reported_and_restored_when_the_fleet_withdraws_its_name() 
     assert_eq!(take(&host, 1, fleets), ["daily.cvd", "local.ign2"]);
     assert_eq!(host.there(), set(&format!("{fleets} other.ndb=other")));
     let installer = host.start();
-    assert_eq!(installer.foreign(), ["other.ndb"]);
-    assert_eq!(installer.adopted().len(), 2);
+    let offer = manifest(1, fleets);
+    assert_eq!(foreign(&installer, &offer), ["other.ndb"]);
     // Another form of the same name does not end the adoption.
     assert_eq!(take(&host, 2, "daily.cvd@2=two"), ["daily.cvd"]);
     let there = "daily.cvd=two local.ign2=own other.ndb=other";
     assert_eq!(host.there(), set(there));
-    assert_eq!(host.start().foreign(), ["local.ign2", "other.ndb"]);
+    assert_eq!(foreign(&host.start(), &offer), ["local.ign2", "other.ndb"]);
     assert!(take(&host, 3, "main.cvd@1=main").is_empty());
     let there = "main.cvd=main daily.cvd=freshclams local.ign2=own other.ndb=other";
     assert_eq!(host.there(), set(there));
@@ -158,7 +158,10 @@ fn a_name_that_is_withdrawn_after_the_loss_of_the_state_directory_is_the_hosts_a
     assert!(take(&host, 2, "a.ndb=a").is_empty());
     let own = "daily.cvd=freshclams local.ign2=own";
     assert_eq!(host.there(), set(&format!("a.ndb=a {own}")));
-    assert_eq!(host.start().foreign(), ["daily.cvd", "local.ign2"]);
+    assert_eq!(
+        foreign(&host.start(), &manifest(1, "x.ndb=x")),
+        ["daily.cvd", "local.ign2"]
+    );
     assert_eq!(kept(&host), Files::new());
 }
 

@@ -121,17 +121,16 @@ fn an_install_that_was_interrupted_is_ended_once_a_missing_directory_is_back() {
         state: host.state(),
     };
     let installer = Installer::open(&settings, Nonce([3; 16]), host.clamd.clone()).unwrap();
-    let stop = CancellationToken::new();
     for _ in 0..2 {
-        let Look::Blocked(reason) = installer.look(Depth::Surface, &stop) else {
+        let Look::Blocked(reason) = look(&installer, Depth::Surface) else {
             panic!("there is no directory");
         };
         assert!(reason.contains("install -d -o "), "{reason}");
-        let planned = installer.plan(&manifest(2, line), false, false);
+        let planned = plan(&installer, &manifest(2, line), false);
         assert!(planned.unwrap_err().to_string().contains("no directory"));
     }
     fs::rename(&away, host.database()).unwrap();
-    assert_eq!(installer.look(Depth::Surface, &stop), Look::NotNow);
+    assert_eq!(look(&installer, Depth::Surface), Look::NotNow);
     let completed = host.probe_on(&installer).unwrap();
     assert_eq!(completed.outcome, Outcome::Live, "{:?}", completed.error);
     assert_eq!(host.there(), set(line));

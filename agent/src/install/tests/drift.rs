@@ -39,13 +39,10 @@ fn damage_that_the_hard_link_shares_is_not_repaired_from_it() {
 fn sight(depth: Depth, damage: impl FnOnce(&Host)) -> String {
     let host = Host::with(1, "daily.cld@1=one main.cvd@62=main");
     let installer = host.start();
-    let stop = CancellationToken::new();
     // What is read in this look is known in the next one.
-    assert_eq!(installer.look(Depth::Full, &stop), Look::Made(Vec::new()));
+    assert_eq!(wrong(&installer, Depth::Full), []);
     damage(&host);
-    let Look::Made(wrong) = installer.look(depth, &stop) else {
-        panic!("nothing is in its way");
-    };
+    let wrong = wrong(&installer, depth);
     let words = wrong.iter().map(|wrong| {
         let read = wrong.state.as_ref().map_or("", |_| " and read");
         format!("{} {:?}{read}", wrong.name, wrong.found)
@@ -123,14 +120,12 @@ fn a_look_gives_way_and_does_not_judge_an_install_under_way() {
     let installer = host.start();
     let stop = CancellationToken::new();
     stop.cancel();
-    assert_eq!(installer.look(Depth::Full, &stop), Look::Stopped);
-    let stop = CancellationToken::new();
-    let guard = installer.shared.slot.try_lock().unwrap();
-    assert_eq!(installer.look(Depth::Full, &stop), Look::NotNow);
-    drop(guard);
+    assert_eq!(block_on(installer.look(Depth::Full, stop)).0, Look::Stopped);
+    let engine = installer.engine.try_lock().unwrap();
+    assert_eq!(look(&installer, Depth::Full), Look::NotNow);
+    drop(engine);
     let nothing = Host::new();
-    let look = nothing.start().look(Depth::Full, &stop);
-    assert_eq!(look, Look::Made(Vec::new()));
+    assert_eq!(wrong(&nothing.start(), Depth::Full), []);
 }
 
 #[test]
@@ -149,16 +144,13 @@ fn whatever_stands_in_the_place_of_a_file_is_repaired_and_proven_anew() {
     nix::unistd::mkfifo(&at("y.ndb"), nix::sys::stat::Mode::S_IRWXU).unwrap();
     fs::set_permissions(at("z.ndb"), fs::Permissions::from_mode(0o000)).unwrap();
     fs::remove_file(at(GATE)).unwrap();
-    let stop = CancellationToken::new();
-    let Look::Made(wrong) = installer.look(Depth::Touched, &stop) else {
-        panic!("nothing is in its way");
-    };
-    assert_eq!(wrong.len(), 5, "{wrong:?}");
+    let found = wrong(&installer, Depth::Touched);
+    assert_eq!(found.len(), 5, "{found:?}");
     let completed = host.repair(&installer).unwrap().unwrap();
     assert_eq!(completed.outcome, Outcome::Live, "{:?}", completed.error);
     assert!(completed.install > number);
     assert_eq!(host.there(), set(line));
-    assert_eq!(installer.look(Depth::Full, &stop), Look::Made(Vec::new()));
+    assert_eq!(wrong(&installer, Depth::Full), []);
     let kept = host.hidden("adopted/daily.cld.directory/inside");
     assert_eq!(fs::read_to_string(kept).unwrap(), "kept");
 }
@@ -171,11 +163,7 @@ fn a_file_that_came_right_by_itself_is_proven_anew() {
     let number = host.canary();
     let aside = host.state().join("aside");
     fs::rename(host.database().join("daily.cld"), &aside).unwrap();
-    let stop = CancellationToken::new();
-    assert_ne!(
-        installer.look(Depth::Touched, &stop),
-        Look::Made(Vec::new())
-    );
+    assert_ne!(wrong(&installer, Depth::Touched), []);
     // Meanwhile clamd may have loaded the directory without it.
     fs::rename(&aside, host.database().join("daily.cld")).unwrap();
     let completed = host.repair(&installer).unwrap().unwrap();

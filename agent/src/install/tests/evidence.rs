@@ -20,7 +20,7 @@ fn offer(host: &Host, line: &str, outcome: Outcome, there: &str) -> (FakeInstall
     let completed = host.take(&installer, &offer, line).unwrap();
     assert_eq!(completed.outcome, outcome, "{:?}", completed.error);
     assert_eq!(host.there(), set(there));
-    let remembered = installer.refused_before(&offer).is_some();
+    let remembered = refused_before(&installer, &offer).is_some();
     assert_eq!(remembered, outcome == Outcome::Refused);
     (installer, completed.error.unwrap_or_default())
 }
@@ -49,7 +49,7 @@ fn a_refusal_blames_the_file_that_clamscan_names_also_when_it_is_repeated() {
     let refused = host.take(&installer, &offer, BAD).unwrap();
     assert_eq!(refused.outcome, Outcome::Refused);
     assert_eq!(refused.blamed, Some("daily.cld".parse().unwrap()));
-    let again = installer.refused_before(&offer).unwrap();
+    let again = refused_before(&installer, &offer).unwrap();
     assert_eq!(again.blamed, refused.blamed);
 }
 
@@ -91,7 +91,7 @@ fn a_set_that_clamscan_loads_stays_and_is_live_once_clamd_can_load_it() {
         let (installer, error) = offer(&host, new, Outcome::HostFault, new);
         assert!(error.starts_with("clamd: Malformed database"), "{error}");
         assert!(error.contains("memory"), "{error}");
-        assert!(installer.waits_for_clamd());
+        assert!(installer.standing().borrow().waits_for_clamd);
         let before = loads(&host);
         assert!(host.probe_on(&installer).is_none(), "reported once");
         assert_eq!(loads(&host), before + 1, "and loaded again");
@@ -175,8 +175,8 @@ fn a_named_file_that_is_damaged_or_unreadable_is_the_hosts_fault() {
             false => "daily.cld cannot be read again",
         };
         assert!(error.starts_with(said), "{error}");
-        assert!(installer.refused_before(&manifest).is_none());
-        assert!(installer.waits_for_clamd());
+        assert!(refused_before(&installer, &manifest).is_none());
+        assert!(installer.standing().borrow().waits_for_clamd);
     }
 }
 
@@ -187,7 +187,7 @@ fn where_clamscan_loads_no_previous_set_either_the_host_is_at_fault_and_the_set_
     let new = "daily.cld@2=two";
     let (installer, error) = offer(&host, new, Outcome::HostFault, new);
     assert!(error.contains("the previous set either"), "{error}");
-    assert!(installer.waits_for_clamd());
+    assert!(installer.standing().borrow().waits_for_clamd);
 }
 
 #[test]

@@ -15,8 +15,8 @@ fn a_bad_file_of_others_is_no_refusal_and_without_it_the_set_is_live() {
     assert!(error.starts_with("site.ndb is not of this set"), "{error}");
     let offer = manifest(2, "daily.cld@2=two");
     let installer = host.start();
-    assert!(installer.refused_before(&offer).is_none());
-    assert!(installer.waits_for_clamd());
+    assert!(refused_before(&installer, &offer).is_none());
+    assert!(installer.standing().borrow().waits_for_clamd);
     let number = host.canary();
     assert!(host.probe_on(&installer).is_none(), "it was told");
     host.put("site.ndb=BAD_too");
@@ -43,7 +43,7 @@ fn a_file_of_others_that_is_mended_while_the_refusal_is_looked_at_makes_no_refus
             let completed = host.take(&installer, &offer, line).unwrap();
             let context = format!("{mended:?}, {scan:?}: {:?}", completed.error);
             assert_eq!(completed.outcome, Outcome::Installed, "{context}");
-            assert!(installer.refused_before(&offer).is_none(), "{context}");
+            assert!(refused_before(&installer, &offer).is_none(), "{context}");
             let probed = host.probe_on(&installer).map(|completed| completed.outcome);
             assert_eq!(probed, Some(Outcome::Live), "{context}");
         }
@@ -60,7 +60,7 @@ fn where_nobody_names_the_file_the_old_set_tells_whose_fault_it_is() {
         let (line, offer) = ("daily.cld@2=BAD", manifest(2, "daily.cld@2=BAD"));
         let completed = host.take(&installer, &offer, line).unwrap();
         assert_eq!(completed.outcome, outcome, "{:?}", completed.error);
-        let remembered = installer.refused_before(&offer).is_some();
+        let remembered = refused_before(&installer, &offer).is_some();
         assert_eq!(remembered, outcome == Outcome::Refused);
         assert_eq!(
             host.there(),
@@ -71,7 +71,7 @@ fn where_nobody_names_the_file_the_old_set_tells_whose_fault_it_is() {
         let back = host.probe_on(&installer).map(|completed| completed.outcome);
         assert_eq!(back, (theirs == "BAD").then_some(Outcome::Live));
         let first = manifest(1, "daily.cld@1=one");
-        assert!(installer.refused_before(&first).is_none());
+        assert!(refused_before(&installer, &first).is_none());
     }
 }
 
@@ -200,12 +200,12 @@ fn what_freshclam_left_is_adopted_and_others_files_stay() {
 fn foreign_databases_are_listed_as_clamd_sees_them_and_bounded() {
     let host = Host::with(1, "daily.cld@1=one");
     host.put(".hidden.ndb=x UPPER.NDB=x daily.cvd=x notes.txt=x .x.swp=x");
-    let foreign = host.start().foreign();
-    assert_eq!(foreign, [".hidden.ndb", "UPPER.NDB", "daily.cvd"]);
+    let listed = foreign(&host.start(), &manifest(1, "daily.cld@1=one"));
+    assert_eq!(listed, [".hidden.ndb", "UPPER.NDB", "daily.cvd"]);
     for n in 0..200 {
         host.put(&format!("many{n}.ndb=x"));
     }
-    let foreign = host.start().foreign();
-    assert_eq!(foreign.len(), FOREIGN_MAX);
-    assert_eq!(foreign.last().unwrap(), "(and 104 more)");
+    let listed = foreign(&host.start(), &manifest(1, "daily.cld@1=one"));
+    assert_eq!(listed.len(), FOREIGN_MAX);
+    assert_eq!(listed.last().unwrap(), "(and 104 more)");
 }

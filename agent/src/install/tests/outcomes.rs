@@ -145,7 +145,7 @@ fn a_set_is_not_live_in_a_clamd_that_is_gone_until_it_is_back() {
     assert_eq!(completed.outcome, Outcome::Installed);
     let error = completed.error.unwrap();
     assert!(error.contains("is gone"), "{error}");
-    assert!(installer.waits_for_clamd());
+    assert!(installer.standing().borrow().waits_for_clamd);
     assert_eq!(installer.installed().unwrap().outcome, Outcome::Installed);
     assert!(host.look_at_clamd(&installer).is_none(), "it is told once");
     mood(&host, Mood::Up);
@@ -154,7 +154,7 @@ fn a_set_is_not_live_in_a_clamd_that_is_gone_until_it_is_back() {
         (completed.outcome, completed.install),
         (Outcome::Live, number)
     );
-    assert!(!installer.waits_for_clamd());
+    assert!(!installer.standing().borrow().waits_for_clamd);
 }
 
 #[test]
@@ -201,18 +201,19 @@ fn a_refused_set_is_remembered_unless_an_operator_forces_it() {
     let installer = host.start();
     let tries = host.canary();
     assert_eq!(
-        installer.refused_before(&offer).unwrap().outcome,
+        refused_before(&installer, &offer).unwrap().outcome,
         Outcome::Refused
     );
     let again = host.take(&installer, &offer, line).unwrap();
     assert!(again.error.unwrap().starts_with("refused before: "));
     assert_eq!(host.canary(), tries, "not tried again");
-    let needs = installer.plan(&offer, true, false).unwrap();
+    let needs = plan(&installer, &offer, true).unwrap();
     for need in needs {
         let file = offer.file(&need.name).unwrap();
         installer.receive(&full(file), file, &b"BAD"[..]).unwrap();
     }
-    let forced = host.install(&installer, &offer);
+    let forced = installer.install(&offer, true, CancellationToken::new());
+    let forced = block_on(forced);
     assert!(!forced.error.unwrap().starts_with("refused before"));
 }
 
@@ -367,7 +368,7 @@ fn a_lost_state_directory_costs_neither_a_transfer_nor_a_number() {
     let installer = host.start();
     assert!(installer.installed().is_none());
     let offer = manifest(2, line);
-    assert_eq!(installer.plan(&offer, false, false).unwrap(), []);
+    assert_eq!(plan(&installer, &offer, false).unwrap(), []);
     let completed = host.install(&installer, &offer);
     assert_eq!(
         (completed.outcome, completed.install),
@@ -406,8 +407,11 @@ fn a_set_that_somebody_damaged_is_not_blamed_for_what_clamd_says() {
     mood(&host, Mood::Up);
     let completed = host.probe_on(&installer).unwrap();
     assert_eq!(completed.outcome, Outcome::HostFault);
-    assert!(installer.waits_for_clamd(), "probing goes on");
-    assert!(installer.refused_before(&manifest(2, line)).is_none());
+    assert!(
+        installer.standing().borrow().waits_for_clamd,
+        "probing goes on"
+    );
+    assert!(refused_before(&installer, &manifest(2, line)).is_none());
     let completed = host.repair(&installer).unwrap().unwrap();
     assert_eq!(completed.outcome, Outcome::Live, "{:?}", completed.error);
     assert_eq!(host.there(), set(line));

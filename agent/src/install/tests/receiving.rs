@@ -15,9 +15,9 @@ fn what_does_not_fit_is_said_before_it_is_transferred() {
         },
         &ed25519_dalek::SigningKey::from_bytes(&[7; 32]),
     );
-    let fault = host.start().plan(&huge, false, false).unwrap_err();
+    let fault = plan(&host.start(), &huge, false).unwrap_err();
     assert!(matches!(fault, HostFault::Space { .. }), "{fault}");
-    let completed = host.start().host_fault(&huge, &fault);
+    let completed = block_on(host.start().host_fault(&huge, &fault));
     assert_eq!(completed.outcome, Outcome::HostFault);
     assert!(completed.error.unwrap().contains("bytes free"));
 }
@@ -28,7 +28,7 @@ fn a_full_disk_while_receiving_is_a_host_fault_with_path_and_reason() {
     let shim = host.shim(Fault::None);
     let (installer, _) = host.start_on(shim.clone()).unwrap();
     let offer = manifest(2, "daily.cld@2=two");
-    installer.plan(&offer, false, false).unwrap();
+    plan(&installer, &offer, false).unwrap();
     shim.set_fault(Fault::From(0, Errno::ENOSPC));
     let file = &offer.files[0];
     let error = installer
@@ -100,7 +100,7 @@ fn a_delta_and_a_compressed_file_come_out_as_the_file_in_any_pieces() {
         for cut in [1, bytes.len() / 2, bytes.len() - 1] {
             let host = Host::with(1, &old_line);
             let installer = host.start();
-            let needs = installer.plan(&offer, false, false).unwrap();
+            let needs = plan(&installer, &offer, false).unwrap();
             assert_eq!(needs[0].have, Have::Sha256(from));
             let cut_off = send(&installer, file, &encoding, 0, &bytes[..cut]).unwrap_err();
             assert!(
@@ -109,13 +109,13 @@ fn a_delta_and_a_compressed_file_come_out_as_the_file_in_any_pieces() {
             );
             drop(installer);
             let installer = host.start(); // a restart in between
-            let needs = installer.plan(&offer, false, false).unwrap();
+            let needs = plan(&installer, &offer, false).unwrap();
             assert_eq!(
                 (needs[0].resume_at, needs[0].resume.as_ref()),
                 (cut as u64, Some(&encoding))
             );
             send(&installer, file, &encoding, cut, &bytes[cut..]).unwrap();
-            assert_eq!(installer.plan(&offer, false, false).unwrap(), []);
+            assert_eq!(plan(&installer, &offer, false).unwrap(), []);
             let completed = host.install(&installer, &offer);
             assert_eq!(completed.outcome, Outcome::Live, "{:?}", completed.error);
             assert_eq!(host.there()["daily.cld"], new);
@@ -123,16 +123,13 @@ fn a_delta_and_a_compressed_file_come_out_as_the_file_in_any_pieces() {
         // Damage is thrown away, and the next plan starts from nothing.
         let host = Host::with(1, &old_line);
         let installer = host.start();
-        installer.plan(&offer, false, false).unwrap();
+        plan(&installer, &offer, false).unwrap();
         let mut damaged = bytes.to_vec();
         let at = damaged.len() - 9;
         damaged[at] ^= 1;
         let error = send(&installer, file, &encoding, 0, &damaged).unwrap_err();
         assert!(matches!(error, ReceiveError::Damaged { .. }), "{error}");
-        assert_eq!(
-            installer.plan(&offer, false, false).unwrap()[0].resume_at,
-            0
-        );
+        assert_eq!(plan(&installer, &offer, false).unwrap()[0].resume_at, 0);
         assert_eq!(host.there()["daily.cld"], old);
     }
 }
@@ -207,14 +204,14 @@ fn stages_outlive_an_offer_that_supersedes_theirs_only_where_it_wants_them() {
     let host = Host::with(1, "daily.cld@1=one");
     let installer = host.start();
     let first = manifest(2, "daily.cld@2=two x.ndb=x");
-    installer.plan(&first, false, false).unwrap();
+    plan(&installer, &first, false).unwrap();
     for (file, content) in first.files.iter().zip(["two", "x"]) {
         installer
             .receive(&full(file), file, content.as_bytes())
             .unwrap();
     }
     let second = manifest(3, "daily.cld@3=three x.ndb=x");
-    let needs = installer.plan(&second, false, false).unwrap();
+    let needs = plan(&installer, &second, false).unwrap();
     assert_eq!(needs.len(), 1);
     assert_eq!(needs[0].name.as_str(), "daily.cld");
     let staged = fs::read_dir(host.hidden("stage")).unwrap().count();

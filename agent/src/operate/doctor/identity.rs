@@ -8,7 +8,7 @@ use jiff::Timestamp;
 use super::{Finding, PassedKey, is_denied};
 use crate::chain;
 use crate::config::Config;
-use crate::core::trust::{self, OpenError};
+use crate::keeper::trust::{self, OpenError};
 use crate::link::endpoint::{CERTIFICATE_ENDS_SOON, Credentials, CredentialsError};
 
 /// Checks key set and certificate. The credentials, if they can be used, are for the probe.

@@ -13,12 +13,12 @@ use super::master::Agent;
 use crate::clamd::Settings;
 use crate::clamd::proof::{CANARY, GATE};
 use crate::config::Config;
-use crate::core::receipts;
 use crate::core::status::{Blindness, LastStatus};
 use crate::host::state::{self, StateError};
 use crate::install::journal::INSTALLED;
 use crate::install::watch::Blind;
 use crate::install::{HIDDEN, Installed};
+use crate::keeper::receipts;
 
 /// Databases of others are tried with clamscan up to this size: each takes some hundredths of a
 /// second and a few MB of memory.

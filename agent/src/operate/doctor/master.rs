@@ -18,7 +18,7 @@ use tokio::task::JoinSet;
 use super::Finding;
 use crate::chain;
 use crate::config::{Config, DAEMON};
-use crate::core::keeper::CLOCK_SKEW_SECS_MAX;
+use crate::core::CLOCK_SKEW_SECS_MAX;
 use crate::core::status::Status;
 use crate::host::Process;
 use crate::link;

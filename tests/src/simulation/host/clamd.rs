@@ -3,7 +3,7 @@
 use clamcast_agent::clamd::{LoadTest, Verdict};
 use clamcast_proto::Digest;
 use clamcast_proto::manifest::content_digest;
-use clamcast_proto::receipt::{ClamdReport, ClamdState, InstallNumber, Proof};
+use clamcast_proto::receipt::{ClamdReport, ClamdState, FileState, InstallNumber, Proof};
 
 use crate::simulation::contents::Bad;
 use crate::simulation::disk::Disk;
@@ -22,11 +22,20 @@ pub(in crate::simulation) struct Clamd {
 }
 
 impl Clamd {
+    pub(super) fn new(version: u32) -> Self {
+        Self {
+            version,
+            wanted: true,
+            loaded: None,
+            unlucky: false,
+        }
+    }
+
     /// Whether it answers; it comes up by itself where it can.
     pub(in crate::simulation) fn is_up(&mut self, disk: &Disk, bad: &Bad) -> bool {
         if self.wanted && self.loaded.is_none() && self.load(disk, bad) {
             let installed = disk.installed.as_ref();
-            self.unlucky = !installed.is_some_and(|it| disk.holds(&it.set.files()));
+            self.unlucky = !installed.is_some_and(|it| disk.holds(&it.set.manifest));
         }
         self.wanted && self.loaded.is_some()
     }
@@ -48,12 +57,25 @@ impl Clamd {
         self.loaded = None;
     }
 
-    pub(super) fn report(&self, state: ClamdState, proof: Proof) -> ClamdReport {
+    pub(in crate::simulation) fn report(&self, state: ClamdState, proof: Proof) -> ClamdReport {
         ClamdReport {
             state,
             version: Some(format!("ClamAV 1.{}", self.version)),
             proof,
             note: None,
+        }
+    }
+
+    /// What this host's `clamscan` makes of some files.
+    pub(super) fn load_test<'f>(
+        &self,
+        files: impl IntoIterator<Item = &'f FileState>,
+        bad: &Bad,
+    ) -> LoadTest {
+        let mut files = files.into_iter();
+        match files.find(|file| !bad.loads(self.version, [&file.sha256])) {
+            Some(file) => LoadTest::Failed(format!("Can't load {}: Malformed database", file.name)),
+            None => LoadTest::Passed,
         }
     }
 
@@ -78,7 +100,6 @@ impl Clamd {
         number: InstallNumber,
         disk: &Disk,
         bad: &Bad,
-        damaged: bool,
         silent: bool,
     ) -> Verdict {
         if !self.wanted {
@@ -88,17 +109,15 @@ impl Clamd {
             return Verdict::Unproven(self.report(ClamdState::Silent, Proof::None));
         }
         if !self.load(disk, bad) {
-            let reason = "Malformed database".to_owned();
-            let report = self.report(ClamdState::Up, Proof::None);
-            // As on a host whose clamscan names a file of the set.
+            let scan = self.load_test(disk.databases.values(), bad);
             return Verdict::Refused {
-                scan: LoadTest::Failed(reason.clone()),
-                reason,
+                scan,
+                reason: "Malformed database".to_owned(),
                 control: true,
-                report,
+                report: self.report(ClamdState::Up, Proof::None),
             };
         }
-        self.unlucky = damaged;
+        self.unlucky = disk.is_damaged;
         self.probe(number, disk, bad)
     }
 }

@@ -1,18 +1,36 @@
 //! A host that somebody else has taken over, or whose disk lies. It chooses anew for each offer and for
 //! each message what it says.
 
-use super::*;
+use std::collections::BTreeMap;
+
+use clamcast_proto::dsse::Envelope;
 use clamcast_proto::receipt::InstallNumber;
+
+use super::*;
 
 /// How long a lie goes on at most: beyond every deadline.
 const LONGEST: Duration = Duration::from_secs(3 * 3600);
 
+/// The first number of a receipt that lies: far above those that the core makes.
+const FIRST: u64 = 1 << 40;
+
+/// Receipts of a dishonest host that the master has not acknowledged.
+#[derive(Default)]
+pub(super) struct Lies {
+    said: BTreeMap<u64, Envelope>,
+    made: u64,
+}
+
+impl Lies {
+    pub(super) fn acknowledged(&mut self, seq: u64) {
+        self.said.remove(&seq);
+    }
+}
+
 /// What a dishonest host is at.
 pub(super) struct Lying {
     lie: Lie,
-    link: LinkNumber,
-    offer: OfferId,
-    manifest: Arc<Verified<Manifest>>,
+    offered: Offered,
     /// When it lied last, and until when it goes on.
     last: Instant,
     end: Instant,
@@ -43,14 +61,7 @@ enum Claim {
 
 impl Host {
     /// Does something with an offer, and seldom what it should.
-    pub(super) fn lie(
-        &mut self,
-        link: LinkNumber,
-        offer: OfferId,
-        manifest: Arc<Verified<Manifest>>,
-        rehash: bool,
-        sight: &mut Sight<'_>,
-    ) {
+    pub(super) fn lie(&mut self, offered: Offered, sight: &mut Sight<'_>) {
         let lie = match sight.random.random_range(0..20) {
             0..6 => Lie::Claim(Claim::Refused),
             6..9 => Lie::Claim(Claim::Live),
@@ -68,15 +79,15 @@ impl Host {
             }
             18 => {
                 let message = "no".to_owned();
+                let offer = offered.offer;
                 return self.say(Said::Declined { offer, message }, sight);
             }
-            _ => return self.offered(link, offer, manifest, rehash, sight),
+            _ => return self.offered(&offered, sight),
         };
-        self.mind.lying = Some(Lying {
+        let Some(agent) = &mut self.agent else { return };
+        agent.lying = Some(Lying {
             lie,
-            link,
-            offer,
-            manifest,
+            offered,
             last: sight.now,
             end: sight.now + LONGEST.mul_f64(sight.random.random()),
             sent: 0,
@@ -91,8 +102,9 @@ impl Host {
 
     /// Goes on with what it is at, as long as it is connected.
     pub(super) fn lies_on(&mut self, sight: &mut Sight<'_>) {
-        let link = self.mind.link;
-        let Some(mut lying) = self.mind.lying.take_if(|it| Some(it.link) == link) else {
+        let Some(agent) = &mut self.agent else { return };
+        let link = agent.link;
+        let Some(mut lying) = agent.lying.take_if(|it| Some(it.offered.link) == link) else {
             return;
         };
         let phases = [
@@ -105,22 +117,16 @@ impl Host {
         let phase = match lying.lie {
             Lie::Claim(claim) => {
                 // What it said before, now and then once more.
-                if let Some(old) = self
-                    .disk
-                    .receipts
-                    .values()
-                    .next()
-                    .filter(|_| sight.chance(0.2))
-                {
+                let old = self.lies.said.values().next();
+                if let Some(old) = old.filter(|_| sight.chance(0.2)) {
                     return self.say(Said::Receipt(Box::new(old.clone())), sight);
                 }
-                let receipt = self.claims(claim, &lying.manifest, sight);
-                self.send(receipt, sight);
+                self.claim(claim, &lying.offered.manifest, sight);
                 // It contradicts itself, or says the same again.
                 if sight.chance(0.4) {
                     let claims = [Claim::Refused, Claim::Live, Claim::HostFault];
                     lying.lie = Lie::Claim(claims[sight.random.random_range(0..claims.len())]);
-                    self.mind.lying = Some(lying);
+                    self.goes_on(lying);
                     let after = Duration::from_secs(sight.random.random_range(1..1000));
                     sight.later(after, HostEvent::Lie);
                 }
@@ -134,7 +140,7 @@ impl Host {
         };
         let until = sight.chance(0.5).then_some(Timestamp::MAX);
         let said = Said::Progress {
-            offer: lying.offer,
+            offer: lying.offered.offer,
             phase,
             until,
             sent: lying.sent,
@@ -144,8 +150,33 @@ impl Host {
         if sight.now < lying.end {
             let after = Duration::from_secs(sight.random.random_range(10..120));
             sight.later(after, HostEvent::Lie);
-            self.mind.lying = Some(lying);
+            self.goes_on(lying);
         }
+    }
+
+    /// On a new connection the master hears everything that it has not acknowledged.
+    pub(super) fn repeat_lies(&self, sight: &mut Sight<'_>) {
+        for lie in self.lies.said.values() {
+            self.say(Said::Receipt(Box::new(lie.clone())), sight);
+        }
+    }
+
+    fn goes_on(&mut self, lying: Lying) {
+        if let Some(agent) = &mut self.agent {
+            agent.lying = Some(lying);
+        }
+    }
+
+    /// Signs and says what is not so.
+    fn claim(&mut self, claim: Claim, manifest: &Verified<Manifest>, sight: &mut Sight<'_>) {
+        let seq = FIRST + self.lies.made;
+        self.lies.made += 1;
+        let receipt = self.claims(claim, manifest, sight);
+        let receipt = sign(Receipt { seq, ..receipt }, &self.key)
+            .envelope()
+            .clone();
+        self.lies.said.insert(seq, receipt.clone());
+        self.say(Said::Receipt(Box::new(receipt)), sight);
     }
 
     /// A version of ClamAV: that of some host, or one of its own.
@@ -153,7 +184,7 @@ impl Host {
         match sight.random.random_range(0..6) {
             0 => format!("ClamAV 9.{}", sight.random.random_range(0..1000)),
             1 | 2 => format!("ClamAV 1.{}", sight.random.random_range(0..CLAMD_VERSIONS)),
-            _ => format!("ClamAV 1.{}", self.clamd.version),
+            _ => format!("ClamAV 1.{}", self.body().clamd.version),
         }
     }
 
@@ -188,7 +219,7 @@ impl Host {
             }
             Claim::Other => (position, Digest::of(b"another"), Outcome::Live),
         };
-        let mut clamd = self.report();
+        let mut clamd = self.body().clamd.report(ClamdState::Up, Proof::Canary);
         clamd.version = Some(self.claimed_version(sight));
         Receipt {
             fleet: FleetName::clone(&manifest.fleet),

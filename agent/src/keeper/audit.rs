@@ -8,13 +8,13 @@ use std::path::{Path, PathBuf};
 use clamcast_daemon::audit::{AuditError, Draft, Log};
 use clamcast_daemon::{durable, input};
 use clamcast_proto::dsse::PublicKey;
-use clamcast_proto::{AgentName, AuditEvent, FleetName, Position};
+use clamcast_proto::{AgentName, FleetName};
 use ed25519_dalek::SigningKey;
 use ed25519_dalek::pkcs8::spki::der::pem::LineEnding;
 use ed25519_dalek::pkcs8::{DecodePrivateKey as _, EncodePrivateKey as _};
 use jiff::Timestamp;
-use serde_json::Value;
 
+use crate::core::Note;
 use crate::host::state::{self, StateError};
 
 /// The log. A host keeps its signatures current even where the log cannot be written; that is
@@ -82,15 +82,15 @@ impl AuditLog {
         Ok(Self { log, agent })
     }
 
-    /// Notes what happened.
-    pub fn note(
-        &mut self,
-        event: AuditEvent,
-        position: Option<Position>,
-        outcome: Option<&str>,
-        detail: Value,
-    ) {
+    /// Writes a line.
+    pub fn note(&mut self, note: Note) {
         let Some(log) = &mut self.log else { return };
+        let Note {
+            event,
+            position,
+            outcome,
+            detail,
+        } = note;
         let draft = Draft {
             event,
             actor: format!("agent:{}", self.agent),
@@ -150,10 +150,21 @@ fn key(state: &Path, random: [u8; 32]) -> Result<SigningKey, KeyError> {
 mod tests {
     use super::*;
     use clamcast_daemon::audit;
+    use clamcast_proto::AuditEvent;
+    use serde_json::Value;
 
     fn open(state: &Path, random: u8) -> AuditLog {
         let (fleet, agent) = ("bank".parse().unwrap(), "web1".parse().unwrap());
         AuditLog::open(state, &fleet, &agent, [random; 32], Timestamp::UNIX_EPOCH).unwrap()
+    }
+
+    fn note(event: AuditEvent) -> Note {
+        Note {
+            event,
+            position: None,
+            outcome: None,
+            detail: Value::Null,
+        }
     }
 
     fn verify(state: &Path) -> u64 {
@@ -168,7 +179,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         for start in 1..=3 {
             // Randomness counts only at the first start.
-            open(dir.path(), start).note(AuditEvent::Started, None, None, Value::Null);
+            open(dir.path(), start).note(note(AuditEvent::Started));
             assert_eq!(verify(dir.path()), u64::from(start));
         }
     }
@@ -176,11 +187,11 @@ mod tests {
     #[test]
     fn an_edited_log_is_kept_aside_and_a_new_one_begun() {
         let dir = tempfile::tempdir().unwrap();
-        open(dir.path(), 1).note(AuditEvent::Refused, None, None, Value::Null);
+        open(dir.path(), 1).note(note(AuditEvent::Refused));
         let path = dir.path().join("audit/log.jsonl");
         let text = fs::read_to_string(&path).unwrap();
         fs::write(&path, text.replace("refused", "adopted")).unwrap();
-        open(dir.path(), 1).note(AuditEvent::Started, None, None, Value::Null);
+        open(dir.path(), 1).note(note(AuditEvent::Started));
         assert_eq!(verify(dir.path()), 1);
         assert!(dir.path().join("audit-damaged-0/log.jsonl").exists());
     }
