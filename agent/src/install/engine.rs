@@ -134,6 +134,10 @@ impl Engine {
     /// Takes one event and returns what to do about it: see [`Machine::handle`].
     pub(super) fn handle(&mut self, event: Event) -> Vec<Action> {
         let actions = self.machine.handle(event);
+        // It is in the directory, also if the record of it does not get to disk.
+        if let Some(waiting) = self.machine.waiting() {
+            self.installed = Some(waiting);
+        }
         // The phase of an install holds until its receipt is made.
         if self.phase != Phase::Idle && self.machine.phase() != Phase::Idle {
             self.phase = self.machine.phase();

@@ -416,3 +416,30 @@ fn a_set_that_somebody_damaged_is_not_blamed_for_what_clamd_says() {
     assert_eq!(completed.outcome, Outcome::Live, "{:?}", completed.error);
     assert_eq!(host.there(), set(line));
 }
+
+#[test]
+fn a_set_that_waits_for_clamd_is_the_installed_one_although_its_record_could_not_be_written() {
+    let line = "daily.cld@2=two";
+    let mut unrecorded = 0;
+    for call in 0.. {
+        let host = Host::with(1, "daily.cld@1=one");
+        mood(&host, Mood::Away);
+        let shim = host.shim(Fault::Once(call, Errno::EIO));
+        let Ok((installer, _)) = host.start_on(shim.clone()) else {
+            continue; // it was the start that failed
+        };
+        let taken = host.take(&installer, &manifest(2, line), line);
+        if shim.calls() <= call {
+            break; // it ended before
+        }
+        let is_installed = taken.is_ok_and(|taken| taken.outcome == Outcome::Installed);
+        if is_installed {
+            let record = fs::read_to_string(host.state().join("installed.json")).unwrap();
+            let old = manifest(1, "daily.cld@1=one").envelope().clone();
+            let recorded: Installed = serde_json::from_str(&record).unwrap();
+            unrecorded += usize::from(recorded.set.envelope.payload == old.payload);
+            assert_eq!(wrong(&installer, Depth::Surface), [], "call {call}");
+        }
+    }
+    assert!(unrecorded > 0, "no call was the write of the record");
+}
