@@ -130,6 +130,7 @@ impl Core {
     fn is_live(&self, outcome: Option<Outcome>, clamd: ClamdState) -> bool {
         outcome == Some(Outcome::Live)
             && self.files.guard.wrong().len() == 0
+            && self.files.blocked.is_none()
             && clamd != ClamdState::Down
     }
 

@@ -42,7 +42,8 @@ pub struct Standing {
     pub phase: Phase,
     /// Whether the set is on disk and clamd has yet to be seen with it.
     pub waits_for_clamd: bool,
-    /// Whether an install has not ended: its set waits for clamd, or the disk failed in the middle.
+    /// Whether an install has not ended: its set waits for clamd, or the disk failed in the middle or at
+    /// the end. A probe goes on with it.
     pub is_unproven: bool,
 }
 
@@ -110,7 +111,7 @@ impl Engine {
             settled: self.settled(),
             phase: self.phase,
             waits_for_clamd: self.machine.waits_for_clamd(),
-            is_unproven: self.machine.waits_for_clamd() || self.machine.phase() != Phase::Idle,
+            is_unproven: self.journal().is_some(),
         }
     }
 
@@ -162,7 +163,7 @@ impl Engine {
         self.phase = Phase::Idle;
     }
 
-    /// The record of what is installed was written.
+    /// The machine has decided what is installed.
     pub(super) fn recorded(&mut self, installed: Option<Installed>) {
         self.installed = installed;
     }

@@ -719,11 +719,11 @@ impl<S: Storage, P: Prove> Shared<S, P> {
                     | Action::Remember(_)
                     | Action::Forget
                     | Action::Clean) => {
-                        let done = self.storage.perform(&action);
-                        if let (Ok(()), Action::Record(installed)) = (&done, action) {
-                            engine.recorded(installed.map(|installed| *installed));
+                        if let Action::Record(installed) = &action {
+                            // It is so, also if the record does not get to disk.
+                            engine.recorded(installed.as_deref().cloned());
                         }
-                        done
+                        self.storage.perform(&action)
                     }
                 };
                 if let Err(StepFault { fault, touched }) = done {

@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use super::disk::{Dir, HostFault};
 use super::engine::{Engine, Probed};
 use super::evidence::{self, Control, Trial, Tried};
-use super::journal::Journal;
+use super::journal::{Journal, Step};
 use super::machine::Event;
 use super::others::{Blame, Other};
 use super::{Completed, Held, Installer, Shared, Storage};
@@ -121,11 +121,14 @@ impl<S: Storage, P: Prove> Installer<S, P> {
         let journal = engine.journal().cloned()?;
         let set = journal.set.clone();
         if engine.is_unfinished() {
-            // A disk that failed in the middle of something: perhaps it works again.
+            // A disk that failed in the middle of something: perhaps it works again. An outcome that was
+            // decided by then has been reported.
+            let is_decided = matches!(journal.step, Step::Settling(_));
             let (engine, next) = self
                 .blocking(engine, move |shared, engine| shared.resume(engine, journal))
                 .await;
-            return self.complete(engine, set, next.ok()?, None, stop).await.1;
+            let completed = self.complete(engine, set, next.ok()?, None, stop).await.1;
+            return completed.filter(|_| !is_decided);
         }
         // It may run clamscan, which takes as long as a load.
         let probing = self.shared.prover.probe(journal.install);

@@ -123,7 +123,7 @@ pub(super) enum HostEvent {
     /// A clamd that has stopped is looked for.
     LookAtClamd,
     /// A file has arrived, or what came of it; of the transfers after so many cuts.
-    Arrived(ManifestFile, Result<(), ReceiveError>, u32),
+    Arrived(Box<(ManifestFile, Result<(), ReceiveError>)>, u32),
     /// clamd has loaded what is there.
     Judge(Proving),
     /// The core is told the time.
@@ -281,7 +281,7 @@ impl Host {
                     self.work(sight);
                 }
             }
-            HostEvent::Arrived(file, result, cuts) => self.arrived(&file, result, cuts, sight),
+            HostEvent::Arrived(arrived, cuts) => self.arrived(*arrived, cuts, sight),
             HostEvent::Judge(proof) => {
                 self.body().judge(proof);
                 self.work(sight);
@@ -514,7 +514,7 @@ impl Host {
                 agent.cuts += 1;
                 for file in agent.receiving.values().cloned() {
                     let cut = Err(interrupted(&file.name));
-                    let event = HostEvent::Arrived(file, cut, agent.cuts);
+                    let event = HostEvent::Arrived(Box::new((file, cut)), agent.cuts);
                     sight.later(Duration::from_millis(10), event);
                 }
                 None
@@ -710,14 +710,16 @@ impl Host {
         let takes = self.takes(0.1, 20.0, sight);
         if let Some(agent) = &mut self.agent {
             agent.receiving.insert(file.name.clone(), file.clone());
-            sight.later(takes, HostEvent::Arrived(file, result, agent.cuts));
+            sight.later(
+                takes,
+                HostEvent::Arrived(Box::new((file, result)), agent.cuts),
+            );
         }
     }
 
     fn arrived(
         &mut self,
-        file: &ManifestFile,
-        result: Result<(), ReceiveError>,
+        (file, result): (ManifestFile, Result<(), ReceiveError>),
         cuts: u32,
         sight: &mut Sight<'_>,
     ) {
@@ -729,7 +731,7 @@ impl Host {
         if result.is_ok() {
             self.body().disk.stage.insert(file.sha256);
         }
-        self.feed(Event::Received(file.name.clone(), result), sight);
+        self.feed(Event::Received(file.name, result), sight);
     }
 
     // What happens to the machine.

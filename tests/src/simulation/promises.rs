@@ -168,7 +168,15 @@ impl World {
             let first = members
                 .iter()
                 .filter(|member| member.connected && run.begun[0].has(member.name, member.groups));
-            let canaries = first.filter_map(|it| Some(honest.get(it.name)?.body().clamd.version));
+            // A clamd that does not load what it has is no judge of what comes.
+            let judge = |host: &&Host| {
+                let body = host.body();
+                let version = body.clamd.version;
+                let files = body.disk.databases.values().map(|file| &file.sha256);
+                let bad = self.bad.read().expect("nothing panics with it");
+                bad.loads(version, files).then_some(version)
+            };
+            let canaries = first.filter_map(|it| judge(honest.get(it.name)?));
             let canaries: BTreeSet<_> = canaries.collect();
             let due = bound(run, &self.master.rules);
             let watched = self.promises.runs.entry(manifest).or_insert(Watched {

@@ -311,8 +311,11 @@ impl Witness {
         let installed = installed.map(|it| (it.set.manifest.position(), it.set.sha256()));
         had.installed = installed;
         if let Some(journal) = &disk.journal {
-            let before = journal.before.installed.as_ref();
-            had.before = before.map(|before| before.set.sha256());
+            // The journal of an old set that waits for clamd again has nothing before it, and the record of
+            // that set may still be missing.
+            if let Some(before) = &journal.before.installed {
+                had.before = Some(before.set.sha256());
+            }
         }
         if disk.installed.is_some() {
             self.supplied.insert(number);

@@ -443,3 +443,59 @@ fn a_set_that_waits_for_clamd_is_the_installed_one_although_its_record_could_not
     }
     assert!(unrecorded > 0, "no call was the write of the record");
 }
+
+#[test]
+fn the_same_content_under_a_new_number_is_installed_although_its_record_could_not_be_written() {
+    let line = "daily.cld@1=one";
+    let mut unrecorded = 0;
+    for call in 0.. {
+        let host = Host::with(1, line);
+        let shim = host.shim(Fault::Once(call, Errno::EIO));
+        let Ok((installer, _)) = host.start_on(shim.clone()) else {
+            continue; // it was the start that failed
+        };
+        let taken = host.take(&installer, &manifest(2, line), line);
+        if shim.calls() <= call {
+            break; // it ended before
+        }
+        if taken.is_ok_and(|taken| taken.outcome == Outcome::Live) {
+            let generation = |installed: Installed| installed.set.manifest.generation.number();
+            let recorded = fs::read(host.state().join("installed.json")).unwrap();
+            let recorded = generation(serde_json::from_slice(&recorded).unwrap());
+            unrecorded += usize::from(recorded == 1);
+            assert_eq!(
+                installer.installed().map(generation),
+                Some(2),
+                "call {call}"
+            );
+        }
+    }
+    assert!(unrecorded > 0, "no call was the write of the record");
+}
+
+#[test]
+fn what_a_failing_disk_left_untidy_is_tidied_by_a_probe_without_another_receipt() {
+    let line = "daily.cld@2=two";
+    let mut untidy = 0;
+    for call in 0.. {
+        let host = Host::with(1, "daily.cld@1=one");
+        let shim = host.shim(Fault::From(call, Errno::EIO));
+        let Ok((installer, _)) = host.start_on(shim.clone()) else {
+            continue; // it was the start that failed
+        };
+        let taken = host.take(&installer, &manifest(2, line), line);
+        if shim.calls() <= call {
+            break; // it ended before
+        }
+        shim.set_fault(Fault::None);
+        let is_live = taken.is_ok_and(|taken| taken.outcome == Outcome::Live);
+        if is_live && host.state().join("journal.json").exists() {
+            untidy += 1;
+            assert_eq!(look(&installer, Depth::Surface), Look::NotNow);
+            assert!(installer.standing().borrow().is_unproven, "it is probed");
+            assert!(host.probe_on(&installer).is_none());
+            assert_eq!(wrong(&installer, Depth::Surface), [], "call {call}");
+        }
+    }
+    assert!(untidy > 0, "no call was one of the last");
+}
