@@ -194,7 +194,7 @@ impl Keeper {
 
     fn asked(&mut self, question: Question) {
         match question {
-            // Whoever asked may have gone.
+            // The asking connection may be closed by now.
             Question::Status(answer) => drop(answer.send(self.status())),
             Question::Reloaded(outcome) => self.feed(Event::Reloaded(outcome)),
         }

@@ -805,7 +805,7 @@ async fn answer(mut stream: UnixStream, reloads: mpsc::UnboundedSender<()>) {
         }
         _ => b"stream: OK\0",
     };
-    // Whoever asked may have gone.
+    // The asking connection may be closed by now.
     let _ = stream.write_all(answer).await;
 }
 

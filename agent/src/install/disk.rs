@@ -792,7 +792,7 @@ impl Tree {
             openat(self.fd(at.0)?, at.1, flags, Mode::empty())?;
             Ok(true)
         };
-        // A pipe is not opened: whoever waits to write to it is not meant for us.
+        // A pipe is not opened: that would wake a program that waits for another reader.
         let readable = facts.regular && self.ask(Call::Readable(at), |_| true, open)?;
         Ok(Some(Behind { facts, readable }))
     }

@@ -93,8 +93,8 @@ fn path(state: &Path, seq: u64) -> PathBuf {
     directory(state).join(format!("{seq}.json"))
 }
 
-/// What the newest receipt in the agent's state directory said, for whoever looks on from outside:
-/// nothing is changed.
+/// Reads the newest receipt in the agent's state directory, for programs other than the daemon. It
+/// changes nothing.
 ///
 /// # Errors
 ///

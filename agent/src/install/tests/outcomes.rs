@@ -1,6 +1,7 @@
 //! What an offer comes to.
 
 use super::*;
+use crate::install::lab::Shim;
 
 #[test]
 fn a_new_set_goes_live_and_withdrawn_names_go() {
@@ -417,14 +418,19 @@ fn a_set_that_somebody_damaged_is_not_blamed_for_what_clamd_says() {
     assert_eq!(host.there(), set(line));
 }
 
-#[test]
-fn a_set_that_waits_for_clamd_is_the_installed_one_although_its_record_could_not_be_written() {
-    let line = "daily.cld@2=two";
-    let mut unrecorded = 0;
+/// Installs `line` as generation 2 over `daily.cld@1=one`, again and again: the disk fails at the first
+/// call, then at the second, and so on until an install ends before it. `fault` says how the disk fails,
+/// `mood` what clamd does. `inspect` gets every install that the start of the agent did not prevent.
+fn at_each_call(
+    fault: impl Fn(u64) -> Fault,
+    clamd: Mood,
+    line: &str,
+    mut inspect: impl FnMut(u64, &Host, &Shim, &FakeInstaller, Option<Outcome>),
+) {
     for call in 0.. {
         let host = Host::with(1, "daily.cld@1=one");
-        mood(&host, Mood::Away);
-        let shim = host.shim(Fault::Once(call, Errno::EIO));
+        mood(&host, clamd);
+        let shim = host.shim(fault(call));
         let Ok((installer, _)) = host.start_on(shim.clone()) else {
             continue; // it was the start that failed
         };
@@ -432,70 +438,74 @@ fn a_set_that_waits_for_clamd_is_the_installed_one_although_its_record_could_not
         if shim.calls() <= call {
             break; // it ended before
         }
-        let is_installed = taken.is_ok_and(|taken| taken.outcome == Outcome::Installed);
-        if is_installed {
-            let record = fs::read_to_string(host.state().join("installed.json")).unwrap();
-            let old = manifest(1, "daily.cld@1=one").envelope().clone();
-            let recorded: Installed = serde_json::from_str(&record).unwrap();
-            unrecorded += usize::from(recorded.set.envelope.payload == old.payload);
-            assert_eq!(wrong(&installer, Depth::Surface), [], "call {call}");
-        }
+        let outcome = taken.ok().map(|taken| taken.outcome);
+        inspect(call, &host, &shim, &installer, outcome);
     }
+}
+
+/// The record of what is installed, as it is on disk.
+fn record(host: &Host) -> Installed {
+    serde_json::from_slice(&fs::read(host.state().join("installed.json")).unwrap()).unwrap()
+}
+
+fn once(call: u64) -> Fault {
+    Fault::Once(call, Errno::EIO)
+}
+
+#[test]
+fn a_set_that_waits_for_clamd_is_the_installed_one_although_its_record_could_not_be_written() {
+    let mut unrecorded = 0;
+    let line = "daily.cld@2=two";
+    at_each_call(
+        once,
+        Mood::Away,
+        line,
+        |call, host, _, installer, outcome| {
+            if outcome == Some(Outcome::Installed) {
+                let old = manifest(1, "daily.cld@1=one").envelope().clone();
+                let is_old = record(host).set.envelope.payload == old.payload;
+                unrecorded += usize::from(is_old);
+                assert_eq!(wrong(installer, Depth::Surface), [], "call {call}");
+            }
+        },
+    );
     assert!(unrecorded > 0, "no call was the write of the record");
 }
 
 #[test]
 fn the_same_content_under_a_new_number_is_installed_although_its_record_could_not_be_written() {
-    let line = "daily.cld@1=one";
     let mut unrecorded = 0;
-    for call in 0.. {
-        let host = Host::with(1, line);
-        let shim = host.shim(Fault::Once(call, Errno::EIO));
-        let Ok((installer, _)) = host.start_on(shim.clone()) else {
-            continue; // it was the start that failed
-        };
-        let taken = host.take(&installer, &manifest(2, line), line);
-        if shim.calls() <= call {
-            break; // it ended before
-        }
-        if taken.is_ok_and(|taken| taken.outcome == Outcome::Live) {
+    let line = "daily.cld@1=one";
+    at_each_call(once, Mood::Up, line, |call, host, _, installer, outcome| {
+        if outcome == Some(Outcome::Live) {
             let generation = |installed: Installed| installed.set.manifest.generation.number();
-            let recorded = fs::read(host.state().join("installed.json")).unwrap();
-            let recorded = generation(serde_json::from_slice(&recorded).unwrap());
-            unrecorded += usize::from(recorded == 1);
-            assert_eq!(
-                installer.installed().map(generation),
-                Some(2),
-                "call {call}"
-            );
+            unrecorded += usize::from(generation(record(host)) == 1);
+            let installed = installer.installed().map(generation);
+            assert_eq!(installed, Some(2), "call {call}");
         }
-    }
+    });
     assert!(unrecorded > 0, "no call was the write of the record");
 }
 
 #[test]
 fn what_a_failing_disk_left_untidy_is_tidied_by_a_probe_without_another_receipt() {
-    let line = "daily.cld@2=two";
     let mut untidy = 0;
-    for call in 0.. {
-        let host = Host::with(1, "daily.cld@1=one");
-        let shim = host.shim(Fault::From(call, Errno::EIO));
-        let Ok((installer, _)) = host.start_on(shim.clone()) else {
-            continue; // it was the start that failed
-        };
-        let taken = host.take(&installer, &manifest(2, line), line);
-        if shim.calls() <= call {
-            break; // it ended before
-        }
-        shim.set_fault(Fault::None);
-        let is_live = taken.is_ok_and(|taken| taken.outcome == Outcome::Live);
-        if is_live && host.state().join("journal.json").exists() {
-            untidy += 1;
-            assert_eq!(look(&installer, Depth::Surface), Look::NotNow);
-            assert!(installer.standing().borrow().is_unproven, "it is probed");
-            assert!(host.probe_on(&installer).is_none());
-            assert_eq!(wrong(&installer, Depth::Surface), [], "call {call}");
-        }
-    }
+    let line = "daily.cld@2=two";
+    let from = |call| Fault::From(call, Errno::EIO);
+    at_each_call(
+        from,
+        Mood::Up,
+        line,
+        |call, host, shim, installer, outcome| {
+            shim.set_fault(Fault::None);
+            if outcome == Some(Outcome::Live) && host.state().join("journal.json").exists() {
+                untidy += 1;
+                assert_eq!(look(installer, Depth::Surface), Look::NotNow);
+                assert!(installer.standing().borrow().is_unproven, "it is probed");
+                assert!(host.probe_on(installer).is_none());
+                assert_eq!(wrong(installer, Depth::Surface), [], "call {call}");
+            }
+        },
+    );
     assert!(untidy > 0, "no call was one of the last");
 }
